@@ -1,0 +1,1 @@
+"""Collectives: schedules, their proof and price, transports, the communicator."""

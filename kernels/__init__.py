@@ -1,0 +1,1 @@
+"""Array kernels for reduction, packing and casting."""

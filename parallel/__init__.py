@@ -1,0 +1,1 @@
+"""Data-parallel and pipeline training on top of comm."""
