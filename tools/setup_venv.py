@@ -17,7 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PROBE = "from mpi4py import MPI; print('ranks', MPI.COMM_WORLD.size, MPI.Get_library_version())"
+PROBE = """
+import os
+from mpi4py import MPI
+library = " ".join(MPI.Get_library_version().splitlines()[0].split(",")[0].split())
+os.write(1, f"ranks {MPI.COMM_WORLD.size} {library}\\n".encode())
+"""
 PROBE_SECONDS = 60
 
 
@@ -141,10 +146,11 @@ def probe(venv: Path, launcher: str) -> str:
         return f"no answer in {PROBE_SECONDS} s"
     except OSError as error:
         return str(error)
-    lines = [line.strip() for line in (result.stdout + result.stderr).splitlines() if line.strip()]
+    output = (result.stdout + result.stderr).splitlines()
+    lines = [line.strip() for line in output if any(map(str.isalnum, line))]
     ranks = [line for line in lines if line.startswith("ranks ")]
     if result.returncode == 0 and ranks:
-        return ranks[0].split(",")[0]
+        return ranks[0]
     return lines[-1] if lines else f"status {result.returncode} and no output"
 
 
