@@ -1,0 +1,70 @@
+"""What one pipeline stage does with one micro-batch.
+
+A plan is a tuple of actions. The engine executes it, `plan.check_plan` simulates it and
+`plan.draw` prints it, all from the same values.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+__all__ = ["Action", "Kind", "parse_actions"]
+
+
+class Kind(StrEnum):
+    """Tell a forward from a backward; the value is the letter of the text form."""
+
+    FORWARD = "F"
+    BACKWARD = "B"
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """Name one forward or backward of one micro-batch on one stage.
+
+    The text form leaves the stage out, since a row of a drawing belongs to one stage:
+    `str(Action(Kind.BACKWARD, 3, stage=1)) == "B3"`.
+    """
+
+    kind: Kind
+    microbatch: int
+    stage: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.microbatch}"
+
+    def needs(self, num_stages: int) -> Iterable[Action]:
+        """Yield the actions that must have ended before this one may start.
+
+        A forward needs the forward of the stage before; a backward needs its own forward and
+        the backward of the stage after.
+        """
+        if self.kind is Kind.FORWARD:
+            if self.stage > 0:
+                yield Action(Kind.FORWARD, self.microbatch, self.stage - 1)
+            return
+        yield Action(Kind.FORWARD, self.microbatch, self.stage)
+        if self.stage < num_stages - 1:
+            yield Action(Kind.BACKWARD, self.microbatch, self.stage + 1)
+
+
+_WORD = re.compile(r"([FB])(\d+)\Z")
+
+
+def parse_actions(text: str, stage: int) -> tuple[Action, ...]:
+    """Read the actions of one stage from words such as "F0 F1 B0 B1".
+
+    The inverse of `" ".join(map(str, actions))`. ValueError names the word that is no action.
+    """
+    actions = []
+    for position, word in enumerate(text.split()):
+        match = _WORD.match(word)
+        if match is None:
+            raise ValueError(
+                f"stage {stage}, word {position}: expected an action such as F0 or B3, got {word!r}"
+            )
+        actions.append(Action(Kind(match[1]), int(match[2]), stage))
+    return tuple(actions)

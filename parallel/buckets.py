@@ -1,0 +1,77 @@
+"""Group gradients into buckets, in the order in which they become ready."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+__all__ = ["Bucket", "Member", "plan_buckets"]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Describe one tensor that goes into a bucket: its elements and the name of their dtype."""
+
+    name: str
+    count: int
+    dtype: str
+    itemsize: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Lay several tensors of one dtype end to end.
+
+    `indices[i]` is the position of a tensor in the list given to `plan_buckets`; its elements lie
+    at `offsets[i] : offsets[i] + counts[i]` of the flat bucket of `count` elements.
+    """
+
+    indices: tuple[int, ...]
+    offsets: tuple[int, ...]
+    counts: tuple[int, ...]
+    count: int
+    dtype: str
+
+
+def plan_buckets(
+    members: Sequence[Member], limit_bytes: int, order: Sequence[int] | None = None
+) -> tuple[Bucket, ...]:
+    """Fill buckets of at most limit_bytes with tensors in their order of readiness.
+
+    `order` lists positions in `members`, first ready first; without it the reverse of their order,
+    since backward goes from the last layer to the first. A bucket holds one dtype; a tensor above
+    the limit gets a bucket of its own. The buckets come in the order in which they are full.
+    Pure: equal arguments give equal buckets on every rank.
+    """
+    if limit_bytes < 1:
+        raise ValueError(f"expected bucket bytes >= 1, got {limit_bytes}")
+    order = range(len(members) - 1, -1, -1) if order is None else order
+    if sorted(order) != list(range(len(members))):
+        raise ValueError(
+            f"expected an order of 0 to {len(members) - 1}, once each, got {list(order)}"
+        )
+    open_groups: dict[str, list[int]] = {}
+    open_bytes: dict[str, int] = {}
+    # A bucket may start once its last member is ready: that moment orders the buckets.
+    full: list[tuple[int, list[int]]] = []
+    position_of = {index: position for position, index in enumerate(order)}
+    for index in order:
+        member = members[index]
+        nbytes = member.count * member.itemsize
+        group = open_groups.setdefault(member.dtype, [])
+        if group and open_bytes[member.dtype] + nbytes > limit_bytes:
+            full.append((position_of[group[-1]], group))
+            group = open_groups[member.dtype] = []
+        if not group:
+            open_bytes[member.dtype] = 0
+        group.append(index)
+        open_bytes[member.dtype] += nbytes
+    full += [(position_of[group[-1]], group) for group in open_groups.values()]
+    return tuple(_lay_out(members, group) for _, group in sorted(full))
+
+
+def _lay_out(members: Sequence[Member], indices: Sequence[int]) -> Bucket:
+    counts = tuple(members[index].count for index in indices)
+    *offsets, count = accumulate(counts, initial=0)
+    return Bucket(tuple(indices), tuple(offsets), counts, count, members[indices[0]].dtype)

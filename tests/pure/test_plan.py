@@ -1,0 +1,168 @@
+"""Plans equal their drawings, their costs equal the closed forms, and bad plans are refused."""
+
+import inspect
+import textwrap
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringfold.parallel.actions import Kind, parse_actions
+from ringfold.parallel.plan import (
+    PLANS,
+    PlanError,
+    check_plan,
+    draw,
+    gpipe,
+    one_f_one_b,
+    plan_named,
+    whole_plan,
+)
+
+SIZES = [(p, m) for p in (1, 2, 3, 4, 5, 8) for m in (1, 2, 3, 4, 5, 7, 8, 16)]
+
+
+def words(actions):
+    return " ".join(map(str, actions))
+
+
+def test_one_f_one_b_first_of_four_stages():
+    plan = one_f_one_b(stage=0, num_stages=4, num_microbatches=6)
+    assert words(plan) == "F0 F1 F2 F3 B0 F4 B1 F5 B2 B3 B4 B5"
+
+
+def test_one_f_one_b_last_of_four_stages():
+    plan = one_f_one_b(stage=3, num_stages=4, num_microbatches=3)
+    assert words(plan) == "F0 B0 F1 B1 F2 B2"
+
+
+def test_fewer_microbatches_than_stages():
+    plan = one_f_one_b(stage=0, num_stages=4, num_microbatches=2)
+    assert words(plan) == "F0 F1 B0 B1"
+
+
+def test_gpipe_of_any_stage():
+    assert words(gpipe(stage=1, num_stages=2, num_microbatches=3)) == "F0 F1 F2 B0 B1 B2"
+
+
+@pytest.mark.parametrize("function", [gpipe, one_f_one_b])
+def test_docstring_drawing(function):
+    lines = inspect.getdoc(function).splitlines()
+    drawing = textwrap.dedent("\n".join(line for line in lines if " | " in line))
+    drawn = draw(check_plan(whole_plan(function, 2, 3), 3))
+    assert [line.rstrip() for line in drawing.splitlines()] == drawn.splitlines()
+
+
+def test_drawing_of_long_backwards():
+    drawn = draw(check_plan(whole_plan(gpipe, 2, 2), 2, backward_cost=2))
+    assert drawn.splitlines() == [
+        "stage 0 | F0 F1 .  .  .  B0 -  B1 -",
+        "stage 1 | .  F0 F1 B0 -  B1 -  .  .",
+    ]
+
+
+def test_drawing_refuses_fractions():
+    with pytest.raises(ValueError, match="whole units"):
+        draw(check_plan(whole_plan(gpipe, 2, 2), 2, forward_cost=0.5))
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(("num_stages", "num_microbatches"), SIZES)
+@pytest.mark.parametrize("costs", [(1, 1), (1, 2), (3, 2)])
+def test_closed_forms(name, num_stages, num_microbatches, costs):
+    forward, backward = costs
+    report = check_plan(
+        whole_plan(PLANS[name], num_stages, num_microbatches),
+        num_microbatches,
+        forward_cost=forward,
+        backward_cost=backward,
+    )
+    slots = num_microbatches + num_stages - 1
+    assert report.makespan == slots * (forward + backward)
+    assert report.bubble == pytest.approx((num_stages - 1) / slots)
+    peak = {
+        "gpipe": lambda stage: num_microbatches,
+        "1f1b": lambda stage: min(num_stages - stage, num_microbatches),
+    }[name]
+    assert report.peak_activations == tuple(peak(stage) for stage in range(num_stages))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_backwards_keep_the_order_of_the_microbatches(name):
+    for actions in whole_plan(PLANS[name], 3, 5):
+        backwards = [a.microbatch for a in actions if a.kind is Kind.BACKWARD]
+        assert backwards == sorted(backwards)
+
+
+def test_no_microbatches():
+    report = check_plan(whole_plan(one_f_one_b, 3, 0), 0)
+    assert (report.makespan, report.bubble, report.peak_activations) == (0.0, 0.0, (0, 0, 0))
+
+
+def broken(*rows):
+    return [parse_actions(row, stage) for stage, row in enumerate(rows)]
+
+
+def test_deadlock_names_the_stuck_action_of_every_stage():
+    stages = broken("F0 B0 F1 B1", "F1 F0 B0 B1", "F0 B0 F1 B1")
+    with pytest.raises(PlanError) as caught:
+        check_plan(stages, 2)
+    assert str(caught.value) == (
+        "deadlock: stage 0 is stuck at B0, waiting for B0 of stage 1; "
+        "stage 1 is stuck at F1, waiting for F1 of stage 0; "
+        "stage 2 is stuck at F0, waiting for F0 of stage 1"
+    )
+
+
+def test_backward_before_its_own_forward_is_a_deadlock():
+    with pytest.raises(PlanError, match="stage 0 is stuck at B0, waiting for F0 of stage 0"):
+        check_plan(broken("B0 F0"), 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (("F0 B0", "F0"), "stage 1: missing B0"),
+        (("F0 F0 B0", "F0 B0"), "stage 0, position 1: F0 is doubled"),
+        (("F0 B0 F1", "F0 B0"), "stage 0, position 2: F1 is beyond the 1 micro-batches"),
+    ],
+)
+def test_incomplete_plans_are_refused(rows, message):
+    with pytest.raises(PlanError, match=message):
+        check_plan(broken(*rows), 1)
+
+
+def test_action_of_another_stage_is_refused():
+    with pytest.raises(PlanError, match="stage 1, position 0: F0 belongs to stage 0"):
+        check_plan([parse_actions("F0 B0", 0), parse_actions("F0 B0", 0)], 1)
+
+
+@given(st.data())
+def test_any_swap_is_judged_without_hanging(data):
+    """A mutated plan runs or is refused; the same multiset is never reported as incomplete."""
+    num_stages, num_microbatches = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 5)))
+    stages = [list(row) for row in whole_plan(one_f_one_b, num_stages, num_microbatches)]
+    row = stages[data.draw(st.integers(0, num_stages - 1))]
+    places = st.integers(0, len(row) - 1)
+    i, j = data.draw(st.tuples(places, places))
+    row[i], row[j] = row[j], row[i]
+    try:
+        report = check_plan(stages, num_microbatches)
+    except PlanError as error:
+        assert str(error).startswith("deadlock: ")
+    else:
+        ends = {placed.action: placed for placed_row in report.timeline for placed in placed_row}
+        for action, placed in ends.items():
+            assert all(ends[need].end <= placed.start for need in action.needs(num_stages))
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown pipeline schedule '2f2b'.*1f1b, gpipe"):
+        plan_named("2f2b")
+
+
+@pytest.mark.parametrize(("stage", "num_stages"), [(-1, 2), (2, 2), (0, 0)])
+@pytest.mark.parametrize("function", [gpipe, one_f_one_b])
+def test_stage_outside_of_the_pipe(function, stage, num_stages):
+    with pytest.raises(ValueError, match="0 <= stage < num_stages"):
+        function(stage, num_stages, 1)
