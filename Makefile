@@ -32,6 +32,8 @@ export OMPI_ALLOW_RUN_AS_ROOT ?= 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM ?= 1
 endif
 
+# Open MPI gives every rank a terminal, so pytest would colour what goes to a file.
+COLOR       := $(if $(MAKE_TERMOUT),yes,no)
 READY       := $(VENV)/ringfold.stamp
 MPICH_VENV  := $(VENV)-mpich
 MPICH_READY := $(MPICH_VENV)/ringfold.stamp
@@ -79,14 +81,14 @@ test-main: $(READY)
 # Real transports and engines; the ranks share one verdict (tests/processes/conftest.py).
 test-processes: $(READY)
 	for ranks in 1 2 3 4; do \
-	  mpirun -n $$ranks python -m pytest -p no:cacheprovider tests/processes; \
+	  mpirun -n $$ranks python -m pytest --color=$(COLOR) -p no:cacheprovider tests/processes; \
 	done
 
 # The same communicator on a second MPI, in an environment without torch.
 test-mpich: $(MPICH_READY)
 	for ranks in 1 2 3 4; do \
 	  PATH="$(abspath $(MPICH_VENV))/bin:$$PATH" \
-	    mpirun -n $$ranks python -m pytest -p no:cacheprovider tests/processes/comm; \
+	    mpirun -n $$ranks python -m pytest --color=$(COLOR) -p no:cacheprovider tests/processes/comm; \
 	done
 
 test-fast: $(READY)
