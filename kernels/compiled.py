@@ -1,0 +1,55 @@
+"""Compile one kernel for one signature, and keep the machine code on disk.
+
+Numba's on-disk cache has an index per function name, rewritten without a lock.  Two ranks that
+compile different variants under one name at the same moment can leave an index entry that points
+at the other variant's code.  Here every variant has a name of its own, which also covers what
+Numba's freshness check overlooks: the sources of called functions, and nodes with different
+processors that share a disk.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding
+import numba
+from numba import types
+
+Kernel = Callable[..., Any]
+
+
+@functools.cache
+def _fingerprint() -> str:
+    digest = hashlib.sha256(numba.__version__.encode())
+    digest.update(llvmlite.binding.get_host_cpu_name().encode())
+    digest.update(llvmlite.binding.get_host_cpu_features().flatten().encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def flat(element: Any, *, readonly: bool = False) -> types.Array:
+    """Return the Numba type of a contiguous 1-d array of `element`."""
+    return types.Array(element, 1, "C", readonly=readonly)
+
+
+def compile_kernel(name: str, function: Callable[..., Any], *arguments: Any) -> Kernel:
+    """Compile `function` for exactly the Numba types `arguments`, releasing the interpreter lock.
+
+    `name` must tell this variant from all others.  Other argument types are refused with a
+    TypeError.  Where no cache folder can be written, the kernel is compiled for this process alone.
+    """
+    function.__name__ = f"{name}_{_fingerprint()}"
+    function.__qualname__ = function.__name__
+    compiler = functools.partial(numba.njit, [arguments], nogil=True, error_model="numpy")
+    try:
+        kernel: Kernel = compiler(cache=True)(function)
+    except RuntimeError as error:
+        if "cannot cache function" not in str(error):
+            raise
+        kernel = compiler(cache=False)(function)
+    return kernel
