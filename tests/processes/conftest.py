@@ -29,6 +29,7 @@ COLLECTION_SECONDS = 120.0
 RANK_0_ONLY = ("TerminalReporter", "LogXML", "LFPlugin", "NFPlugin", "StepwisePlugin")
 
 
+@pytest.hookimpl(trylast=True)  # the plugins that write are registered by then
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "limit(seconds): time limit of a test on all ranks")
     config.pluginmanager.register(SharedVerdict(config), "ringfold-shared-verdict")
