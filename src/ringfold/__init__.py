@@ -1,1 +1,64 @@
 """Collective communication you can read, prove and price."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .comm.communicator import Communicator
+    from .comm.errors import CommError, CommTimeout, MismatchError, PeerLost, ScheduleError
+    from .comm.launch import run_local
+    from .comm.schedule import Round, Schedule
+    from .comm.settings import Settings
+    from .comm.work import Work
+    from .parallel.data_parallel import DataParallel
+    from .parallel.mesh import Mesh
+    from .parallel.pipeline import Pipeline
+
+_HOMES = {
+    "Communicator": "comm.communicator",
+    "Settings": "comm.settings",
+    "Work": "comm.work",
+    "run_local": "comm.launch",
+    "Round": "comm.schedule",
+    "Schedule": "comm.schedule",
+    "CommError": "comm.errors",
+    "CommTimeout": "comm.errors",
+    "MismatchError": "comm.errors",
+    "PeerLost": "comm.errors",
+    "ScheduleError": "comm.errors",
+    "DataParallel": "parallel.data_parallel",
+    "Mesh": "parallel.mesh",
+    "Pipeline": "parallel.pipeline",
+}
+"""name -> the module that has it, imported when the name is first used: torch only for engines."""
+
+__all__ = [
+    "CommError",
+    "CommTimeout",
+    "Communicator",
+    "DataParallel",
+    "Mesh",
+    "MismatchError",
+    "PeerLost",
+    "Pipeline",
+    "Round",
+    "Schedule",
+    "ScheduleError",
+    "Settings",
+    "Work",
+    "run_local",
+]
+
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ringfold' has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,122 @@
+"""Choose how a reduction of one type and op is computed on a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .dtypes import DType
+from .executor import Arithmetic
+from .program import Program, with_accumulator
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """One reduction, ready to run.
+
+    program: what to run, over `work`.
+    work: the flat array that the program reduces in place.
+    begin: call before every run, finish: after it; they move the user's elements into work and
+    the result back.
+    """
+
+    program: Program
+    work: Array
+    arithmetic: Arithmetic
+    begin: Callable[[], None]
+    finish: Callable[[], None]
+
+
+def reduction(
+    program: Program, flat: Array, dtype: DType, op: str, size: int, raw_reduce: bool
+) -> Reduction:
+    """Decide how `flat` is reduced over `size` ranks.
+
+    A mean is the sum divided by the number of ranks. Half-width types are added in float32 and
+    rounded once. Their mean is scaled by a power of two first, which is exact in float32, so that
+    a sum beyond the largest number does not spoil a mean that can be represented.
+
+    raw_reduce: the schedule adds raw contributions only (Proof.raw_reduce).
+    """
+    if not dtype.wide:
+        return _same_width(program, flat, dtype, op, size)
+    if raw_reduce:
+        return _accumulated(program, flat, dtype, op, size)
+    return _widened(program, flat, dtype, op, size)
+
+
+def _nothing() -> None:
+    return None
+
+
+def _same_width(program: Program, flat: Array, dtype: DType, op: str, size: int) -> Reduction:
+    from ..kernels.reduce import combine, divide
+
+    def finish() -> None:
+        if op == "mean" and size > 1:
+            divide(flat, float(size))
+
+    add = combine("sum" if op == "mean" else op, dtype.name)
+    return Reduction(program, flat, Arithmetic(add), _nothing, finish)
+
+
+def _mean_scales(op: str, size: int) -> tuple[float, float]:
+    """Return (before, after): divide by the one before adding, by the other afterwards."""
+    if op != "mean":
+        return 1.0, 1.0
+    before = float(1 << (size - 1).bit_length())
+    return before, size / before
+
+
+def _widened(program: Program, flat: Array, dtype: DType, op: str, size: int) -> Reduction:
+    """Send float32: partial sums travel, and rounding them on the way would add up."""
+    from ..kernels.cast import narrow, widen
+    from ..kernels.reduce import combine, divide
+
+    before, after = _mean_scales(op, size)
+    work = np.empty(flat.size, np.float32)
+
+    def begin() -> None:
+        widen(flat, work, dtype.name)
+        if before != 1.0:
+            divide(work, before)
+
+    def finish() -> None:
+        narrow(work, flat, dtype.name, after)
+
+    add = combine("sum" if op == "mean" else op, "float32")
+    return Reduction(program, work, Arithmetic(add), begin, finish)
+
+
+def _accumulated(program: Program, flat: Array, dtype: DType, op: str, size: int) -> Reduction:
+    """Send the type's own width: every message is a raw contribution, or a finished result."""
+    from ..kernels.cast import narrow, widen
+    from ..kernels.reduce import accumulate, divide
+
+    before, after = _mean_scales(op, size)
+    add = accumulate("sum" if op == "mean" else op, dtype.name)
+
+    def widen_own(wide: Array, piece: Array) -> None:
+        widen(piece, wide, dtype.name)
+        if before != 1.0:
+            divide(wide, before)
+
+    def add_scaled(wide: Array, incoming: Array) -> None:
+        if before == 1.0:
+            add(wide, incoming)
+            return
+        scaled = np.empty(incoming.size, np.float32)
+        widen_own(scaled, incoming)
+        np.add(wide, scaled, out=wide)
+
+    def narrow_back(piece: Array, wide: Array) -> None:
+        narrow(wide, piece, dtype.name, after)
+
+    arithmetic = Arithmetic(add_scaled, np.empty(flat.size, np.float32), widen_own, narrow_back)
+    return Reduction(with_accumulator(program), flat, arithmetic, _nothing, _nothing)

@@ -1,0 +1,160 @@
+"""A flat view over whatever memory a user passes; no copies where the memory is contiguous."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import dlpack
+from .dtypes import DType, dtype_named
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One user array, flattened in logical (row-major) order.
+
+    owner: what the user passed.  view: its memory, strided, shaped as the user's.
+    flat: 1-D contiguous; the same memory as view, or memory of its own where `staged`, which
+    stage() fills and commit() brings back.
+    family: the array library's name, such as "numpy" or "torch".
+    """
+
+    owner: Any
+    view: Array
+    flat: Array
+    dtype: DType
+    family: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the user's shape."""
+        return self.view.shape
+
+    @property
+    def staged(self) -> bool:
+        """Tell whether flat is a copy."""
+        return self.view.size > 0 and not self.view.flags.c_contiguous
+
+    def stage(self) -> None:
+        """Copy the user's elements into flat where flat is memory of its own."""
+        if self.staged:
+            self.flat[...] = self.view.reshape(-1)
+
+    def commit(self) -> None:
+        """Copy flat back into the user's elements where flat is memory of its own."""
+        if self.staged:
+            self.view[...] = self.flat.reshape(self.view.shape)
+
+    def like(self, shape: tuple[int, ...]) -> Any:
+        """Return a new array of the same library and element type."""
+        if isinstance(self.owner, np.ndarray):
+            return np.empty(shape, self.owner.dtype)
+        return allocate(self.family, shape, self.dtype)
+
+
+def wrap(x: Any, *, writable: bool, what: str = "x") -> Buffer:
+    """View x as a Buffer; `writable` where a result will be written into it.
+
+    Raises: TypeError for what is no array, or of an unsupported type or device; ValueError for a
+    target that is read-only or maps several elements to one address.
+    """
+    view, dtype = _view(x, what)
+    if writable:
+        _require_target(view, what)
+    flat = view.reshape(-1) if view.flags.c_contiguous else np.empty(view.size, view.dtype)
+    return Buffer(x, view, flat, dtype, type(x).__module__.partition(".")[0])
+
+
+def allocate(family: str, shape: tuple[int, ...], dtype: DType) -> Any:
+    """Return an uninitialised array of an array library named as its module.
+
+    Falls back to NumPy for libraries without `empty` and dtypes as attributes.
+    """
+    module = importlib.import_module(family) if family not in ("numpy", "builtins") else np
+    if not hasattr(module, "empty") or not hasattr(module, dtype.name):
+        return np.empty(shape, dtype.storage)
+    return module.empty(shape, dtype=getattr(module, dtype.name))
+
+
+def _from_numpy(x: Any) -> tuple[Array, DType]:
+    dtype = dtype_named(x.dtype.name)
+    if not x.dtype.isnative:
+        raise TypeError(f"byte order of {x.dtype.str} is not this machine's")
+    # bfloat16 of an extension package has the bits, but not the arithmetic.
+    return (x if x.dtype == dtype.storage else x.view(dtype.storage)), dtype
+
+
+def _from_dlpack(x: Any) -> tuple[Array, DType]:
+    # A tensor that requires a gradient does not export its memory; the same memory detached does.
+    return dlpack.read_host(x.detach() if hasattr(x, "detach") else x)
+
+
+def _from_buffer(x: Any) -> tuple[Array, DType]:
+    return _from_numpy(np.asarray(memoryview(x)))
+
+
+def _is_device(x: Any) -> bool:
+    return hasattr(x, "__cuda_array_interface__")
+
+
+def _refuse_device(x: Any) -> tuple[Array, DType]:
+    raise TypeError(
+        f"{type(x).__module__}.{type(x).__name__} lies in GPU memory, which no transport of this "
+        "version moves; copy it to host memory first"
+    )
+
+
+def _speaks_buffer(x: Any) -> bool:
+    try:
+        memoryview(x)
+    except TypeError:
+        return False
+    return True
+
+
+_ADAPTERS: tuple[tuple[Callable[[Any], bool], Callable[[Any], tuple[Array, DType]]], ...] = (
+    (lambda x: isinstance(x, np.ndarray), _from_numpy),
+    (_is_device, _refuse_device),
+    (lambda x: hasattr(x, "__dlpack__"), _from_dlpack),
+    (_speaks_buffer, _from_buffer),
+)
+
+
+def _view(x: Any, what: str) -> tuple[Array, DType]:
+    for fits, adapt in _ADAPTERS:
+        if fits(x):
+            try:
+                return adapt(x)
+            except TypeError as error:
+                raise TypeError(f"{what}: {error}") from None
+    raise TypeError(
+        f"{what}: expected an array (NumPy, torch, DLPack or buffer protocol), "
+        f"got {type(x).__name__}"
+    )
+
+
+def _require_target(view: Array, what: str) -> None:
+    if not view.flags.writeable:
+        raise ValueError(f"{what}: the result is written in place, but the array is read-only")
+    extent = view.itemsize
+    steps = sorted(
+        (abs(step), length)
+        for step, length in zip(view.strides, view.shape, strict=True)
+        if length > 1
+    )
+    if view.size == 0:
+        return
+    for step, length in steps:
+        if step < extent:
+            raise ValueError(
+                f"{what}: the result is written in place, but shape {view.shape} with strides "
+                f"{view.strides} bytes maps several elements to one address; pass a copy"
+            )
+        extent += step * (length - 1)

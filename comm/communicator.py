@@ -1,0 +1,304 @@
+"""The one stateful object that users meet."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from .buffer import allocate
+from .dtypes import dtype_named
+from .errors import CommError
+from .guard import Guard
+from .operations import Operations, Prepared
+from .progress import Progress
+from .schedule import Schedule
+from .settings import Settings
+from .transport.base import Channel, Transport
+from .work import Work
+
+Algorithm = str | Schedule | None
+
+_TAGS = 1 << 15
+"""Collectives cycle through this many tags, which every MPI allows."""
+
+
+class Communicator:
+    """Collectives and messages between the ranks of one group.
+
+    `Communicator()` duplicates MPI.COMM_WORLD, and `Communicator(mpi_comm)` a communicator of
+    mpi4py's, so that nothing here meets the program's own messages; creating one is collective.
+    All ranks call the same collectives in the same order, from one thread at a time. `root`, `dst`
+    and `src` are ranks of this group. Half-width floats are added in float32 and rounded once.
+
+    x is a NumPy array, a CPU torch tensor, or anything that speaks DLPack or the buffer protocol;
+    strided views are read and written by logical element, in place where it says so. With
+    blocking=False a collective returns a Work; x must not be touched until it has ended.
+
+    `algorithm` names an algorithm of `ringfold.comm.algorithms`, or is a Schedule, which is proven
+    before it runs.
+
+    Raises: CommError without an MPI library, inside a multiprocessing worker, and after close().
+    ValueError or TypeError for bad arguments, before anything is sent.
+    """
+
+    rank: int
+    size: int
+    node: Communicator
+
+    def __init__(self, comm: Any = None, *, settings: Settings | None = None) -> None:
+        self._settings = settings or Settings.read()
+        if multiprocessing.parent_process() is not None:
+            raise CommError(
+                "a multiprocessing worker is no rank of the job: open the Communicator in the "
+                "process that mpirun started, and call collectives there"
+            )
+        from .transport.mpi import MpiTransport
+
+        transport = MpiTransport.open(comm)
+        progress = Progress(self._settings.timeout, transport.threads)
+        guard = Guard(transport, progress) if self._settings.abort and transport.size > 1 else None
+        self._open(transport, progress, guard)
+        self._top = True
+
+    @classmethod
+    def over(cls, transport: Transport, settings: Settings | None = None) -> Communicator:
+        """Open over a transport; collective over its ranks."""
+        settings = settings or Settings.read()
+        made = cls._make(transport, Progress(settings.timeout, transport.threads), settings)
+        made._top = True
+        return made
+
+    @classmethod
+    def _make(
+        cls, transport: Transport, progress: Progress, settings: Settings, is_node: bool = False
+    ) -> Communicator:
+        made = cls.__new__(cls)
+        made._settings = settings
+        made._open(transport, progress, None, is_node)
+        return made
+
+    def _open(
+        self,
+        transport: Transport,
+        progress: Progress,
+        guard: Guard | None,
+        is_node: bool = False,
+    ) -> None:
+        self.rank, self.size = transport.rank, transport.size
+        self._transport = transport
+        self._progress = progress
+        self._guard = guard
+        self._operations = Operations(transport, self._settings)
+        self._process = os.getpid()
+        self._sequence = 0
+        self._closed = False
+        self._top = False
+        self.node = (
+            self
+            if is_node
+            else Communicator._make(transport.node(), progress, self._settings, is_node=True)
+        )
+
+    def __repr__(self) -> str:
+        return f"Communicator(rank {self.rank} of {self.size}, {self._transport.name})"
+
+    # -- collectives -------------------------------------------------------------------------
+
+    def allreduce(
+        self, x: Any, op: str = "sum", *, algorithm: Algorithm = None, blocking: bool = True
+    ) -> Any:
+        """Combine all ranks' x element by element, in place, and return x.
+
+        op: sum, mean (over the ranks; floats only), min, max or prod; bool allows min and max.
+        """
+        return self._start(self._operations.allreduce(x, op, algorithm), blocking)
+
+    def reduce(
+        self,
+        x: Any,
+        root: int = 0,
+        op: str = "sum",
+        *,
+        algorithm: Algorithm = None,
+        blocking: bool = True,
+    ) -> Any:
+        """Combine all ranks' x in place at root; elsewhere x stays as it was. Returns x."""
+        return self._start(self._operations.reduce(x, root, op, algorithm), blocking)
+
+    def broadcast(
+        self, x: Any, root: int = 0, *, algorithm: Algorithm = None, blocking: bool = True
+    ) -> Any:
+        """Copy root's x over the x of every rank, in place, and return x."""
+        return self._start(self._operations.broadcast(x, root, algorithm), blocking)
+
+    def allgather(self, x: Any, *, algorithm: Algorithm = None, blocking: bool = True) -> Any:
+        """Return a new array of shape (size, *x.shape): row r is rank r's x."""
+        return self._start(self._operations.allgather(x, algorithm), blocking)
+
+    def reduce_scatter(
+        self, x: Any, op: str = "sum", *, algorithm: Algorithm = None, blocking: bool = True
+    ) -> Any:
+        """Combine all ranks' x and return this rank's part of the flat result, a new 1-D array.
+
+        The part is `chunks.bounds(x.size, size, rank)`; x stays as it was.
+        """
+        return self._start(self._operations.reduce_scatter(x, op, algorithm), blocking)
+
+    def gather(
+        self, x: Any, root: int = 0, *, algorithm: Algorithm = None, blocking: bool = True
+    ) -> Any:
+        """Return, at root, a new array of shape (size, *x.shape); None on the other ranks."""
+        return self._start(self._operations.gather(x, root, algorithm), blocking)
+
+    def scatter(
+        self, x: Any = None, root: int = 0, *, algorithm: Algorithm = None, blocking: bool = True
+    ) -> Any:
+        """Return row `rank` of root's x, a new array of shape x.shape[1:].
+
+        x needs to be given at root only, with a first axis of size.
+        """
+        return self._start(self._operations.scatter(x, root, algorithm), blocking)
+
+    def alltoall(self, x: Any, *, algorithm: Algorithm = None, blocking: bool = True) -> Any:
+        """Send row r of x to rank r; return a new array whose row r is what rank r sent here."""
+        return self._start(self._operations.alltoall(x, algorithm), blocking)
+
+    def barrier(self, *, blocking: bool = True) -> Any:
+        """Return when every rank has come."""
+        return self._start(self._operations.barrier(), blocking)
+
+    # -- point to point ----------------------------------------------------------------------
+
+    def send(self, x: Any, dst: int, tag: int = 0) -> None:
+        """Send x to rank dst; when it returns, x may be changed."""
+        self._start(self._operations.send(x, dst, tag), True)
+
+    def recv(self, x: Any, src: int, tag: int = 0) -> Any:
+        """Fill x with what rank src sent with this tag, and return x.
+
+        Raises: MismatchError where the message has another number of bytes.
+        """
+        return self._start(self._operations.recv(x, src, tag), True)
+
+    def isend(self, x: Any, dst: int, tag: int = 0) -> Work:
+        """Start to send x; the Work, or the communicator if it is dropped, keeps x alive."""
+        work: Work = self._start(self._operations.send(x, dst, tag), False)
+        return work
+
+    def irecv(self, x: Any, src: int, tag: int = 0) -> Work:
+        """Start to receive into x; wait() returns x."""
+        work: Work = self._start(self._operations.recv(x, src, tag), False)
+        return work
+
+    # -- plans and memory --------------------------------------------------------------------
+
+    def plan(self, collective: str, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+        """Decide a collective once, to run it many times on the same x.
+
+        collective: the name of a method, args and kwargs as it takes them (no `blocking`).
+        Returns: a function that runs it, collectively, and returns its result.
+        Raises: ValueError for an unknown name, and what the method raises for its arguments.
+        """
+        if collective not in _PLANNED:
+            raise ValueError(f"cannot plan {collective!r}; there is: {', '.join(_PLANNED)}")
+        prepared: Prepared = getattr(self._operations, collective)(*args, **kwargs)
+
+        def step() -> Any:
+            return self._start(prepared, True)
+
+        return step
+
+    def empty(self, shape: int | tuple[int, ...], dtype: Any = np.float32) -> Any:
+        """Return an uninitialised array in memory that suits this communicator's transports.
+
+        dtype: of NumPy or of torch; the array is of the same library.
+        """
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        family, _, name = (
+            str(dtype).rpartition(".") if "torch." in str(dtype) else ("numpy", "", "")
+        )
+        if family == "numpy":
+            return np.empty(shape, dtype)
+        return allocate(family, shape, dtype_named(name))
+
+    # -- groups ------------------------------------------------------------------------------
+
+    def split(self, color: int | None, key: int = 0) -> Communicator | None:
+        """Return the Communicator of the ranks that give the same color, ordered by (key, rank).
+
+        Collective. A rank that gives None gets None.
+        """
+        self._require_open()
+        group = self._transport.split(color, key)
+        if group is None:
+            return None
+        return Communicator._make(group, self._progress, self._settings)
+
+    def close(self) -> None:
+        """Finish what is in flight and give the group back; collective, and idempotent."""
+        if self._closed:
+            return
+        self._progress.drain(self._settings.timeout)
+        self._closed = True
+        if self.node is not self:
+            self.node.close()
+        if self._top:
+            self._progress.stop()
+        if self._guard is not None:
+            self._guard.release()
+        self._transport.close()
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # Closing is collective: a rank that fails must not wait there for the others.
+        if kind is None:
+            self.close()
+
+    # -- running -----------------------------------------------------------------------------
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise CommError(f"rank {self.rank}: the communicator is closed")
+        if os.getpid() != self._process:
+            raise CommError(
+                f"this process is a fork of rank {self.rank}, no rank of its own; call collectives "
+                "in the process that opened the communicator"
+            )
+
+    def _start(self, prepared: Prepared, blocking: bool) -> Any:
+        self._require_open()
+        tag = 0
+        if prepared.channel is Channel.COLLECTIVE:
+            tag = self._sequence
+            self._sequence = (tag + 1) % _TAGS
+
+        def make() -> Work:
+            return Work(prepared.run(tag), prepared.receipt, self._transport, self._progress)
+
+        work = self._progress.start(make, background=not blocking)
+        return work.wait() if blocking else work
+
+
+_PLANNED = (
+    "allreduce",
+    "reduce",
+    "broadcast",
+    "allgather",
+    "reduce_scatter",
+    "gather",
+    "scatter",
+    "alltoall",
+    "barrier",
+)

@@ -1,0 +1,107 @@
+"""Price a schedule on a cluster, in lockstep: a round takes as long as its slowest message.
+
+The model is Hockney's: a message of m bytes takes latency + m * seconds_per_byte (R. Hockney, "The
+communication challenge for MPP", 1994, section 2), extended by the time to add m bytes, and by
+ranks of one node that share its network cards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .schedule import Chunks, Moves, Peers, Round, Schedule, moves
+from .topology import Cluster, Link
+
+
+@dataclass(frozen=True)
+class Price:
+    """The simulated cost of a schedule.
+
+    seconds: lockstep makespan.  rounds: rounds in which anything moves.
+    bytes_sent: what the rank that sends most sends in all.
+    priced: rounds that had to be evaluated; like rounds are priced once.
+    """
+
+    seconds: float
+    rounds: int
+    bytes_sent: int
+    priced: int
+
+
+@dataclass(frozen=True)
+class _RoundPrice:
+    seconds: float
+    sent: npt.NDArray[np.int64]
+
+
+def price(schedule: Schedule, nbytes: int, cluster: Cluster, itemsize: int = 4) -> Price:
+    """Price one run of a schedule over a buffer of nbytes bytes.
+
+    nbytes is the whole flat buffer that the schedule cuts into chunks (for allgather the gathered
+    one, for alltoall all rows of all ranks). A chunk is priced at its largest size,
+    ceil(count / num_chunks) elements of itemsize bytes.
+
+    Raises: ValueError for a negative nbytes, or an itemsize below 1.
+    """
+    if nbytes < 0 or itemsize < 1:
+        raise ValueError(f"expected nbytes >= 0 and itemsize >= 1, got {nbytes} and {itemsize}")
+    count = -(-nbytes // itemsize)
+    chunk_bytes = -(-count // schedule.num_chunks) * itemsize
+    alike: dict[Chunks, Chunks] = {}
+    times: dict[tuple[Peers, Chunks, bool], int] = {}
+    for round in schedule.rounds:
+        like = alike.get(round.chunks)
+        if like is None:
+            like = alike[round.chunks] = round.chunks.alike()
+        key = (round.peers, like, round.reduce)
+        times[key] = times.get(key, 0) + 1
+    seconds = 0.0
+    rounds = 0
+    sent = np.zeros(schedule.size, dtype=np.int64)
+    for (peers, chunks, reduce), repeat in times.items():
+        one = _price_round(schedule, Round(peers, chunks, reduce), chunk_bytes, nbytes, cluster)
+        seconds += repeat * one.seconds
+        rounds += repeat * bool(one.sent.any() or one.seconds > 0)
+        sent += repeat * one.sent
+    return Price(seconds, rounds, int(sent.max(initial=0)), len(times))
+
+
+def _price_round(
+    schedule: Schedule, round: Round, chunk_bytes: int, nbytes: int, cluster: Cluster
+) -> _RoundPrice:
+    step = moves(round, schedule.size, schedule.num_chunks)
+    sent = np.zeros(schedule.size, dtype=np.int64)
+    if step.src.size == 0:
+        return _RoundPrice(0.0, sent)
+    message = np.minimum(step.length * chunk_bytes, nbytes)
+    sent[step.src] = message
+    travel = _travel(step, message, cluster)
+    added = message / cluster.reduce_bandwidth if round.reduce else 0.0
+    return _RoundPrice(float((travel + added).max()), sent)
+
+
+def _travel(
+    step: Moves, message: npt.NDArray[np.int64], cluster: Cluster
+) -> npt.NDArray[np.float64]:
+    """Return each message's seconds on its link, cards shared by the messages that use them."""
+
+    def over(link: Link, share: npt.NDArray[np.float64] | float) -> npt.NDArray[np.float64]:
+        return link.latency + message * share * link.seconds_per_byte
+
+    src_node = step.src // cluster.ranks_per_node
+    dst_node = step.dst // cluster.ranks_per_node
+    leaves = src_node != dst_node
+    intra = over(cluster.intra or cluster.inter, 1.0)
+    if not leaves.any():
+        return intra
+    num_nodes = int(max(src_node.max(), dst_node.max())) + 1
+    share = np.maximum(
+        *(
+            np.bincount(node[leaves], minlength=num_nodes)[node] / cluster.cards_per_node
+            for node in (src_node, dst_node)
+        )
+    )
+    return np.where(leaves, over(cluster.inter, np.maximum(share, 1.0)), intra)

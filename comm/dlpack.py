@@ -1,0 +1,89 @@
+"""Read a DLPack capsule: the memory of any array library, without importing that library.
+
+Source: DLPack, dlpack.h, structures DLTensor and DLManagedTensor (ABI version 0).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from .dtypes import DType, dtype_named
+
+HOST_DEVICES = (1, 3)
+"""kDLCPU and kDLCUDAHost (pinned memory)."""
+
+_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+class _Memory:
+    """Publish an address to NumPy and keep the capsule that owns it alive."""
+
+    def __init__(self, capsule: Any, interface: dict[str, Any]) -> None:
+        self.capsule = capsule
+        self.__array_interface__ = interface
+
+
+def read_host(x: Any) -> tuple[np.ndarray[Any, np.dtype[Any]], DType]:
+    """Return a strided NumPy view of x's host memory, and its element type.
+
+    x has `__dlpack__` and `__dlpack_device__`. Nothing is copied; the view keeps the memory alive.
+
+    Raises: TypeError for memory of a device, or an element type that the table lacks.
+    """
+    device = int(x.__dlpack_device__()[0])
+    if device not in HOST_DEVICES:
+        raise TypeError(
+            f"{type(x).__name__} lies in device memory (DLPack device type {device}); "
+            "only host memory can be moved here"
+        )
+    capsule = x.__dlpack__()
+    pointer = _get_pointer()(capsule, b"dltensor")
+    tensor = ctypes.cast(pointer, ctypes.POINTER(_Tensor)).contents
+    dtype = _dtype(tensor)
+    shape = tuple(tensor.shape[axis] for axis in range(tensor.ndim))
+    if 0 in shape:
+        # Memory of no elements may have no address.
+        return np.empty(shape, dtype.storage), dtype
+    strides = None
+    if tensor.strides:
+        strides = tuple(tensor.strides[axis] * dtype.itemsize for axis in range(tensor.ndim))
+    interface = {
+        "version": 3,
+        "shape": shape,
+        "strides": strides,
+        "typestr": dtype.storage.str,
+        "data": (tensor.data + tensor.byte_offset, False),
+    }
+    return np.asarray(_Memory(capsule, interface)), dtype
+
+
+def _get_pointer() -> Any:
+    function = ctypes.pythonapi.PyCapsule_GetPointer
+    function.restype = ctypes.c_void_p
+    function.argtypes = [ctypes.py_object, ctypes.c_char_p]
+    return function
+
+
+def _dtype(tensor: _Tensor) -> DType:
+    code = _CODES.get(tensor.code, f"code{tensor.code}_")
+    if tensor.lanes != 1:
+        raise TypeError(f"DLPack elements of {tensor.lanes} lanes are not supported")
+    return dtype_named(code if code == "bool" else f"{code}{tensor.bits}")

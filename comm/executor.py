@@ -1,0 +1,157 @@
+"""Run one rank's program over messages: the reference interpreter, for any transport.
+
+A round's pieces travel in segments, a few in flight at a time, and a segment is added while the
+next ones are on their way. Segment k is added only when segment k has been both received and sent:
+a rank may be sending the very memory that it adds to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .program import Op, Program
+from .transport.base import Channel, Request, Transport
+from .work import Steps
+
+WINDOW = 4
+"""Segments of one direction in flight."""
+
+Array = npt.NDArray[Any]
+Combine = Callable[[Array, Array], None]
+"""target, incoming: target[:] = target op incoming."""
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How what arrives is added.
+
+    add: into `target`, or into `accumulator` where there is one.
+    widen: accumulator piece <- target piece.  narrow: target piece <- accumulator piece.
+    """
+
+    add: Combine
+    accumulator: Array | None = None
+    widen: Combine | None = None
+    narrow: Combine | None = None
+
+
+def nothing(target: Array, incoming: Array) -> None:
+    """Add nothing: for programs that only move, and barriers."""
+
+
+MOVE = Arithmetic(nothing)
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Where a program's messages travel.
+
+    segment_bytes: the largest single message; both ends must use the same.
+    """
+
+    transport: Transport
+    channel: Channel
+    tag: int
+    segment_bytes: int
+
+
+def execute(
+    program: Program,
+    lane: Lane,
+    source: Array,
+    target: Array,
+    arithmetic: Arithmetic = MOVE,
+) -> Steps:
+    """Run a program from flat `source` to flat `target`, which may be one array.
+
+    Yields the requests that it waits for, whenever it has to wait.
+    """
+    segment = max(1, lane.segment_bytes // source.itemsize)
+    scratch = _scratch(program, segment, target)
+    total = target if arithmetic.accumulator is None else arithmetic.accumulator
+    for rows in program.rounds():
+        _local(rows, target, arithmetic)
+        sends = _segments(rows, (Op.SEND,), segment)
+        receives = _segments(rows, (Op.RECV, Op.RECV_REDUCE), segment)
+        flying: list[tuple[list[Request], _Segment | None, Array]] = []
+        for slot, (send, receive) in enumerate(zip_longest(sends, receives)):
+            requests: list[Request] = []
+            arrived = scratch
+            if receive is not None:
+                arrived = _landing(receive, target, scratch, slot, segment)
+                requests.append(
+                    lane.transport.irecv(
+                        arrived.view(np.uint8), receive.peer, lane.tag, lane.channel
+                    )
+                )
+            if send is not None:
+                data = source[send.offset : send.offset + send.count].view(np.uint8)
+                requests.append(lane.transport.isend(data, send.peer, lane.tag, lane.channel))
+            flying.append((requests, receive, arrived))
+            if len(flying) == WINDOW:
+                yield from _finish(flying.pop(0), total, arithmetic)
+        while flying:
+            yield from _finish(flying.pop(0), total, arithmetic)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    op: Op
+    peer: int
+    offset: int
+    count: int
+
+
+def _segments(
+    rows: list[tuple[Op, int, int, int]], ops: tuple[Op, ...], segment: int
+) -> Iterator[_Segment]:
+    for op, peer, offset, count in rows:
+        if op in ops:
+            for low in range(0, count, segment):
+                yield _Segment(op, peer, offset + low, min(segment, count - low))
+
+
+def _scratch(program: Program, segment: int, target: Array) -> Array:
+    """Return memory for what arrives to be added: a segment for each one in flight."""
+    added = program.rows[program.rows[:, 1] == Op.RECV_REDUCE, 4]
+    largest = min(segment, int(added.max(initial=0)))
+    return np.empty(WINDOW * largest, target.dtype)
+
+
+def _landing(receive: _Segment, target: Array, scratch: Array, slot: int, segment: int) -> Array:
+    if receive.op == Op.RECV:
+        return target[receive.offset : receive.offset + receive.count]
+    start = slot % WINDOW * (scratch.size // WINDOW)
+    return scratch[start : start + receive.count]
+
+
+def _local(rows: list[tuple[Op, int, int, int]], target: Array, arithmetic: Arithmetic) -> None:
+    for op, _, offset, count in rows:
+        if op in (Op.WIDEN, Op.NARROW):
+            assert arithmetic.accumulator is not None and arithmetic.widen and arithmetic.narrow
+            wide = arithmetic.accumulator[offset : offset + count]
+            piece = target[offset : offset + count]
+            if op == Op.WIDEN:
+                arithmetic.widen(wide, piece)
+            else:
+                arithmetic.narrow(piece, wide)
+
+
+def _finish(
+    entry: tuple[list[Request], _Segment | None, Array], total: Array, arithmetic: Arithmetic
+) -> Iterator[list[Request]]:
+    requests, receive, arrived = entry
+    while True:
+        requests = [request for request in requests if not request.done()]
+        if not requests:
+            break
+        yield requests
+    if receive is not None and receive.op == Op.RECV_REDUCE:
+        arithmetic.add(total[receive.offset : receive.offset + receive.count], arrived)

@@ -1,0 +1,66 @@
+"""End the whole job when one rank fails, and tell the others when one leaves."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from types import TracebackType
+
+from .progress import Progress
+from .transport.base import Transport
+
+_DRAIN = 60.0
+"""Seconds that a leaving rank gives the messages it still has in flight."""
+
+_FAILED = 1
+
+
+class Guard:
+    """Watch over one rank's process while a communicator over several processes is open.
+
+    An uncaught exception is reported by the hook that was there before, then the job is aborted
+    on all ranks. An ordinary end sends what is in flight and leaves a notice, so that a rank that
+    still waits for this one learns it.
+    """
+
+    def __init__(self, transport: Transport, progress: Progress) -> None:
+        self._transport = transport
+        self._progress = progress
+        self._process = os.getpid()
+        self._before = sys.excepthook
+        self._hook = self._report_and_abort
+        sys.excepthook = self._hook
+        atexit.register(self._leave)
+
+    def _report_and_abort(
+        self,
+        kind: type[BaseException],
+        error: BaseException,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            self._before(kind, error, traceback)
+        finally:
+            if os.getpid() == self._process:
+                print(
+                    f"ringfold: rank {self._transport.rank} of {self._transport.size} failed with "
+                    f"{kind.__name__}; ending the job on every rank",
+                    file=sys.stderr,
+                )
+                sys.stdout.flush()
+                sys.stderr.flush()
+                self._transport.abort(_FAILED)
+
+    def _leave(self) -> None:
+        if os.getpid() != self._process:
+            return
+        self._progress.drain(_DRAIN)
+        self._progress.stop()
+        self._transport.leave()
+
+    def release(self) -> None:
+        """Stop watching, and put the earlier hook back unless another took its place."""
+        atexit.unregister(self._leave)
+        if sys.excepthook == self._hook:
+            sys.excepthook = self._before

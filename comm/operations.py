@@ -1,0 +1,381 @@
+"""Each operation prepared: checked, its buffers viewed, its schedule lowered; ready to run.
+
+A preparation does everything that can go wrong with the arguments, and sends nothing. Running it
+moves the messages; a plan runs one preparation many times.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from .algorithms import build
+from .arithmetic import reduction
+from .buffer import Buffer, allocate, wrap
+from .chunks import bounds
+from .collective import COLLECTIVES
+from .dtypes import DTYPES, DType
+from .errors import CommError, ScheduleError
+from .executor import Lane, execute
+from .program import Op, Program, lower
+from .schedule import Schedule
+from .select import choose
+from .settings import Settings
+from .transport.base import Channel, Transport
+from .verify import verify
+from .work import Receipt, Steps
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One operation, ready to run any number of times.
+
+    run: given the lane's tag, does it; the generator returns the operation's result.
+    """
+
+    receipt: Receipt
+    channel: Channel
+    run: Callable[[int], Steps]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A schedule lowered for this rank, and why it was taken."""
+
+    schedule: Schedule
+    program: Program
+    algorithm: str
+    reason: str
+    raw_reduce: bool
+
+
+class Operations:
+    """Prepare operations for one rank of one group."""
+
+    def __init__(self, transport: Transport, settings: Settings) -> None:
+        self._transport = transport
+        self._settings = settings
+        self._rank, self._size = transport.rank, transport.size
+        self._lowered = lru_cache(maxsize=256)(self._lower_named)
+        self._proven = lru_cache(maxsize=64)(verify)
+
+    # -- collectives -------------------------------------------------------------------------
+
+    def allreduce(
+        self, x: Any, op: str = "sum", algorithm: str | Schedule | None = None
+    ) -> Prepared:
+        buffer = wrap(x, writable=True)
+        buffer.dtype.require(op)
+        return self._reduce_in_place("allreduce", buffer, buffer, op, algorithm, 0)
+
+    def reduce(
+        self, x: Any, root: int = 0, op: str = "sum", algorithm: str | Schedule | None = None
+    ) -> Prepared:
+        root = self._root(root)
+        buffer = wrap(x, writable=self._rank == root)
+        buffer.dtype.require(op)
+        # Only the root's buffer holds a result; elsewhere partial sums are made in a copy.
+        inner = buffer if self._rank == root else _copy(buffer)
+        return self._reduce_in_place("reduce", buffer, inner, op, algorithm, root)
+
+    def _reduce_in_place(
+        self,
+        name: str,
+        buffer: Buffer,
+        inner: Buffer,
+        op: str,
+        algorithm: str | Schedule | None,
+        root: int,
+    ) -> Prepared:
+        flat, dtype = inner.flat, inner.dtype
+        chosen = self._choose(name, flat.size, dtype, algorithm, root)
+        how = reduction(chosen.program, flat, dtype, op, self._size, chosen.raw_reduce)
+
+        def run(tag: int) -> Steps:
+            if inner is buffer:
+                buffer.stage()
+            else:
+                np.copyto(flat, buffer.view.reshape(-1))
+            how.begin()
+            yield from execute(how.program, self._lane(tag), how.work, how.work, how.arithmetic)
+            if inner is buffer:
+                how.finish()
+                buffer.commit()
+            return buffer.owner
+
+        return self._prepared(name, chosen, flat.nbytes, run)
+
+    def reduce_scatter(
+        self, x: Any, op: str = "sum", algorithm: str | Schedule | None = None
+    ) -> Prepared:
+        buffer = wrap(x, writable=False)
+        dtype = buffer.dtype
+        dtype.require(op)
+        inner = _copy(buffer)
+        chosen = self._choose("reduce_scatter", inner.flat.size, dtype, algorithm, 0)
+        how = reduction(chosen.program, inner.flat, dtype, op, self._size, chosen.raw_reduce)
+        low, high = bounds(inner.flat.size, self._size, self._rank)
+
+        def run(tag: int) -> Steps:
+            np.copyto(inner.flat, buffer.view.reshape(-1))
+            how.begin()
+            yield from execute(how.program, self._lane(tag), how.work, how.work, how.arithmetic)
+            how.finish()
+            result = buffer.like((high - low,))
+            wrap(result, writable=True).flat[...] = inner.flat[low:high]
+            return result
+
+        return self._prepared("reduce_scatter", chosen, inner.flat.nbytes, run)
+
+    def broadcast(self, x: Any, root: int = 0, algorithm: str | Schedule | None = None) -> Prepared:
+        root = self._root(root)
+        buffer = wrap(x, writable=self._rank != root)
+        chosen = self._choose("broadcast", buffer.flat.size, buffer.dtype, algorithm, root)
+
+        def run(tag: int) -> Steps:
+            buffer.stage()
+            yield from execute(chosen.program, self._lane(tag), buffer.flat, buffer.flat)
+            if self._rank != root:
+                buffer.commit()
+            return buffer.owner
+
+        return self._prepared("broadcast", chosen, buffer.flat.nbytes, run)
+
+    def allgather(self, x: Any, algorithm: str | Schedule | None = None) -> Prepared:
+        buffer = wrap(x, writable=False)
+        count = buffer.flat.size
+        chosen = self._choose("allgather", count * self._size, buffer.dtype, algorithm, 0)
+
+        def run(tag: int) -> Steps:
+            buffer.stage()
+            result = buffer.like((self._size, *buffer.shape))
+            flat = wrap(result, writable=True).flat
+            flat[self._rank * count : (self._rank + 1) * count] = buffer.flat
+            yield from execute(chosen.program, self._lane(tag), flat, flat)
+            return result
+
+        return self._prepared("allgather", chosen, buffer.flat.nbytes * self._size, run)
+
+    def gather(self, x: Any, root: int = 0, algorithm: str | Schedule | None = None) -> Prepared:
+        root = self._root(root)
+        buffer = wrap(x, writable=False)
+        count = buffer.flat.size
+        chosen = self._choose("gather", count * self._size, buffer.dtype, algorithm, root)
+
+        def run(tag: int) -> Steps:
+            buffer.stage()
+            # Ranks below the root may collect a subtree's parts on the way; memory that is never
+            # touched costs nothing.
+            result = buffer.like((self._size, *buffer.shape)) if self._rank == root else None
+            flat = (
+                np.empty(count * self._size, buffer.flat.dtype)
+                if result is None
+                else wrap(result, writable=True).flat
+            )
+            flat[self._rank * count : (self._rank + 1) * count] = buffer.flat
+            yield from execute(chosen.program, self._lane(tag), flat, flat)
+            return result
+
+        return self._prepared("gather", chosen, buffer.flat.nbytes * self._size, run)
+
+    def scatter(
+        self, x: Any = None, root: int = 0, algorithm: str | Schedule | None = None
+    ) -> Prepared:
+        root = self._root(root)
+        header = np.zeros(_HEADER_BYTES, np.uint8)
+        buffer = None
+        if self._rank == root:
+            buffer = wrap(x, writable=False)
+            self._require_rows(buffer)
+            _write_header(header, buffer)
+        announce = self._choose("broadcast", header.size, DTYPES["uint8"], None, root)
+        name = algorithm if algorithm is not None else "tree"
+
+        def run(tag: int) -> Steps:
+            yield from execute(announce.program, self._lane(tag), header, header)
+            family, dtype, shape = _read_header(header)
+            count = int(np.prod(shape, dtype=np.int64))
+            chosen = self._choose("scatter", count * self._size, dtype, name, root)
+            if buffer is None:
+                result = allocate(family, shape, dtype)
+                flat = np.empty(count * self._size, dtype.storage)
+            else:
+                buffer.stage()
+                result = buffer.like(shape)
+                flat = buffer.flat
+            yield from execute(chosen.program, self._lane(tag), flat, flat)
+            own = flat[self._rank * count : (self._rank + 1) * count]
+            wrap(result, writable=True).flat[...] = own
+            return result
+
+        nbytes = 0 if buffer is None else buffer.flat.nbytes
+        shown = replace(announce, algorithm=_name(name), reason="scatter announces its shape first")
+        return self._prepared("scatter", shown, nbytes, run)
+
+    def alltoall(self, x: Any, algorithm: str | Schedule | None = None) -> Prepared:
+        buffer = wrap(x, writable=False)
+        self._require_rows(buffer)
+        count = buffer.flat.size
+        row = count // self._size
+        chosen = self._choose("alltoall", count, buffer.dtype, algorithm, 0)
+
+        def run(tag: int) -> Steps:
+            buffer.stage()
+            result = buffer.like(buffer.shape)
+            flat = wrap(result, writable=True).flat
+            own = slice(self._rank * row, (self._rank + 1) * row)
+            flat[own] = buffer.flat[own]
+            yield from execute(chosen.program, self._lane(tag), buffer.flat, flat)
+            return result
+
+        return self._prepared("alltoall", chosen, buffer.flat.nbytes, run)
+
+    def barrier(self) -> Prepared:
+        token = np.zeros(1, np.uint8)
+        chosen = self._choose("barrier", 1, DTYPES["uint8"], None, 0)
+
+        def run(tag: int) -> Steps:
+            yield from execute(chosen.program, self._lane(tag), token, token)
+
+        return self._prepared("barrier", chosen, 0, run)
+
+    # -- point to point ----------------------------------------------------------------------
+
+    def send(self, x: Any, dst: int, tag: int = 0) -> Prepared:
+        buffer = wrap(x, writable=False)
+        return self._message("send", Op.SEND, buffer, self._peer(dst, "dst"), self._tag(tag))
+
+    def recv(self, x: Any, src: int, tag: int = 0) -> Prepared:
+        buffer = wrap(x, writable=True)
+        return self._message("recv", Op.RECV, buffer, self._peer(src, "src"), self._tag(tag))
+
+    def _message(self, name: str, op: Op, buffer: Buffer, peer: int, tag: int) -> Prepared:
+        transport = self._transport
+        data = buffer.flat.view(np.uint8)
+        limit = self._settings.max_message_bytes
+        start = transport.isend if op is Op.SEND else transport.irecv
+
+        def run(_: int) -> Steps:
+            buffer.stage()
+            # All pieces at once, in the caller's order: the pieces of two messages with the same
+            # tag must not interleave. A message of no bytes is a message.
+            pending = [
+                start(data[low : low + limit], peer, tag, Channel.POINT_TO_POINT)
+                for low in range(0, max(data.size, 1), limit)
+            ]
+            while pending := [request for request in pending if not request.done()]:
+                yield pending
+            if op is Op.RECV:
+                buffer.commit()
+            return buffer.owner
+
+        receipt = Receipt(name, "message", transport.name, 1, data.size)
+        return Prepared(receipt, Channel.POINT_TO_POINT, run)
+
+    # -- choices and checks ------------------------------------------------------------------
+
+    def _choose(
+        self, name: str, count: int, dtype: DType, algorithm: str | Schedule | None, root: int
+    ) -> Chosen:
+        if isinstance(algorithm, Schedule):
+            return self._lower_given(name, count, algorithm, root)
+        collective = COLLECTIVES[name]
+        reason = "named by the caller"
+        if algorithm is None:
+            algorithm, reason = choose(name, count * dtype.itemsize, dtype, collective.reduces)
+        schedule, program = self._lowered(name, algorithm, root, count)
+        # The pairwise builders' promise, which a test proves for every size.
+        return Chosen(schedule, program, algorithm, reason, algorithm == "pairwise")
+
+    def _lower_named(
+        self, name: str, algorithm: str, root: int, count: int
+    ) -> tuple[Schedule, Program]:
+        schedule = build(name, algorithm, self._size, root)
+        return schedule, lower(schedule, self._rank, count)
+
+    def _lower_given(self, name: str, count: int, schedule: Schedule, root: int) -> Chosen:
+        for what, given, needed in (
+            ("collective", schedule.collective.name, name),
+            ("size", schedule.size, self._size),
+            ("root", schedule.root, root),
+        ):
+            if given != needed:
+                raise ScheduleError(f"the schedule's {what} is {given}, this call's is {needed}")
+        proof = self._proven(schedule)
+        program = lower(schedule, self._rank, count)
+        return Chosen(schedule, program, "schedule", "passed by the caller", proof.raw_reduce)
+
+    def _prepared(
+        self, name: str, chosen: Chosen, nbytes: int, run: Callable[[int], Steps]
+    ) -> Prepared:
+        receipt = Receipt(
+            name,
+            chosen.algorithm,
+            self._transport.name,
+            chosen.schedule.num_chunks,
+            nbytes,
+            chosen.reason,
+        )
+        return Prepared(receipt, Channel.COLLECTIVE, run)
+
+    def _lane(self, tag: int) -> Lane:
+        settings = self._settings
+        segment = min(settings.segment_bytes, settings.max_message_bytes)
+        return Lane(self._transport, Channel.COLLECTIVE, tag, segment)
+
+    def _root(self, root: int) -> int:
+        return self._peer(root, "root")
+
+    def _peer(self, rank: int, what: str) -> int:
+        rank = operator.index(rank)
+        if not 0 <= rank < self._size:
+            raise ValueError(
+                f"{what} {rank} is outside 0..{self._size - 1}, the ranks of this group"
+            )
+        return rank
+
+    def _tag(self, tag: int) -> int:
+        tag = operator.index(tag)
+        if not 0 <= tag <= self._transport.max_tag:
+            raise ValueError(f"tag {tag} is outside 0..{self._transport.max_tag}")
+        return tag
+
+    def _require_rows(self, buffer: Buffer) -> None:
+        if not buffer.shape or buffer.shape[0] != self._size:
+            raise ValueError(
+                f"x: expected a first axis of {self._size}, a row per rank, got shape "
+                f"{buffer.shape}"
+            )
+
+
+def _copy(buffer: Buffer) -> Buffer:
+    """Return a private buffer of the same shape, holding nothing yet."""
+    memory = np.empty(buffer.shape, buffer.flat.dtype)
+    return Buffer(memory, memory, memory.reshape(-1), buffer.dtype, "numpy")
+
+
+def _name(algorithm: str | Schedule) -> str:
+    return algorithm if isinstance(algorithm, str) else "schedule"
+
+
+_HEADER_BYTES = 512
+
+
+def _write_header(header: np.ndarray[Any, np.dtype[np.uint8]], buffer: Buffer) -> None:
+    text = json.dumps([buffer.family, buffer.dtype.name, buffer.shape[1:]]).encode()
+    if len(text) > header.size:
+        raise CommError(f"a shape of {len(buffer.shape)} axes does not fit the scatter header")
+    header[: len(text)] = np.frombuffer(text, np.uint8)
+
+
+def _read_header(
+    header: np.ndarray[Any, np.dtype[np.uint8]],
+) -> tuple[str, DType, tuple[int, ...]]:
+    family, dtype, shape = json.loads(header.tobytes().rstrip(b"\0"))
+    return family, DTYPES[dtype], tuple(shape)

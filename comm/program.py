@@ -1,0 +1,142 @@
+"""Lower a schedule to one rank's program: a small integer table that a transport interprets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from .chunks import begin, nested_begin, ranges
+from .collective import ALLTOALL
+from .errors import ScheduleError
+from .schedule import NOBODY, Round, Schedule
+
+
+class Op(IntEnum):
+    """What a row does with `count` elements at `offset`.
+
+    SEND and RECV move them; RECV_REDUCE adds what arrives to them. WIDEN copies a rank's own
+    half-width elements into the float32 accumulator, NARROW rounds the accumulator back.
+    """
+
+    SEND = 0
+    RECV = 1
+    RECV_REDUCE = 2
+    WIDEN = 3
+    NARROW = 4
+
+
+@dataclass(frozen=True)
+class Program:
+    """One rank's part of a schedule.
+
+    rows: int64 table of (round, op, peer, offset, count), in order of round; offsets and counts in
+    elements. Sends read the source buffer, everything else works on the target; they are the same
+    buffer except in an alltoall.
+    """
+
+    rows: npt.NDArray[np.int64]
+
+    def rounds(self) -> list[list[tuple[Op, int, int, int]]]:
+        """Return the rows as (op, peer, offset, count), grouped by round."""
+        grouped: list[list[tuple[Op, int, int, int]]] = []
+        last = -1
+        for index, op, peer, offset, count in self.rows.tolist():
+            if index != last:
+                grouped.append([])
+                last = index
+            grouped[-1].append((Op(op), peer, offset, count))
+        return grouped
+
+
+def lower(schedule: Schedule, rank: int, count: int) -> Program:
+    """Evaluate a schedule at one rank for a flat buffer of `count` elements.
+
+    Pieces without elements move nothing, on either side.
+
+    Raises: ScheduleError for an alltoall schedule that forwards a chunk, as there is no memory to
+    keep it in.
+    """
+    rows: list[tuple[int, int, int, int, int]] = []
+    for index, round in enumerate(schedule.rounds):
+        dst = int(round.peers.dst(rank, schedule.size))
+        src = int(round.peers.src(rank, schedule.size))
+        if dst != NOBODY:
+            for offset, length in _pieces(schedule, round, rank, count, sending=True):
+                rows.append((index, Op.SEND, dst, offset, length))
+        if src != NOBODY:
+            op = Op.RECV_REDUCE if round.reduce else Op.RECV
+            for offset, length in _pieces(schedule, round, src, count, sending=False):
+                rows.append((index, op, src, offset, length))
+        if schedule.collective is ALLTOALL:
+            _refuse_forwarding(schedule, round, index, rank, dst)
+    return Program(np.array(rows, dtype=np.int64).reshape(-1, 5))
+
+
+def _pieces(
+    schedule: Schedule, round: Round, sender: int, count: int, sending: bool
+) -> list[tuple[int, int]]:
+    """Return (offset, count) of the contiguous pieces that `sender` sends in a round."""
+    size, num_chunks = schedule.size, schedule.num_chunks
+    first, length = round.chunks.span(sender, size, num_chunks)
+    pieces = []
+    for low, high in ranges(int(first), int(length), num_chunks):
+        if schedule.collective is ALLTOALL:
+            # A row's cells lie side by side in the source, a column's in the target.
+            begins = [cell % size if sending else cell // size for cell in range(low, high)]
+            pieces += [(begin(count, size, at), begin(count, size, at + 1)) for at in begins]
+        elif schedule.collective.owned:
+            pieces.append(
+                (nested_begin(count, size, num_chunks, low), _owned_end(schedule, count, high))
+            )
+        else:
+            pieces.append((begin(count, num_chunks, low), begin(count, num_chunks, high)))
+    return [(offset, end - offset) for offset, end in pieces if end > offset]
+
+
+def _owned_end(schedule: Schedule, count: int, high: int) -> int:
+    if high == schedule.num_chunks:
+        return count
+    return nested_begin(count, schedule.size, schedule.num_chunks, high)
+
+
+def _refuse_forwarding(schedule: Schedule, round: Round, index: int, rank: int, dst: int) -> None:
+    if dst == NOBODY:
+        return
+    first, length = round.chunks.span(rank, schedule.size, schedule.num_chunks)
+    for low, high in ranges(int(first), int(length), schedule.num_chunks):
+        for cell in range(low, high):
+            if (cell // schedule.size, cell % schedule.size) != (rank, dst):
+                raise ScheduleError(
+                    f"forwards a chunk to rank {dst}; an alltoall can be run only where chunks go "
+                    "straight to their place",
+                    round=index,
+                    rank=rank,
+                    chunk=cell,
+                )
+
+
+def with_accumulator(program: Program) -> Program:
+    """Insert WIDEN before a piece's first addition, and NARROW before it is used again.
+
+    For schedules whose added messages are raw contributions (Proof.raw_reduce): half-width data
+    travels at half width, and every sum is added in float32 and rounded once.
+    """
+    rows: list[list[int]] = []
+    open_pieces: list[tuple[int, int]] = []
+    for index, op, peer, offset, count in program.rows.tolist():
+        if op == Op.RECV_REDUCE:
+            if (offset, count) not in open_pieces:
+                open_pieces.append((offset, count))
+                rows.append([index, Op.WIDEN, -1, offset, count])
+        else:
+            for piece in list(open_pieces):
+                if piece[0] < offset + count and offset < piece[0] + piece[1]:
+                    open_pieces.remove(piece)
+                    rows.append([index, Op.NARROW, -1, *piece])
+        rows.append([index, op, peer, offset, count])
+    last = int(program.rows[-1, 0]) + 1 if len(program.rows) else 0
+    rows += [[last, Op.NARROW, -1, *piece] for piece in open_pieces]
+    return Program(np.array(rows, dtype=np.int64).reshape(-1, 5))

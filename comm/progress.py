@@ -1,0 +1,159 @@
+"""Advance the works of a rank while its program does other things.
+
+Works advance in the order they were started, under one lock, by whoever comes: the rank that waits
+for one, or a background thread that looks now and then while nobody waits.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from .errors import CommTimeout, PeerLost
+from .work import Work
+
+_LOOK = 100e-6
+"""Seconds between two looks of the background thread while works are in flight."""
+
+_CHECK = 0.05
+"""Seconds between two checks for lost peers and for the deadline while waiting."""
+
+
+class Progress:
+    """The works of one rank, over all of its communicators."""
+
+    def __init__(self, timeout: float, threads: bool) -> None:
+        """timeout: seconds.  threads: whether a background thread may use the transports."""
+        self.timeout = timeout
+        self._threads = threads
+        self._works: list[Work] = []
+        self._lock = threading.RLock()
+        self._wake = threading.Condition(threading.Lock())
+        self._waiting = 0
+        self._thread: threading.Thread | None = None
+        self._stopped = False
+
+    def start(self, make: Callable[[], Work], background: bool) -> Work:
+        """Make a work, which starts it, and look after it until it has ended.
+
+        background: it is to advance also while nobody waits for it.
+        """
+        with self._lock:
+            self._advance_all()
+            work = make()
+            if not work.ended:
+                self._works.append(work)
+        if background and not work.ended and self._threads and not self._stopped:
+            self._notify()
+        return work
+
+    @property
+    def idle(self) -> bool:
+        """Tell whether no work is in flight."""
+        return not self._works
+
+    def advance(self) -> None:
+        """Advance all works once; does nothing where another thread is at it."""
+        if self._lock.acquire(blocking=False):
+            try:
+                self._advance_all()
+            finally:
+                self._lock.release()
+
+    def _advance_all(self) -> None:
+        self._works = [work for work in self._works if not work.advance()]
+
+    def wait(self, work: Work, timeout: float | None = None) -> None:
+        """Advance works until `work` has ended.
+
+        Raises: CommTimeout when time is up; PeerLost where a peer that is waited for is gone.
+        """
+        with self._lock:
+            self._waiting += 1
+        try:
+            watch = Watch(work, self.timeout if timeout is None else timeout)
+            while True:
+                with self._lock:
+                    self._advance_all()
+                if work.ended:
+                    return
+                watch.pause()
+        except PeerLost as error:
+            # What waits for a lost rank will never end; its buffers may be let go.
+            with self._lock:
+                work.fail(error)
+            raise
+        finally:
+            with self._lock:
+                self._waiting -= 1
+            if not self.idle and self._thread is not None:
+                self._notify()
+
+    def drain(self, timeout: float) -> None:
+        """Advance until nothing is in flight, the works' own errors aside."""
+        end = time.monotonic() + timeout
+        while not self.idle and time.monotonic() < end:
+            self.advance()
+            time.sleep(_LOOK)
+
+    def stop(self) -> None:
+        """End the background thread; works go on advancing in wait() and done()."""
+        self._stopped = True
+        thread = self._thread
+        if thread is not None:
+            with self._wake:
+                self._wake.notify_all()
+            thread.join()
+            self._thread = None
+
+    def _notify(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._background, name="ringfold-progress", daemon=True
+            )
+            self._thread.start()
+        with self._wake:
+            self._wake.notify_all()
+
+    def _background(self) -> None:
+        while not self._stopped:
+            if self.idle or self._waiting:
+                with self._wake:
+                    if not self._stopped and (self.idle or self._waiting):
+                        self._wake.wait(0.5)
+                continue
+            self.advance()
+            time.sleep(_LOOK)
+
+
+class Watch:
+    """The patience of one waiting rank: pauses, looks for lost peers, and knows when time is up."""
+
+    def __init__(self, work: Work, timeout: float) -> None:
+        self._work = work
+        self._timeout = timeout
+        self._start = self._checked = time.monotonic()
+        self._spins = 0
+
+    def pause(self) -> None:
+        """Let others run.
+
+        Raises: PeerLost, CommTimeout.
+        """
+        transport = self._work.transport
+        self._spins += 1
+        transport.pause(self._spins)
+        now = time.monotonic()
+        if now - self._checked < min(_CHECK, self._timeout):
+            return
+        self._checked = now
+        peers = sorted({request.peer for request in self._work.pending})
+        transport.check(peers)
+        waited = now - self._start
+        if waited >= self._timeout:
+            receipt = self._work.receipt
+            raise CommTimeout(
+                f"rank {transport.rank} waited {waited:.1f} s in {receipt.operation} "
+                f"({receipt.algorithm}, {receipt.nbytes} bytes) for ranks {peers}"
+            )

@@ -1,0 +1,201 @@
+"""A collective algorithm as data: rounds of (who talks to whom, which chunks move, reduce or copy).
+
+Rules are formulas over one rank or an array of ranks, so that the same schedule is executed by one
+rank, proven over all ranks, and priced at a hundred thousand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .collective import Collective
+from .errors import ScheduleError
+
+NOBODY = -1
+"""The peer of a rank that sits a direction of a round out."""
+
+Ranks = Any
+"""One rank (int) or an integer array of ranks; a rule returns the same shape."""
+
+
+class Peers:
+    """Who talks to whom in a round; subclass as a frozen dataclass and give both directions."""
+
+    def dst(self, rank: Ranks, size: int) -> Ranks:
+        """Return the rank that `rank` sends to, or NOBODY."""
+        raise NotImplementedError
+
+    def src(self, rank: Ranks, size: int) -> Ranks:
+        """Return the rank that `rank` receives from, or NOBODY."""
+        raise NotImplementedError
+
+
+class Chunks:
+    """Which chunks a rank sends in a round; it receives what its source sends."""
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        """Return (first, length): chunks first, first + 1, ... modulo num_chunks."""
+        raise NotImplementedError
+
+    def alike(self) -> Chunks:
+        """Return one representative of all rules that give every rank the same length.
+
+        Rounds that are alike cost the same, and are priced once.
+        """
+        return self
+
+
+@dataclass(frozen=True)
+class Shift(Peers):
+    """Send `by` ranks ahead around the ring, receive from as many behind."""
+
+    by: int
+
+    def dst(self, rank: Ranks, size: int) -> Ranks:
+        return (rank + self.by) % size
+
+    def src(self, rank: Ranks, size: int) -> Ranks:
+        return (rank - self.by) % size
+
+
+@dataclass(frozen=True)
+class Reverse(Peers):
+    """Swap the directions of another peers rule."""
+
+    of: Peers
+
+    def dst(self, rank: Ranks, size: int) -> Ranks:
+        return self.of.src(rank, size)
+
+    def src(self, rank: Ranks, size: int) -> Ranks:
+        return self.of.dst(rank, size)
+
+
+@dataclass(frozen=True)
+class All(Chunks):
+    """Send every chunk."""
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        zero = rank * 0
+        return zero, zero + num_chunks
+
+
+@dataclass(frozen=True)
+class Rotated(Chunks):
+    """Send the one chunk `offset` places from the rank's own number, modulo num_chunks."""
+
+    offset: int
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        return (rank + self.offset) % num_chunks, rank * 0 + 1
+
+    def alike(self) -> Chunks:
+        return Rotated(0)
+
+
+@dataclass(frozen=True)
+class AllBut(Chunks):
+    """Send every chunk except the one that `Rotated(offset)` would send."""
+
+    offset: int
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        return (rank + self.offset + 1) % num_chunks, rank * 0 + num_chunks - 1
+
+    def alike(self) -> Chunks:
+        return AllBut(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One exchange: every rank sends to at most one peer and receives from at most one.
+
+    All ranks send what they hold at the start of the round; `reduce` adds what arrives to what the
+    receiver holds, otherwise it replaces it.
+    """
+
+    peers: Peers
+    chunks: Chunks
+    reduce: bool = False
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A collective algorithm for `size` ranks over a buffer cut into `num_chunks` chunks.
+
+    Construction checks the numbers only; `verify.verify` proves the rounds, and a Communicator
+    proves every schedule of a user's before it runs.
+
+    Raises: ScheduleError where size, num_chunks and root do not fit the collective.
+    """
+
+    collective: Collective
+    size: int
+    num_chunks: int
+    rounds: tuple[Round, ...]
+    root: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rounds", tuple(self.rounds))
+        problem = self.collective.misfit(self.size, self.num_chunks, self.root)
+        if problem:
+            raise ScheduleError(problem)
+
+    def __repr__(self) -> str:
+        return (
+            f"Schedule({self.collective!r}, size={self.size}, num_chunks={self.num_chunks}, "
+            f"{len(self.rounds)} rounds)"
+        )
+
+
+@dataclass(frozen=True)
+class Moves:
+    """All messages of one round as arrays of equal length, in order of the sending rank."""
+
+    src: npt.NDArray[np.int64]
+    dst: npt.NDArray[np.int64]
+    first: npt.NDArray[np.int64]
+    length: npt.NDArray[np.int64]
+
+
+def moves(round: Round, size: int, num_chunks: int) -> Moves:
+    """Evaluate a round at all ranks; ranks that send nothing are left out."""
+    ranks = np.arange(size, dtype=np.int64)
+    dst = np.broadcast_to(np.asarray(round.peers.dst(ranks, size), dtype=np.int64), size)
+    first, length = (
+        np.broadcast_to(np.asarray(part, dtype=np.int64), size)
+        for part in round.chunks.span(ranks, size, num_chunks)
+    )
+    active = (dst != NOBODY) & (length > 0)
+    return Moves(ranks[active], dst[active], first[active], length[active])
+
+
+def draw(schedule: Schedule) -> str:
+    """Write a schedule out, a line per round: `0>1:2+` is rank 0 sending chunk 2 to be added.
+
+    Runs of chunks are written first..last, and wrap around where last is below first.
+    """
+    lines = []
+    for index, round in enumerate(schedule.rounds):
+        step = moves(round, schedule.size, schedule.num_chunks)
+        sign = "+" if round.reduce else ""
+        words = [
+            f"{src}>{dst}:{_run(first, length, schedule.num_chunks)}{sign}"
+            for src, dst, first, length in zip(
+                step.src.tolist(),
+                step.dst.tolist(),
+                step.first.tolist(),
+                step.length.tolist(),
+                strict=True,
+            )
+        ]
+        lines.append(f"{index}: " + " ".join(words))
+    return "\n".join(lines)
+
+
+def _run(first: int, length: int, num_chunks: int) -> str:
+    return str(first) if length == 1 else f"{first}..{(first + length - 1) % num_chunks}"

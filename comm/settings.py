@@ -1,0 +1,58 @@
+"""The only reader of the environment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a Communicator behaves, whatever it is asked to do.
+
+    timeout: seconds that a rank waits for its peers before CommTimeout.  RINGFOLD_TIMEOUT
+    segment_bytes: chunks travel in pieces of at most this size.  RINGFOLD_SEGMENT_BYTES
+    max_message_bytes: no single message is larger; must stay below 2**31 for MPI's 32-bit counts.
+        RINGFOLD_MAX_MESSAGE_BYTES
+    abort: an uncaught exception on one rank ends the whole job.  RINGFOLD_ABORT (0 or 1)
+    """
+
+    timeout: float = 300.0
+    segment_bytes: int = 1 << 19
+    max_message_bytes: int = 1 << 30
+    abort: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.timeout > 0:
+            raise ValueError(f"timeout must be above 0 s, got {self.timeout}")
+        if self.segment_bytes < 1:
+            raise ValueError(f"segment_bytes must be 1 or more, got {self.segment_bytes}")
+        if not 1 <= self.max_message_bytes < 1 << 31:
+            raise ValueError(
+                f"max_message_bytes must be in 1..{(1 << 31) - 1}, got {self.max_message_bytes}"
+            )
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+        """Return the defaults, overridden by the RINGFOLD_ names above.
+
+        Raises: ValueError that names the variable whose value cannot be read.
+        """
+        found = {}
+        for field, parse in _PARSERS.items():
+            name = f"RINGFOLD_{field.upper()}"
+            if name in environ:
+                try:
+                    found[field] = parse(environ[name])
+                except (ValueError, KeyError):
+                    raise ValueError(f"{name}={environ[name]!r} cannot be read") from None
+        return cls(**found)  # type: ignore[arg-type]
+
+
+_PARSERS: dict[str, Callable[[str], object]] = {
+    "timeout": float,
+    "segment_bytes": int,
+    "max_message_bytes": int,
+    "abort": lambda text: {"0": False, "1": True}[text],
+}

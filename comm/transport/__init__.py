@@ -1,0 +1,1 @@
+"""Means of moving bytes between ranks, behind one protocol."""

@@ -1,0 +1,85 @@
+"""What the executor needs from a transport."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import Enum
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Channel(Enum):
+    """Keep the messages of collectives and of users' sends apart."""
+
+    COLLECTIVE = 0
+    POINT_TO_POINT = 1
+
+
+class Request(Protocol):
+    """One message on its way; keeps its buffer alive."""
+
+    @property
+    def peer(self) -> int:
+        """Return the rank at the other end."""
+        ...
+
+    def done(self) -> bool:
+        """Tell whether the buffer may be used again; never waits.
+
+        Raises: MismatchError where the peer's message has another length.
+        """
+        ...
+
+
+class Transport(Protocol):
+    """Messages between the ranks of one group.
+
+    Messages between two ranks with the same channel and tag arrive in the order they were sent.
+    threads: several threads of a rank may call at once.
+    """
+
+    name: str
+    rank: int
+    size: int
+    max_tag: int
+    threads: bool
+
+    def isend(self, data: Bytes, dst: int, tag: int, channel: Channel) -> Request:
+        """Start to send 1-D contiguous bytes."""
+        ...
+
+    def irecv(self, data: Bytes, src: int, tag: int, channel: Channel) -> Request:
+        """Start to receive exactly as many bytes as data has."""
+        ...
+
+    def pause(self, spins: int) -> None:
+        """Let others run, longer the more often this rank has looked in vain."""
+        ...
+
+    def check(self, peers: Iterable[int]) -> None:
+        """Raise PeerLost where one of the peers is known to have left the job."""
+        ...
+
+    def split(self, color: int | None, key: int) -> Transport | None:
+        """Return the transport of the ranks of the same color, ordered by key; collective."""
+        ...
+
+    def node(self) -> Transport:
+        """Return the transport of the ranks on this rank's node; collective."""
+        ...
+
+    def leave(self) -> None:
+        """Tell the other ranks that this one leaves the job; not collective."""
+        ...
+
+    def abort(self, status: int) -> Any:
+        """End the job on every rank, now."""
+        ...
+
+    def close(self) -> None:
+        """Give the group back; collective."""
+        ...

