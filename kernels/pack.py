@@ -11,7 +11,7 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import carray
+from numba.np.numpy_support import carray
 
 from .compiled import Kernel, compile_kernel, flat
 from .elements import ELEMENTS

@@ -157,7 +157,7 @@ def _transfer(
         target[:] = (
             changed
             if target_dtype == "float64"
-            else from_float32(np.float32(changed), target_dtype)
+            else from_float32(changed.astype(np.float32), target_dtype)
         )
         stored = target if target_dtype == "float64" else to_float32(target, target_dtype)
         square_norm = float(np.sum(np.square(changed.astype(np.float64))))

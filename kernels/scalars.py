@@ -8,6 +8,7 @@ Nothing here depends on whether the processor flushes subnormal numbers to zero.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,21 @@ from numba.extending import intrinsic, register_jitable
 
 compiled = register_jitable(error_model="numpy")
 
+
+def builtin(define: Callable[..., Any]) -> Any:
+    """Make an LLVM generator a function of compiled code, of a type that mypy does not check."""
+    return intrinsic(define)
+
+
 # Numba computes with 64-bit integers: without a cast after every step each vector lane would hold
 # 64 bits, at half the speed.
 u32 = np.uint32
 
+# Numba annotates some of its functions only.
+_pointer_type: Any = types.CPointer
 
-@intrinsic
+
+@builtin
 def float32_bits(_context: Any, value: Any) -> Any:
     """Return the bits of a float32 as uint32."""
 
@@ -31,7 +41,7 @@ def float32_bits(_context: Any, value: Any) -> Any:
     return (uint32(value), generate) if value == float32 else None
 
 
-@intrinsic
+@builtin
 def float32_from_bits(_context: Any, bits: Any) -> Any:
     """Return the float32 whose bits are a uint32."""
 
@@ -41,7 +51,7 @@ def float32_from_bits(_context: Any, bits: Any) -> Any:
     return (float32(bits), generate) if bits == uint32 else None
 
 
-@intrinsic
+@builtin
 def add_in_any_order(_context: Any, total: Any, term: Any) -> Any:
     """Return the sum of two float64, as part of a total that the compiler may reorder.
 
@@ -54,10 +64,10 @@ def add_in_any_order(_context: Any, total: Any, term: Any) -> Any:
     return types.float64(types.float64, types.float64), generate
 
 
-@intrinsic
+@builtin
 def pointer_to(_context: Any, address: Any, element: Any) -> Any:
     """Return the integer `address` as a pointer to the NumPy scalar type `element`."""
-    pointer = types.CPointer(element.instance_type)
+    pointer: Any = _pointer_type(element.instance_type)
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(pointer))
@@ -112,11 +122,11 @@ def bfloat16_to_float32(bits: Any) -> Any:
 def float32_to_bfloat16(value: Any) -> Any:
     """Return the bfloat16 bits nearest to `value`, ties to even; NaN stays NaN, quiet."""
     bits = float32_bits(np.float32(value))
-    odd = u32(u32(bits >> u32(16)) & u32(1))
-    rounded = u32(u32(u32(bits + u32(0x7FFF)) + odd) >> u32(16))
-    nan = u32(u32(bits >> u32(16)) | u32(0x0040))
     is_nan = u32(bits & u32(0x7FFFFFFF)) > u32(0x7F800000)
-    return np.uint16(nan if is_nan else rounded)
+    odd = u32(u32(bits >> u32(16)) & u32(1))
+    up = u32(0) if is_nan else u32(u32(0x7FFF) + odd)
+    quiet = u32(0x0040) if is_nan else u32(0)
+    return np.uint16(u32(u32(u32(bits + up) >> u32(16)) | quiet))
 
 
 @compiled

@@ -47,7 +47,8 @@ class PointerTable:
     """Where each tensor lies in host memory, and where it goes in a bucket.
 
     `addresses` are of contiguous memory (0 only for empty tensors), `counts` and `offsets` are in
-    elements, `itemsize` in bytes.  `owners` keeps the memory alive as long as the table.
+    elements, `itemsize` in bytes.  `owners` keeps the memory alive as long as the table.  `extent`
+    is the number of elements that a bucket must have.
     """
 
     addresses: npt.NDArray[np.int64]
@@ -56,6 +57,7 @@ class PointerTable:
     itemsize: int
     writeable: bool = True
     owners: tuple[Any, ...] = field(default=(), repr=False)
+    extent: int = field(init=False)
 
     def __post_init__(self) -> None:
         for name in ("addresses", "counts", "offsets"):
@@ -76,6 +78,8 @@ class PointerTable:
             where = int(np.argmax(null))
             raise ValueError(f"tensor {where}: null address for {self.counts[where]} elements")
         self._check_overlap()
+        ends = (self.offsets + self.counts)[self.counts > 0]
+        object.__setattr__(self, "extent", int(ends.max(initial=0)))
 
     def _check_overlap(self) -> None:
         filled = np.flatnonzero(self.counts)
@@ -89,11 +93,6 @@ class PointerTable:
                 f"elements {self.offsets[first]} to {self.offsets[first] + self.counts[first]} and "
                 f"{self.offsets[second]} to {self.offsets[second] + self.counts[second]}"
             )
-
-    @property
-    def extent(self) -> int:
-        """Elements that a bucket must have for this table."""
-        return int((self.offsets + self.counts)[self.counts > 0].max(initial=0))
 
     @classmethod
     def of(cls, arrays: Iterable[Array], offsets: Sequence[int] | None = None) -> PointerTable:
