@@ -104,4 +104,7 @@ def _travel(
             for node in (src_node, dst_node)
         )
     )
-    return np.where(leaves, over(cluster.inter, np.maximum(share, 1.0)), intra)
+    seconds: npt.NDArray[np.float64] = np.where(
+        leaves, over(cluster.inter, np.maximum(share, 1.0)), intra
+    )
+    return seconds

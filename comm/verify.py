@@ -163,7 +163,9 @@ def _refuse_overwritten_sends(schedule: Schedule, round: Round, step: Moves, ind
     for src, dst in zip(step.src.tolist(), step.dst.tolist(), strict=True):
         if dst not in sent:
             continue
-        mine, theirs = (set(_chunks(*sent[rank], schedule.num_chunks)) for rank in (dst, src))
+        mine, theirs = (
+            set(_chunks(sent[rank][0], sent[rank][1], schedule.num_chunks)) for rank in (dst, src)
+        )
         if mine & theirs:
             raise ScheduleError(
                 f"receives from rank {src} a copy of a chunk that it sends in the same round",

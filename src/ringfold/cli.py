@@ -1,0 +1,189 @@
+"""The command line: judge an algorithm, a user's own or a built-in one."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from . import units
+from .comm.algorithms import BUILDERS, build
+from .comm.collective import COLLECTIVES
+from .comm.cost import price
+from .comm.errors import ScheduleError
+from .comm.schedule import Schedule, draw
+from .comm.topology import Cluster, Link
+from .comm.verify import verify
+
+REFUSED, MISUSED = 1, 2
+"""Exit status: the algorithm is wrong; the command is."""
+
+BUSBW = {
+    "allreduce": lambda size: 2 * (size - 1) / size,
+    "reduce_scatter": lambda size: (size - 1) / size,
+    "allgather": lambda size: (size - 1) / size,
+    "alltoall": lambda size: (size - 1) / size,
+}
+"""busbw / algbw, as nccl-tests' doc/PERFORMANCE.md defines it; 1 for the other collectives."""
+
+Builder = Callable[[int], Iterator[Schedule]]
+
+
+class Misuse(Exception):
+    """The command cannot be carried out as it was given."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except (Misuse, ValueError) as error:
+        print(f"ringfold: {error}", file=sys.stderr)
+        return MISUSED
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ringfold", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    algorithm = argparse.ArgumentParser(add_help=False)
+    algorithm.add_argument(
+        "algorithm",
+        help="FILE.py:FUNCTION, a function of size that returns a Schedule, or a built-in one as "
+        "COLLECTIVE:NAME, such as allreduce:ring",
+    )
+
+    proof = commands.add_parser(
+        "verify", parents=[algorithm], help="prove an algorithm for many numbers of ranks"
+    )
+    proof.add_argument("--sizes", default="2-64", help="numbers of ranks: 2-64 (default), 1,2,5-8")
+    proof.add_argument("--draw", action="store_true", help="write every round of every size out")
+    proof.set_defaults(run=_verify)
+
+    cost = commands.add_parser(
+        "simulate", parents=[algorithm], help="price an algorithm on a cluster"
+    )
+    cost.add_argument("--ranks", type=int, default=8)
+    cost.add_argument("--nbytes", default="64MiB", help="the whole buffer: 4, 64KiB, 1GiB")
+    cost.add_argument("--itemsize", type=int, default=4, help="bytes of an element")
+    cost.add_argument("--latency", default="5us", help="of a message between nodes")
+    cost.add_argument("--bandwidth", default="25GB/s", help="of a network card")
+    cost.add_argument("--ranks-per-node", type=int, default=1)
+    cost.add_argument("--cards-per-node", type=int, default=1)
+    cost.add_argument("--intra-latency", help="within a node (default: as between nodes)")
+    cost.add_argument("--intra-bandwidth", help="within a node (default: as between nodes)")
+    cost.add_argument("--reduce-bandwidth", help="bytes a second that a rank adds (default: free)")
+    cost.set_defaults(run=_simulate)
+    return parser
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    builder = _builder(arguments.algorithm)
+    sizes = units.read_sizes(arguments.sizes)
+    start = time.perf_counter()
+    refused = proven = 0
+    for size in sizes:
+        try:
+            for schedule in builder(size):
+                if arguments.draw:
+                    print(f"size {size}, root {schedule.root}:\n{draw(schedule)}")
+                verify(schedule)
+                proven += 1
+        except ScheduleError as error:
+            refused += 1
+            print(f"refused: size {size}: {error}")
+    seconds = time.perf_counter() - start
+    if refused:
+        print(f"{arguments.algorithm}: refused for {refused} of {len(sizes)} sizes")
+        return REFUSED
+    print(
+        f"{arguments.algorithm}: proven for {len(sizes)} sizes "
+        f"({proven} schedules, {min(sizes)} to {max(sizes)} ranks) in {seconds:.2f} s"
+    )
+    return 0
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    inter = Link(units.read_seconds(arguments.latency), units.read_rate(arguments.bandwidth))
+    cluster = Cluster(
+        inter,
+        Link(
+            units.read_seconds(arguments.intra_latency or arguments.latency),
+            units.read_rate(arguments.intra_bandwidth or arguments.bandwidth),
+        ),
+        arguments.ranks_per_node,
+        arguments.cards_per_node,
+        units.read_rate(arguments.reduce_bandwidth) if arguments.reduce_bandwidth else float("inf"),
+    )
+    nbytes = units.read_nbytes(arguments.nbytes)
+    if arguments.ranks < 1:
+        raise Misuse(f"--ranks must be 1 or more, got {arguments.ranks}")
+    start = time.perf_counter()
+    try:
+        schedule = next(_builder(arguments.algorithm)(arguments.ranks))
+    except ScheduleError as error:
+        print(f"refused: size {arguments.ranks}: {error}")
+        return REFUSED
+    cost = price(schedule, nbytes, cluster, arguments.itemsize)
+    took = time.perf_counter() - start
+    algbw = nbytes / cost.seconds if cost.seconds else 0.0
+    factor = BUSBW.get(schedule.collective.name, lambda size: 1.0)(schedule.size)
+    for name, value in (
+        ("algorithm", arguments.algorithm),
+        ("ranks", str(schedule.size)),
+        ("buffer", units.show_nbytes(nbytes)),
+        ("rounds", str(cost.rounds)),
+        ("bytes sent per rank, at most", str(cost.bytes_sent)),
+        ("time (simulated)", units.show_seconds(cost.seconds)),
+        ("algbw (simulated)", f"{algbw / 1e9:.4g} GB/s"),
+        ("busbw (simulated)", f"{algbw * factor / 1e9:.4g} GB/s"),
+        ("priced in", f"{took:.2f} s, {cost.priced} different rounds"),
+    ):
+        print(f"{name + ':':<30} {value}")
+    return 0
+
+
+def _builder(name: str) -> Builder:
+    """Return what makes the schedules of a size: one, or one per root for a built-in."""
+    left, colon, right = name.rpartition(":")
+    if not colon or not left or not right:
+        raise Misuse(f"expected FILE.py:FUNCTION or COLLECTIVE:NAME, got {name!r}")
+    if left in COLLECTIVES:
+        if (left, right) not in BUILDERS:
+            build(left, right, 1)  # raises, listing the names there are
+        rooted = COLLECTIVES[left].rooted
+        return lambda size: (
+            build(left, right, size, root) for root in range(size if rooted else 1)
+        )
+    function = _load(Path(left), right)
+
+    def own(size: int) -> Iterator[Schedule]:
+        schedule = function(size)
+        if not isinstance(schedule, Schedule):
+            raise Misuse(f"{name}({size}) returned {type(schedule).__name__}, expected a Schedule")
+        if schedule.size != size:
+            raise ScheduleError(f"{name}({size}) returned a schedule for {schedule.size} ranks")
+        yield schedule
+
+    return own
+
+
+def _load(path: Path, function: str) -> Callable[[int], object]:
+    if not path.is_file():
+        raise Misuse(f"no file {path}, and no collective of that name")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise Misuse(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name while they are made.
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise Misuse(f"{path} has no function {function!r}")
+    result: Callable[[int], object] = found
+    return result

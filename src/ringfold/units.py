@@ -1,0 +1,76 @@
+"""Read sizes, times and rates as people write them."""
+
+from __future__ import annotations
+
+import re
+
+_NUMBER = re.compile(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z/]*)\s*")
+
+BYTES = {
+    "": 1,
+    "B": 1,
+    **{f"{letter}iB": 1 << (10 * power) for power, letter in enumerate("KMGT", start=1)},
+    **{f"{letter}B": 1000**power for power, letter in enumerate(("k", "M", "G", "T"), start=1)},
+    "KB": 1000,
+}
+SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+RATES = {
+    **{f"{unit}/s": float(factor) for unit, factor in BYTES.items() if unit},
+    **{f"{letter}bit/s": 1000**power / 8 for power, letter in enumerate(("", "k", "M", "G", "T"))},
+}
+
+
+def _read(text: str, units: dict[str, int] | dict[str, float], what: str) -> float:
+    found = _NUMBER.fullmatch(text)
+    if found is None or found[2] not in units:
+        known = ", ".join(unit for unit in units if unit)
+        raise ValueError(
+            f"expected a {what} such as 5{next(u for u in units if u)}, got {text!r} "
+            f"(units: {known})"
+        )
+    return float(found[1]) * units[found[2]]
+
+
+def read_nbytes(text: str) -> int:
+    """Read a number of bytes: 4, 64KiB, 1GiB, 25MB."""
+    return round(_read(text, BYTES, "size"))
+
+
+def read_seconds(text: str) -> float:
+    """Read a time in seconds: 5us, 1.5ms, 2e-6s."""
+    return _read(text, SECONDS, "time")
+
+
+def read_rate(text: str) -> float:
+    """Read a bandwidth in bytes a second: 25GB/s, 100Gbit/s."""
+    return _read(text, RATES, "bandwidth")
+
+
+def read_sizes(text: str) -> tuple[int, ...]:
+    """Read numbers and ranges, ends included: 2-64 or 1,2,5-8."""
+    sizes: list[int] = []
+    for part in text.split(","):
+        low, dash, high = part.partition("-")
+        try:
+            sizes += range(int(low), int(high if dash else low) + 1)
+        except ValueError:
+            raise ValueError(f"expected sizes such as 2-64 or 1,2,5-8, got {text!r}") from None
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"expected sizes of 1 or more, got {text!r}")
+    return tuple(sizes)
+
+
+def show_nbytes(nbytes: int) -> str:
+    """Write a number of bytes in the largest binary unit that divides it."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if nbytes and nbytes % BYTES[unit] == 0:
+            return f"{nbytes // BYTES[unit]} {unit}"
+    return f"{nbytes} B"
+
+
+def show_seconds(seconds: float) -> str:
+    """Write a time with four digits in a unit that suits it."""
+    for unit in ("s", "ms", "us"):
+        if seconds >= SECONDS[unit]:
+            return f"{seconds / SECONDS[unit]:.4g} {unit}"
+    return f"{seconds / SECONDS['ns']:.4g} ns"
