@@ -42,8 +42,11 @@ class Mesh:
             )
         data_index, pipe_index = divmod(comm.rank, pipe)
         self.comm = comm
-        self.data = comm.split(pipe_index, key=data_index)
-        self.pipe = comm.split(data_index, key=pipe_index)
+        replicas = comm.split(pipe_index, key=data_index)
+        stages = comm.split(data_index, key=pipe_index)
+        assert replicas is not None and stages is not None
+        self.data = replicas
+        self.pipe = stages
 
     @property
     def shape(self) -> tuple[int, int]:

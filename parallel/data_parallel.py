@@ -1,0 +1,176 @@
+"""Train one module on every rank, with the mean of all ranks' gradients."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .reducer import Reducer, ReductionRecord
+from .replicas import broadcast_tensors, check_equal, check_root, describe
+
+if TYPE_CHECKING:
+    from ..comm.communicator import Communicator
+
+__all__ = ["DataParallel"]
+
+
+class DataParallel(nn.Module):
+    """Wrap a module so that backward leaves the mean of all ranks' gradients in `.grad`.
+
+    Buckets of gradients are reduced while backward still computes the others; when
+    `loss.backward()` returns, all are in. What counts is the state when backward runs, never when
+    forward ran: whether gradients are reduced (`no_sync`), which parameters require them, which got
+    one. Forward does no communication at all, in whatever mode.
+
+    - The mean is over the ranks, each counted alike; see `weighted` for unequal batches.
+    - A parameter with a gradient on some ranks only counts as zeros on the others; with a gradient
+      on no rank it keeps `.grad is None`.
+    - What is reduced is `.grad` as it stands: whatever `no_sync` or an earlier backward has
+      accumulated is part of it.
+    - Buffers, such as running statistics, are sent from `root` at the end of every synchronised
+      backward, unless `broadcast_buffers` is off.
+    - A copy (`copy.deepcopy`) or a pickle of the wrapper is independent of the ranks: it has the
+      same parameters under the same names, and never communicates.
+
+    bucket_bytes: gradients reduced at once, in bytes.
+    wire_dtype: None for the gradients' own dtype, or "fp32", "bf16", "fp16" (added in fp32 inside).
+    root: the rank of `comm` whose parameters and buffers all ranks start from.
+
+    Collective over `comm`. ValueError on every rank, before anything is overwritten, if the modules
+    differ between ranks in the names, shapes or dtypes of parameters or buffers.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        comm: Communicator,
+        *,
+        bucket_bytes: int = 4 << 20,
+        wire_dtype: str | None = None,
+        root: int = 0,
+        broadcast_buffers: bool = True,
+    ) -> None:
+        super().__init__()
+        check_root(comm, root)
+        self.module = module
+        self.comm: Communicator | None = comm
+        self.synchronize = True
+        self._root = root
+        self._bucket_bytes = bucket_bytes
+        self._broadcast_buffers = broadcast_buffers
+        self._weight: float | None = None
+        named = list(module.named_parameters())
+        buffers = list(module.named_buffers())
+        check_equal(
+            comm, [*describe(named), *describe(buffers)], "parameters or buffers of the module"
+        )
+        tensors = [tensor for _, tensor in (*named, *buffers)]
+        self._reducer: Reducer | None = Reducer(
+            named, comm, op="mean", bucket_bytes=bucket_bytes, wire=wire_dtype
+        )
+        broadcast_tensors(comm, tensors, root, bucket_bytes)
+        if comm.size > 1:
+            # The hooks must not keep the wrapper alive, nor work for one that is gone.
+            wrapper = weakref.ref(self)
+            self._reducer.attach(lambda index: _forward_to(wrapper(), index))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        if self._reducer is not None and self._reducer.active and not _in_backward():
+            self._reducer.abandon()
+        return self.module(*args, **kwargs)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Let the backwards within accumulate into this rank's `.grad` without any communication.
+
+        The first backward after it reduces the whole accumulated gradient. The same switch as a
+        flag: `synchronize`, which is read when backward runs.
+        """
+        before = self.synchronize
+        self.synchronize = False
+        try:
+            yield
+        finally:
+            self.synchronize = before
+
+    @contextmanager
+    def weighted(self, weight: float) -> Iterator[None]:
+        """Let the backwards within reduce to sum(weight * gradient) / sum(weight) over the ranks.
+
+        With the loss a mean over this rank's samples (or tokens) and `weight` their number, the
+        result is the mean over all ranks' samples. All ranks use it in the same backwards. A rank
+        of weight 0 adds nothing, even when its gradients are not finite; if all weights are 0, the
+        gradients are zeros. The weight applies to the whole accumulated gradient.
+        """
+        before = self._weight
+        self._weight = weight
+        try:
+            yield
+        finally:
+            self._weight = before
+
+    @property
+    def last_step(self) -> ReductionRecord | None:
+        """Return what the last synchronised backward did on this rank; None before the first."""
+        return None if self._reducer is None else self._reducer.last
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters under the user's own names."""
+        return self.module.named_parameters(*args, **kwargs)
+
+    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
+        """Yield the buffers under the user's own names."""
+        return self.module.named_buffers(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the module's state under the user's own names."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load the module's own state, on every rank the same one; no communication."""
+        if assign:
+            raise ValueError(
+                "assign=True would replace the parameters that are synchronised: "
+                "load into the module before wrapping it"
+            )
+        return self.module.load_state_dict(state_dict, strict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Communicators and hooks belong to this process.
+        return {**self.__dict__, "comm": None, "_reducer": None}
+
+    def _ready(self, index: int) -> None:
+        reducer = self._reducer
+        if reducer is None or not self.synchronize:
+            return
+        if not reducer.active:
+            reducer.begin(self._weight)
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
+        reducer.mark(index)
+
+    def _end_of_backward(self) -> None:
+        # With re-entrant checkpointing there is one of these per nested backward: what they reduce
+        # again is equal on all ranks by then, and stays as it is.
+        assert self._reducer is not None and self.comm is not None
+        self._reducer.flush()
+        self._reducer.finish()
+        if self._broadcast_buffers:
+            buffers = (buffer for _, buffer in self.module.named_buffers())
+            broadcast_tensors(self.comm, buffers, self._root, self._bucket_bytes)
+
+
+def _forward_to(wrapper: DataParallel | None, index: int) -> None:
+    if wrapper is not None:
+        wrapper._ready(index)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1

@@ -1,0 +1,338 @@
+"""Reduce gradients over ranks, bucket by bucket, while backward still computes the others.
+
+One pass reduces every gradient once: `begin`, then `mark` for every gradient that is ready, `flush`
+when no more will come, `finish` to wait and to bring the results back.
+
+Ranks start the same buckets in the same order whatever the arrival of their gradients. Behind its
+elements a bucket carries one flag per parameter, set where this rank has a gradient: a parameter
+with a gradient on some ranks only is averaged with zeros for the others, and one with none stays
+without, for no further message. The first bucket carries one flag more, set when `requires_grad`
+has changed on this rank since the ranks last agreed on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .buckets import Bucket, plan_buckets
+from .flatten import Flattened, wire_of
+from .replicas import check_equal, dtype_name, member_of
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from ..comm.communicator import Communicator
+    from ..comm.work import Receipt, Work
+
+__all__ = ["Reducer", "ReductionRecord"]
+
+
+@dataclass(frozen=True)
+class ReductionRecord:
+    """Tell what one pass did on this rank.
+
+    receipts: one per reduction, in the order in which they were started.
+    overlapped: how many of them were started before backward had ended.
+    nbytes: what the buckets hold on the wire, flags included.
+    unused: names of the parameters that had no gradient on this rank.
+    finite: whether every gradient packed on this rank was finite in the dtype of the wire.
+    """
+
+    receipts: tuple[Receipt, ...]
+    overlapped: int
+    nbytes: int
+    unused: tuple[str, ...]
+    finite: bool
+
+    @property
+    def reductions(self) -> int:
+        """Return the number of reductions, one per bucket."""
+        return len(self.receipts)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What the ranks have agreed on: which parameters are reduced, and in which buckets."""
+
+    trainable: tuple[bool, ...]
+    buckets: tuple[Bucket, ...]
+    bucket_of: dict[int, int]
+
+
+@dataclass
+class _Flight:
+    """One bucket under way."""
+
+    bucket: Bucket
+    flattened: Flattened
+    flat: Tensor
+    work: Work
+
+
+@dataclass
+class _Pass:
+    """The state of one pass."""
+
+    waiting: list[int]
+    changed: bool
+    weight: float | None
+    total: Work | None
+    seen: set[int] = field(default_factory=set)
+    arrival: list[int] = field(default_factory=list)
+    flights: list[_Flight] = field(default_factory=list)
+    overlapped: int = 0
+    unused: list[str] = field(default_factory=list)
+    finite: bool = True
+
+
+class Reducer:
+    """Reduce the gradients of named parameters over a communicator.
+
+    op: "mean", or "sum" for gradients that are already scaled.
+    bucket_bytes: how much is reduced at once, in bytes of the gradients themselves.
+    wire: None to send the gradients' own dtype, or a name of `flatten.WIRES`.
+    """
+
+    def __init__(
+        self,
+        named: Sequence[tuple[str, nn.Parameter]],
+        comm: Communicator,
+        *,
+        op: str,
+        bucket_bytes: int,
+        wire: str | None,
+    ) -> None:
+        wire_of("float32", wire)
+        self._names = [name for name, _ in named]
+        self._parameters = [parameter for _, parameter in named]
+        self._dtypes = [parameter.dtype for _, parameter in named]
+        self._comm = comm
+        self._op = op
+        self._bucket_bytes = bucket_bytes
+        self._wire = wire
+        self._layout = self._lay_out(self._trainable(), order=None)
+        self._arrival_known = False
+        self._flats: dict[Bucket, Tensor] = {}
+        self._pass: _Pass | None = None
+        self._handles: list[RemovableHandle] = []
+        self.last: ReductionRecord | None = None
+
+    def attach(self, on_ready: Callable[[int], None]) -> None:
+        """Call on_ready(index) whenever backward has accumulated a parameter's gradient."""
+        for index, parameter in enumerate(self._parameters):
+            if not (parameter.is_floating_point() or parameter.is_complex()):
+                continue
+            # A frozen parameter takes no hook, but it keeps one when it is frozen and unfrozen.
+            frozen = not parameter.requires_grad
+            parameter.requires_grad_(True)
+            handle = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda _, index=index: on_ready(index)
+            )
+            self._handles.append(handle)
+            if frozen:
+                parameter.requires_grad_(False)
+
+    def detach(self) -> None:
+        """Take the hooks off the parameters."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    @property
+    def active(self) -> bool:
+        """Tell whether a pass has begun and not finished."""
+        return self._pass is not None
+
+    def begin(self, weight: float | None = None) -> None:
+        """Begin a pass; collective, as all of a pass is.
+
+        With a weight, the result is sum(weight * gradient) / sum(weight) over the ranks instead of
+        the op; a rank of weight 0 adds nothing, whatever its gradients hold.
+        """
+        assert self._pass is None
+        total = None
+        if weight is not None:
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"expected a finite weight >= 0, got {weight}")
+            total = self._comm.allreduce(np.array([weight], np.float64), op="sum", blocking=False)
+        self._pass = _Pass(
+            waiting=[len(bucket.indices) for bucket in self._layout.buckets],
+            changed=self._trainable() != self._layout.trainable,
+            weight=weight,
+            total=total,
+        )
+
+    def mark(self, index: int) -> None:
+        """Note that a gradient is ready, and start every bucket that is now full."""
+        current = self._pass
+        assert current is not None
+        if index in current.seen:
+            return
+        current.seen.add(index)
+        current.arrival.append(index)
+        place = self._layout.bucket_of.get(index)
+        if place is None:
+            return
+        current.waiting[place] -= 1
+        started = len(current.flights)
+        while started < len(current.waiting) and current.waiting[started] == 0:
+            self._start(current, self._layout.buckets[started])
+            current.overlapped += 1
+            started += 1
+
+    def flush(self) -> None:
+        """Start all buckets that have not been started; no more gradients will come."""
+        current = self._pass
+        assert current is not None
+        for bucket in self._layout.buckets[len(current.flights) :]:
+            self._start(current, bucket)
+
+    def finish(self) -> ReductionRecord:
+        """Wait for all buckets and write the results into the gradients.
+
+        ValueError on every rank if `requires_grad` has changed on some ranks only.
+        """
+        current = self._pass
+        assert current is not None
+        self._pass = None
+        changed = self._land(current)
+        if changed:
+            self._agree_again(current)
+        elif not self._arrival_known:
+            self._follow_arrival(current)
+        self.last = ReductionRecord(
+            receipts=tuple(flight.work.receipt for flight in current.flights),
+            overlapped=current.overlapped,
+            nbytes=sum(f.flat.numel() * f.flat.element_size() for f in current.flights),
+            unused=tuple(current.unused),
+            finite=current.finite,
+        )
+        return self.last
+
+    def abandon(self) -> None:
+        """Give up a pass whose backward has failed; wait for what was started."""
+        current, self._pass = self._pass, None
+        if current is not None:
+            for flight in current.flights:
+                flight.work.wait()
+
+    def _trainable(self) -> tuple[bool, ...]:
+        return tuple(parameter.requires_grad for parameter in self._parameters)
+
+    def _lay_out(self, trainable: tuple[bool, ...], order: Sequence[int] | None) -> _Layout:
+        chosen = [index for index, flag in enumerate(trainable) if flag]
+        buckets = self._plan(chosen, order)
+        # Without a parameter there is still a bucket, to carry the flag of a change.
+        buckets = buckets or (Bucket((), (), (), 0, "float32"),)
+        bucket_of = {i: place for place, bucket in enumerate(buckets) for i in bucket.indices}
+        return _Layout(trainable, buckets, bucket_of)
+
+    def _plan(self, chosen: Sequence[int], order: Sequence[int] | None) -> tuple[Bucket, ...]:
+        members = [member_of(self._names[index], self._parameters[index]) for index in chosen]
+        positions = {index: position for position, index in enumerate(chosen)}
+        places = None if order is None else [positions[index] for index in order]
+        return tuple(
+            Bucket(
+                tuple(chosen[position] for position in bucket.indices),
+                bucket.offsets,
+                bucket.counts,
+                bucket.count,
+                bucket.dtype,
+            )
+            for bucket in plan_buckets(members, self._bucket_bytes, places)
+        )
+
+    def _flat(self, bucket: Bucket, first: bool) -> Tensor:
+        flat = self._flats.get(bucket)
+        if flat is None:
+            length = bucket.count + len(bucket.indices) + first
+            dtype = getattr(torch, wire_of(bucket.dtype, self._wire))
+            flat = self._flats[bucket] = torch.empty(length, dtype=dtype)
+        return flat
+
+    def _start(self, current: _Pass, bucket: Bucket) -> None:
+        first = not current.flights
+        flat = self._flat(bucket, first)
+        gradients = [self._gradient(index) for index in bucket.indices]
+        flags = [gradient is not None for gradient in gradients]
+        scale, op = self._scale(current)
+        if scale == 0.0 or not all(flags):
+            flat.zero_()
+        flattened = Flattened(gradients, bucket.offsets)
+        if scale != 0.0:
+            current.finite &= flattened.pack(flat, scale)
+        tail = [*flags, current.changed] if first else flags
+        flat[bucket.count :] = torch.tensor(tail, dtype=flat.dtype)
+        for index, flag in zip(bucket.indices, flags, strict=True):
+            if not flag:
+                current.unused.append(self._names[index])
+        work = self._comm.allreduce(flat, op=op, blocking=False)
+        current.flights.append(_Flight(bucket, flattened, flat, work))
+
+    def _scale(self, current: _Pass) -> tuple[float, str]:
+        if current.weight is None or current.total is None:
+            return 1.0, self._op
+        total = float(current.total.wait()[0])
+        return (current.weight / total if total else 0.0), "sum"
+
+    def _gradient(self, index: int) -> Tensor | None:
+        gradient = self._parameters[index].grad
+        if gradient is not None and gradient.dtype != self._dtypes[index]:
+            raise TypeError(
+                f"gradient of {self._names[index]}: "
+                f"expected {dtype_name(self._dtypes[index])}, got "
+                f"{dtype_name(gradient.dtype)}: change the dtype of a module before wrapping it"
+            )
+        return gradient
+
+    def _land(self, current: _Pass) -> bool:
+        """Wait for the flights in order and unpack; tell whether any rank has seen a change."""
+        changed = False
+        for position, flight in enumerate(current.flights):
+            flight.work.wait()
+            tail = (flight.flat[flight.bucket.count :] > 0).tolist()
+            if position == 0:
+                changed = tail.pop()
+            parameters = [self._parameters[index] for index in flight.bucket.indices]
+            flight.flattened.unpack(flight.flat, tail, parameters)
+        return changed
+
+    def _agree_again(self, current: _Pass) -> None:
+        """Follow a change of requires_grad, and reduce what has been unfrozen in this same pass."""
+        trainable = self._trainable()
+        words = ("frozen", "trainable")
+        lines = [f"{name} {words[flag]}" for name, flag in zip(self._names, trainable, strict=True)]
+        check_equal(self._comm, lines, "requires_grad of the parameters")
+        before = self._layout.trainable
+        late = [i for i, flag in enumerate(trainable) if flag and not before[i]]
+        self._layout = self._lay_out(trainable, order=None)
+        self._flats.clear()
+        self._arrival_known = False
+        buckets = self._plan(late, order=None)
+        extra = _Pass([], False, current.weight, current.total)
+        for bucket in buckets:
+            self._start(extra, bucket)
+        self._land(extra)
+        self._flats.clear()
+        current.flights += extra.flights
+        current.unused += extra.unused
+        current.finite &= extra.finite
+
+    def _follow_arrival(self, current: _Pass) -> None:
+        """Lay the buckets out anew, in the order in which rank 0 saw the gradients arrive."""
+        self._arrival_known = True
+        if len(self._layout.buckets) < 2:
+            return
+        chosen = [index for index, flag in enumerate(self._layout.trainable) if flag]
+        arrived = [index for index in current.arrival if index in self._layout.bucket_of]
+        never = [index for index in reversed(chosen) if index not in current.seen]
+        order = np.array(arrived + never, dtype=np.int64)
+        self._comm.broadcast(order, root=0)
+        self._layout = self._lay_out(self._layout.trainable, order.tolist())
+        self._flats.clear()

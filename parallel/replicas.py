@@ -1,0 +1,97 @@
+"""Make replicas equal: check that they can be, then send one rank's tensors to all."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .buckets import Member, plan_buckets
+
+if TYPE_CHECKING:
+    from ..comm.communicator import Communicator
+
+__all__ = ["broadcast_tensors", "check_equal", "describe", "dtype_name", "member_of"]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def member_of(name: str, tensor: Tensor) -> Member:
+    """Describe a tensor for `plan_buckets`; a complex element counts as two real ones."""
+    tensor = real_view(tensor)
+    return Member(name, tensor.numel(), dtype_name(tensor.dtype), tensor.element_size())
+
+
+def real_view(tensor: Tensor) -> Tensor:
+    """Return a complex tensor as real pairs in the same memory, any other tensor as it is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def describe(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Return one line per tensor: name, shape, dtype."""
+    return [f"{name} {tuple(t.shape)} {dtype_name(t.dtype)}" for name, t in named]
+
+
+def check_equal(comm: Communicator, lines: Sequence[str], what: str) -> None:
+    """Refuse ranks that describe `what` differently.
+
+    Collective. ValueError on every rank, naming the first line that differs and which ranks hold
+    which. One small message when all are equal.
+    """
+    if comm.size == 1:
+        return
+    text = "\n".join(lines).encode()
+    digest = np.array([len(text), zlib.crc32(text), zlib.adler32(text)], dtype=np.int64)
+    digests = comm.allgather(digest)
+    if (digests == digests[0]).all():
+        return
+    padded = np.zeros(int(digests[:, 0].max()), dtype=np.uint8)
+    padded[: len(text)] = np.frombuffer(text, dtype=np.uint8)
+    rows = comm.allgather(padded)
+    texts = [bytes(row[: int(n)]).decode() for row, n in zip(rows, digests[:, 0], strict=True)]
+    columns = zip_longest(*(text.split("\n") for text in texts), fillvalue="nothing")
+    for position, column in enumerate(columns):
+        if len(set(column)) > 1:
+            holders = {line: [r for r, c in enumerate(column) if c == line] for line in column}
+            shown = "; ".join(f"{line or 'nothing'} on {_ranks(r)}" for line, r in holders.items())
+            raise ValueError(f"{what} differ between ranks, first at entry {position}: {shown}")
+
+
+def broadcast_tensors(
+    comm: Communicator, tensors: Iterable[Tensor], root: int, limit_bytes: int
+) -> None:
+    """Overwrite the tensors of every rank with those of root, in flat pieces of one dtype.
+
+    Collective; the tensors must agree in shape and dtype. Any dtype and any strides.
+    """
+    if comm.size == 1:
+        return
+    targets = [real_view(tensor.detach()) for tensor in tensors]
+    members = [member_of("", tensor) for tensor in targets]
+    for bucket in plan_buckets(members, limit_bytes):
+        if bucket.count == 0:
+            continue
+        parts = [targets[index] for index in bucket.indices]
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        comm.broadcast(flat, root=root)
+        if comm.rank != root:
+            for part, offset in zip(parts, bucket.offsets, strict=True):
+                part.copy_(flat[offset : offset + part.numel()].view(part.shape))
+
+
+def check_root(comm: Communicator, root: int) -> None:
+    """Refuse a root that is no rank of the communicator; the same on every rank."""
+    if not 0 <= root < comm.size:
+        raise ValueError(f"expected a root from 0 to {comm.size - 1}, got {root}")
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else "ranks " + ", ".join(map(str, ranks))

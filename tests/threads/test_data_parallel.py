@@ -1,0 +1,590 @@
+"""Data-parallel training equals the single-process run, whatever the ranks, buckets and wire."""
+
+import copy
+import io
+import pickle
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ringfold import DataParallel, run_local
+
+SIZES = (1, 2, 3, 4)
+
+
+class Scalars(nn.Module):
+    """Scalar parameters by name; forward hands them to a function of the test."""
+
+    def __init__(self, **values):
+        super().__init__()
+        for name, value in values.items():
+            self.register_parameter(name, nn.Parameter(torch.tensor(float(value))))
+
+    def forward(self, function):
+        return function(self)
+
+
+def grad(parameter):
+    return None if parameter.grad is None else parameter.grad.tolist()
+
+
+def network(seed):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 7, bias=False), nn.Tanh(), nn.Linear(7, 2)
+        )
+
+
+def data(rows=24):
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(rows, 5, generator=generator), torch.randn(rows, 2, generator=generator)
+
+
+LOCK = threading.Lock()  # torch's seed is one for all threads
+
+
+def train(module, model, x, y, steps=5, after=lambda: None):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(model(x), y)
+        loss.backward()
+        after()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("bucket_bytes", [1, 64, 1 << 20])
+def test_training_equals_one_process(size, bucket_bytes):
+    x, y = data()
+    expected_losses, expected = train(module := network(0), module, x, y)
+
+    def main(comm):
+        with LOCK:
+            module = network(comm.rank)
+        model = DataParallel(module, comm, bucket_bytes=bucket_bytes)
+        part = slice(comm.rank * 24 // size, (comm.rank + 1) * 24 // size)
+        losses, weights = train(module, model, x[part], y[part])
+        return comm.allreduce(np.array(losses), op="mean"), weights
+
+    results = run_local(size, main)
+    for losses, weights in results:
+        np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+        for name, value in weights.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+            assert torch.equal(value, results[0][1][name])
+
+
+@pytest.mark.parametrize("size", (2, 3))
+def test_buckets_start_while_backward_goes_on(size):
+    def main(comm):
+        started = []
+        module = network(0)
+        model = DataParallel(module, comm, bucket_bytes=1)
+        module[0].weight.register_hook(lambda _: started.append(len(in_flight)))
+        in_flight = []
+        allreduce = comm.allreduce
+
+        def counted(*args, **options):
+            in_flight.append(args)
+            return allreduce(*args, **options)
+
+        comm.allreduce = counted
+        for _ in range(2):
+            in_flight.clear()
+            model(data()[0]).sum().backward()
+        return started, model.last_step.reductions, len(in_flight)
+
+    for started, reductions, calls in run_local(size, main):
+        # The three later parameters are under way before the first layer's gradient exists.
+        assert min(started) >= 3
+        assert len(started) == 2
+        assert reductions == calls == 5
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 1 << 20])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_pr14_gradient_on_some_ranks_only(bucket_bytes, set_to_none):
+    """Ranks that had a gradient reduced a differently packed buffer than those that had none."""
+
+    def main(comm):
+        module = Scalars(a=1, b=1)
+        model = DataParallel(module, comm, bucket_bytes=bucket_bytes)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        seen = []
+        for functions in (
+            (lambda m: 2 * m.a, lambda m: 4 * m.a + 6 * m.b),
+            (lambda m: 8 * m.b, lambda m: 2 * m.a),
+        ):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            model(functions[comm.rank]).backward()
+            optimizer.step()
+            seen.append((grad(module.a), grad(module.b), module.a.item(), module.b.item()))
+        return seen
+
+    for first, second in run_local(2, main):
+        assert first == (3.0, 3.0, pytest.approx(0.7), pytest.approx(0.7))
+        assert second[:2] == (1.0, 4.0)
+
+
+def test_parameter_used_on_no_rank_keeps_no_gradient():
+    def main(comm):
+        module = Scalars(a=1, b=1, c=1)
+        model = DataParallel(module, comm)
+        model(lambda m: 2.0 * (comm.rank + 1) * m.b).backward()
+        return grad(module.a), grad(module.b), grad(module.c), model.last_step.unused
+
+    for a, b, c, unused in run_local(3, main):
+        assert (a, b, c) == (None, 4.0, None)
+        assert sorted(unused) == ["a", "c"]
+
+
+def around_both(model, loss):
+    with model.no_sync():
+        loss().backward()
+
+
+def around_backward(model, loss):
+    value = loss()
+    with model.no_sync():
+        value.backward()
+
+
+def by_flag(model, loss):
+    model.synchronize = False
+    loss().backward()
+
+
+@pytest.mark.parametrize("accumulate", [around_both, around_backward, by_flag])
+@pytest.mark.parametrize("forward_inside", [False, True])
+def test_pr15_last_micro_step_reduces_the_whole_sum(accumulate, forward_inside):
+    """The flag was read during forward, so the last micro-step reduced nothing, or its own part."""
+
+    def main(comm):
+        module = Scalars(w=1)
+        model = DataParallel(module, comm)
+        counted = []
+        allreduce = comm.allreduce
+        comm.allreduce = lambda *a, **k: counted.append(a) or allreduce(*a, **k)
+        inputs = [(1, 2, 3), (10, 20, 30)][comm.rank]
+        for x in inputs[:2]:
+            accumulate(model, lambda x=x: model(lambda m: m.w * x))
+        assert not counted
+        model.synchronize = not forward_inside
+        last = model(lambda m: m.w * inputs[2])
+        model.synchronize = True
+        last.backward()
+        return grad(module.w), len(counted), model.last_step.reductions
+
+    assert run_local(2, main) == [(33.0, 1, 1)] * 2
+
+
+def test_no_sync_is_restored_after_an_error():
+    def main(comm):
+        model = DataParallel(Scalars(w=1), comm)
+        with pytest.raises(KeyError), model.no_sync():
+            raise KeyError
+        return model.synchronize
+
+    assert run_local(2, main) == [True, True]
+
+
+def test_pr16_weights_give_the_mean_over_samples():
+    """The mean of the ranks' means counted samples of the emptier rank more."""
+
+    def main(comm):
+        module = Scalars(w=1)
+        model = DataParallel(module, comm)
+        samples = torch.tensor([[1.0, 2.0, 3.0], [10.0]][comm.rank])
+
+        def step(samples, weight):
+            module.zero_grad()
+            with model.weighted(weight):
+                model(lambda m: (m.w * samples).mean()).backward()
+            return grad(module.w)
+
+        found = [step(samples, len(samples))]
+        valid = samples if comm.rank == 0 else samples[:0]
+        found.append(step(valid, len(valid)))
+        found.append(step(valid, 0))
+        module.zero_grad()
+        model(lambda m: (m.w * samples).mean()).backward()
+        return [*found, grad(module.w)]
+
+    assert run_local(2, main) == [[4.0, 2.0, 0.0, 6.0]] * 2
+
+
+def test_bad_weight():
+    def main(comm):
+        model = DataParallel(Scalars(w=1), comm)
+        with pytest.raises(ValueError, match="finite weight >= 0, got -1"), model.weighted(-1):
+            model(lambda m: m.w * 1).backward()
+
+    run_local(2, main)
+
+
+def test_pr18_frozen_and_unfrozen_while_training():
+    """Parameters unfrozen after wrapping trained separately on each rank, silently."""
+
+    def main(comm):
+        module = Scalars(a=1, b=1)
+        module.b.requires_grad_(False)
+        model = DataParallel(module, comm)
+        assert not module.b.requires_grad
+        seen = []
+
+        def step(xb):
+            module.zero_grad()
+            model(lambda m: m.a * (1, 3)[comm.rank] + m.b * xb[comm.rank]).backward()
+            seen.append((grad(module.a), grad(module.b), model.last_step.reductions))
+
+        step((2, 6))
+        module.b.requires_grad_(True)
+        step((2, 6))
+        step((2, 6))
+        module.a.requires_grad_(False)
+        step((1, 5))
+        step((1, 5))
+        return seen
+
+    for seen in run_local(2, main):
+        assert [pair[:2] for pair in seen] == [(2, None), (2, 4), (2, 4), (None, 3), (None, 3)]
+        assert [pair[2] for pair in seen] == [1, 2, 1, 1, 1]
+
+
+def test_pr18_everything_frozen_then_unfrozen():
+    def main(comm):
+        module = Scalars(a=1)
+        module.a.requires_grad_(False)
+        model = DataParallel(module, comm)
+        module.a.requires_grad_(True)
+        model(lambda m: m.a * (1, 3)[comm.rank]).backward()
+        return grad(module.a)
+
+    assert run_local(2, main) == [2.0, 2.0]
+
+
+def test_pr18_unfrozen_on_one_rank_is_refused_on_all():
+    def main(comm):
+        module = Scalars(a=1, b=1)
+        module.b.requires_grad_(False)
+        model = DataParallel(module, comm)
+        module.b.requires_grad_(comm.rank == 1)
+        with pytest.raises(ValueError) as caught:
+            model(lambda m: m.a + m.b).backward()
+        return str(caught.value)
+
+    assert (
+        run_local(2, main)
+        == [
+            "requires_grad of the parameters differ between ranks, first at entry 1: "
+            "b frozen on rank 0; b trainable on rank 1"
+        ]
+        * 2
+    )
+
+
+@pytest.mark.parametrize("before_training", [False, True])
+@pytest.mark.parametrize("train_mode", [False, True])
+def test_pr19_evaluation_on_one_rank(before_training, train_mode):
+    """The wrapper's forward broadcast its buffers, even with gradients off."""
+
+    def main(comm):
+        module = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))
+        model = DataParallel(module, comm)
+        x = data()[0][comm.rank :: 2]
+
+        def step():
+            model.train()
+            module.zero_grad()
+            model(x).pow(2).mean().backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.1 * parameter.grad
+
+        if not before_training:
+            step()
+        if comm.rank == 0:
+            model.train(train_mode)
+            with torch.no_grad():
+                model(x), model(x)
+        comm.barrier()
+        step()
+        return list(model.state_dict().values())
+
+    zero, one = run_local(2, main)
+    assert all(torch.equal(a, b) for a, b in zip(zero, one, strict=True))
+
+
+def test_pr20_deepcopy_and_pickle_are_independent():
+    """Wrappers held communicators and hooks, which could not be copied, or were copied along."""
+
+    def main(comm):
+        module = Scalars(w=1)
+        model = DataParallel(module, comm)
+
+        def step():
+            module.zero_grad()
+            model(lambda m: m.w * (1, 3)[comm.rank]).backward()
+            return grad(module.w), model.last_step.reductions
+
+        found = [step()]
+        module.zero_grad()
+        twin = copy.deepcopy(model)
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        loaded = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+        unpickled = pickle.loads(pickle.dumps(model))
+        found.append(step())
+        torch.optim.SGD(model.parameters(), lr=1.0).step()
+        for other in (twin, loaded, unpickled):
+            assert other.comm is None
+            assert grad(other.module.w) is None
+            assert other.state_dict() == {"w": torch.tensor(1.0)}
+        if comm.rank == 0:  # alone: the copy does not communicate
+            twin(lambda m: m.w * 5).backward()
+            assert grad(twin.module.w) == 5.0
+        return found, module.w.item()
+
+    assert run_local(2, main) == [([(2.0, 1), (2.0, 1)], -1.0)] * 2
+
+
+def test_pr09_root_of_the_first_broadcast():
+    def main(comm):
+        module = nn.Linear(3, 2)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.fill_(comm.rank + 1)
+        for root in (3, -1):
+            with pytest.raises(ValueError, match=f"root from 0 to 2, got {root}"):
+                DataParallel(module, comm, root=root)
+        DataParallel(module, comm, root=1)
+        return {value for p in module.parameters() for value in p.flatten().tolist()}
+
+    assert run_local(3, main) == [{2.0}] * 3
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda rank: Scalars(**{"ab"[rank == 1]: 1}), r"a \(\) float32 on ranks 0, 2; b \(\)"),
+        (lambda rank: nn.Linear(2, 2 + rank % 2), r"weight \(2, 2\) float32 on ranks 0, 2; weight"),
+        (
+            lambda rank: nn.Linear(2, 2).to(torch.float64 if rank == 2 else torch.float32),
+            r"weight \(2, 2\) float32 on ranks 0, 1; weight \(2, 2\) float64 on rank 2",
+        ),
+        (lambda rank: nn.Linear(2, 2, bias=rank != 0), r"entry 1: nothing on rank 0; bias \(2,\)"),
+    ],
+)
+def test_different_replicas_are_refused_before_anything_is_overwritten(make, message):
+    def main(comm):
+        module = make(comm.rank)
+        before = [p.detach().clone() for p in module.parameters()]
+        with pytest.raises(ValueError, match=message):
+            DataParallel(module, comm)
+        return all(map(torch.equal, before, module.parameters()))
+
+    assert run_local(3, main) == [True] * 3
+
+
+class Mixed(nn.Module):
+    """Every kind of parameter and buffer at once."""
+
+    def __init__(self, rank):
+        super().__init__()
+        ramp = torch.arange(6.0) + 10 * rank
+        self.in_single = nn.Parameter(ramp.clone())
+        self.in_double = nn.Parameter(ramp.double())
+        self.in_half = nn.Parameter(ramp.to(torch.bfloat16))
+        self.in_complex = nn.Parameter(torch.complex(ramp, -ramp))
+        self.empty = nn.Parameter(torch.empty(0, 3))
+        self.turned = nn.Parameter(ramp.clone().view(2, 3).t())
+        self.register_buffer("count", torch.tensor([rank + 1]))
+        self.register_buffer("mask", torch.tensor([rank == 0, True]))
+
+    def forward(self, scale):
+        parts = (self.in_single, self.in_double, self.in_half, self.in_complex.real, self.empty)
+        turned = (self.turned * torch.arange(6.0).view(3, 2)).sum()
+        return scale * (sum(part.sum() for part in parts) + turned)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_dtypes_layouts_and_buffers(size):
+    def main(comm):
+        module = Mixed(comm.rank)
+        model = DataParallel(module, comm, bucket_bytes=32)
+        start = {name: value.clone() for name, value in model.state_dict().items()}
+        model(float(comm.rank + 1)).backward()
+        return start, {name: p.grad for name, p in module.named_parameters()}
+
+    mean = (size + 1) / 2
+    for start, grads in run_local(size, main):
+        for name, value in Mixed(0).state_dict().items():
+            assert torch.equal(start[name], value)
+        for name in ("in_single", "in_double", "in_half"):
+            assert grads[name].tolist() == [mean] * 6
+        assert grads["in_complex"].tolist() == [complex(mean, 0)] * 6
+        assert grads["empty"].shape == (0, 3)
+        assert grads["turned"].tolist() == (mean * torch.arange(6.0).view(3, 2)).tolist()
+
+
+@pytest.mark.parametrize("size", (2, 3))
+def test_parameter_used_twice_and_two_forwards_for_one_backward(size):
+    def main(comm):
+        module = Scalars(w=2)
+        model = DataParallel(module, comm)
+        first = model(lambda m: m.w * m.w)
+        second = model(lambda m: m.w * (comm.rank + 1))
+        (first + second).backward()
+        return grad(module.w), model.last_step.reductions
+
+    assert run_local(size, main) == [(4 + (size + 1) / 2, 1)] * size
+
+
+def test_gradient_without_its_accumulation_is_not_reduced():
+    def main(comm):
+        module = Scalars(w=2)
+        model = DataParallel(module, comm)
+        if comm.rank == 0:
+            (value,) = torch.autograd.grad(model(lambda m: m.w * m.w), [module.w])
+            assert float(value) == 4.0
+        return model.last_step
+
+    assert run_local(2, main) == [None, None]
+
+
+@pytest.mark.parametrize("wire", [None, "fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("size", (2, 3, 4))
+def test_wire_dtype_rounds_once_per_rank(wire, size):
+    kept = {None: 24, "fp32": 24, "bf16": 8, "fp16": 11}[wire]
+
+    def main(comm):
+        module = nn.Linear(33, 1, bias=False)
+        model = DataParallel(module, comm, wire_dtype=wire)
+        x = torch.linspace(1, 2, 33) + comm.rank
+        model(x).sum().backward()
+        return module.weight.grad[0], model.last_step.nbytes
+
+    expected = torch.linspace(1, 2, 33) + (size - 1) / 2
+    results = run_local(size, main)
+    for found, nbytes in results:
+        assert torch.equal(found, results[0][0])
+        torch.testing.assert_close(found, expected, rtol=2.0 ** (1 - kept), atol=0)
+        assert nbytes == (33 + 1 + 1) * (2 if kept < 24 else 4)
+
+
+def test_wire_keeps_what_it_can_express():
+    """A mean, not a sum that overflows: two ranks' 40000 add up to more than fp16's 65504."""
+
+    def main(comm):
+        module = Scalars(w=1)
+        model = DataParallel(module, comm, wire_dtype="fp16")
+        model(lambda m: m.w * 40000.0).backward()
+        return grad(module.w), model.last_step.finite
+
+    assert run_local(2, main) == [(40000.0, True)] * 2
+
+
+def test_overflow_of_the_wire_is_recorded():
+    def main(comm):
+        module = Scalars(w=1)
+        model = DataParallel(module, comm, wire_dtype="fp16")
+        model(lambda m: m.w * (1e6 if comm.rank == 1 else 1.0)).backward()
+        return grad(module.w), model.last_step.finite
+
+    assert run_local(2, main) == [(float("inf"), True), (float("inf"), False)]
+
+
+def test_unknown_wire():
+    def main(comm):
+        with pytest.raises(ValueError, match=r"unknown wire dtype 'int3'.*fp32, bf16, fp16"):
+            DataParallel(Scalars(w=1), comm, wire_dtype="int3")
+
+    run_local(1, main)
+
+
+def test_sparse_gradients_stay_sparse():
+    def main(comm):
+        module = nn.Embedding(6, 2, sparse=True)
+        model = DataParallel(module, comm)
+        model(torch.tensor([comm.rank, 4, 4])).sum().backward()
+        gradient = module.weight.grad
+        return gradient.is_sparse, gradient.coalesce().indices().tolist(), gradient.to_dense()
+
+    for is_sparse, rows, dense in run_local(2, main):
+        assert is_sparse
+        assert rows == [[0, 1, 4]]
+        assert dense[:, 0].tolist() == [0.5, 0.5, 0, 0, 2, 0]
+
+
+def test_names_are_the_users():
+    def main(comm):
+        module = network(0)
+        model = DataParallel(module, comm)
+        assert dict(model.named_parameters()).keys() == dict(module.named_parameters()).keys()
+        assert model.state_dict().keys() == module.state_dict().keys()
+        changed = {name: value + 1 for name, value in model.state_dict().items()}
+        model.load_state_dict(changed)
+        assert all(torch.equal(changed[name], p) for name, p in module.named_parameters())
+        with pytest.raises(ValueError, match="assign=True"):
+            model.load_state_dict(changed, assign=True)
+
+    run_local(2, main)
+
+
+def test_changed_dtype_is_refused_by_name():
+    def main(comm):
+        module = Scalars(w=1)
+        model = DataParallel(module, comm)
+        module.double()
+        with pytest.raises(TypeError, match="gradient of w: expected float32, got float64"):
+            model(lambda m: m.w * 2).backward()
+
+    run_local(2, main)
+
+
+def test_goes_on_after_a_backward_that_failed_on_all_ranks():
+    class Fail(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise RuntimeError("out of memory")
+
+    def main(comm):
+        module = Scalars(a=1, b=1)
+        model = DataParallel(module, comm, bucket_bytes=1)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            # b's gradient is in before the failure, and its bucket under way.
+            model(lambda m: Fail.apply(m.a * 2) + m.b * 3).backward()
+        module.zero_grad()
+        model(lambda m: m.a * (1 + comm.rank) + m.b * 3).backward()
+        return grad(module.a), grad(module.b), model.last_step.reductions
+
+    assert run_local(2, main) == [(1.5, 3.0, 2)] * 2
+
+
+def test_arrival_order_of_the_first_step_lays_out_the_next():
+    """Layers registered in the order of use are reduced as they come, not as they are listed."""
+
+    def main(comm):
+        module = Scalars(last=1, first=2)  # backward reaches `last` before `first`
+        model = DataParallel(module, comm, bucket_bytes=1)
+        overlapped = []
+        for _ in range(2):
+            model(lambda m: (m.first * 2).exp() * m.last).backward()
+            overlapped.append(model.last_step.overlapped)
+        return overlapped, model._reducer._layout.buckets[0].indices
+
+    for overlapped, first in run_local(2, main):
+        assert overlapped[1] == 2
+        assert first == (0,)
