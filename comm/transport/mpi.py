@@ -142,7 +142,7 @@ class MpiTransport:
 
     def pause(self, spins: int) -> None:
         """Spin at first, then yield the core, and sleep when it takes long."""
-        if spins < 200:
+        if spins < 20:
             return
         if spins < 20_000:
             os.sched_yield()

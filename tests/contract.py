@@ -1,0 +1,248 @@
+"""What every algorithm, on every transport, owes its callers: one body for all rungs.
+
+Data differs by rank and by element; sums stay exact in every type. `comm` may have any size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ringfold import Communicator, Settings
+from ringfold.comm.algorithms import BUILDERS
+from ringfold.comm.chunks import bounds
+
+Array = npt.NDArray[Any]
+GUARD = 16
+SEVENS = 7
+
+
+def lengths(size: int) -> list[int]:
+    """Return the lengths at which splitting goes wrong, if it does."""
+    return sorted({0, 1, max(size - 1, 0), size, size + 1, 2 * size + 1, 1000, 10007})
+
+
+def data(rank: int, count: int, dtype: Any) -> Array:
+    """Return a rank's elements: small whole numbers, exact in half precision when added."""
+    return ((np.arange(count) % SEVENS + 1) * (rank + 1)).astype(dtype)
+
+
+FOLDS: dict[str, Callable[[Array], Array]] = {
+    "sum": lambda rows: rows.sum(0),
+    "mean": lambda rows: rows.sum(0) / len(rows),
+    "min": lambda rows: rows.min(0),
+    "max": lambda rows: rows.max(0),
+    "prod": lambda rows: rows.prod(0),
+}
+
+
+def expected(op: str, size: int, count: int, dtype: Any) -> Array:
+    """Return the reduction of all ranks' data, computed in float64."""
+    rows = np.stack([data(rank, count, np.float64) for rank in range(size)])
+    return FOLDS[op](rows).astype(dtype)
+
+
+@contextmanager
+def guarded(values: Array) -> Iterator[Array]:
+    """Lend a copy of values amid guard elements, and see the guards unchanged afterwards."""
+    whole = np.empty(values.size + 2 * GUARD, values.dtype)
+    whole.view(np.uint8)[:] = 0xA5
+    middle = whole[GUARD : GUARD + values.size]
+    middle[:] = values
+    yield middle
+    for guard in (whole[:GUARD], whole[GUARD + values.size :]):
+        assert (guard.view(np.uint8) == 0xA5).all(), "memory outside the buffer was written"
+
+
+@contextmanager
+def reopened(comm: Communicator, **changes: Any) -> Iterator[Communicator]:
+    """Open a communicator of the same ranks with other settings."""
+    transport = comm._transport.split(0, comm.rank)
+    assert transport is not None
+    with Communicator.over(transport, Settings(**changes)) as other:
+        yield other
+
+
+def check_allreduce(comm: Communicator, algorithm: str, dtype: Any = np.float64) -> None:
+    for count in lengths(comm.size):
+        for op in ("sum", "mean", "max"):
+            if op == "mean" and np.dtype(dtype).kind != "f":
+                continue
+            with guarded(data(comm.rank, count, dtype)) as x:
+                assert comm.allreduce(x, op, algorithm=algorithm) is x
+                np.testing.assert_array_equal(x, expected(op, comm.size, count, dtype))
+
+
+def check_reduce(comm: Communicator, algorithm: str) -> None:
+    for root in range(comm.size):
+        for count in lengths(comm.size):
+            mine = data(comm.rank, count, np.int64)
+            with guarded(mine) as x:
+                assert comm.reduce(x, root, algorithm=algorithm) is x
+                right = expected("sum", comm.size, count, np.int64) if comm.rank == root else mine
+                np.testing.assert_array_equal(x, right)
+
+
+def check_reduce_scatter(comm: Communicator, algorithm: str) -> None:
+    for count in lengths(comm.size):
+        mine = data(comm.rank, count, np.float32)
+        low, high = bounds(count, comm.size, comm.rank)
+        with guarded(mine) as x:
+            part = comm.reduce_scatter(x, algorithm=algorithm)
+            np.testing.assert_array_equal(x, mine)
+        right = expected("sum", comm.size, count, np.float32)[low:high]
+        np.testing.assert_array_equal(part, right)
+        assert part.dtype == np.float32
+
+
+def check_broadcast(comm: Communicator, algorithm: str) -> None:
+    for root in range(comm.size):
+        for count in lengths(comm.size):
+            with guarded(data(comm.rank, count, np.int16)) as x:
+                assert comm.broadcast(x, root, algorithm=algorithm) is x
+                np.testing.assert_array_equal(x, data(root, count, np.int16))
+
+
+def _rows(comm: Communicator, count: int) -> Array:
+    return np.stack([data(rank, count, np.float32) for rank in range(comm.size)])
+
+
+def check_allgather(comm: Communicator, algorithm: str) -> None:
+    for count in lengths(comm.size):
+        rows = comm.allgather(data(comm.rank, count, np.float32), algorithm=algorithm)
+        np.testing.assert_array_equal(rows, _rows(comm, count))
+
+
+def check_gather(comm: Communicator, algorithm: str) -> None:
+    for root in range(comm.size):
+        for count in lengths(comm.size):
+            rows = comm.gather(data(comm.rank, count, np.float32), root, algorithm=algorithm)
+            if comm.rank == root:
+                np.testing.assert_array_equal(rows, _rows(comm, count))
+            else:
+                assert rows is None
+
+
+def check_scatter(comm: Communicator, algorithm: str) -> None:
+    for root in range(comm.size):
+        for count in lengths(comm.size):
+            given = _rows(comm, count) if comm.rank == root else None
+            mine = comm.scatter(given, root, algorithm=algorithm)
+            np.testing.assert_array_equal(mine, data(comm.rank, count, np.float32))
+            assert mine.dtype == np.float32
+
+
+def check_alltoall(comm: Communicator, algorithm: str) -> None:
+    size, rank = comm.size, comm.rank
+    for count in lengths(size):
+        sent = np.stack([data(rank * size + dst, count, np.int32) for dst in range(size)])
+        kept = sent.copy()
+        got = comm.alltoall(sent, algorithm=algorithm)
+        np.testing.assert_array_equal(sent, kept)
+        right = np.stack([data(src * size + rank, count, np.int32) for src in range(size)])
+        np.testing.assert_array_equal(got, right)
+
+
+def check_barrier(comm: Communicator, algorithm: str) -> None:
+    for _ in range(3):
+        comm.barrier()
+
+
+CHECKS: dict[str, Callable[[Communicator, str], None]] = {
+    "allreduce": check_allreduce,
+    "reduce": check_reduce,
+    "reduce_scatter": check_reduce_scatter,
+    "broadcast": check_broadcast,
+    "allgather": check_allgather,
+    "gather": check_gather,
+    "scatter": check_scatter,
+    "alltoall": check_alltoall,
+    "barrier": check_barrier,
+}
+"""collective -> its contract; an algorithm is tested by being registered."""
+
+ALGORITHMS = [f"{collective}:{algorithm}" for collective, algorithm in BUILDERS]
+
+NUMBERS = [
+    "float16",
+    "float32",
+    "float64",
+    *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+]
+
+
+def check_messages(comm: Communicator) -> None:
+    """Send around the ring, blocking and not, with tags that arrive in another order."""
+    ahead, behind = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    for count in (0, 1, 5, 70_001):
+        sends = [comm.isend(data(comm.rank + tag, count, np.float64), ahead, tag) for tag in (1, 2)]
+        second = comm.recv(np.empty(count), behind, 2)
+        first = comm.irecv(np.empty(count), behind, 1).wait()
+        np.testing.assert_array_equal(first, data(behind + 1, count, np.float64))
+        np.testing.assert_array_equal(second, data(behind + 2, count, np.float64))
+        for send in sends:
+            send.wait()
+    # Two messages of one tag and many pieces must not interleave.
+    with reopened(comm, max_message_bytes=64) as small:
+        works = [small.isend(data(comm.rank + k, 1001, np.int32), ahead) for k in range(3)]
+        gets = [small.irecv(np.empty(1001, np.int32), behind) for _ in range(3)]
+        for k, work in enumerate(gets):
+            np.testing.assert_array_equal(work.wait(), data(behind + k, 1001, np.int32))
+        for work in works:
+            work.wait()
+
+
+def check_overlapping_works(comm: Communicator) -> None:
+    """Start several collectives at once, on a group and on its halves, and end them backwards."""
+    half = comm.split(comm.rank % 2)
+    assert half is not None
+    arrays = [data(comm.rank + k, 50_000 + k, np.float64) for k in range(6)]
+    groups = [comm, half] * 3
+    works = [group.allreduce(x, blocking=False) for group, x in zip(groups, arrays, strict=True)]
+    gathered = comm.allgather(np.array([comm.rank]), blocking=False)
+    together = comm.allreduce(np.array([1]))
+    assert together[0] == comm.size
+    assert gathered.wait().ravel().tolist() == list(range(comm.size))
+    mates = [rank for rank in range(comm.size) if rank % 2 == comm.rank % 2]
+    for k in reversed(range(6)):
+        members = range(comm.size) if groups[k] is comm else mates
+        right = sum(data(rank + k, 50_000 + k, np.float64) for rank in members)
+        np.testing.assert_array_equal(works[k].wait(), right)
+        assert works[k].done() and works[k].exception() is None
+        assert works[k].receipt.operation == "allreduce"
+    half.close()
+
+
+def check_groups(comm: Communicator) -> None:
+    """Split by parity, ranks in reverse; leave one rank out; use the node."""
+    group = comm.split(comm.rank % 2, -comm.rank)
+    assert group is not None
+    mates = [rank for rank in reversed(range(comm.size)) if rank % 2 == comm.rank % 2]
+    assert (group.rank, group.size) == (mates.index(comm.rank), len(mates))
+    assert group.allgather(np.array([comm.rank])).ravel().tolist() == mates
+    group.close()
+    outside = comm.split(None if comm.rank == 0 else 7)
+    assert (outside is None) == (comm.rank == 0)
+    if outside is not None:
+        assert outside.size == comm.size - 1
+        outside.close()
+    node = comm.node.allreduce(np.array([1]))[0]
+    assert node == comm.node.size >= 1
+    assert comm.node.node is comm.node
+
+
+def check_plans(comm: Communicator) -> None:
+    """Run one plan many times on an array that changes between the steps."""
+    x = comm.empty(1003, np.float32)
+    step = comm.plan("allreduce", x, op="mean")
+    for turn in range(4):
+        x[:] = data(comm.rank + turn, 1003, np.float32)
+        assert step() is x
+        rows = np.stack([data(rank + turn, 1003, np.float64) for rank in range(comm.size)])
+        np.testing.assert_array_equal(x, (rows.sum(0) / comm.size).astype(np.float32))
+    rows = comm.plan("allgather", np.array([comm.rank]))()
+    assert rows.ravel().tolist() == list(range(comm.size))
