@@ -120,7 +120,7 @@ def mean_of_integers(comm: Communicator) -> None:
     x = np.full(5, 2.0 * (comm.rank + 1), np.float32)
     assert (comm.allreduce(x, "mean") == comm.size + 1).all()
     for dtype in (np.int32, np.uint8, np.int64):
-        with pytest.raises(TypeError, match="mean.*not defined"):
+        with pytest.raises(TypeError, match=r"mean.*not defined"):
             comm.allreduce(np.ones(4, dtype), "mean")
     x32 = np.array([1, 2, 4, -1], np.int32) * (comm.rank + 1)
     comm.allreduce(x32)
@@ -130,7 +130,7 @@ def mean_of_integers(comm: Communicator) -> None:
     np.testing.assert_array_equal(
         comm.allreduce(flags.copy(), "min"), [comm.size == 1, True, False]
     )
-    with pytest.raises(TypeError, match="sum.*bool.*min, max"):
+    with pytest.raises(TypeError, match=r"sum.*bool.*min, max"):
         comm.allreduce(flags)
 
 

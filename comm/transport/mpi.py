@@ -111,7 +111,7 @@ class MpiTransport:
             duplicate.Set_errhandler(mpi.ERRORS_RETURN)
         self.rank: int = group.Get_rank()
         self.size: int = group.Get_size()
-        self.max_tag: int = group.Get_attr(mpi.TAG_UB)
+        self.max_tag: int = mpi.COMM_WORLD.Get_attr(mpi.TAG_UB)
         self.threads = mpi.Query_thread() == mpi.THREAD_MULTIPLE
         self._control = None if departures else group.Dup()
         self._departures = departures or Departures(mpi, self._control)
