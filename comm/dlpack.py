@@ -48,13 +48,19 @@ def read_host(x: Any) -> tuple[np.ndarray[Any, np.dtype[Any]], DType]:
 
     Raises: TypeError for memory of a device, or an element type that the table lacks.
     """
-    device = int(x.__dlpack_device__()[0])
+    try:
+        device = int(x.__dlpack_device__()[0])
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        raise TypeError(f"{type(x).__name__} has no memory to move: {error}") from None
     if device not in HOST_DEVICES:
         raise TypeError(
             f"{type(x).__name__} lies in device memory (DLPack device type {device}); "
             "only host memory can be moved here"
         )
-    capsule = x.__dlpack__()
+    try:
+        capsule = x.__dlpack__()
+    except (BufferError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{type(x).__name__} does not export its memory: {error}") from None
     pointer = _get_pointer()(capsule, b"dltensor")
     tensor = ctypes.cast(pointer, ctypes.POINTER(_Tensor)).contents
     dtype = _dtype(tensor)

@@ -35,10 +35,10 @@ def run_local(
                 LocalTransport(world, tuple(range(size)), rank), settings
             ) as comm:
                 results[rank] = main(comm)
-            world.lose(rank, "its main has returned")
+            world.lose(rank, "its main has returned", failed=False)
         except BaseException as error:
             errors.append((rank, error))
-            world.lose(rank, f"it failed with {type(error).__name__}: {error}")
+            world.lose(rank, f"it failed with {type(error).__name__}: {error}", failed=True)
 
     threads = [
         threading.Thread(target=rank_main, args=(rank,), name=f"rank {rank}", daemon=True)

@@ -45,7 +45,8 @@ class World:
     def __init__(self, size: int) -> None:
         self.size = size
         self.wakes = [threading.Event() for _ in range(size)]
-        self.lost: dict[int, str] = {}
+        self._lost: dict[int, str] = {}
+        self._failed: list[int] = []
         self._condition = threading.Condition()
         self._sends: dict[_Key, deque[LocalRequest]] = {}
         self._receives: dict[_Key, deque[LocalRequest]] = {}
@@ -81,27 +82,28 @@ class World:
             seen[rank] = value
             self._condition.notify_all()
             while len(seen) < len(members):
-                self._require_alive(members)
+                self.check(set(members) - set(seen), members)
                 self._condition.wait(0.1)
         return [seen[member] for member in members]
 
-    def lose(self, rank: int, reason: str) -> None:
-        """Note that a rank is gone, and wake everybody who might wait for it."""
+    def lose(self, rank: int, reason: str, failed: bool) -> None:
+        """Note that a rank is gone, and wake everybody who might wait for it.
+
+        failed: it broke down, so that no group with it can end well; else it just ended.
+        """
         with self._condition:
-            self.lost[rank] = reason
+            self._lost[rank] = reason
+            if failed:
+                self._failed.append(rank)
             self._condition.notify_all()
         for wake in self.wakes:
             wake.set()
 
-    def _require_alive(self, ranks: Iterable[int]) -> None:
-        for rank in ranks:
-            if rank in self.lost:
-                raise PeerLost(f"rank {rank} is gone: {self.lost[rank]}")
-
-    def check(self, ranks: Iterable[int]) -> None:
-        """Raise PeerLost where one of the ranks is gone."""
-        if self.lost:
-            self._require_alive(ranks)
+    def check(self, peers: Iterable[int], members: tuple[int, ...]) -> None:
+        """Raise PeerLost where one of the members failed, or one of the peers has ended."""
+        for rank in (*(rank for rank in self._failed if rank in members), *peers):
+            if rank in self._lost:
+                raise PeerLost(f"rank {rank} is gone: {self._lost[rank]}")
 
 
 class LocalTransport:
@@ -143,8 +145,8 @@ class LocalTransport:
         wake.clear()
 
     def check(self, peers: Iterable[int]) -> None:
-        """Raise PeerLost where one of the peers has failed."""
-        self._world.check(self._members[peer] for peer in peers)
+        """Raise PeerLost where a rank of the group has failed, or a peer has ended."""
+        self._world.check([self._members[peer] for peer in peers], self._members)
 
     def split(self, color: int | None, key: int) -> Transport | None:
         """Return the group of the ranks of the same color."""
@@ -169,7 +171,7 @@ class LocalTransport:
 
     def leave(self) -> None:
         """Note that this rank has ended."""
-        self._world.lose(self._members[self.rank], "it has left the job")
+        self._world.lose(self._members[self.rank], "it has left the job", failed=False)
 
     def abort(self, status: int) -> None:
         """Refuse: the other ranks are threads of the same process."""

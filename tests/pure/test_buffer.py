@@ -1,0 +1,119 @@
+"""Whatever memory a user passes, seen as one flat buffer."""
+
+import array
+import mmap
+
+import numpy as np
+import pytest
+import torch
+
+from ringfold.comm.buffer import allocate, wrap
+from ringfold.comm.dtypes import DTYPES, dtype_named
+
+TORCH = [
+    name for name, row in DTYPES.items() if hasattr(torch, name) and not name.startswith("uint")
+] + ["uint8"]
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_a_tensor_is_seen_without_a_copy(name: str) -> None:
+    x = torch.arange(6).to(getattr(torch, name)).reshape(2, 3)
+    buffer = wrap(x, writable=True)
+    assert buffer.dtype.name == name and buffer.shape == (2, 3) and buffer.family == "torch"
+    assert buffer.flat.__array_interface__["data"][0] == x.data_ptr()
+    buffer.flat[:] = 0
+    assert not x.any()
+    made = buffer.like((4, 2))
+    assert isinstance(made, torch.Tensor) and made.dtype == x.dtype and made.shape == (4, 2)
+
+
+def test_strided_tensors_are_staged_by_logical_element() -> None:
+    x = torch.arange(6.0).reshape(2, 3).T
+    buffer = wrap(x, writable=True)
+    buffer.stage()
+    assert buffer.staged and buffer.flat.tolist() == [0, 3, 1, 4, 2, 5]
+    buffer.flat[:] = 10 * buffer.flat
+    buffer.commit()
+    assert x.tolist() == [[0, 30], [10, 40], [20, 50]]
+    half = torch.arange(6).to(torch.bfloat16)[::2]
+    wrap(half, writable=True)
+
+
+def test_the_view_keeps_the_memory_alive() -> None:
+    buffer = wrap(torch.full((100_000,), 3.0), writable=False)
+    flat = buffer.flat
+    del buffer
+    clutter = [torch.zeros(100_000) for _ in range(5)]
+    assert (flat == 3).all() and len(clutter) == 5
+
+
+def test_a_parameter_is_seen_through_its_gradient_tracking() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    wrap(parameter, writable=True).flat[:] = 2
+    assert parameter.tolist() == [2, 2, 2]
+
+
+def test_empty_scalar_and_one_element_arrays() -> None:
+    for x in (np.empty((2, 0)), torch.empty(0, 3), np.array(5.0), torch.tensor(5.0)):
+        buffer = wrap(x, writable=True)
+        assert buffer.flat.ndim == 1 and buffer.flat.size == np.prod(x.shape, dtype=int)
+
+
+@pytest.mark.parametrize(
+    "x", [array.array("d", [1, 2]), bytearray(8), memoryview(bytearray(4)), mmap.mmap(-1, 16)]
+)
+def test_the_buffer_protocol(x: object) -> None:
+    wrap(x, writable=True).flat[:] = 1
+
+
+@pytest.mark.parametrize(
+    "x, error, text",
+    [
+        ([1.0, 2.0], TypeError, "expected an array .*got list"),
+        (3.0, TypeError, "got float"),
+        (np.array(["a"]), TypeError, "dtype str"),
+        (np.array([None]), TypeError, "dtype object"),
+        (np.zeros(3, ">f4"), TypeError, "byte order"),
+        (b"abc", ValueError, "read-only"),
+        (np.broadcast_to(np.zeros(3), (4, 3)), ValueError, "read-only"),
+        (torch.zeros(3).expand(4, 3), ValueError, "several elements to one address"),
+        (torch.zeros(9).as_strided((3, 3), (2, 1)), ValueError, "several elements to one address"),
+        (torch.zeros(3).to_sparse(), TypeError, None),
+        (torch.zeros(3, device="meta"), TypeError, None),
+    ],
+)
+def test_what_cannot_be_a_target_is_refused(
+    x: object, error: type[Exception], text: str | None
+) -> None:
+    with pytest.raises(error, match=text):
+        wrap(x, writable=True)
+
+
+def test_gpu_memory_is_refused_by_name() -> None:
+    class OnDevice:
+        __cuda_array_interface__ = {"shape": (1,), "data": (16, False)}  # noqa: RUF012
+
+    with pytest.raises(TypeError, match=r"OnDevice lies in GPU memory"):
+        wrap(OnDevice(), writable=False)
+
+
+def test_any_strides_without_overlap_are_accepted() -> None:
+    base = np.zeros((4, 6, 5))
+    for view in (base.T, base[::2, ::-3], base[:, 1], base.transpose(1, 0, 2)[::-1], base[:, :0]):
+        wrap(view, writable=True)
+
+
+def test_allocate_by_family() -> None:
+    made = allocate("torch", (2, 3), dtype_named("bfloat16"))
+    assert isinstance(made, torch.Tensor) and made.dtype == torch.bfloat16
+    assert allocate("numpy", (2,), dtype_named("int16")).dtype == np.int16
+    assert allocate("array", (2,), dtype_named("float64")).dtype == np.float64
+
+
+def test_ops_and_types_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="unknown op 'avg'; there is: sum, mean, min, max, prod"):
+        dtype_named("float32").require("avg")
+    with pytest.raises(TypeError, match=r"'mean' is not defined for int32; allowed: sum, min"):
+        dtype_named("int32").require("mean")
+    with pytest.raises(TypeError, match="complex64; allowed: none"):
+        dtype_named("complex64").require("sum")

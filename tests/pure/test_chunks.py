@@ -1,0 +1,38 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ringfold.comm.chunks import bounds, nested_begin, ranges
+
+
+@given(st.integers(0, 10_000), st.integers(1, 300))
+def test_chunks_cover_the_buffer_in_order_and_differ_by_one(count: int, num_chunks: int) -> None:
+    begins, ends = bounds(count, num_chunks, np.arange(num_chunks))
+    assert begins[0] == 0 and ends[-1] == count
+    assert (begins[1:] == ends[:-1]).all()
+    sizes = ends - begins
+    assert sizes.max() - sizes.min() <= 1
+    assert [part.size for part in np.array_split(np.empty(count), num_chunks)] == sizes.tolist()
+    assert bounds(count, num_chunks, num_chunks - 1) == (begins[-1], ends[-1])
+
+
+@given(st.integers(0, 1000), st.integers(1, 12), st.integers(1, 5))
+def test_nested_chunks_join_to_the_owners_parts(count: int, owners: int, per_owner: int) -> None:
+    num_chunks = owners * per_owner
+    for owner in range(owners):
+        low, high = bounds(count, owners, owner)
+        begins = [
+            nested_begin(count, owners, num_chunks, owner * per_owner + inner)
+            for inner in range(per_owner)
+        ]
+        assert begins[0] == low
+        assert begins == sorted(begins) and begins[-1] <= high
+
+
+@pytest.mark.parametrize(
+    "first, length, expected",
+    [(0, 0, ()), (2, 3, ((2, 5),)), (3, 4, ((3, 5), (0, 2))), (0, 5, ((0, 5),))],
+)
+def test_cyclic_runs(first: int, length: int, expected: tuple[tuple[int, int], ...]) -> None:
+    assert ranges(first, length, 5) == expected

@@ -1,0 +1,94 @@
+"""The command line judges a user's algorithm."""
+
+from pathlib import Path
+
+import pytest
+
+from ringfold import units
+from ringfold.cli import main
+
+OWN = """
+from ringfold.comm.collective import ALLREDUCE
+from ringfold.comm.schedule import All, Round, Schedule, Shift
+
+def around(size):
+    return Schedule(ALLREDUCE, size, 1, tuple(
+        Round(Shift(1), All(), reduce=True) for _ in range(size - 1)))
+
+def number(size):
+    return 5
+
+variable = 5
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    return str(path)
+
+
+def test_a_built_in_is_proven(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "allreduce:ring", "--sizes", "2-9,16"]) == 0
+    assert (
+        "allreduce:ring: proven for 9 sizes (9 schedules, 2 to 16 ranks)" in capsys.readouterr().out
+    )
+    assert main(["verify", "broadcast:tree", "--sizes", "1-3"]) == 0
+    assert "(6 schedules" in capsys.readouterr().out
+
+
+def test_a_broken_one_is_refused(own: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", f"{own}:around", "--sizes", "2-4"]) == 1
+    out = capsys.readouterr().out
+    assert "refused: size 3: round 1, rank 1, chunk 0: would add the contribution of rank 0" in out
+    assert "refused for 2 of 3 sizes" in out
+
+
+def test_rounds_are_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["verify", "allreduce:ring", "--sizes", "3", "--draw"])
+    assert "0: 0>1:0+ 1>2:1+ 2>0:2+" in capsys.readouterr().out
+
+
+def test_a_hundred_thousand_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    command = (
+        "simulate allreduce:ring --ranks 100000 --nbytes 1GiB --latency 5us --bandwidth 25GB/s"
+    )
+    assert main(command.split()) == 0
+    out = capsys.readouterr().out
+    assert "199998" in out and "1.086 s" in out and "(simulated)" in out
+
+
+@pytest.mark.parametrize(
+    "command, text",
+    [
+        ("verify ring", "expected FILE.py:FUNCTION or COLLECTIVE:NAME, got 'ring'"),
+        ("verify allreduce:foo", "there is: ring"),
+        ("verify nowhere.py:f", "no file nowhere.py"),
+        ("verify OWN:missing", "has no function 'missing'"),
+        ("verify OWN:variable", "has no function 'variable'"),
+        ("verify OWN:number", "returned int, expected a Schedule"),
+        ("verify allreduce:ring --sizes 0-3", "sizes of 1 or more"),
+        ("verify allreduce:ring --sizes some", "expected sizes such as"),
+        ("simulate allreduce:ring --ranks 0", "--ranks must be 1 or more"),
+        ("simulate allreduce:ring --latency 5parsec", "expected a time"),
+        ("simulate allreduce:ring --bandwidth 5", "expected a bandwidth"),
+        ("simulate allreduce:ring --nbytes many", "expected a size"),
+    ],
+)
+def test_misuse_is_told(
+    command: str, text: str, own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command.replace("OWN", own).split()) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_units() -> None:
+    assert units.read_nbytes("64KiB") == 65536 and units.read_nbytes("25MB") == 25_000_000
+    assert units.read_nbytes("4") == 4
+    assert units.read_seconds("5us") == pytest.approx(5e-6)
+    assert units.read_seconds("2e-3") == pytest.approx(2e-3)
+    assert units.read_rate("25GB/s") == 25e9 and units.read_rate("1Gbit/s") == 125e6
+    assert units.read_sizes("1,2,5-8") == (1, 2, 5, 6, 7, 8)
+    assert units.show_nbytes(1 << 20) == "1 MiB" and units.show_nbytes(5) == "5 B"
+    assert units.show_seconds(1.5e-6) == "1.5 us" and units.show_seconds(0) == "0 ns"

@@ -1,0 +1,84 @@
+"""Every price has a closed form."""
+
+import pytest
+
+from ringfold.comm.algorithms import build
+from ringfold.comm.cost import price
+from ringfold.comm.topology import Cluster, Link
+
+LATENCY, BANDWIDTH, ADD = 5e-6, 25e9, 10e9
+FLAT = Cluster(Link(LATENCY, BANDWIDTH))
+ADDING = Cluster(Link(LATENCY, BANDWIDTH), reduce_bandwidth=ADD)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 17, 33, 64])
+def test_the_ring_costs_its_formula(size: int) -> None:
+    nbytes = 4 * size * 1000
+    chunk = nbytes / size
+    rounds = 2 * (size - 1)
+    expected = rounds * (LATENCY + chunk / BANDWIDTH)
+    assert price(build("allreduce", "ring", size), nbytes, FLAT).seconds == pytest.approx(expected)
+    expected += (size - 1) * chunk / ADD
+    found = price(build("allreduce", "ring", size), nbytes, ADDING)
+    assert found.seconds == pytest.approx(expected) and found.rounds == rounds
+
+
+@pytest.mark.parametrize("size, rounds", [(1, 0), (2, 1), (3, 3), (4, 2), (5, 4), (8, 3), (64, 6)])
+def test_doubling_costs_its_formula(size: int, rounds: int) -> None:
+    nbytes = 40_000
+    found = price(build("allreduce", "recursive_doubling", size), nbytes, FLAT)
+    assert found.seconds == pytest.approx(rounds * (LATENCY + nbytes / BANDWIDTH))
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 8, 64])
+def test_the_pipelined_chain_costs_its_formula(size: int) -> None:
+    nbytes = 4 * size * 1000
+    found = price(build("broadcast", "ring", size), nbytes, FLAT)
+    expected = 2 * (size - 1) * (LATENCY + nbytes / size / BANDWIDTH)
+    assert found.seconds == pytest.approx(expected)
+
+
+def test_chunks_are_priced_at_their_largest() -> None:
+    found = price(build("allreduce", "ring", 4), 4 * 5, FLAT)
+    assert found.bytes_sent == 6 * 8
+    assert price(build("allreduce", "ring", 4), 4, FLAT).bytes_sent == 6 * 4
+    assert price(build("allreduce", "ring", 4), 0, FLAT).seconds == pytest.approx(6 * LATENCY)
+
+
+def test_ranks_of_a_node_share_its_card() -> None:
+    """Four ranks a node, shift by four: all four messages of a node leave through one card."""
+    schedule = build("alltoall", "pairwise", 8)
+    nbytes = 4 * 64 * 1000
+    cell = nbytes / 64
+    intra = Link(1e-6, 100e9)
+    shared = Cluster(Link(LATENCY, BANDWIDTH), intra, ranks_per_node=4)
+    found = price(schedule, nbytes, shared).seconds
+    # Shifts 1, 2, 3 and 5, 6, 7 send 1, 2, 3 and 3, 2, 1 messages out of a node; shift 4 sends 4.
+    leaving = [1, 2, 3, 4, 3, 2, 1]
+    expected = sum(LATENCY + cell * many / BANDWIDTH for many in leaving)
+    assert found == pytest.approx(expected)
+    cards = Cluster(Link(LATENCY, BANDWIDTH), intra, ranks_per_node=4, cards_per_node=4)
+    expected = 7 * (LATENCY + cell / BANDWIDTH)
+    assert price(schedule, nbytes, cards).seconds == pytest.approx(expected)
+    inside = price(build("alltoall", "pairwise", 4), 4 * 16 * 1000, shared).seconds
+    assert inside == pytest.approx(3 * (1e-6 + 4000 / 100e9))
+
+
+def test_a_hundred_thousand_ranks_are_priced_from_two_rounds() -> None:
+    found = price(build("allreduce", "ring", 100_000), 1 << 30, FLAT)
+    assert (found.rounds, found.priced) == (199_998, 2)
+
+
+@pytest.mark.parametrize(
+    "make, text",
+    [
+        (lambda: Link(-1, 1), "latency"),
+        (lambda: Link(0, 0), "bandwidth"),
+        (lambda: Cluster(Link(0, 1), ranks_per_node=0), "ranks_per_node"),
+        (lambda: Cluster(Link(0, 1), reduce_bandwidth=0), "reduce_bandwidth"),
+        (lambda: price(build("barrier", "dissemination", 2), -1, FLAT), "nbytes"),
+    ],
+)
+def test_impossible_numbers_are_refused(make: object, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        make()  # type: ignore[operator]

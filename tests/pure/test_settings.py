@@ -1,0 +1,32 @@
+import pytest
+
+from ringfold.comm.settings import Settings
+
+
+def test_names_are_read() -> None:
+    environ = {
+        "RINGFOLD_TIMEOUT": "2.5",
+        "RINGFOLD_SEGMENT_BYTES": "100",
+        "RINGFOLD_MAX_MESSAGE_BYTES": "1000",
+        "RINGFOLD_ABORT": "0",
+        "OTHER": "x",
+    }
+    assert Settings.read(environ) == Settings(2.5, 100, 1000, False)
+    assert Settings.read({}) == Settings()
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("TIMEOUT", "soon"), ("SEGMENT_BYTES", "1.5"), ("ABORT", "yes")],
+)
+def test_what_cannot_be_read_is_named(name: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"RINGFOLD_{name}='{value}' cannot be read"):
+        Settings.read({f"RINGFOLD_{name}": value})
+
+
+@pytest.mark.parametrize(
+    "changes", [{"timeout": 0}, {"segment_bytes": 0}, {"max_message_bytes": 1 << 31}]
+)
+def test_impossible_settings_are_refused(changes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        Settings(**changes)

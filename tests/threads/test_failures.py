@@ -1,0 +1,191 @@
+"""Failures at a rank: everybody else learns of it, and nobody waits for ever."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from ringfold import (
+    CommError,
+    CommTimeout,
+    Communicator,
+    MismatchError,
+    PeerLost,
+    ScheduleError,
+    Settings,
+    run_local,
+)
+from ringfold.comm.algorithms import build
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_the_first_failure_is_raised_and_the_others_lose_a_peer(failing: int) -> None:
+    seen: list[int] = []
+
+    def main(comm: Communicator) -> None:
+        comm.allreduce(np.ones(3))
+        if comm.rank == failing:
+            raise RuntimeError("bad file")
+        with pytest.raises(PeerLost, match="it failed with RuntimeError: bad file"):
+            comm.allreduce(np.ones(100_000))
+        seen.append(comm.rank)
+
+    with pytest.raises(RuntimeError, match="bad file") as caught:
+        run_local(4, main)
+    assert caught.value.__notes__ == [f"raised on rank {failing} of 4"]
+    assert sorted(seen) == [rank for rank in range(4) if rank != failing]
+
+
+def test_a_rank_that_returns_early_is_named() -> None:
+    def main(comm: Communicator) -> None:
+        if comm.rank == 1:
+            return
+        with pytest.raises(PeerLost, match="rank 1 is gone: its main has returned"):
+            comm.broadcast(np.ones(3), root=1)
+
+    run_local(2, main)
+
+
+def test_waiting_too_long_names_the_ranks_and_the_operation() -> None:
+    def main(comm: Communicator) -> None:
+        if comm.rank == 0:
+            text = r"rank 0 waited .* in recv \(message, 24 bytes\) for ranks \[1\]"
+            with pytest.raises(CommTimeout, match=text):
+                comm.recv(np.empty(3), 1)
+        else:
+            time.sleep(0.6)
+
+    run_local(2, main, settings=Settings(timeout=0.2))
+
+
+def test_a_wait_may_time_out_and_be_taken_up_again() -> None:
+    def main(comm: Communicator) -> None:
+        if comm.rank == 0:
+            work = comm.irecv(np.zeros(3), 1)
+            with pytest.raises(CommTimeout):
+                work.wait(timeout=0.1)
+            assert not work.done() and work.exception() is None
+            comm.barrier()
+            assert (work.wait() == 7).all() and work.done()
+        else:
+            comm.barrier()
+            comm.send(np.full(3, 7.0), 0)
+
+    run_local(2, main)
+
+
+def test_a_message_of_another_length_is_refused_at_both_ends() -> None:
+    def main(comm: Communicator) -> None:
+        with pytest.raises(MismatchError, match="rank 0 sends 32 bytes where rank 1 expects 24"):
+            if comm.rank == 0:
+                comm.send(np.ones(4), 1)
+            else:
+                comm.recv(np.ones(3), 0)
+
+    run_local(2, main)
+
+
+def test_an_error_of_a_work_is_raised_by_each_wait() -> None:
+    def main(comm: Communicator) -> None:
+        if comm.rank == 1:
+            comm.send(np.ones(4), 0)
+            return
+        work = comm.irecv(np.ones(3), 1)
+        while not work.done():
+            time.sleep(0.001)
+        assert isinstance(work.exception(), MismatchError)
+        for _ in range(2):
+            with pytest.raises(MismatchError):
+                work.wait()
+
+    with pytest.raises(MismatchError):
+        run_local(2, main)
+
+
+def test_works_advance_while_nobody_waits() -> None:
+    """A rank that computes lets the others' reduction through."""
+
+    def main(comm: Communicator) -> None:
+        work = comm.allreduce(np.full(300_000, comm.rank + 1.0), blocking=False)
+        end = time.monotonic() + 20
+        if comm.rank == 0:  # computes, and asks for nothing
+            while not work.ended and time.monotonic() < end:
+                time.sleep(0.01)
+            assert work.ended
+        assert (work.wait() == 6).all()
+
+    run_local(3, main)
+
+
+def test_the_background_thread_ends_with_the_communicator() -> None:
+    run_local(3, lambda comm: comm.allreduce(np.ones(9), blocking=False).wait())
+    names = [thread.name for thread in threading.enumerate()]
+    assert "ringfold-progress" not in names
+
+
+def test_closed_and_forked_communicators_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(comm: Communicator) -> Communicator:
+        comm.close()
+        comm.close()
+        return comm
+
+    (comm,) = run_local(1, main)
+    with pytest.raises(CommError, match="rank 0: the communicator is closed"):
+        comm.allreduce(np.ones(3))
+    (comm,) = run_local(1, lambda comm: comm)
+    comm._closed = False
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    with pytest.raises(CommError, match="fork of rank 0"):
+        comm.barrier()
+
+
+def test_bad_arguments_are_refused_before_anything_is_sent() -> None:
+    def main(comm: Communicator) -> None:
+        x = np.ones(4)
+        for call, error, text in (
+            (lambda: comm.allreduce(x, "avg"), ValueError, "unknown op 'avg'"),
+            (lambda: comm.allreduce(x, algorithm="foo"), ValueError, "there is: ring"),
+            (lambda: comm.send(x, 5), ValueError, r"dst 5 is outside 0\.\.1"),
+            (lambda: comm.recv(x, -1), ValueError, r"src -1 is outside"),
+            (lambda: comm.send(x, 0, tag=-1), ValueError, "tag -1 is outside"),
+            (lambda: comm.alltoall(np.ones((3, 2))), ValueError, r"first axis of 2.*\(3, 2\)"),
+            (lambda: comm.plan("send", x), ValueError, "cannot plan 'send'"),
+            (lambda: comm.allreduce([1, 2]), TypeError, "got list"),
+            (
+                lambda: comm.allreduce(x, algorithm=build("allreduce", "ring", 3)),
+                ScheduleError,
+                "the schedule's size is 3, this call's is 2",
+            ),
+            (
+                lambda: comm.allreduce(x, algorithm=build("broadcast", "tree", 2)),
+                ScheduleError,
+                "the schedule's collective is broadcast, this call's is allreduce",
+            ),
+        ):
+            with pytest.raises(error, match=text):
+                call()
+        comm.allreduce(x)
+        assert (x == 2).all()
+
+    run_local(2, main)
+
+
+def test_torch_tensors_come_back_as_tensors() -> None:
+    def main(comm: Communicator) -> None:
+        x = torch.full((2, 3), comm.rank + 1.0, dtype=torch.bfloat16)
+        assert comm.allreduce(x, "mean") is x and (x == 1.5).all()
+        rows = comm.allgather(x)
+        assert isinstance(rows, torch.Tensor) and rows.dtype == x.dtype and rows.shape == (2, 2, 3)
+        assert comm.reduce_scatter(x).shape == (3,)
+        mine = comm.scatter(torch.arange(4).reshape(2, 2) if comm.rank == 1 else None, root=1)
+        assert isinstance(mine, torch.Tensor) and mine.tolist() == [
+            2 * comm.rank,
+            2 * comm.rank + 1,
+        ]
+        made = comm.empty((2, 2), torch.float16)
+        assert isinstance(made, torch.Tensor) and made.dtype == torch.float16
+        assert comm.empty(3).dtype == np.float32
+
+    run_local(2, main)
