@@ -1,0 +1,67 @@
+"""Cut a batch into micro-batches along the first dimension, and join results again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sampler import part_bounds
+from .structure import put_together, take_apart
+
+__all__ = ["count_rows", "join_rows", "row_bounds", "split_rows"]
+
+
+def row_bounds(rows: int, num_microbatches: int) -> tuple[tuple[int, int], ...]:
+    """Return [first, end) of every micro-batch: at most num_microbatches, none empty.
+
+    As equal as possible, the longer ones in front: 8 rows in 3 are 3, 3 and 2; 2 rows in 3 are 1
+    and 1.
+    """
+    count = min(rows, num_microbatches)
+    return tuple(part_bounds(rows, part, count) for part in range(count))
+
+
+def count_rows(value: Any, where: str) -> int:
+    """Return the length of the first dimension that all tensors of a nested batch share.
+
+    Tensors of no dimension, None and plain values belong to every row. ValueError if the tensors
+    differ, or if there is none; `where` names the batch in the error.
+    """
+    _, tensors = take_apart(value, where)
+    lengths = [tensor.shape[0] for tensor in tensors if tensor.dim() > 0]
+    if not lengths:
+        raise ValueError(f"{where}: expected a tensor with rows, got none")
+    if len(set(lengths)) > 1:
+        raise ValueError(f"{where}: expected tensors with equal numbers of rows, got {lengths}")
+    return lengths[0]
+
+
+def split_rows(value: Any, bounds: Sequence[tuple[int, int]]) -> list[Any]:
+    """Return the micro-batches, as views; what has no rows goes into every one."""
+    description, tensors = take_apart(value, "batch")
+    return [
+        put_together(description.skeleton, [t[first:end] if t.dim() > 0 else t for t in tensors])
+        for first, end in bounds
+    ]
+
+
+def join_rows(values: Sequence[Any], where: str) -> Any:
+    """Return one nested value whose tensors are those of the parts, end to end.
+
+    ValueError if the parts differ in structure, or hold a tensor without rows.
+    """
+    apart = [take_apart(value, where) for value in values]
+    skeletons = {description.skeleton for description, _ in apart}
+    if len(skeletons) != 1:
+        raise ValueError(f"{where}: the structure differs between micro-batches")
+    columns = zip(*(tensors for _, tensors in apart), strict=True)
+    return put_together(skeletons.pop(), [_join(column, where) for column in columns])
+
+
+def _join(column: Sequence[Tensor], where: str) -> Tensor:
+    if any(tensor.dim() == 0 for tensor in column):
+        raise ValueError(f"{where}: a tensor of no dimension cannot be joined over micro-batches")
+    return torch.cat(list(column))

@@ -1,0 +1,50 @@
+"""Clip gradients by the norm over all stages of a pipeline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..comm.communicator import Communicator
+
+__all__ = ["clip_over_stages"]
+
+# As torch.nn.utils.clip_grad_norm_ has it, so that clipping is that of the unsplit model.
+_EPSILON = 1e-6
+
+
+def clip_over_stages(
+    parameters: Iterable[nn.Parameter], pipe: Communicator, max_norm: float, norm_type: float
+) -> Tensor:
+    """Scale this stage's gradients by min(1, max_norm / (norm + 1e-6)); return the norm before.
+
+    norm: of the gradients of all ranks of `pipe` together, added in float64. Collective over
+    `pipe`; a stage without gradients joins. norm_type > 0, or infinity.
+    """
+    if not norm_type > 0:
+        raise ValueError(f"expected norm_type > 0, got {norm_type}")
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = [float(torch.linalg.vector_norm(g, norm_type, dtype=_wide(g))) for g in gradients]
+    if math.isinf(norm_type):
+        # Whether the greater of a number and NaN is NaN depends on who compares.
+        local = np.array([max(norms, default=0.0), any(map(math.isnan, norms))], np.float64)
+        whole = pipe.allreduce(local, op="max")
+        norm = math.nan if whole[1] else float(whole[0])
+    else:
+        local = np.array([sum(norm**norm_type for norm in norms)], np.float64)
+        norm = float(pipe.allreduce(local, op="sum")[0]) ** (1.0 / norm_type)
+    scale = min(1.0, max_norm / (norm + _EPSILON)) if not math.isnan(norm) else math.nan
+    if scale != 1.0:
+        for gradient in gradients:
+            gradient.mul_(scale)
+    return torch.tensor(norm, dtype=torch.float64)
+
+
+def _wide(gradient: Tensor) -> torch.dtype:
+    return torch.complex128 if gradient.is_complex() else torch.float64

@@ -1,0 +1,91 @@
+"""The layers of a split model: their names, their stages, and the part that one rank holds."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .partition import balance, cut
+
+__all__ = ["StageLayers", "named_layers", "split_layers"]
+
+Named = list[tuple[str, nn.Module]]
+
+
+def named_layers(layers: nn.Sequential | nn.ModuleList | Sequence[nn.Module]) -> Named:
+    """Return layers with the names that they have in the unsplit model.
+
+    A list counts as `nn.Sequential(*layers)`. TypeError names a member that is no module.
+    """
+    if isinstance(layers, nn.Sequential):
+        # named_children would leave out a module that occurs twice.
+        return [(name, layer) for name, layer in layers._modules.items() if layer is not None]
+    if isinstance(layers, nn.Module) and not isinstance(layers, nn.ModuleList):
+        raise TypeError(
+            f"expected an nn.Sequential or a list of layers, got a {type(layers).__name__}"
+        )
+    named = [(str(index), layer) for index, layer in enumerate(layers)]
+    for name, layer in named:
+        if not isinstance(layer, nn.Module):
+            raise TypeError(f"layer {name}: expected an nn.Module, got a {type(layer).__name__}")
+    return named
+
+
+def split_layers(
+    named: Named, num_stages: int, boundaries: Sequence[int] | None
+) -> tuple[range, ...]:
+    """Return the layers of every stage, by boundaries or balanced by numbers of parameters."""
+    if boundaries is not None:
+        return cut(len(named), num_stages, boundaries)
+    costs = [sum(p.numel() for p in layer.parameters()) for _, layer in named]
+    return balance(costs, num_stages)
+
+
+class StageLayers:
+    """Hold one stage's layers, under the names of the unsplit model."""
+
+    def __init__(self, named: Named, stages: Sequence[range], index: int) -> None:
+        _refuse_shared(named, stages)
+        self.module = nn.Sequential(OrderedDict(named[i] for i in stages[index]))
+        self._elsewhere = {
+            f"{name}.{key}"
+            for stage, members in enumerate(stages)
+            if stage != index
+            for name, layer in (named[i] for i in members)
+            for key in layer.state_dict()
+        }
+        self._placeholder = nn.Parameter(torch.empty(0))
+
+    def tensors(self) -> list[Tensor]:
+        """Return all parameters and buffers."""
+        return [*self.module.parameters(), *self.module.buffers()]
+
+    def parameters_or_placeholder(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters; if there is none, one of no elements that is in no state."""
+        parameters = list(self.module.parameters())
+        return iter(parameters or [self._placeholder])
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Load this stage's part; ValueError for a name that is in no stage."""
+        own = {name: value for name, value in state.items() if name not in self._elsewhere}
+        unknown = sorted(own.keys() - self.module.state_dict().keys())
+        if unknown:
+            raise ValueError(f"names that are in no stage of this model: {', '.join(unknown)}")
+        self.module.load_state_dict(own)
+
+
+def _refuse_shared(named: Named, stages: Sequence[range]) -> None:
+    holder: dict[Tensor, tuple[int, str]] = {}
+    for stage, members in enumerate(stages):
+        for name, layer in (named[i] for i in members):
+            for key, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+                first, known = holder.setdefault(tensor, (stage, f"{name}.{key}"))
+                if first != stage:
+                    raise ValueError(
+                        f"{known} of stage {first} and {name}.{key} of stage {stage} are one and "
+                        "the same tensor: choose boundaries that put both on one stage"
+                    )

@@ -1,0 +1,274 @@
+"""Train a model whose layers are split over ranks."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .actions import Action
+from .batch import join_rows, row_bounds, split_rows
+from .clip import clip_over_stages
+from .layers import StageLayers, named_layers, split_layers
+from .mesh import Mesh
+from .messages import broadcast_value
+from .plan import PlanFunction, check_plan, plan_named, whole_plan
+from .reducer import Reducer, ReductionRecord
+from .replicas import broadcast_tensors, check_equal, describe
+from .rows import agree_on_rows, agree_on_rows_of_pipe
+from .stage import Stage
+from .worker import Batch, Worker
+
+__all__ = ["Pipeline", "StepRecord"]
+
+_LOSS_REDUCTIONS = ("mean", "sum")
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Tell what the last step did on this rank.
+
+    actions: what this stage executed, in order.
+    peak_in_flight: the most micro-batches whose activations it held at once.
+    reduction: the reduction of its gradients over mesh.data; None with one replica.
+    """
+
+    actions: tuple[Action, ...]
+    peak_in_flight: int
+    reduction: ReductionRecord | None
+
+
+class Pipeline:
+    """Split layers over mesh.pipe and replicate every stage over mesh.data.
+
+    Each rank of mesh.pipe holds one contiguous stage. `step` cuts this replica's batch into
+    micro-batches that follow each other through the stages, and leaves in `.grad` the gradients
+    that the unsplit model would have for the loss of the whole global batch, that is of the batches
+    of all replicas together. As `loss.backward()` does, it adds to what is there: clear the
+    gradients before.
+
+    layers: an nn.Sequential or a list of modules, the whole model, on every rank; each is called
+        with the output of the one before: a tensor, or a nesting of tuples, lists and dicts.
+    loss_fn: loss_fn(output, target) -> a tensor of one element, called on the last stage for every
+        micro-batch.
+    loss_reduction: "mean" if loss_fn is a mean over its rows: micro-batches, and replicas, count by
+        their rows. "sum" if it is a sum over its rows.
+    microbatches: at most so many; a batch of fewer rows makes fewer. Their rows may be unequal.
+    schedule: a name of `PLANS`, or a plan function; checked before it runs.
+    boundaries: the first layer of every stage but the first. Without them, the stages are balanced
+        by their numbers of parameters.
+    bucket_bytes, wire_dtype, broadcast_buffers: of the reduction over mesh.data, as in
+        DataParallel.
+
+    Collective over mesh.comm. Parameters and buffers start as those of replica 0. ValueError on
+    every rank for layers or settings that differ between ranks, a stage left without layers, an
+    unknown schedule, or a tensor that two stages share.
+    """
+
+    def __init__(
+        self,
+        layers: nn.Sequential | nn.ModuleList | Sequence[nn.Module],
+        mesh: Mesh,
+        *,
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        loss_reduction: str = "mean",
+        microbatches: int = 8,
+        schedule: str | PlanFunction = "1f1b",
+        boundaries: Sequence[int] | None = None,
+        bucket_bytes: int = 4 << 20,
+        wire_dtype: str | None = None,
+        broadcast_buffers: bool = True,
+    ) -> None:
+        if microbatches < 1:
+            raise ValueError(f"expected at least 1 micro-batch, got {microbatches}")
+        if loss_reduction not in _LOSS_REDUCTIONS:
+            known = ", ".join(_LOSS_REDUCTIONS)
+            raise ValueError(f"unknown loss_reduction {loss_reduction!r}, expected one of: {known}")
+        self.mesh = mesh
+        self.last_step: StepRecord | None = None
+        self._has_loss = loss_fn is not None
+        self._loss_reduction = loss_reduction
+        self._microbatches = microbatches
+        self._plan_function = plan_named(schedule) if isinstance(schedule, str) else schedule
+        self._plans: dict[int, tuple[tuple[Action, ...], ...]] = {}
+        self._bucket_bytes = bucket_bytes
+        self._broadcast_buffers = broadcast_buffers
+
+        named = named_layers(layers)
+        plan = self._plan(microbatches)
+        whole = nn.Sequential(OrderedDict(named))
+        lines = [
+            *(
+                f"plan of stage {stage}: {' '.join(map(str, row))}"
+                for stage, row in enumerate(plan)
+            ),
+            f"loss_reduction {loss_reduction}",
+            f"boundaries {None if boundaries is None else list(boundaries)}",
+            f"layers {' '.join(name for name, _ in named)}",
+            *describe(whole.named_parameters()),
+            *describe(whole.named_buffers()),
+        ]
+        check_equal(mesh.comm, lines, "settings, parameters or buffers of the pipeline")
+
+        stages = split_layers(named, mesh.pipe.size, boundaries)
+        self._layers = StageLayers(named, stages, mesh.pipe.rank)
+        self._stage = Stage(self._layers.module, mesh.pipe.rank)
+        broadcast_tensors(mesh.data, self._layers.tensors(), 0, bucket_bytes)
+        self._reducer = Reducer(
+            list(self.named_parameters()),
+            mesh.data,
+            op="mean",
+            bucket_bytes=bucket_bytes,
+            wire=wire_dtype,
+        )
+        if mesh.data.size > 1:
+            self._reducer.attach(self._gradient_ready)
+        channel = mesh.pipe.split(0, key=mesh.pipe.rank)
+        assert channel is not None
+        self._channel = channel
+        reducer = self._reducer if mesh.data.size > 1 else None
+        self._worker = Worker(self._stage, channel, loss_fn, reducer)
+
+    @property
+    def stage(self) -> int:
+        """Return the index of this rank's stage."""
+        return self._stage.index
+
+    def step(self, x: Any = None, y: Any = None) -> Tensor:
+        """Run forward and backward of one batch and return its loss.
+
+        x: this replica's batch, nested tensors whose first dimension is the rows; needed on the
+            first stage. y: its targets, with as many rows; needed on the last stage, if loss_fn
+            uses them. Elsewhere they are ignored. Replicas may have unequal batches, some of them
+            no rows.
+        Returns: the loss of the whole global batch, over all replicas, on every rank: a float64
+            tensor of no dimension, without a graph.
+
+        Collective over mesh.comm. When it returns, the gradients are ready, averaged over
+        mesh.data. ValueError on every rank if a batch does not fit.
+        """
+        if not self._has_loss:
+            raise ValueError("a pipeline without loss_fn can evaluate, but not train")
+        rows, total = agree_on_rows(self.mesh, x, y)
+        bounds = row_bounds(rows, self._microbatches)
+        is_mean = self._loss_reduction == "mean"
+        weights = [(end - first) / total if is_mean else 1.0 for first, end in bounds]
+        replicas = self.mesh.data.size
+        batch = Batch(
+            inputs=split_rows(x, bounds) if self._is_first else [],
+            targets=split_rows(y, bounds) if self._is_last else [],
+            # The mean over replicas of gradients that are each multiplied by their number is the
+            # sum, and it leaves equal gradients of earlier steps as they are.
+            scales=[weight * replicas for weight in weights],
+        )
+        if self._reducer.active:
+            self._reducer.abandon()
+        plan = self._plan(len(bounds))[self.stage]
+        self._worker.train(plan, batch)
+        loss = np.array([sum(weights[m] * value for m, value in batch.losses.items())], np.float64)
+        whole_loss = self.mesh.comm.allreduce(loss, op="sum", blocking=False)
+        reduction = self._finish_reduction() if replicas > 1 else None
+        self.last_step = StepRecord(plan, self._stage.peak_in_flight, reduction)
+        return torch.from_numpy(whole_loss.wait())[0]
+
+    def forward(self, x: Any = None) -> Any:
+        """Run a batch through all stages, without gradients, and return the output on every rank.
+
+        x: as in `step`, needed on the first stage; at least one row. Collective over mesh.pipe
+        only: replicas evaluate independently of each other. Layers behave as `train` and `eval`
+        have said. The outputs of the micro-batches are joined along their first dimension.
+        """
+        bounds = row_bounds(agree_on_rows_of_pipe(self.mesh.pipe, x), self._microbatches)
+        batch = Batch(inputs=split_rows(x, bounds) if self._is_first else [])
+        self._worker.evaluate(len(bounds), batch)
+        where = "output of the last stage"
+        joined = join_rows(batch.outputs, where) if self._is_last else None
+        return broadcast_value(self.mesh.pipe, joined, self.mesh.pipe.size - 1, where)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters of this rank's stage.
+
+        For a stage without any: one parameter of no elements, which is in no state, so that
+        optimizers, which refuse an empty list, can be made alike on every rank.
+        """
+        return self._layers.parameters_or_placeholder()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters of this rank's stage, by their names in the unsplit model."""
+        return self._layers.module.named_parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the parameters and buffers of this stage, by their names in the unsplit model."""
+        return dict(self._layers.module.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load this stage's part of a state: of the unsplit model's, or of `state_dict`'s.
+
+        ValueError for a name that is in no stage; RuntimeError, as torch has it, for a missing name
+        or a shape that differs. No communication: give every replica the same state.
+        """
+        self._layers.load(state)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of this stage's parameters."""
+        self._layers.module.zero_grad(set_to_none)
+
+    def train(self, mode: bool = True) -> Pipeline:
+        """Set the layers to training mode."""
+        self._layers.module.train(mode)
+        return self
+
+    def eval(self) -> Pipeline:
+        """Set the layers to evaluation mode."""
+        return self.train(False)
+
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale the gradients so that their norm over all stages is at most max_norm.
+
+        Returns the norm before, the same on every rank. Replicas hold equal gradients, which count
+        once. As in torch, gradients are multiplied by min(1, max_norm / (norm + 1e-6)). Collective
+        over mesh.pipe.
+        """
+        parameters = self._layers.module.parameters()
+        return clip_over_stages(parameters, self.mesh.pipe, max_norm, norm_type)
+
+    def close(self) -> None:
+        """Give the engine's own channel back; collective over mesh.pipe. The mesh stays open."""
+        self._reducer.detach()
+        self._channel.close()
+
+    @property
+    def _is_first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def _is_last(self) -> bool:
+        return self.stage == self.mesh.pipe.size - 1
+
+    def _gradient_ready(self, index: int) -> None:
+        # Only the last micro-batch's backward completes a gradient.
+        if self._reducer.active:
+            self._reducer.mark(index)
+
+    def _finish_reduction(self) -> ReductionRecord:
+        if not self._reducer.active:  # no rows here, but the other replicas count on this one
+            self._reducer.begin()
+            self._reducer.flush()
+        record = self._reducer.finish()
+        if self._broadcast_buffers:
+            buffers = self._layers.module.buffers()
+            broadcast_tensors(self.mesh.data, buffers, 0, self._bucket_bytes)
+        return record
+
+    def _plan(self, num_microbatches: int) -> tuple[tuple[Action, ...], ...]:
+        plan = self._plans.get(num_microbatches)
+        if plan is None:
+            plan = whole_plan(self._plan_function, self.mesh.pipe.size, num_microbatches)
+            check_plan(plan, num_microbatches)
+            self._plans[num_microbatches] = plan
+        return plan

@@ -1,0 +1,78 @@
+"""Agree on the rows of a batch before any of them is sent."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .batch import count_rows
+
+if TYPE_CHECKING:
+    from ..comm.communicator import Communicator
+    from .mesh import Mesh
+
+__all__ = ["agree_on_rows", "agree_on_rows_of_pipe"]
+
+_NOT_GIVEN = -1
+_REFUSED = -2
+
+
+def agree_on_rows(mesh: Mesh, x: Any, y: Any) -> tuple[int, int]:
+    """Return the rows of this replica's batch, and those of all replicas together.
+
+    x counts on first stages, y, if it is given, on last ones. Collective over mesh.comm. Raises on
+    every rank if a batch is unfit on any: there what is wrong with it, elsewhere a ValueError that
+    names the rank.
+    """
+    is_first = mesh.pipe.rank == 0
+    is_last = mesh.pipe.rank == mesh.pipe.size - 1
+    error: Exception | None = None
+    mine = np.array([_NOT_GIVEN, _NOT_GIVEN], dtype=np.int64)
+    try:
+        if is_first:
+            mine[0] = count_rows(x, "x")
+        if is_last and y is not None:
+            mine[1] = count_rows(y, "y")
+    except (TypeError, ValueError) as caught:
+        error, mine[:] = caught, _REFUSED
+    table = mesh.comm.allgather(mine)
+    if error is not None:
+        raise error
+    if _REFUSED in table:
+        rank = int(np.flatnonzero((table == _REFUSED).any(axis=1))[0])
+        raise ValueError(f"the batch was refused on rank {rank} of the mesh")
+    num_data, num_pipe = mesh.shape
+    rows_x = table[[mesh.rank_at(d, 0) for d in range(num_data)], 0].tolist()
+    rows_y = table[[mesh.rank_at(d, num_pipe - 1) for d in range(num_data)], 1].tolist()
+    for replica, (in_x, in_y) in enumerate(zip(rows_x, rows_y, strict=True)):
+        if in_y not in (_NOT_GIVEN, in_x):
+            raise ValueError(
+                f"replica {replica}: x has {in_x} rows on the first stage, y has {in_y} on the last"
+            )
+    total = int(sum(rows_x))
+    if total == 0:
+        raise ValueError("the global batch has no rows")
+    return int(rows_x[mesh.data.rank]), total
+
+
+def agree_on_rows_of_pipe(pipe: Communicator, x: Any) -> int:
+    """Return the rows of x as the first stage has it, at least one.
+
+    Collective over `pipe`; raises on every rank as `agree_on_rows` does.
+    """
+    error: Exception | None = None
+    rows = np.array([_NOT_GIVEN], dtype=np.int64)
+    if pipe.rank == 0:
+        try:
+            rows[0] = count_rows(x, "x")
+            if rows[0] == 0:
+                raise ValueError("x: expected at least one row, got none")
+        except (TypeError, ValueError) as caught:
+            error, rows[0] = caught, _REFUSED
+    pipe.broadcast(rows, root=0)
+    if error is not None:
+        raise error
+    if rows[0] == _REFUSED:
+        raise ValueError("the batch was refused on the first stage")
+    return int(rows[0])

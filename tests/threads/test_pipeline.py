@@ -1,0 +1,618 @@
+"""Pipeline training equals the single-process run, on every grid and with every plan."""
+
+import threading
+import time
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ringfold import Mesh, Pipeline, run_local
+from ringfold.parallel.actions import parse_actions
+from ringfold.parallel.plan import PLANS, PlanError
+
+GRIDS = [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (1, 4), (4, 1)]
+LOCK = threading.Lock()  # torch's seed is one for all threads
+ROWS = 24
+
+
+def network(seed=0):
+    with LOCK, torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            OrderedDict(
+                first=nn.Linear(5, 7),
+                act=nn.Tanh(),
+                hidden=nn.Linear(7, 7, bias=False),
+                norm=nn.LayerNorm(7),
+                # In place, on what another stage may have sent.
+                relu=nn.ReLU(inplace=True),
+                last=nn.Linear(7, 2),
+            )
+        )
+
+
+def data(rows=ROWS):
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(rows, 5, generator=generator), torch.randn(rows, 2, generator=generator)
+
+
+def part(tensor, mesh, rows=None):
+    rows = len(tensor) if rows is None else rows
+    index, size = mesh.data.rank, mesh.data.size
+    return tensor[index * rows // size : (index + 1) * rows // size]
+
+
+def alone(steps=4):
+    module = network()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        x, y = data()
+        loss = nn.functional.mse_loss(module(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, module
+
+
+def full_state(results):
+    return {name: value for _, state, *_ in results for name, value in state.items()}
+
+
+@pytest.mark.parametrize("schedule", PLANS)
+@pytest.mark.parametrize(("num_data", "num_pipe"), GRIDS)
+@pytest.mark.parametrize("microbatches", [1, 3, 5])
+def test_training_equals_one_process(num_data, num_pipe, schedule, microbatches):
+    expected_losses, module = alone()
+    x, y = data()
+
+    def main(comm):
+        mesh = Mesh(comm, data=num_data, pipe=num_pipe)
+        engine = Pipeline(
+            network(comm.rank // num_pipe),  # replicas start different, and are made equal
+            mesh,
+            loss_fn=nn.functional.mse_loss,
+            microbatches=microbatches,
+            schedule=schedule,
+        )
+        optimizer = torch.optim.SGD(engine.parameters(), lr=0.1, momentum=0.9)
+        losses = []
+        for _ in range(4):
+            engine.zero_grad()
+            losses.append(engine.step(part(x, mesh), part(y, mesh)).item())
+            optimizer.step()
+        return losses, engine.state_dict(), engine.forward(x)
+
+    results = run_local(num_data * num_pipe, main)
+    for losses, _, output in results:
+        assert losses == results[0][0]
+        np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+        torch.testing.assert_close(output, module(x).detach(), rtol=1e-5, atol=1e-6)
+    state = full_state(results)
+    assert state.keys() == module.state_dict().keys()
+    for name, value in module.state_dict().items():
+        torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-6)
+    for rank, (_, held, _) in enumerate(results):
+        for name, value in held.items():
+            assert torch.equal(value, results[rank % num_pipe][1][name])
+
+
+def test_plans_agree_to_the_last_bit():
+    def main(comm, schedule):
+        engine = Pipeline(
+            network(), Mesh(comm, pipe=3), loss_fn=nn.functional.mse_loss, schedule=schedule
+        )
+        engine.step(*data())
+        return [p.grad for p in engine.parameters()]
+
+    runs = [run_local(3, lambda comm, s=schedule: main(comm, s)) for schedule in PLANS]
+    for grads in zip(*runs, strict=True):
+        for same in zip(*grads, strict=True):
+            assert all(torch.equal(same[0], other) for other in same)
+
+
+@pytest.mark.parametrize("schedule", PLANS)
+def test_activations_in_flight_are_the_plans(schedule):
+    def main(comm):
+        engine = Pipeline(
+            network(),
+            Mesh(comm, pipe=3),
+            loss_fn=nn.functional.mse_loss,
+            schedule=schedule,
+            microbatches=6,
+        )
+        engine.step(*data())
+        return engine.last_step.peak_in_flight
+
+    assert run_local(3, main) == {"gpipe": [6, 6, 6], "1f1b": [3, 2, 1]}[schedule]
+
+
+class Times(nn.Module):
+    """Multiply by one parameter."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(float(value)))
+
+    def forward(self, x):
+        return x * self.w
+
+
+class Call(nn.Module):
+    """Call a function: a layer without parameters."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, value):
+        return self.function(value)
+
+
+def mean_output(output, _):
+    return output.mean()
+
+
+def sum_output(output, _):
+    return output.sum()
+
+
+def grad(engine):
+    return {name: p.grad.tolist() for name, p in engine.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("schedule", PLANS)
+def test_pr22_last_microbatch_smaller(schedule):
+    """The mean of the micro-batches' means counted rows of the short one more."""
+
+    def main(comm):
+        shapes = []
+        watch = Call(lambda x: shapes.append(x.shape[0]) or x)
+        layers = [Times(2), nn.Sequential(watch, Times(3))]
+        engine = Pipeline(
+            layers, Mesh(comm, pipe=2), loss_fn=mean_output, microbatches=3, schedule=schedule
+        )
+        found = []
+        for rows in (8, 2, 8):
+            engine.zero_grad()
+            shapes.clear()
+            x = torch.arange(1.0, rows + 1)
+            loss = engine.step(x if comm.rank == 0 else None)
+            found.append((loss.item(), grad(engine), list(shapes)))
+        return found
+
+    first, last = run_local(2, main)
+    assert [step[0] for step in first] == [step[0] for step in last] == [27.0, 9.0, 27.0]
+    assert [step[1] for step in first] == [{"0.w": 13.5}, {"0.w": 4.5}, {"0.w": 13.5}]
+    assert [step[1] for step in last] == [{"1.1.w": 9.0}, {"1.1.w": 3.0}, {"1.1.w": 9.0}]
+    assert [step[2] for step in last] == [[3, 3, 2], [1, 1], [3, 3, 2]]
+
+
+@pytest.mark.parametrize("rows", [(7, 1), (8, 0), (0, 3)])
+@pytest.mark.parametrize("pipe", [1, 2])
+def test_unequal_replicas_count_by_their_rows(rows, pipe):
+    x = torch.arange(1.0, sum(rows) + 1)
+
+    def main(comm):
+        mesh = Mesh(comm, data=2, pipe=pipe)
+        engine = Pipeline([Times(2), Times(3)], mesh, loss_fn=mean_output, microbatches=2)
+        mine = x[: rows[0]] if mesh.data.rank == 0 else x[rows[0] :]
+        return engine.step(mine).item(), grad(engine)
+
+    mean = x.mean().item()
+    for loss, grads in run_local(2 * pipe, main):
+        assert loss == pytest.approx(6 * mean)
+        for name, value in grads.items():
+            assert value == pytest.approx({"0.w": 3 * mean, "1.w": 2 * mean}[name])
+
+
+def test_steps_accumulate_as_backward_does():
+    """A second reduction must not multiply what the first has left."""
+
+    def main(comm):
+        mesh = Mesh(comm, data=2, pipe=1)
+        engine = Pipeline([Times(1)], mesh, loss_fn=mean_output, microbatches=2)
+        for _ in range(2):
+            engine.step(torch.tensor([1.0, 3.0]) + 4 * comm.rank)
+        return grad(engine)
+
+    assert run_local(2, main) == [{"0.w": 8.0}] * 2
+
+
+def masked_sum(h, mask, idx, table):
+    return torch.where(mask, h * table[idx], torch.zeros(())).sum()
+
+
+class Table(nn.Module):
+    """The second stage of the report: picks by index, where the mask says so."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.table = nn.Parameter(torch.tensor([10.0, 100.0]))
+        self.seen = seen
+
+    def forward(self, value):
+        h, mask, idx, nothing = value.values() if isinstance(value, dict) else value
+        self.seen.append((type(value), mask.dtype, idx.dtype, nothing))
+        return masked_sum(h, mask, idx, self.table)
+
+
+@pytest.mark.parametrize("kind", [tuple, list, dict])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_pr23_bool_mask_integers_and_none_between_stages(kind, microbatches):
+    """Masks were cast to half, third outputs dropped, and integers asked for gradients."""
+
+    def main(comm):
+        mask = torch.tensor([True, False, True, True])
+        idx = torch.tensor([0, 1, 1, 0])
+        first = Times(2)
+
+        def hand_on(rows):
+            values = (rows["h"], rows["mask"], rows["idx"], None)
+            return dict(zip("abcd", values, strict=True)) if kind is dict else kind(values)
+
+        seen = []
+        layers = [
+            Call(lambda rows: {**rows, "h": first(rows["h"])}),
+            Call(hand_on),
+            Table(seen),
+        ]
+        layers[0].first = first
+        engine = Pipeline(
+            layers,
+            Mesh(comm, pipe=2),
+            loss_fn=sum_output,
+            loss_reduction="sum",
+            microbatches=microbatches,
+            boundaries=[2],
+        )
+        x = {"h": torch.tensor([1.0, 2.0, 3.0, 4.0]), "mask": mask, "idx": idx}
+        return engine.step(x).item(), grad(engine), seen
+
+    (loss, w, _), (same, table, seen) = run_local(2, main)
+    assert loss == same == 700.0
+    assert w == {"0.first.w": 350.0}
+    assert table == {"2.table": [10.0, 6.0]}
+    assert seen == [(kind, torch.bool, torch.int64, None)] * microbatches
+
+
+def test_unsupported_values_are_refused_by_name():
+    def main(comm):
+        layers = [Call(lambda x: (x, {"extra": [object()]})), Call(lambda pair: pair[0])]
+        engine = Pipeline(layers, Mesh(comm, pipe=2), loss_fn=sum_output)
+        engine.step(torch.ones(2))
+
+    with pytest.raises(TypeError, match=r"output of stage 0\[1\]\['extra'\]\[0\]: a object"):
+        run_local(2, main)
+
+
+@pytest.mark.parametrize("num_data", [1, 2])
+def test_pr24_stage_without_parameters(num_data):
+    """Optimizers refused an empty list; such a stage stayed out of the norm's reduction."""
+
+    def main(comm):
+        mesh = Mesh(comm, data=num_data, pipe=3)
+        engine = Pipeline(
+            [Times(2), nn.ReLU(), Times(2)], mesh, loss_fn=sum_output, loss_reduction="sum"
+        )
+        engine.load_state_dict({"0.w": torch.tensor(2.0), "2.w": torch.tensor(3.0)})
+        optimizer = torch.optim.SGD(engine.parameters(), lr=0.1)
+        x = torch.tensor([-1.0, 2.0]) if mesh.data.rank == 0 else torch.empty(0)
+        loss = engine.step(x).item()
+        norm = engine.clip_grad_norm_(1e6).item()
+        grads = grad(engine)
+        optimizer.step()
+        state = engine.state_dict()
+        engine.load_state_dict(state)
+        assert optimizer.state_dict()["state"] == {}
+        return loss, norm, grads, state.keys()
+
+    results = run_local(3 * num_data, main)
+    assert [r[0] for r in results] == [12.0] * len(results)
+    assert [r[1] for r in results] == [pytest.approx(52**0.5)] * len(results)
+    assert [r[2] for r in results] == [{"0.w": 6.0}, {}, {"2.w": 4.0}] * num_data
+    assert [set(r[3]) for r in results] == [{"0.w"}, set(), {"2.w"}] * num_data
+
+
+@pytest.mark.parametrize("num_data", [1, 2])
+@pytest.mark.parametrize(
+    ("norm_type", "limit", "norm", "after"),
+    [
+        (2.0, 1.0, 5.0, (0.6, 0.8)),
+        (float("inf"), 1.0, 4.0, (0.75, 1.0)),
+        (2.0, 100.0, 5.0, (3.0, 4.0)),
+        (1.0, 3.5, 7.0, (1.5, 2.0)),
+    ],
+)
+def test_pr26_clipping_by_the_norm_over_all_stages(num_data, norm_type, limit, norm, after):
+    """Each stage scaled by its own norm, so the update was not the unsplit model's."""
+
+    def main(comm):
+        mesh = Mesh(comm, data=num_data, pipe=2)
+        engine = Pipeline([Times(1), Times(1)], mesh, loss_fn=mean_output)
+        (parameter,) = engine.parameters()
+        parameter.grad = torch.tensor(3.0 + engine.stage)
+        found = engine.clip_grad_norm_(limit, norm_type)
+        return found.item(), parameter.grad.item()
+
+    for rank, (found, gradient) in enumerate(run_local(2 * num_data, main)):
+        assert found == norm
+        exact = limit == 100
+        assert gradient == (after[rank % 2] if exact else pytest.approx(after[rank % 2], rel=1e-6))
+
+
+@pytest.mark.parametrize("norm_type", [2.0, float("inf")])
+def test_clipping_shows_a_nan_on_every_rank(norm_type):
+    def main(comm):
+        engine = Pipeline([Times(1), Times(1)], Mesh(comm, pipe=2), loss_fn=mean_output)
+        (parameter,) = engine.parameters()
+        parameter.grad = torch.tensor(float("nan") if comm.rank == 0 else 4.0)
+        return engine.clip_grad_norm_(1.0, norm_type).isnan().item()
+
+    assert run_local(2, main) == [True, True]
+
+
+def test_pr08_buffers_in_flight_are_not_overwritten():
+    """A stage that ran ahead reused the memory of what it was still sending."""
+
+    def main(comm):
+        seen = []
+
+        def slow(x):
+            time.sleep(0.05)
+            seen.append(sorted(set(x.flatten().tolist())))
+            return x
+
+        layers = [Times(1), nn.Sequential(Call(slow), Times(1))]
+        engine = Pipeline(
+            layers, Mesh(comm, pipe=2), loss_fn=mean_output, microbatches=4, schedule="gpipe"
+        )
+        x = torch.arange(1.0, 5.0).view(4, 1).expand(4, 50_000)
+        engine.step(x)
+        return seen
+
+    assert run_local(2, main)[1] == [[1.0], [2.0], [3.0], [4.0]]
+
+
+def test_shapes_change_from_step_to_step_and_between_microbatches():
+    def main(comm):
+        pool = Call(lambda x: x[:, : int(x[0, 0].detach())])  # as wide as the data say
+        engine = Pipeline(
+            [Times(1), pool, Times(2)],
+            Mesh(comm, pipe=3),
+            loss_fn=sum_output,
+            loss_reduction="sum",
+            microbatches=2,
+        )
+        losses = []
+        for width in (4, 2, 3):
+            x = torch.ones(2, 5)
+            x[0] = width
+            losses.append(engine.step(x).item())
+        return losses
+
+    for losses in run_local(3, main):
+        assert losses == [2.0 * (w * w + 1) for w in (4, 2, 3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.complex64])
+def test_dtypes_and_layouts_between_stages(dtype):
+    def main(comm):
+        turn = Call(lambda x: (x.t().conj(), x[:, :1].expand(-1, 4)))
+        join = Call(lambda pair: pair[0].t().abs().float() + pair[1].abs().float())
+        layers = [Times(2).to(dtype), turn, join]
+        engine = Pipeline(
+            layers, Mesh(comm, pipe=2), loss_fn=sum_output, boundaries=[2], microbatches=1
+        )
+        x = torch.arange(1.0, 9.0).view(2, 4).to(dtype)
+        loss = engine.step(x).item()
+        return loss, grad(engine)
+
+    (loss, grads), (same, _) = run_local(2, main)
+    assert loss == same == 2 * (36 + 4 * (1 + 5))
+    assert grads == {"0.w": 60}
+
+
+def test_output_that_needs_no_gradient_gets_none_back():
+    """With the first stage frozen there is nothing to send back, and nobody may wait for it."""
+
+    def main(comm):
+        layers = [Times(2), Times(3)]
+        layers[0].w.requires_grad_(False)
+        engine = Pipeline(layers, Mesh(comm, pipe=2), loss_fn=mean_output, microbatches=2)
+        loss = engine.step(torch.tensor([1.0, 3.0])).item()
+        return loss, grad(engine)
+
+    assert run_local(2, main) == [(12.0, {}), (12.0, {"1.w": 4.0})]
+
+
+def test_received_value_that_is_not_used_gets_zeros():
+    def main(comm):
+        layers = [Times(2), Call(lambda x: (x, x * 5)), Call(lambda pair: pair[0]), Times(3)]
+        engine = Pipeline(layers, Mesh(comm, pipe=2), loss_fn=mean_output, boundaries=[2])
+        return engine.step(torch.tensor([1.0, 3.0])).item(), grad(engine)
+
+    assert run_local(2, main) == [(12.0, {"0.w": 6.0}), (12.0, {"3.w": 4.0})]
+
+
+def test_replicas_share_buffers_and_evaluate_apart():
+    def main(comm):
+        mesh = Mesh(comm, data=2, pipe=2)
+        layers = [nn.Linear(5, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)]
+        engine = Pipeline(layers, mesh, loss_fn=nn.functional.mse_loss, microbatches=2)
+        x, y = data()
+        engine.step(part(x, mesh), part(y, mesh))
+        engine.eval()
+        # Of one replica alone, while the other does something else.
+        output = engine.forward(x) if mesh.data.rank == 0 else None
+        return engine.state_dict(), output
+
+    results = run_local(4, main)
+    for stage in (0, 1):
+        zero, one = results[stage][0], results[stage + 2][0]
+        assert all(torch.equal(zero[name], one[name]) for name in zero)
+    assert torch.equal(results[0][1], results[1][1])
+    assert results[0][1].shape == (ROWS, 2)
+
+
+def test_nested_outputs_are_joined_on_every_rank():
+    def main(comm):
+        split = Call(lambda x: {"twice": x * 2, "both": (x, None, x > 2, "name")})
+        engine = Pipeline([Times(1), split], Mesh(comm, pipe=2), microbatches=3)
+        with pytest.raises(ValueError, match="without loss_fn"):
+            engine.step(torch.ones(2))
+        return engine.forward(torch.arange(4.0) if comm.rank == 0 else None)
+
+    for output in run_local(2, main):
+        assert output["twice"].tolist() == [0, 2, 4, 6]
+        assert not output["twice"].requires_grad
+        assert output["both"][2].tolist() == [False, False, False, True]
+        assert (output["both"][1], output["both"][3]) == (None, "name")
+
+
+def engine_error(size, message, error=ValueError, layers=None, **options):
+    def main(comm):
+        with pytest.raises(error, match=message):
+            made = [Times(1), Times(2)] if layers is None else layers(comm.rank)
+            Pipeline(made, Mesh(comm, pipe=size), loss_fn=mean_output, **options)
+        return True
+
+    assert run_local(size, main) == [True] * size
+
+
+def test_bad_settings_are_refused_on_every_rank():
+    engine_error(3, "stage 2 of 3 is left without layers")
+    engine_error(2, "stage 1 of 2 is left without layers", boundaries=[2])
+    engine_error(2, "unknown pipeline schedule '2f2b'", schedule="2f2b")
+    engine_error(2, "at least 1 micro-batch, got 0", microbatches=0)
+    engine_error(
+        2, "unknown loss_reduction 'max', expected one of: mean, sum", loss_reduction="max"
+    )
+    engine_error(2, "unknown wire dtype 'int8'", wire_dtype="int8")
+    engine_error(2, "list of layers, got a Linear", TypeError, lambda _: nn.Linear(1, 1))
+    engine_error(2, "layer 1: expected an nn.Module", TypeError, lambda _: [Times(1), abs])
+
+
+def test_layers_that_differ_between_ranks_are_refused_on_every_rank():
+    def layers(rank):
+        return [nn.Linear(2, 2), nn.Linear(2, 2 + rank % 2), nn.ReLU()]
+
+    message = r"1\.weight \(2, 2\) float32 on ranks 0, 2; 1\.weight \(3, 2\) float32 on rank 1"
+    engine_error(3, message, layers=layers)
+    engine_error(
+        2, "layers 0 on rank 0; layers 0 1 on rank 1", layers=lambda r: [Times(1)] * (r + 1)
+    )
+
+
+def test_a_tensor_shared_by_two_stages_is_refused():
+    def layers(_):
+        first, last = Times(1), Times(1)
+        last.w = first.w
+        return [first, last]
+
+    engine_error(2, "0.w of stage 0 and 1.w of stage 1 are one and the same", layers=layers)
+
+
+def test_a_plan_that_would_deadlock_is_refused_before_the_first_message():
+    def upside_down(stage, num_stages, num_microbatches):
+        order = range(num_microbatches)[:: 1 if stage == 0 else -1]
+        words = [f"F{m}" for m in order] + [f"B{m}" for m in range(num_microbatches)]
+        return parse_actions(" ".join(words), stage)
+
+    def one_behind(stage, num_stages, num_microbatches):
+        return parse_actions("B0 F0" if stage == 1 else "F0 B0", stage)
+
+    engine_error(2, "stage 1 is stuck at B0", PlanError, schedule=one_behind, microbatches=1)
+
+    # Another order of micro-batches on the receiving stage is unusual, and fine.
+    def main(comm):
+        engine = Pipeline(
+            [Times(2), Times(3)],
+            Mesh(comm, pipe=2),
+            loss_fn=mean_output,
+            microbatches=3,
+            schedule=upside_down,
+        )
+        return engine.step(torch.arange(1.0, 9.0)).item()
+
+    assert run_local(2, main) == [27.0, 27.0]
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (torch.ones(3), torch.ones(4), "replica 0: x has 3 rows on the first stage, y has 4"),
+        (None, torch.ones(4), "expected a tensor with rows|refused on rank 0"),
+        ((torch.ones(3), torch.ones(2)), None, r"equal numbers of rows, got \[3, 2\]|refused on"),
+        (torch.ones(3), torch.tensor(1.0), "expected a tensor with rows|refused on rank 1"),
+        (torch.ones(0), None, "the global batch has no rows"),
+    ],
+)
+def test_unfit_batches_are_refused_on_every_rank_and_do_no_harm(x, y, message):
+    def main(comm):
+        engine = Pipeline([Times(2), Times(3)], Mesh(comm, pipe=2), loss_fn=mean_output)
+        with pytest.raises(ValueError, match=message):
+            engine.step(x, y)
+        return engine.step(torch.arange(1.0, 9.0)).item()
+
+    assert run_local(2, main) == [27.0, 27.0]
+
+
+def test_unfit_batch_of_an_evaluation():
+    def main(comm):
+        engine = Pipeline([Times(2), Times(3)], Mesh(comm, pipe=2))
+        with pytest.raises(ValueError, match=r"at least one row|refused on the first stage"):
+            engine.forward(torch.ones(0))
+        return engine.forward(torch.ones(1)).tolist()
+
+    assert run_local(2, main) == [[6.0], [6.0]]
+
+
+def test_loss_must_be_one_element():
+    def main(comm):
+        engine = Pipeline([Times(2)], Mesh(comm), loss_fn=lambda out, _: out, microbatches=1)
+        engine.step(torch.ones(3))
+
+    with pytest.raises(TypeError, match="loss_fn to return a tensor of one element"):
+        run_local(1, main)
+
+
+def test_state_of_the_unsplit_model_loads_by_name():
+    whole = network(5)
+
+    def main(comm):
+        engine = Pipeline(network(0), Mesh(comm, pipe=3), loss_fn=mean_output)
+        engine.load_state_dict(whole.state_dict())
+        with pytest.raises(ValueError, match=r"in no stage of this model: lost\.weight"):
+            engine.load_state_dict({**whole.state_dict(), "lost.weight": torch.ones(1)})
+        return None, engine.state_dict()
+
+    state = full_state(run_local(3, main))
+    assert state.keys() == whole.state_dict().keys()
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in state.items())
+
+
+def test_reduction_over_replicas_is_one_per_bucket():
+    def main(comm):
+        mesh = Mesh(comm, data=2, pipe=2)
+        engine = Pipeline(network(), mesh, loss_fn=nn.functional.mse_loss, bucket_bytes=1 << 20)
+        engine.step(*data())
+        engine.close()
+        mesh.close()
+        return engine.last_step.reduction.reductions
+
+    assert run_local(4, main) == [1] * 4
+
+
+def test_wire_dtype_of_the_reduction():
+    def main(comm):
+        mesh = Mesh(comm, data=2, pipe=1)
+        engine = Pipeline([Times(1)], mesh, loss_fn=mean_output, wire_dtype="bf16")
+        engine.step(torch.tensor([1.0 + 2**-12, 1.0]))
+        return grad(engine)
+
+    assert run_local(2, main) == [{"0.w": 1.0}] * 2
