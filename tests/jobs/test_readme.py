@@ -1,0 +1,39 @@
+"""The README's Python blocks and command lines, and the examples, do what they say."""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = re.findall(r"^ringfold .*$", TEXT, re.MULTILINE)
+
+
+@pytest.mark.parametrize("block", range(len(BLOCKS)))
+def test_python_block(job: Callable[..., Any], block: int) -> None:
+    done = job(2, BLOCKS[block], timeout=60)
+    assert done.returncode == 0, done.output
+    assert not done.leftovers
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(job: Callable[..., Any], command: str) -> None:
+    _, *arguments = shlex.split(command)
+    done = job(0, ["-m", "ringfold"], *arguments, cwd=ROOT)
+    assert done.returncode == 0, done.output
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_example(job: Callable[..., Any], example: Path, ranks: int) -> None:
+    done = job(ranks, example, timeout=60)
+    assert done.returncode == 0, done.output
+
+
+def test_there_is_something_to_run() -> None:
+    assert len(BLOCKS) >= 3 and len(COMMANDS) >= 2
