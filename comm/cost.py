@@ -89,7 +89,7 @@ def _travel(
     """Return each message's seconds on its link, cards shared by the messages that use them."""
 
     def over(link: Link, share: npt.NDArray[np.float64] | float) -> npt.NDArray[np.float64]:
-        return link.latency + message * share * link.seconds_per_byte
+        return np.asarray(link.latency + message * share * link.seconds_per_byte, np.float64)
 
     src_node = step.src // cluster.ranks_per_node
     dst_node = step.dst // cluster.ranks_per_node

@@ -131,7 +131,8 @@ def _simulate(arguments: argparse.Namespace) -> int:
     cost = price(schedule, nbytes, cluster, arguments.itemsize)
     took = time.perf_counter() - start
     algbw = nbytes / cost.seconds if cost.seconds else 0.0
-    factor = BUSBW.get(schedule.collective.name, lambda size: 1.0)(schedule.size)
+    busbw = BUSBW.get(schedule.collective.name)
+    factor = busbw(schedule.size) if busbw else 1.0
     for name, value in (
         ("algorithm", arguments.algorithm),
         ("ranks", str(schedule.size)),

@@ -1,0 +1,113 @@
+"""Replicas and stages behind one face, which is all that a training loop needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..parallel.data_parallel import DataParallel
+from ..parallel.mesh import Mesh
+from ..parallel.partition import balance
+from ..parallel.pipeline import Pipeline
+from .options import Grid, Options, UsageError
+from .workload import Workload
+
+__all__ = ["Engine", "Replicas", "Stages", "check_stages", "make_engine"]
+
+
+class Engine(Protocol):
+    """Train one model, however it is split.
+
+    `step` runs forward and backward on this data rank's share, after which gradients are those of
+    the global batch, and returns a loss whose mean over the data ranks is that of the global batch.
+    `predict` returns the model's output, or None on a rank without its last layer.
+    `named_parameters` yields this rank's part under the names of the unsplit nn.Sequential.
+    """
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def step(self, x: Tensor, y: Tensor) -> float: ...
+
+    def predict(self, x: Tensor) -> Tensor | None: ...
+
+
+class Replicas:
+    """Hold the whole model on every rank; average gradients while backward goes on."""
+
+    def __init__(
+        self, layers: list[nn.Module], workload: Workload, mesh: Mesh, options: Options
+    ) -> None:
+        self.loss = workload.loss
+        self.model = DataParallel(
+            nn.Sequential(*layers),
+            mesh.data,
+            bucket_bytes=int(options.bucket_mb * 2**20),
+            wire_dtype=options.wire_dtype,
+        )
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.model.named_parameters()
+
+    def step(self, x: Tensor, y: Tensor) -> float:
+        self.model.train()
+        loss = self.loss(self.model(x), y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    def predict(self, x: Tensor) -> Tensor | None:
+        self.model.eval()
+        with torch.no_grad():
+            output: Tensor = self.model(x)
+        return output
+
+
+class Stages:
+    """Hold some layers on every rank; micro-batches follow each other from stage to stage."""
+
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        workload: Workload,
+        mesh: Mesh,
+        options: Options,
+        microbatches: int,
+    ) -> None:
+        self.pipeline = Pipeline(
+            layers,
+            mesh,
+            loss_fn=workload.loss,
+            microbatches=microbatches,
+            schedule=options.schedule,
+        )
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.pipeline.named_parameters()
+
+    def step(self, x: Tensor, y: Tensor) -> float:
+        self.pipeline.train()
+        return float(self.pipeline.step(x, y))
+
+    def predict(self, x: Tensor) -> Tensor | None:
+        self.pipeline.eval()
+        output: Tensor | None = self.pipeline.forward(x)
+        return output
+
+
+def check_stages(layers: list[nn.Module], pipe: int) -> None:
+    """Raise UsageError, before anything is split, if a stage would be left without layers."""
+    try:
+        balance([sum(p.numel() for p in layer.parameters()) for layer in layers], pipe)
+    except ValueError as error:
+        raise UsageError(f"--pipe {pipe}: {error}") from None
+
+
+def make_engine(
+    layers: list[nn.Module], workload: Workload, mesh: Mesh, options: Options, grid: Grid
+) -> Engine:
+    """Split the model as the grid says.  Collective over the mesh."""
+    if grid.pipe == 1:
+        return Replicas(layers, workload, mesh, options)
+    return Stages(layers, workload, mesh, options, grid.microbatches)

@@ -1,0 +1,207 @@
+"""The options of train.py, and what must hold between them; no torch, no MPI."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from ..parallel.plan import PLANS
+from . import WORKLOADS
+
+__all__ = ["Grid", "Options", "UsageError", "grid_of", "parse"]
+
+WIRE_DTYPES = ("fp32", "bf16", "fp16")
+
+
+class UsageError(ValueError):
+    """Say which option is wrong; train.py ends with status 2 on every rank."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Hold the command line; None where the default depends on the ranks or the workload."""
+
+    workload: str
+    data: int | None
+    pipe: int
+    schedule: str
+    microbatches: int | None
+    epochs: int
+    steps: int | None
+    batch_size: int
+    lr: float
+    seed: int
+    bucket_mb: float
+    wire_dtype: str | None
+    report: Path | None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Say how ranks and global batch are split: data x pipe ranks, micro-batches per step."""
+
+    data: int
+    pipe: int
+    microbatches: int
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raise instead of exiting: under mpirun every rank parses, and one is to print."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def parse(arguments: Sequence[str] | None = None) -> Options:
+    """Read the command line; UsageError for what is wrong whatever the number of ranks."""
+    found = _parser().parse_args(arguments)
+    defaults = WORKLOADS[found.workload]
+    return Options(
+        workload=found.workload,
+        data=found.data,
+        pipe=found.pipe,
+        schedule=found.schedule,
+        microbatches=found.microbatches,
+        epochs=defaults.epochs if found.epochs is None else found.epochs,
+        steps=found.steps,
+        batch_size=defaults.batch_size if found.batch_size is None else found.batch_size,
+        lr=defaults.lr if found.lr is None else found.lr,
+        seed=found.seed,
+        bucket_mb=found.bucket_mb,
+        wire_dtype=found.wire_dtype,
+        report=found.report,
+    )
+
+
+def grid_of(options: Options, num_ranks: int) -> Grid:
+    """Split num_ranks ranks and the global batch as the options say, or raise UsageError."""
+    pipe = options.pipe
+    if options.data is None and num_ranks % pipe:
+        raise UsageError(f"--pipe {pipe} does not divide the {num_ranks} ranks of this job")
+    data = num_ranks // pipe if options.data is None else options.data
+    if data * pipe != num_ranks:
+        raise UsageError(
+            f"--data {data} times --pipe {pipe} makes {data * pipe} ranks, but this job has"
+            f" {num_ranks}: start it by mpirun -n {data * pipe}, or change the split"
+        )
+    if options.batch_size % data:
+        raise UsageError(
+            f"--batch-size {options.batch_size}, the global batch, is not divisible by the {data}"
+            " data ranks"
+        )
+    share = options.batch_size // data
+    microbatches = options.microbatches
+    if microbatches is None:
+        microbatches = _largest_divisor(share, at_most=2 * pipe) if pipe > 1 else 1
+    if share % microbatches:
+        raise UsageError(
+            f"--microbatches {microbatches} does not divide the {share} samples that each data rank"
+            f" holds of a global batch of {options.batch_size}"
+        )
+    return Grid(data, pipe, microbatches)
+
+
+def _largest_divisor(number: int, at_most: int) -> int:
+    return max(d for d in range(1, min(number, at_most) + 1) if number % d == 0)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="train.py",
+        description="Train a model on the ranks that mpirun starts, split by data, layers or both.",
+        epilog="One process alone trains too, without mpirun.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--workload",
+        choices=list(WORKLOADS),
+        default="digits",
+        help="; ".join(f"{name}: {found.summary}" for name, found in WORKLOADS.items())
+        + " (default: digits)",
+    )
+    split = parser.add_argument_group("how the work is split")
+    split.add_argument(
+        "--data", type=_whole(1), metavar="D", help="data ranks (default: ranks / pipe)"
+    )
+    split.add_argument(
+        "--pipe", type=_whole(1), default=1, metavar="P", help="stages of layers (default: 1)"
+    )
+    split.add_argument(
+        "--schedule", choices=list(PLANS), default="1f1b", help="of the pipe (default: 1f1b)"
+    )
+    split.add_argument(
+        "--microbatches",
+        type=_whole(1),
+        metavar="M",
+        help="parts of a data rank's batch that follow each other through the pipe (default: about"
+        " 2 x P)",
+    )
+    train = parser.add_argument_group("training")
+    train.add_argument(
+        "--epochs",
+        type=_whole(1),
+        help="passes over the data (default: "
+        + ", ".join(f"{name} {found.epochs}" for name, found in WORKLOADS.items())
+        + ")",
+    )
+    train.add_argument("--steps", type=_whole(1), help="stop after so many steps at the latest")
+    train.add_argument(
+        "--batch-size",
+        type=_whole(1),
+        metavar="B",
+        help="samples of the global batch, shared out over the data ranks (default: "
+        + ", ".join(f"{name} {found.batch_size}" for name, found in WORKLOADS.items())
+        + ")",
+    )
+    train.add_argument(
+        "--lr",
+        type=_positive,
+        help="learning rate (default: "
+        + ", ".join(f"{name} {found.lr}" for name, found in WORKLOADS.items())
+        + ")",
+    )
+    train.add_argument(
+        "--seed", type=_whole(0), default=0, help="of weights and order of samples (default: 0)"
+    )
+    wire = parser.add_argument_group("communication")
+    wire.add_argument(
+        "--bucket-mb",
+        type=_positive,
+        default=4.0,
+        metavar="MB",
+        help="MiB of gradients that are reduced at once (default: 4)",
+    )
+    wire.add_argument(
+        "--wire-dtype",
+        choices=WIRE_DTYPES,
+        help="type of gradients on the way (default: their own)",
+    )
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
+    return parser
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def convert(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        if number < least:
+            raise argparse.ArgumentTypeError(f"expected {least} or more, got {number}")
+        return number
+
+    return convert
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+    if not (math.isfinite(number) and number > 0):
+        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text}")
+    return number

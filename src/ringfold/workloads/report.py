@@ -1,0 +1,96 @@
+"""What a training run leaves behind: one JSON file, and a digest of the weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .options import UsageError
+
+if TYPE_CHECKING:
+    from ..parallel.mesh import Mesh
+
+__all__ = ["Report", "check_writable", "weights_sha256", "write"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Hold the numbers of a run; `losses` has one entry per step, of the global batch.
+
+    `seconds` is the time of the steps alone, without set-up and evaluation.
+    """
+
+    workload: str
+    ranks: int
+    data: int
+    pipe: int
+    steps: int
+    seconds: float
+    samples_per_second: float
+    losses: Sequence[float]
+    final_metric: dict[str, float]
+    weights_sha256: str
+
+
+def check_writable(path: Path) -> None:
+    """Raise UsageError where a report could not be written, without writing one."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise UsageError(f"--report {path} is a folder")
+    if not folder.is_dir():
+        raise UsageError(f"--report {path}: there is no folder {folder}")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UsageError(f"--report {path} may not be written")
+
+
+def write(path: Path, report: Report) -> None:
+    """Replace the file at once, so that a reader finds the old report or the new one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(asdict(report), indent=1, allow_nan=False) + "\n")
+    beside.replace(path)
+
+
+def weights_sha256(
+    mesh: Mesh, whole: Iterable[tuple[str, Tensor]], mine: Iterable[tuple[str, Tensor]]
+) -> str:
+    """Return one digest over all parameters by full name, the same text on every rank.
+
+    `whole` lists the unsplit model's parameters, of which names, shapes and types count; `mine` the
+    trained ones that this rank holds.  Collective.  RuntimeError where the data ranks have come to
+    different weights.
+    """
+    names = {name: (row, tensor) for row, (name, tensor) in enumerate(whole)}
+    rows = np.zeros((len(names), 32), np.uint8)
+    held = np.zeros(len(names), np.uint8)
+    for name, tensor in mine:
+        row, like = names[name]
+        assert tensor.shape == like.shape and tensor.dtype == like.dtype, name
+        rows[row] = np.frombuffer(_digest(tensor), np.uint8)
+        held[row] = 1
+    mesh.pipe.allreduce(rows, op="max")  # a row that a stage does not hold is zeros there
+    mesh.pipe.allreduce(held, op="max")
+    assert held.all(), [name for name, (row, _) in names.items() if not held[row]]
+    total = hashlib.sha256()
+    for name, (row, like) in names.items():
+        total.update(
+            f"{name} {like.dtype} {tuple(like.shape)} {rows[row].tobytes().hex()}\n".encode()
+        )
+    everyone = mesh.data.allgather(np.frombuffer(total.digest(), np.uint8))
+    differing = [rank for rank, found in enumerate(everyone) if (found != everyone[0]).any()]
+    if differing:
+        raise RuntimeError(f"data ranks {differing} hold other weights than data rank 0")
+    return total.hexdigest()
+
+
+def _digest(tensor: Tensor) -> bytes:
+    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(plain.numpy().tobytes()).digest()

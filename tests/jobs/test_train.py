@@ -1,0 +1,102 @@
+"""train.py as a user starts it: equal losses on every grid, every workload, and clear refusals."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+TRAIN = Path(__file__).parents[2] / "train.py"
+REPORT_KEYS = {
+    "workload", "ranks", "data", "pipe", "steps", "seconds", "samples_per_second", "losses",
+    "final_metric", "weights_sha256",
+}  # fmt: skip
+
+
+@pytest.fixture
+def train(job: Callable[..., Any], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Run train.py on some ranks, and return its report."""
+
+    def run(ranks: int, *options: object, timeout: float = 100) -> dict[str, Any]:
+        path = tmp_path / "report.json"
+        done = job(ranks, TRAIN, *options, "--report", path, timeout=timeout)
+        assert done.returncode == 0 and not done.leftovers, done.output
+        report = json.loads(path.read_text())
+        assert report.keys() >= REPORT_KEYS
+        assert len(report["losses"]) == report["steps"] and np.isfinite(report["losses"]).all()
+        assert report["ranks"] == ranks == report["data"] * report["pipe"]
+        return report
+
+    return run
+
+
+@pytest.mark.timeout(300)
+def test_digits_train_alike_on_every_grid(train: Callable[..., dict[str, Any]]) -> None:
+    alone = train(1)
+    assert alone["workload"] == "digits" and alone["steps"] >= 50
+    assert alone["final_metric"]["test_accuracy"] >= 0.97
+    for data, pipe in ((4, 1), (2, 2), (1, 4)):
+        split = train(4, "--data", data, "--pipe", pipe)
+        np.testing.assert_allclose(split["losses"][:50], alone["losses"][:50], rtol=1e-4)
+        accuracies = split["final_metric"]["test_accuracy"], alone["final_metric"]["test_accuracy"]
+        assert abs(accuracies[0] - accuracies[1]) <= 0.01
+
+
+def test_the_same_run_gives_the_same_weights(train: Callable[..., dict[str, Any]]) -> None:
+    one, two, other = (
+        train(2, "--steps", 20, "--seed", seed)["weights_sha256"] for seed in (3, 3, 4)
+    )
+    assert one == two != other
+
+
+def test_linear_learns(train: Callable[..., dict[str, Any]]) -> None:
+    report = train(2, "--workload", "linear", "--steps", 2000)
+    assert report["final_metric"]["test_mean_squared_error"] < 0.01
+    assert report["losses"][0] > 10 * report["losses"][-1]
+
+
+@pytest.mark.parametrize("pipe", [1, 2])
+def test_text_beats_the_single_bytes(train: Callable[..., dict[str, Any]], pipe: int) -> None:
+    report = train(2, "--workload", "text", "--pipe", pipe, "--steps", 120)
+    metric = report["final_metric"]
+    assert metric["validation_bits_per_byte"] < metric["unigram_entropy"] - 0.4
+
+
+@pytest.mark.parametrize(
+    "ranks, options, shown",
+    [
+        (2, "--data 3", "makes 3 ranks, but this job has 2"),
+        (2, "--pipe 3", "--pipe 3 does not divide the 2 ranks"),
+        (2, "--batch-size 7", "not divisible by the 2 data ranks"),
+        (2, "--pipe 2 --microbatches 3", "--microbatches 3 does not divide the 64 samples"),
+        (2, "--schedule gpip", "invalid choice: 'gpip'"),
+        (2, "--workload digit", "invalid choice: 'digit'"),
+        (2, "--wire-dtype fp8", "invalid choice: 'fp8'"),
+        (2, "--lr nan", "expected a finite number above 0"),
+        (2, "--report no/such/folder/report.json", "there is no folder"),
+        (7, "--workload text --pipe 7", "6 layers"),
+        (1, "--steps 0", "expected 1 or more"),
+    ],
+)
+def test_bad_options_are_refused_once_before_training(
+    job: Callable[..., Any], ranks: int, options: str, shown: str
+) -> None:
+    done = job(ranks, TRAIN, *options.split(), timeout=60)
+    assert done.returncode == 2 and not done.leftovers
+    assert done.stderr.count("train.py: error:") == 1 and shown in done.stderr
+    assert "Traceback" not in done.output and "samples/s" not in done.output
+
+
+def test_ranks_that_were_given_different_options_do_not_train(job: Callable[..., Any]) -> None:
+    script = f"""
+import os, runpy, sys
+rank = os.environ.get("OMPI_COMM_WORLD_RANK") or os.environ["PMI_RANK"]
+sys.argv = ["train.py", "--seed", rank]
+sys.path.insert(0, {str(TRAIN.parent)!r})
+runpy.run_path({str(TRAIN)!r}, run_name="__main__")
+"""
+    done = job(2, script, timeout=60)
+    assert done.returncode == 2
+    assert "ranks that differ from rank 0: [1]" in done.stderr

@@ -1,0 +1,209 @@
+"""Train a model on as many ranks as mpirun starts: mpirun -n 4 python train.py --pipe 2
+
+The ranks form a grid: --pipe stages of layers, times replicas of them, each with its share of every
+batch.  However the work is split, a step trains on the same samples and comes to the same loss.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import TYPE_CHECKING
+
+import ringfold
+from ringfold.workloads import load
+from ringfold.workloads.agree import check_equal, settle
+from ringfold.workloads.losses import GlobalLosses
+from ringfold.workloads.options import Grid, Options, UsageError, grid_of, parse
+
+if TYPE_CHECKING:
+    import torch
+
+    from ringfold.workloads.engines import Engine
+    from ringfold.workloads.workload import Data, Workload
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that is settled before the first step."""
+
+    options: Options
+    grid: Grid
+    mesh: ringfold.Mesh
+    workload: Workload
+    data: Data
+    engine: Engine
+    whole: list[tuple[str, torch.nn.Parameter]]  # of the unsplit model
+    num_steps: int
+
+
+def main() -> int:
+    parsed = attempt(parse)
+    try:
+        comm = ringfold.Communicator()
+    except ringfold.CommError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    with comm:
+        try:
+            options = settle(comm, parsed)
+            check_equal(comm, repr(options), "the options of train.py")
+            training = prepare(comm, options)
+        except UsageError as error:
+            if comm.rank == 0:
+                print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+            comm.barrier()  # the first rank that ends with a failure makes mpirun end the others
+            return 2
+        run(comm, training)
+    return 0
+
+
+def attempt(parse: Callable[[], Options]) -> Callable[[], Options]:
+    """Parse now, so that --help needs no MPI; the result, or its error, is for all ranks later."""
+    try:
+        options = parse()
+    except UsageError as error:
+        complaint = error
+
+        def fail() -> Options:
+            raise complaint
+
+        return fail
+    return lambda: options
+
+
+def prepare(comm: ringfold.Communicator, options: Options) -> Training:
+    """Check and build all there is to.  Collective.  UsageError on every rank alike."""
+    grid = settle(comm, lambda: grid_of(options, comm.size))
+    workload = settle(comm, lambda: loaded(options.workload))
+    import torch
+
+    from ringfold.workloads import engines, report
+    from ringfold.workloads.workload import Share
+
+    if options.report is not None:
+        path = options.report  # rank 0 writes it, and other hosts need not have the folder
+        settle(comm, lambda: comm.rank == 0 and report.check_writable(path))
+
+    # Ranks share the cores: a thread for every core in each of them would only get in the way.
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.node.size))
+
+    # Every rank builds the whole model from the seed, then keeps its part of it: the weights at the
+    # start do not depend on the grid.
+    torch.manual_seed(options.seed)
+    layers = workload.layers()
+    whole = list(torch.nn.Sequential(*layers).named_parameters())
+    settle(comm, lambda: engines.check_stages(layers, grid.pipe))
+    mesh = ringfold.Mesh(comm, data=grid.data, pipe=grid.pipe)
+    share = Share(options.batch_size, mesh.data.rank, mesh.data.size, options.seed)
+    data = settle(comm, lambda: workload.data(share))
+    check_equal(comm, data.fingerprint, "the data")
+    num_steps = settle(comm, lambda: count_steps(options, data))
+    engine = engines.make_engine(layers, workload, mesh, options, grid)
+    return Training(options, grid, mesh, workload, data, engine, whole, num_steps)
+
+
+def loaded(name: str) -> Workload:
+    """Import the workload and all that training needs, so that what is missing shows now."""
+    try:
+        import torch  # noqa: F401
+        import tqdm  # noqa: F401
+
+        return load(name)
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{error}: pip install 'ringfold[train]' brings what is needed") from None
+
+
+def count_steps(options: Options, data: Data) -> int:
+    if not data.steps_per_epoch:
+        raise UsageError(
+            f"--batch-size {options.batch_size} is more than the samples of {options.workload}"
+        )
+    in_epochs = options.epochs * data.steps_per_epoch
+    return in_epochs if options.steps is None else min(options.steps, in_epochs)
+
+
+def run(comm: ringfold.Communicator, training: Training) -> None:
+    """Train, evaluate, report.  Collective."""
+    from ringfold.workloads.report import Report, weights_sha256, write
+
+    options, grid, data, engine = training.options, training.grid, training.data, training.engine
+    if comm.rank == 0:
+        print(describe(training), *data.facts, sep="\n", flush=True)
+    losses, seconds = fit(comm, training)
+    sums = data.evaluate(engine.predict)
+    # The last stage alone sees outputs; where every stage does, each sample counts pipe times.
+    metric = data.metric(comm.allreduce(sums))
+    digest = weights_sha256(training.mesh, training.whole, engine.named_parameters())
+    if comm.rank == 0:
+        rate = training.num_steps * options.batch_size / seconds
+        print(f"{training.num_steps} steps in {seconds:.1f} s, {rate:,.0f} samples/s")
+        print(*(f"{name}: {value:.4f}" for name, value in metric.items()), sep="\n")
+        if options.report is not None:
+            write(
+                options.report,
+                Report(
+                    workload=options.workload,
+                    ranks=comm.size,
+                    data=grid.data,
+                    pipe=grid.pipe,
+                    steps=training.num_steps,
+                    seconds=seconds,
+                    samples_per_second=rate,
+                    losses=losses,
+                    final_metric=metric,
+                    weights_sha256=digest,
+                ),
+            )
+
+
+def describe(training: Training) -> str:
+    options, grid = training.options, training.grid
+    pipe = f", {options.schedule}, {grid.microbatches} micro-batches" if grid.pipe > 1 else ""
+    return (
+        f"{options.workload}: {grid.data * grid.pipe} ranks as data {grid.data} x pipe {grid.pipe}"
+        f"{pipe}; {training.num_steps} steps of {options.batch_size} samples"
+    )
+
+
+def fit(comm: ringfold.Communicator, training: Training) -> tuple[list[float], float]:
+    """Return the loss of every step's global batch, and the seconds that all steps took."""
+    import torch
+    from tqdm import tqdm
+
+    options, engine, data = training.options, training.engine, training.data
+    # An optimizer refuses to have nothing to do, as on a stage of layers without parameters.
+    parameters = [p for _, p in engine.named_parameters()] or [torch.nn.Parameter(torch.zeros(0))]
+    optimizer = training.workload.optimizer(parameters, options.lr)
+    losses = GlobalLosses(training.mesh.data)
+    bar = tqdm(
+        total=training.num_steps * options.batch_size,
+        disable=comm.rank != 0,
+        unit=" samples",
+        unit_scale=True,
+        ncols=100,
+    )
+    comm.barrier()
+    start = time.perf_counter()
+    batches = (batch for epoch in count() for batch in data.batches(epoch))
+    with bar:
+        for step, (x, y) in enumerate(islice(batches, training.num_steps)):
+            for group in optimizer.param_groups:
+                group["lr"] = options.lr * training.workload.decay(step / training.num_steps)
+            optimizer.zero_grad()
+            losses.add(engine.step(x, y))
+            optimizer.step()
+            if losses.known:
+                bar.set_postfix_str(f"loss {losses.known[-1]:.4f}", refresh=False)
+            bar.update(options.batch_size)
+        losses.flush()
+    return losses.known, time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    sys.exit(main())
