@@ -135,6 +135,7 @@ class Watch:
         self._timeout = timeout
         self._start = self._checked = time.monotonic()
         self._spins = 0
+        self._suspected = False
 
     def pause(self) -> None:
         """Let others run.
@@ -149,7 +150,15 @@ class Watch:
             return
         self._checked = now
         peers = sorted({request.peer for request in self._work.pending})
-        transport.check(peers)
+        try:
+            transport.check(peers)
+            self._suspected = False
+        except PeerLost:
+            # Its last messages may have come after this rank last looked: look once more first.
+            if self._suspected:
+                raise
+            self._suspected, self._checked = True, 0.0
+            return
         waited = now - self._start
         if waited >= self._timeout:
             receipt = self._work.receipt

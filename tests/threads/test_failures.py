@@ -18,6 +18,8 @@ from ringfold import (
     run_local,
 )
 from ringfold.comm.algorithms import build
+from ringfold.comm.transport.base import Channel
+from ringfold.comm.transport.local import LocalTransport, World
 
 
 @pytest.mark.parametrize("failing", [0, 2])
@@ -46,6 +48,27 @@ def test_a_rank_that_returns_early_is_named() -> None:
             comm.broadcast(np.ones(3), root=1)
 
     run_local(2, main)
+
+
+def test_the_last_message_of_a_rank_that_ended_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    # It came, and its sender ended, between this rank's look for it and its look at the sender.
+    world = World(2)
+    here, there = (LocalTransport(world, (0, 1), rank) for rank in range(2))
+    with Communicator.over(LocalTransport(World(1), (0,), 0)) as template:
+        node = template._transport
+    monkeypatch.setattr(here, "node", lambda: node)
+    comm = Communicator.over(here)
+
+    def arrive_late(spins: int) -> None:
+        if not world._lost:
+            there.isend(np.arange(3, dtype=np.uint8), 0, 0, Channel.POINT_TO_POINT)
+            world.lose(1, "its main has returned", failed=False)
+            time.sleep(0.1)
+
+    monkeypatch.setattr(here, "pause", arrive_late)
+    assert comm.recv(np.zeros(3, np.uint8), 1).tolist() == [0, 1, 2]
+    with pytest.raises(PeerLost):
+        comm.recv(np.zeros(3, np.uint8), 1)
 
 
 def test_waiting_too_long_names_the_ranks_and_the_operation() -> None:
