@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .hooks import WireHook
 from .reducer import Reducer, ReductionRecord
 from .replicas import broadcast_tensors, check_equal, check_root, describe
 
@@ -38,7 +39,10 @@ class DataParallel(nn.Module):
       same parameters under the same names, and never communicates.
 
     bucket_bytes: gradients reduced at once, in bytes.
-    wire_dtype: None for the gradients' own dtype, or "fp32", "bf16", "fp16" (added in fp32 inside).
+    wire: how gradients travel. None for their own dtype; "fp32", "bf16", "fp16" (added in fp32
+        inside); "powersgd:RANK"; "topk:RATIO"; or a hook, a function from (bucket, comm) to work,
+        see `hooks`. With one rank nothing travels, and nothing is compressed.
+    wire_dtype: the same, under an older name.
     root: the rank of `comm` whose parameters and buffers all ranks start from.
 
     Collective over `comm`. ValueError on every rank, before anything is overwritten, if the modules
@@ -51,12 +55,15 @@ class DataParallel(nn.Module):
         comm: Communicator,
         *,
         bucket_bytes: int = 4 << 20,
+        wire: str | WireHook | None = None,
         wire_dtype: str | None = None,
         root: int = 0,
         broadcast_buffers: bool = True,
     ) -> None:
         super().__init__()
         check_root(comm, root)
+        if wire is not None and wire_dtype is not None:
+            raise ValueError(f"expected wire or wire_dtype, got both: {wire} and {wire_dtype}")
         self.module = module
         self.comm: Communicator | None = comm
         self.synchronize = True
@@ -66,13 +73,18 @@ class DataParallel(nn.Module):
         self._weight: float | None = None
         named = list(module.named_parameters())
         buffers = list(module.named_buffers())
+        self._reducer: Reducer | None = Reducer(
+            named, comm, op="mean", bucket_bytes=bucket_bytes, wire=wire or wire_dtype
+        )
         check_equal(
             comm, [*describe(named), *describe(buffers)], "parameters or buffers of the module"
         )
-        tensors = [tensor for _, tensor in (*named, *buffers)]
-        self._reducer: Reducer | None = Reducer(
-            named, comm, op="mean", bucket_bytes=bucket_bytes, wire=wire_dtype
+        check_equal(
+            comm,
+            [f"bucket_bytes {bucket_bytes}", f"wire {self._reducer.wire}", f"root {root}"],
+            "settings of DataParallel",
         )
+        tensors = [tensor for _, tensor in (*named, *buffers)]
         broadcast_tensors(comm, tensors, root, bucket_bytes)
         if comm.size > 1:
             # The hooks must not keep the wrapper alive, nor work for one that is gone.

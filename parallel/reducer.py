@@ -3,11 +3,11 @@
 One pass reduces every gradient once: `begin`, then `mark` for every gradient that is ready, `flush`
 when no more will come, `finish` to wait and to bring the results back.
 
-Ranks start the same buckets in the same order whatever the arrival of their gradients. Behind its
+Ranks start the same buckets in the same order whatever the arrival of their gradients. With its
 elements a bucket carries one flag per parameter, set where this rank has a gradient: a parameter
 with a gradient on some ranks only is averaged with zeros for the others, and one with none stays
-without, for no further message. The first bucket carries one flag more, set when `requires_grad`
-has changed on this rank since the ranks last agreed on it.
+without. The first bucket carries one flag more, set when `requires_grad` has changed on this rank
+since the ranks last agreed on it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from .buckets import Bucket, plan_buckets
-from .flatten import Flattened, wire_of
+from .flight import Flight, Load, carrier_of
+from .hooks import WireHook, wire_format
 from .replicas import check_equal, dtype_name, member_of
 
 if TYPE_CHECKING:
@@ -38,23 +38,30 @@ __all__ = ["Reducer", "ReductionRecord"]
 class ReductionRecord:
     """Tell what one pass did on this rank.
 
-    receipts: one per reduction, in the order in which they were started.
-    overlapped: how many of them were started before backward had ended.
-    nbytes: what the buckets hold on the wire, flags included.
+    receipts: of the collectives, bucket by bucket in the order in which they were started.
+    bucket_nbytes: bytes that this rank put into the collectives of each bucket, flags included.
+    overlapped: how many buckets were started before backward had ended.
     unused: names of the parameters that had no gradient on this rank.
+    partial: names of the parameters that had a gradient on some ranks only; equal on all ranks.
     finite: whether every gradient packed on this rank was finite in the dtype of the wire.
     """
 
     receipts: tuple[Receipt, ...]
+    bucket_nbytes: tuple[int, ...]
     overlapped: int
-    nbytes: int
     unused: tuple[str, ...]
+    partial: tuple[str, ...]
     finite: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all buckets."""
+        return sum(self.bucket_nbytes)
 
     @property
     def reductions(self) -> int:
         """Return the number of reductions, one per bucket."""
-        return len(self.receipts)
+        return len(self.bucket_nbytes)
 
 
 @dataclass(frozen=True)
@@ -67,16 +74,6 @@ class _Layout:
 
 
 @dataclass
-class _Flight:
-    """One bucket under way."""
-
-    bucket: Bucket
-    flattened: Flattened
-    flat: Tensor
-    work: Work
-
-
-@dataclass
 class _Pass:
     """The state of one pass."""
 
@@ -86,10 +83,9 @@ class _Pass:
     total: Work | None
     seen: set[int] = field(default_factory=set)
     arrival: list[int] = field(default_factory=list)
-    flights: list[_Flight] = field(default_factory=list)
+    flights: list[Flight] = field(default_factory=list)
     overlapped: int = 0
-    unused: list[str] = field(default_factory=list)
-    finite: bool = True
+    partial: list[str] = field(default_factory=list)
 
 
 class Reducer:
@@ -97,7 +93,7 @@ class Reducer:
 
     op: "mean", or "sum" for gradients that are already scaled.
     bucket_bytes: how much is reduced at once, in bytes of the gradients themselves.
-    wire: None to send the gradients' own dtype, or a name of `flatten.WIRES`.
+    wire: how gradients travel, as `hooks.wire_format` reads it.
     """
 
     def __init__(
@@ -107,19 +103,17 @@ class Reducer:
         *,
         op: str,
         bucket_bytes: int,
-        wire: str | None,
+        wire: str | WireHook | None,
     ) -> None:
-        wire_of("float32", wire)
+        self.wire = wire_format(wire)
+        self._carrier = carrier_of(self.wire, comm, op)
         self._names = [name for name, _ in named]
         self._parameters = [parameter for _, parameter in named]
         self._dtypes = [parameter.dtype for _, parameter in named]
         self._comm = comm
-        self._op = op
         self._bucket_bytes = bucket_bytes
-        self._wire = wire
         self._layout = self._lay_out(self._trainable(), order=None)
         self._arrival_known = False
-        self._flats: dict[Bucket, Tensor] = {}
         self._pass: _Pass | None = None
         self._handles: list[RemovableHandle] = []
         self.last: ReductionRecord | None = None
@@ -206,12 +200,19 @@ class Reducer:
             self._agree_again(current)
         elif not self._arrival_known:
             self._follow_arrival(current)
+        flights = current.flights
         self.last = ReductionRecord(
-            receipts=tuple(flight.work.receipt for flight in current.flights),
+            receipts=tuple(receipt for flight in flights for receipt in flight.receipts),
+            bucket_nbytes=tuple(flight.nbytes for flight in flights),
             overlapped=current.overlapped,
-            nbytes=sum(f.flat.numel() * f.flat.element_size() for f in current.flights),
-            unused=tuple(current.unused),
-            finite=current.finite,
+            unused=tuple(
+                name
+                for flight in flights
+                for name, gradient in zip(flight.load.names, flight.load.gradients, strict=True)
+                if gradient is None
+            ),
+            partial=tuple(current.partial),
+            finite=all(flight.finite for flight in flights),
         )
         return self.last
 
@@ -220,7 +221,7 @@ class Reducer:
         current, self._pass = self._pass, None
         if current is not None:
             for flight in current.flights:
-                flight.work.wait()
+                flight.rounds.abandon()
 
     def _trainable(self) -> tuple[bool, ...]:
         return tuple(parameter.requires_grad for parameter in self._parameters)
@@ -248,38 +249,21 @@ class Reducer:
             for bucket in plan_buckets(members, self._bucket_bytes, places)
         )
 
-    def _flat(self, bucket: Bucket, first: bool) -> Tensor:
-        flat = self._flats.get(bucket)
-        if flat is None:
-            length = bucket.count + len(bucket.indices) + first
-            dtype = getattr(torch, wire_of(bucket.dtype, self._wire))
-            flat = self._flats[bucket] = torch.empty(length, dtype=dtype)
-        return flat
-
     def _start(self, current: _Pass, bucket: Bucket) -> None:
-        first = not current.flights
-        flat = self._flat(bucket, first)
-        gradients = [self._gradient(index) for index in bucket.indices]
-        flags = [gradient is not None for gradient in gradients]
-        scale, op = self._scale(current)
-        if scale == 0.0 or not all(flags):
-            flat.zero_()
-        flattened = Flattened(gradients, bucket.offsets)
-        if scale != 0.0:
-            current.finite &= flattened.pack(flat, scale)
-        tail = [*flags, current.changed] if first else flags
-        flat[bucket.count :] = torch.tensor(tail, dtype=flat.dtype)
-        for index, flag in zip(bucket.indices, flags, strict=True):
-            if not flag:
-                current.unused.append(self._names[index])
-        work = self._comm.allreduce(flat, op=op, blocking=False)
-        current.flights.append(_Flight(bucket, flattened, flat, work))
+        load = Load(
+            names=tuple(self._names[index] for index in bucket.indices),
+            parameters=[self._parameters[index] for index in bucket.indices],
+            gradients=[self._gradient(index) for index in bucket.indices],
+            share=self._share(current),
+            changed=None if current.flights else current.changed,
+        )
+        current.flights.append(self._carrier.start(bucket, load))
 
-    def _scale(self, current: _Pass) -> tuple[float, str]:
+    def _share(self, current: _Pass) -> float | None:
         if current.weight is None or current.total is None:
-            return 1.0, self._op
+            return None
         total = float(current.total.wait()[0])
-        return (current.weight / total if total else 0.0), "sum"
+        return current.weight / total if total else 0.0
 
     def _gradient(self, index: int) -> Tensor | None:
         gradient = self._parameters[index].grad
@@ -292,15 +276,19 @@ class Reducer:
         return gradient
 
     def _land(self, current: _Pass) -> bool:
-        """Wait for the flights in order and unpack; tell whether any rank has seen a change."""
+        """Wait for the flights and unpack them; tell whether any rank has seen a change."""
+        flying = list(current.flights)
+        while flying:
+            flying = [flight for flight in flying if flight.rounds.advance()]
         changed = False
         for position, flight in enumerate(current.flights):
-            flight.work.wait()
-            tail = (flight.flat[flight.bucket.count :] > 0).tolist()
+            counts = flight.counts()
+            flight.land(counts)
             if position == 0:
-                changed = tail.pop()
-            parameters = [self._parameters[index] for index in flight.bucket.indices]
-            flight.flattened.unpack(flight.flat, tail, parameters)
+                changed = counts[-1] > 0
+            for name, count in zip(flight.load.names, counts, strict=False):
+                if 0 < count < self._comm.size:
+                    current.partial.append(name)
         return changed
 
     def _agree_again(self, current: _Pass) -> None:
@@ -312,17 +300,15 @@ class Reducer:
         before = self._layout.trainable
         late = [i for i, flag in enumerate(trainable) if flag and not before[i]]
         self._layout = self._lay_out(trainable, order=None)
-        self._flats.clear()
         self._arrival_known = False
         buckets = self._plan(late, order=None)
         extra = _Pass([], False, current.weight, current.total)
         for bucket in buckets:
             self._start(extra, bucket)
         self._land(extra)
-        self._flats.clear()
+        self._carrier.forget()
         current.flights += extra.flights
-        current.unused += extra.unused
-        current.finite &= extra.finite
+        current.partial += extra.partial
 
     def _follow_arrival(self, current: _Pass) -> None:
         """Lay the buckets out anew, in the order in which rank 0 saw the gradients arrive."""
@@ -335,4 +321,4 @@ class Reducer:
         order = np.array(arrived + never, dtype=np.int64)
         self._comm.broadcast(order, root=0)
         self._layout = self._lay_out(self._layout.trainable, order.tolist())
-        self._flats.clear()
+        self._carrier.forget()

@@ -44,6 +44,18 @@ def test_digits_train_alike_on_every_grid(train: Callable[..., dict[str, Any]]) 
         assert abs(accuracies[0] - accuracies[1]) <= 0.01
 
 
+@pytest.mark.timeout(300)
+def test_compressed_gradients_come_to_the_accuracy_of_whole_ones(
+    train: Callable[..., dict[str, Any]],
+) -> None:
+    whole, *compressed = (
+        train(2, "--wire", wire)["final_metric"]["test_accuracy"]
+        for wire in ("fp32", "powersgd:4", "topk:0.01")
+    )
+    assert whole >= 0.97
+    assert min(compressed) >= whole - 0.01
+
+
 def test_the_same_run_gives_the_same_weights(train: Callable[..., dict[str, Any]]) -> None:
     one, two, other = (
         train(2, "--steps", 20, "--seed", seed)["weights_sha256"] for seed in (3, 3, 4)
@@ -74,6 +86,7 @@ def test_text_beats_the_single_bytes(train: Callable[..., dict[str, Any]], pipe:
         (2, "--schedule gpip", "invalid choice: 'gpip'"),
         (2, "--workload digit", "invalid choice: 'digit'"),
         (2, "--wire-dtype fp8", "invalid choice: 'fp8'"),
+        (2, "--wire topk:1.5", "expected a ratio of at most 1"),
         (2, "--lr nan", "expected a finite number above 0"),
         (2, "--report no/such/folder/report.json", "there is no folder"),
         (7, "--workload text --pipe 7", "6 layers"),

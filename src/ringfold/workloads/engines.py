@@ -45,7 +45,7 @@ class Replicas:
             nn.Sequential(*layers),
             mesh.data,
             bucket_bytes=int(options.bucket_mb * 2**20),
-            wire_dtype=options.wire_dtype,
+            wire=options.wire,
         )
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -81,6 +81,8 @@ class Stages:
             loss_fn=workload.loss,
             microbatches=microbatches,
             schedule=options.schedule,
+            bucket_bytes=int(options.bucket_mb * 2**20),
+            wire_dtype=options.wire,
         )
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -36,7 +36,7 @@ class Options:
     lr: float
     seed: int
     bucket_mb: float
-    wire_dtype: str | None
+    wire: str | None
     report: Path | None
 
 
@@ -59,6 +59,8 @@ class _Parser(argparse.ArgumentParser):
 def parse(arguments: Sequence[str] | None = None) -> Options:
     """Read the command line; UsageError for what is wrong whatever the number of ranks."""
     found = _parser().parse_args(arguments)
+    if found.wire is not None and found.wire_dtype is not None:
+        raise UsageError("--wire and --wire-dtype say the same: give one of them")
     defaults = WORKLOADS[found.workload]
     return Options(
         workload=found.workload,
@@ -72,7 +74,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         lr=defaults.lr if found.lr is None else found.lr,
         seed=found.seed,
         bucket_mb=found.bucket_mb,
-        wire_dtype=found.wire_dtype,
+        wire=found.wire_dtype if found.wire is None else found.wire,
         report=found.report,
     )
 
@@ -180,6 +182,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=WIRE_DTYPES,
         help="type of gradients on the way (default: their own)",
     )
+    wire.add_argument(
+        "--wire",
+        type=_wire,
+        metavar="FORMAT",
+        help="how gradients travel: a type as above, powersgd:RANK or topk:RATIO",
+    )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
     return parser
 
@@ -204,4 +212,21 @@ def _positive(text: str) -> float:
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
     if not (math.isfinite(number) and number > 0):
         raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text}")
+    return number
+
+
+def _wire(text: str) -> str:
+    name, _, argument = text.partition(":")
+    readers: dict[str, Callable[[str], object]] = {"powersgd": _whole(1), "topk": _ratio}
+    if name in readers:
+        readers[name](argument)
+    elif text not in WIRE_DTYPES:
+        known = ", ".join((*WIRE_DTYPES, "powersgd:RANK", "topk:RATIO"))
+        raise argparse.ArgumentTypeError(f"expected one of {known}, got {text!r}")
+    return text
+
+
+def _ratio(text: str) -> float:
+    if (number := _positive(text)) > 1:
+        raise argparse.ArgumentTypeError(f"expected a ratio of at most 1, got {text}")
     return number

@@ -1,0 +1,172 @@
+"""Say how a bucket of gradients travels: as it is, narrower, or by a function of the user's.
+
+A wire hook is a function from (bucket, comm) to work. It starts the first collective and returns
+its Work, or `Rounds` over a generator where one collective follows from another's result. When the
+work has ended, `bucket.flat` holds the mean over all ranks of what it held before, or whatever the
+hook puts in its place, equal on every rank. A hook may keep state by parameter name.
+
+    def halves(bucket, comm):
+        half = bucket.flat.to(torch.bfloat16)
+
+        def rounds():
+            yield comm.allreduce(half, op="mean", blocking=False)
+            bucket.flat.copy_(half)
+
+        return Rounds(rounds())
+
+Ranks run the hooks of equal buckets in equal order, also the later rounds, so that a hook may call
+any collective of `comm` with blocking=False.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import Tensor
+
+from .flatten import WIRES
+
+if TYPE_CHECKING:
+    from ..comm.communicator import Communicator
+    from ..comm.work import Receipt, Work
+
+__all__ = ["GradientBucket", "Rounds", "Wire", "WireHook", "payload", "wire_format"]
+
+
+@dataclass(frozen=True)
+class GradientBucket:
+    """Hold the gradients that are reduced together, end to end in `flat`.
+
+    names, shapes: of the parameters; a complex one has a last dimension of 2 more.
+    offsets: where each begins in `flat`, which has the gradients' own dtype.
+    present: whether this rank has a gradient to contribute; where not, the elements are zeros.
+        A hook that carries an error from step to step lets it wait for a gradient.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    offsets: tuple[int, ...]
+    flat: Tensor
+    present: tuple[bool, ...]
+
+    def tensors(self) -> list[Tensor]:
+        """Return the gradients as views of `flat`."""
+        pairs = zip(self.shapes, (*self.offsets[1:], self.flat.numel()), strict=True)
+        return [
+            self.flat[first:end].view(shape)
+            for first, (shape, end) in zip(self.offsets, pairs, strict=True)
+        ]
+
+
+class Rounds:
+    """Run a generator of works: each is waited for before the generator goes on.
+
+    `yield work` gives the work's result. The reducer advances the rounds of all buckets in turn, so
+    that their messages overlap.
+    """
+
+    def __init__(self, steps: Generator[Work, Any, None]) -> None:
+        """Run up to the first work, which starts it."""
+        self.receipts: list[Receipt] = []
+        self._steps = steps
+        self._work: Work | None = None
+        self._go_on(None)
+
+    def advance(self) -> bool:
+        """Wait for the work under way and go on to the next; tell whether there is one."""
+        if self._work is not None:
+            self._go_on(self._work.wait())
+        return self._work is not None
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Go on to the end; timeout: seconds for each work, the communicator's own where None."""
+        while self._work is not None:
+            self._go_on(self._work.wait(timeout))
+
+    def abandon(self) -> None:
+        """Wait for the work under way and start no other."""
+        if self._work is not None:
+            self._work.wait()
+        self._work = None
+        self._steps.close()
+
+    def works(self) -> Generator[Work, Any, None]:
+        """Yield the works from the one under way on, for rounds around these."""
+        while self._work is not None:
+            result = yield self._work
+            self._go_on(result)
+
+    def _go_on(self, result: Any) -> None:
+        try:
+            self._work = self._steps.send(result)
+        except StopIteration:
+            self._work = None
+        else:
+            self.receipts.append(self._work.receipt)
+
+
+WireHook: TypeAlias = "Callable[[GradientBucket, Communicator], Work | Rounds]"
+
+
+@dataclass(frozen=True)
+class Wire:
+    """One choice of how gradients travel: a dtype name of `flatten.WIRES`, a hook, or neither."""
+
+    dtype: str | None = None
+    hook: WireHook | None = None
+
+    def __str__(self) -> str:
+        if self.hook is None:
+            return str(self.dtype)
+        # The repr of a function names its address, which is another one on every rank.
+        return getattr(self.hook, "__qualname__", None) or repr(self.hook)
+
+
+def wire_format(wire: str | WireHook | None) -> Wire:
+    """Read a user's choice: None, "fp32", "bf16", "fp16", "powersgd:RANK", "topk:RATIO" or a hook.
+
+    ValueError for an unknown name, or an argument that does not fit it.
+    """
+    if wire is None:
+        return Wire()
+    if not isinstance(wire, str):
+        if not callable(wire):
+            raise TypeError(f"expected a wire format or a hook, got {type(wire).__name__}")
+        return Wire(hook=wire)
+    if wire in WIRES:
+        return Wire(dtype=wire)
+    name, _, argument = wire.partition(":")
+    if name not in _NAMED:
+        known = ", ".join((*WIRES, *(f"{name}:{_NAMED[name][1]}" for name in _NAMED)))
+        raise ValueError(f"unknown wire dtype {wire!r}, expected None or one of: {known}")
+    make, what = _NAMED[name]
+    try:
+        return Wire(hook=make(argument))
+    except ValueError as error:
+        raise ValueError(f"wire format {wire!r}, expected {name}:{what}: {error}") from None
+
+
+def payload(receipt: Receipt, size: int) -> int:
+    """Return the bytes that this rank put into a collective of `size` ranks."""
+    # An allgather's buffer holds every rank's part.
+    return receipt.nbytes // size if receipt.operation == "allgather" else receipt.nbytes
+
+
+def _powersgd(argument: str) -> WireHook:
+    from .powersgd import PowerSGD
+
+    return PowerSGD(int(argument)) if argument else PowerSGD()
+
+
+def _topk(argument: str) -> WireHook:
+    from .topk import TopK
+
+    return TopK(float(argument)) if argument else TopK()
+
+
+_NAMED: dict[str, tuple[Callable[[str], WireHook], str]] = {
+    "powersgd": (_powersgd, "RANK"),
+    "topk": (_topk, "RATIO"),
+}

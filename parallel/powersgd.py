@@ -1,0 +1,166 @@
+"""PowerSGD: send every gradient matrix as a product of two thin ones.
+
+Vogels, Karimireddy, Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression for Distributed
+Optimization", NeurIPS 2019, Algorithms 1 and 2.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .hooks import GradientBucket, Rounds
+
+if TYPE_CHECKING:
+    from ..comm.communicator import Communicator
+    from ..comm.work import Work
+
+__all__ = ["PowerSGD", "factor_shapes"]
+
+
+def factor_shapes(shape: tuple[int, ...], rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the shapes of P (n, r) and Q (m, r) for a gradient seen as a matrix of n x m.
+
+    n is the first dimension, m the product of the others, and r at most either.
+    """
+    n, m = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
+    r = min(rank, n, m)
+    return (n, r), (m, r)
+
+
+@dataclass
+class _Memory:
+    """What one parameter keeps: its Q of the step before, and what was not sent on this rank."""
+
+    factor: Tensor
+    error: Tensor
+
+
+@dataclass
+class PowerSGD:
+    """Compress gradients to low rank, with the error carried over to the next step.
+
+    A wire hook. For a matrix M, of gradient and error, and Q of the step before: P = mean(M Q) over
+    the ranks, made orthonormal; Q = mean(M^T P); all ranks take P Q^T, and each keeps what its own
+    Q leaves out, M - P (M^T P)^T, as its error. Parameters for which the two factors would be no
+    smaller are sent as they are.
+
+    rank: of the approximation. start_step: each parameter's first so many steps are sent as they
+    are. seed: of the first Q, the same on all ranks.
+
+    Elements on the wire per matrix: r (n + m). Use one object for one model; its state belongs to
+    this rank. Half-width gradients are computed and sent in float32. A gradient that is not finite
+    comes out as such on every rank, and leaves the state as it was.
+    """
+
+    rank: int = 4
+    start_step: int = 10
+    seed: int = 0
+    _steps: dict[str, int] = field(default_factory=dict, repr=False)
+    _memory: dict[str, _Memory] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"expected a rank of at least 1, got {self.rank}")
+
+    def __call__(self, bucket: GradientBucket, comm: Communicator) -> Rounds:
+        """Reduce one bucket."""
+        return Rounds(self._reduce(bucket, comm))
+
+    def _reduce(self, bucket: GradientBucket, comm: Communicator) -> Generator[Work, Any, None]:
+        wide = torch.promote_types(bucket.flat.dtype, torch.float32)
+        tensors = bucket.tensors()
+        low = [i for i, name in enumerate(bucket.names) if self._is_low(name, bucket.shapes[i])]
+        plain = [i for i in range(len(tensors)) if i not in set(low)]
+        names = [bucket.names[i] for i in low]
+        memory = [self._recall(bucket.names[i], bucket.shapes[i], wide) for i in low]
+        matrices = [
+            # Where there is no gradient the error waits for one.
+            tensors[i].to(wide).reshape(m.error.shape) + (m.error if bucket.present[i] else 0)
+            for i, m in zip(low, memory, strict=True)
+        ]
+
+        products = [matrix @ m.factor for matrix, m in zip(matrices, memory, strict=True)]
+        first = _join([*products, *(tensors[i].to(wide) for i in plain)], wide)
+        yield comm.allreduce(first, op="mean", blocking=False)
+        parts = _cut(first, [p.shape for p in products] + [tensors[i].shape for i in plain])
+        for i, part in zip(plain, parts[len(low) :], strict=True):
+            tensors[i].copy_(part)
+        if low:
+            yield from self._second_round(
+                comm,
+                wide,
+                names,
+                [tensors[i] for i in low],
+                [bucket.present[i] for i in low],
+                matrices,
+                parts[: len(low)],
+            )
+        for name in bucket.names:
+            self._steps[name] = self._steps.get(name, 0) + 1
+
+    def _second_round(
+        self,
+        comm: Communicator,
+        wide: torch.dtype,
+        names: list[str],
+        targets: list[Tensor],
+        present: list[bool],
+        matrices: list[Tensor],
+        products: list[Tensor],
+    ) -> Generator[Work, Any, None]:
+        # The products are equal on all ranks, so all take the same branch.
+        finite = [bool(product.isfinite().all()) for product in products]
+        bases = [_orthonormal(p) if ok else p for p, ok in zip(products, finite, strict=True)]
+        own = [matrix.T @ basis for matrix, basis in zip(matrices, bases, strict=True)]
+        second = _join(own, wide)
+        yield comm.allreduce(second, op="mean", blocking=False)
+        factors = _cut(second, [q.shape for q in own])
+        for i, name in enumerate(names):
+            targets[i].copy_((bases[i] @ factors[i].T).view(targets[i].shape))
+            memory = self._memory[name]
+            if not (finite[i] and bool(factors[i].isfinite().all())):
+                continue
+            if present[i]:
+                memory.error = matrices[i] - bases[i] @ own[i].T
+            if factors[i].any():  # from zeros the iteration would never come back
+                memory.factor = factors[i].clone()
+
+    def _is_low(self, name: str, shape: tuple[int, ...]) -> bool:
+        (n, r), (m, _) = factor_shapes(shape, self.rank)
+        return self._steps.get(name, 0) >= self.start_step and (n + m) * r < n * m
+
+    def _recall(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> _Memory:
+        memory = self._memory.get(name)
+        if memory is None:
+            (n, _), (m, r) = factor_shapes(shape, self.rank)
+            generator = torch.Generator().manual_seed(self.seed ^ zlib.crc32(name.encode()))
+            factor = torch.randn(m, r, generator=generator, dtype=dtype)
+            memory = self._memory[name] = _Memory(factor, torch.zeros(n, m, dtype=dtype))
+        return memory
+
+    def error(self, name: str) -> Tensor | None:
+        """Return what this rank has not sent of a parameter's gradients, as a matrix."""
+        memory = self._memory.get(name)
+        return None if memory is None else memory.error
+
+
+def _orthonormal(product: Tensor) -> Tensor:
+    # In double: the columns may be nearly parallel.
+    basis: Tensor = torch.linalg.qr(product.double()).Q
+    return basis.to(product.dtype)
+
+
+def _join(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in tensors] or [torch.empty(0, dtype=dtype)])
+
+
+def _cut(flat: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
+    parts = torch.split(flat, [math.prod(shape) for shape in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -1,0 +1,100 @@
+"""Top-k: send only the largest elements of every gradient, and keep the rest for later steps.
+
+Stich, Cordonnier, Jaggi, "Sparsified SGD with Memory", NeurIPS 2018, Algorithm 1; Lin et al., "Deep
+Gradient Compression", ICLR 2018, for the choice per parameter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .hooks import GradientBucket, Rounds
+
+if TYPE_CHECKING:
+    from ..comm.communicator import Communicator
+    from ..comm.work import Work
+
+__all__ = ["TopK", "num_kept"]
+
+_INDEX = torch.int32
+
+
+def num_kept(count: int, ratio: float) -> int:
+    """Return how many of `count` elements are sent: a ratio of them, rounded up."""
+    return min(count, math.ceil(ratio * count))
+
+
+@dataclass
+class TopK:
+    """Send the elements of largest magnitude of gradient and error together; keep the others.
+
+    A wire hook. Every rank chooses its own elements of each parameter, and all ranks add those of
+    all ranks in rank order. Sent elements leave the error, the others stay in it.
+
+    ratio: of each parameter's elements, above 0 and at most 1.
+
+    Bytes from each rank per parameter: k times an int32 index and an element in the gradients' own
+    dtype; the error is kept in float32 at least. Use one object for one model; its state belongs to
+    this rank. A gradient that is not finite is sent as such, and leaves the error as it was.
+    """
+
+    ratio: float = 0.01
+    _errors: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"expected a ratio above 0 and at most 1, got {self.ratio}")
+
+    def __call__(self, bucket: GradientBucket, comm: Communicator) -> Rounds:
+        """Reduce one bucket."""
+        return Rounds(self._reduce(bucket, comm))
+
+    def _reduce(self, bucket: GradientBucket, comm: Communicator) -> Generator[Work, Any, None]:
+        indices, values = self._choose(bucket)
+        count = indices.numel()
+        # One message: the bytes of the indices, then those of the elements.
+        message = torch.cat([indices.view(torch.uint8), values.view(torch.uint8)])
+        rows = yield comm.allgather(message, blocking=False)
+        cut = count * _INDEX.itemsize
+        wide = torch.promote_types(values.dtype, torch.float32)
+        total = torch.zeros(bucket.flat.numel(), dtype=wide)
+        for row in rows:
+            # Copies: a row of odd length begins where no element may.
+            places = row[:cut].clone().view(_INDEX).long()
+            total[places] += row[cut:].clone().view(values.dtype).to(wide)
+        bucket.flat.copy_(total.div_(comm.size))
+
+    def _choose(self, bucket: GradientBucket) -> tuple[Tensor, Tensor]:
+        """Return the chosen elements, their indices into the bucket, and note what is left."""
+        if bucket.flat.numel() > torch.iinfo(_INDEX).max:
+            raise ValueError(
+                f"a bucket of {bucket.flat.numel()} elements is too long for top-k, which has "
+                "32-bit indices"
+            )
+        places, chosen = [torch.empty(0, dtype=_INDEX)], [bucket.flat[:0]]
+        columns = zip(bucket.names, bucket.tensors(), bucket.offsets, bucket.present, strict=True)
+        for name, tensor, offset, present in columns:
+            wanted = num_kept(tensor.numel(), self.ratio)
+            gradient = tensor.reshape(-1).to(torch.promote_types(tensor.dtype, torch.float32))
+            error = self._errors.get(name)
+            # Where there is no gradient the error waits for one.
+            whole = gradient if error is None or not present else gradient + error
+            where = whole.abs().topk(wanted, sorted=False).indices
+            sent = whole[where].to(tensor.dtype)
+            if present and bool(sent.isfinite().all()) and bool(whole.isfinite().all()):
+                rest = whole.clone()
+                rest[where] -= sent.to(rest.dtype)
+                self._errors[name] = rest
+            places.append((where + offset).to(_INDEX))
+            chosen.append(sent)
+        return torch.cat(places), torch.cat(chosen)
+
+    def error(self, name: str) -> Tensor | None:
+        """Return what this rank has not sent of a parameter's gradients, flat."""
+        return self._errors.get(name)

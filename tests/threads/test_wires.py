@@ -1,0 +1,298 @@
+"""Wire hooks: the user's own, PowerSGD and top-k, with errors kept and bytes by the formula."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from ringfold import DataParallel, run_local
+from ringfold.parallel.hooks import Rounds, wire_format
+from ringfold.parallel.powersgd import PowerSGD, factor_shapes
+from ringfold.parallel.topk import TopK, num_kept
+
+FLAG = 4  # bytes per flag beside a hook's bucket
+
+
+class Planted(nn.Module):
+    """Parameters whose gradients the test gives."""
+
+    def __init__(self, **shapes):
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+    def forward(self, gradients):
+        return sum((self.get_parameter(n) * g).sum() for n, g in gradients.items())
+
+
+def planted(rank, step, shapes, scale=1.0):
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return {n: scale * torch.randn(shape, generator=generator) for n, shape in shapes.items()}
+
+
+SHAPES = {"w": (12, 3, 5), "b": (12,), "v": (9, 20), "s": (), "e": (0, 4)}
+
+
+def means(size, step, shapes=SHAPES):
+    rows = [planted(rank, step, shapes) for rank in range(size)]
+    return {name: sum(row[name] for row in rows) / size for name in shapes}
+
+
+def own_mean(bucket, comm):
+    return comm.allreduce(bucket.flat, op="mean", blocking=False)
+
+
+def own_halves(bucket, comm):
+    half = bucket.flat.to(torch.bfloat16)
+
+    def rounds():
+        yield comm.allreduce(half, op="mean", blocking=False)
+        bucket.flat.copy_(half)
+
+    return Rounds(rounds())
+
+
+@pytest.mark.parametrize(("hook", "rtol"), [(own_mean, 1e-6), (own_halves, 0.02)])
+@pytest.mark.parametrize("bucket_bytes", [1, 1 << 20])
+def test_a_users_hook(hook, rtol, bucket_bytes):
+    size = 3
+
+    def main(comm):
+        seen = []
+
+        def noted(bucket, comm):
+            seen.append((bucket.names, [tuple(t.shape) for t in bucket.tensors()]))
+            return hook(bucket, comm)
+
+        model = DataParallel(Planted(**SHAPES), comm, bucket_bytes=bucket_bytes, wire=noted)
+        for step in range(3):
+            model.zero_grad()
+            model(planted(comm.rank, step, SHAPES)).backward()
+            for name, p in model.named_parameters():
+                torch.testing.assert_close(p.grad, means(size, step)[name], rtol=rtol, atol=rtol)
+        assert model.last_step.reductions == (5 if bucket_bytes == 1 else 1)
+        return [dict(zip(names, shapes, strict=True)) for names, shapes in seen]
+
+    for seen in run_local(size, main):
+        assert all(shapes[name] == SHAPES[name] for shapes in seen for name in shapes)
+
+
+def test_hook_with_weights_missing_gradients_and_a_late_parameter():
+    def main(comm):
+        module = Planted(a=(2, 2), b=(3,), c=(2,))
+        module.c.requires_grad_(False)
+        model = DataParallel(module, comm, wire=own_mean)
+        ones = {"a": torch.ones(2, 2) * (comm.rank + 1), "b": torch.ones(3), "c": torch.ones(2)}
+        with model.weighted(comm.rank):  # 0, 1, 2
+            model({"a": ones["a"]} if comm.rank else ones).backward()
+        assert module.a.grad.unique().tolist() == [pytest.approx((1 * 2 + 2 * 3) / 3)]
+        assert module.b.grad.tolist() == [0, 0, 0] and module.c.grad is None
+        assert model.last_step.partial == ("b",)
+        module.zero_grad()
+        module.c.requires_grad_(True)
+        model({name: ones[name] for name in "ac"}).backward()
+        assert module.b.grad is None
+        assert module.c.grad.tolist() == [1, 1]
+        assert module.a.grad.unique().tolist() == [2]
+        assert model.last_step.partial == ()
+
+    run_local(3, main)
+
+
+def test_bad_wires():
+    for wire, message in (
+        ("powersgd:0", "powersgd:RANK: expected a rank of at least 1, got 0"),
+        ("powersgd:x", "powersgd:RANK"),
+        ("topk:2", "topk:RATIO: expected a ratio above 0 and at most 1, got 2"),
+        ("top", "unknown wire dtype 'top'.*topk:RATIO"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wire_format(wire)
+    with pytest.raises(TypeError, match="got int"):
+        wire_format(3)
+
+    def main(comm):
+        with pytest.raises(
+            ValueError, match=r"wire PowerSGD\(rank=2.*on rank 0; wire None on rank"
+        ):
+            DataParallel(nn.Linear(2, 2), comm, wire="powersgd:2" if comm.rank == 0 else None)
+        with pytest.raises(ValueError, match="got both"):
+            DataParallel(nn.Linear(2, 2), comm, wire="bf16", wire_dtype="bf16")
+
+    run_local(2, main)
+
+
+def train_planted(comm, hook, steps, shapes=SHAPES, bucket_bytes=256, skip=lambda rank, step: ()):
+    """Return the sum of all results, and the records of the steps."""
+    model = DataParallel(Planted(**shapes), comm, bucket_bytes=bucket_bytes, wire=hook)
+    total = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    records = []
+    for step in range(steps):
+        model.zero_grad()
+        left_out = skip(comm.rank, step)
+        gradients = planted(comm.rank, step, shapes)
+        model({n: g for n, g in gradients.items() if n not in left_out}).backward()
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                total[name] += p.grad
+        records.append(model.last_step)
+    return total, records
+
+
+def skipping(rank, step):
+    return ("w",) if step % 3 == rank else ("v",) if step == 3 else ()
+
+
+@pytest.mark.parametrize("make", [lambda: PowerSGD(2, start_step=1), lambda: TopK(0.1)])
+@pytest.mark.parametrize("skip", [lambda rank, step: (), skipping])
+@pytest.mark.parametrize("size", [2, 3])
+def test_nothing_is_lost_what_was_not_applied_is_in_the_errors(make, skip, size):
+    """Sum of results + mean of the errors == sum of the mean gradients, for every parameter."""
+    steps = 7
+
+    def main(comm):
+        hook = make()
+        total, _ = train_planted(comm, hook, steps, skip=skip)
+        return total, {name: hook.error(name) for name in SHAPES}
+
+    results = run_local(size, main)
+    for name, shape in SHAPES.items():
+        given = torch.zeros(shape)
+        for step in range(steps):
+            for rank in range(size):
+                if name not in skip(rank, step):
+                    given += planted(rank, step, SHAPES)[name] / size
+        errors = [errors[name] for _, errors in results if errors[name] is not None]
+        left = sum(error.reshape(shape) for error in errors) / size if errors else 0
+        for total, _ in results:
+            assert torch.equal(total[name], results[0][0][name])
+            torch.testing.assert_close(total[name] + left, given, rtol=1e-4, atol=1e-5)
+        if name in "wv":
+            assert any(error.abs().max() > 0.01 for error in errors)
+
+
+def test_powersgd_is_exact_at_full_rank_and_for_low_rank_gradients():
+    shapes = {"w": (12, 16)}
+
+    def main(comm):
+        hook = PowerSGD(2, start_step=0)
+        model = DataParallel(Planted(**shapes), comm, wire=hook)
+        rows = planted(0, 5, {"l": (12, 2), "r": (2, 16)})
+        low = rows["l"] @ rows["r"] * (comm.rank + 1)
+        model({"w": low}).backward()
+        torch.testing.assert_close(model.module.w.grad, 1.5 * low / (comm.rank + 1))
+        assert hook.error("w").abs().max() < 1e-4
+
+    run_local(2, main)
+
+
+def test_powersgd_comes_close_to_the_best_approximation():
+    """The warm start turns one multiplication per step into a power iteration."""
+
+    def main(comm):
+        hook = PowerSGD(2, start_step=0)
+        model = DataParallel(Planted(w=(20, 30)), comm, wire=hook)
+        matrix = planted(3, 1, {"w": (20, 30)})["w"]
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        s = torch.tensor([10.0, 5.0] + [0.5**k for k in range(18)])
+        matrix = u @ s.diag() @ v
+        distances = []
+        for _ in range(4):
+            hook._memory.get("w") and hook._memory["w"].error.zero_()
+            model.zero_grad()
+            model({"w": matrix}).backward()
+            distances.append(torch.linalg.norm(model.module.w.grad - matrix).item())
+        return distances, torch.linalg.norm(s[2:]).item()
+
+    for distances, best in run_local(2, main):
+        assert distances[0] > 1.05 * best
+        assert best <= distances[-1] * (1 + 1e-5) < 1.01 * best
+
+
+def expected_powersgd_bytes(names, rank):
+    total = 0
+    for name in names:
+        (n, r), (m, _) = factor_shapes(SHAPES[name], rank)
+        count = torch.Size(SHAPES[name]).numel()
+        total += 4 * min((n + m) * r, count) + FLAG
+    return total
+
+
+def test_bytes_on_the_wire_are_those_of_the_formula():
+    def main(comm):
+        _, records = train_planted(comm, PowerSGD(3, start_step=2), 4, bucket_bytes=1 << 20)
+        names = list(SHAPES)
+        dense = sum(4 * torch.Size(s).numel() + FLAG for s in SHAPES.values()) + FLAG
+        low = expected_powersgd_bytes(names, 3) + FLAG  # and the flag of a change
+        assert [r.bucket_nbytes for r in records] == [(dense,), (dense,), (low,), (low,)]
+        assert low < dense / 1.5
+        _, records = train_planted(comm, TopK(0.05), 2, bucket_bytes=1 << 20)
+        kept = [num_kept(torch.Size(s).numel(), 0.05) for s in SHAPES.values()]
+        assert kept == [9, 1, 9, 1, 0]
+        assert [r.nbytes for r in records] == [8 * sum(kept) + FLAG * (len(SHAPES) + 1)] * 2
+
+    run_local(3, main)
+
+
+def test_topk_sends_the_largest_of_gradient_and_error():
+    def main(comm):
+        hook = TopK(0.25)
+        model = DataParallel(Planted(w=(4,)), comm, wire=hook)
+        found = []
+        for _ in range(3):
+            model.zero_grad()
+            model({"w": torch.tensor([[5.0, 3, 1, 0], [0, -1, 2, 5]][comm.rank])}).backward()
+            found.append(model.module.w.grad.tolist())
+        return found, hook.error("w").tolist()
+
+    (found, zero), (other, one) = run_local(2, main)
+    # Rank 0 sends 5 then 3 + 3; rank 1 sends 5, 5, then 2 + 2 + 2.
+    assert found == other == [[2.5, 0, 0, 2.5], [0, 3, 0, 2.5], [5, 0, 3, 0]]
+    assert zero == [0, 3, 3, 0] and one == [0, -3, 0, 5]
+
+
+@pytest.mark.parametrize("make", [lambda: PowerSGD(1, start_step=0), lambda: TopK(0.2)])
+def test_a_gradient_that_is_not_finite_shows_and_is_forgotten(make):
+    def main(comm):
+        hook = make()
+        model = DataParallel(Planted(w=(6, 8)), comm, wire=hook)
+
+        def step(number, spoil):
+            model.zero_grad()
+            gradient = planted(comm.rank, number, {"w": (6, 8)})["w"]
+            gradient[2, 3] = float("nan") if spoil and comm.rank == 1 else gradient[2, 3]
+            model({"w": gradient}).backward()
+            return model.module.w.grad
+
+        step(0, False)
+        before = copy.deepcopy(hook)
+        assert not step(1, True).isfinite().all()
+        assert not model.last_step.finite or comm.rank == 0
+        if comm.rank == 1 or isinstance(hook, PowerSGD):
+            assert torch.equal(hook.error("w"), before.error("w"))
+        assert step(2, False).isfinite().all()
+
+    run_local(2, main)
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+@pytest.mark.parametrize("wire", ["powersgd:2", "topk:0.3"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64])
+def test_other_dtypes(wire, dtype):
+    def main(comm):
+        module = nn.Linear(8, 6, bias=False).to(dtype)
+        model = DataParallel(module, comm, wire=wire)
+        found = []
+        for step in range(12):
+            model.zero_grad()
+            gradient = planted(comm.rank, step, {"w": (6, 8)})["w"].to(dtype)
+            (module.weight * gradient).sum().abs().backward()
+            found.append(module.weight.grad.clone())
+            assert module.weight.grad.dtype == dtype
+        return found
+
+    one, two = run_local(2, main)
+    assert all(map(torch.equal, one, two))
+    assert all(torch.view_as_real(g).isfinite().all() if g.is_complex() else g.isfinite().all()
+               for g in one)  # fmt: skip
