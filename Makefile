@@ -39,12 +39,13 @@ MPICH_VENV  := $(VENV)-mpich
 MPICH_READY := $(MPICH_VENV)/ringfold.stamp
 INPUTS      := pyproject.toml setup.py constraints.txt tools/setup_venv.py
 
-.PHONY: help setup train test test-main test-processes test-mpich test-fast lint format bench clean python-version
+.PHONY: help setup train test test-main test-processes test-mpich test-hosts test-fast lint format bench clean python-version
 
 help:
 	@echo 'make train       train on NP ranks: make train NP=4 ARGS="--workload text --pipe 2"'
 	@echo 'make test        all tests; also every process test on 1 to 4 ranks, and on MPICH'
 	@echo 'make test-fast   the tests that start no job'
+	@echo 'make test-hosts  the communicator over two hosts made on this machine (part of make test)'
 	@echo 'make lint        ruff check, ruff format --check, mypy --strict on the installed package'
 	@echo 'make format      let ruff rewrite the sources'
 	@echo 'make bench       the benchmarks, on NP ranks where they take ranks'
@@ -91,8 +92,12 @@ test-mpich: $(MPICH_READY)
 	    mpirun -n $$ranks python -m pytest --color=$(COLOR) -p no:cacheprovider tests/processes/comm; \
 	done
 
+# Two hosts made of this machine's namespaces; also part of test-main. Skipped where not allowed.
+test-hosts: $(READY)
+	python -m pytest tests/hosts
+
 test-fast: $(READY)
-	python -m pytest tests --ignore=tests/processes --ignore=tests/jobs
+	python -m pytest tests --ignore=tests/processes --ignore=tests/jobs --ignore=tests/hosts
 
 lint: $(READY)
 	ruff check .

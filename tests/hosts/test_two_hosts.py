@@ -1,0 +1,135 @@
+"""The communicator over two hosts with a link of 1 Gbit/s, made on this machine by tools/hosts."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from jobs.conftest import MARKER, Job, end_all, launcher_environment, members, supervise
+
+ROOT = Path(__file__).parents[2]
+SKIPPED = 77
+
+OnHosts = Callable[..., Job]
+
+
+@pytest.fixture
+def on_hosts(tmp_path: Path) -> Iterator[OnHosts]:
+    """Run a program on two hosts: on_hosts(ranks_per_host, *program, timeout=60).
+
+    Skips, with the reason, where the machine does not allow hosts.
+    """
+    mark = uuid.uuid4().hex
+
+    def run(ranks_per_host: int, *program: str, timeout: float = 60) -> Job:
+        command = [*harness(ranks_per_host), *program]
+        environment = {**launcher_environment(), MARKER: mark}
+        job = supervise(command, environment, mark, tmp_path, ROOT, timeout)
+        if job.returncode == SKIPPED:
+            pytest.skip(job.stderr.strip())
+        return job
+
+    yield run
+    end_all(mark)
+
+
+def harness(ranks_per_host: int) -> list[str]:
+    options = ["--ranks-per-host", str(ranks_per_host)]
+    return [sys.executable, str(ROOT / "tools" / "hosts"), *options, "--", sys.executable]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("ranks_per_host", [1, 2])
+def test_the_contract_holds_over_two_hosts(on_hosts: OnHosts, ranks_per_host: int) -> None:
+    tests = ["-m", "pytest", "--color=no", "-p", "no:cacheprovider", "tests/processes/comm"]
+    job = on_hosts(ranks_per_host, *tests, timeout=280)
+    assert job.returncode == 0, job.output
+    assert " passed" in job.stdout
+    assert job.leftovers == ()
+
+
+def test_there_are_two_nodes_of_equal_size(on_hosts: OnHosts) -> None:
+    job = on_hosts(
+        2,
+        "-c",
+        """
+import os, socket, ringfold
+comm = ringfold.Communicator()
+line = f"{comm.rank} {socket.gethostname()} {comm.node.rank}/{comm.node.size}\\n"
+os.write(1, line.encode())
+comm.close()
+""",
+    )
+    assert job.returncode == 0, job.output
+    assert sorted(job.stdout.splitlines()) == [
+        "0 hosta 0/2",
+        "1 hosta 1/2",
+        "2 hostb 0/2",
+        "3 hostb 1/2",
+    ]
+
+
+def test_the_status_comes_back_and_no_process_outlives_the_hosts(on_hosts: OnHosts) -> None:
+    """Each rank leaves a sleeper behind, in a session of its own, and fails."""
+    job = on_hosts(
+        1,
+        "-c",
+        """
+import subprocess, sys
+sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+quiet = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+subprocess.Popen(sleep, start_new_session=True, **quiet)
+sys.exit(3)
+""",
+    )
+    assert job.returncode == 3, job.output
+    assert job.leftovers == ()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_when_the_harness_is_ended(
+    on_hosts: OnHosts, tmp_path: Path, number: signal.Signals
+) -> None:
+    on_hosts(1, "-c", "pass")  # skips where there can be no hosts
+    mark = uuid.uuid4().hex
+    ready = tmp_path / "ready"
+    program = f"import pathlib, time; pathlib.Path({str(ready)!r}).touch(); time.sleep(600)"
+    with subprocess.Popen(
+        [*harness(1), "-c", program],
+        env={**launcher_environment(), MARKER: mark},
+        start_new_session=True,
+    ) as process:
+        try:
+            deadline = time.monotonic() + 30
+            while not ready.exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert ready.exists()
+            if number == signal.SIGKILL:
+                process.kill()
+            else:
+                os.killpg(process.pid, number)
+            process.wait(20)
+            while members(mark) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert members(mark) == {}
+        finally:
+            end_all(mark)
+
+
+def test_a_machine_without_the_tools_is_refused_with_the_reason(tmp_path: Path) -> None:
+    mpirun = tmp_path / "mpirun"
+    mpirun.write_text("#!/bin/sh\necho 'mpirun (Open MPI) 5.0.0'\n")
+    mpirun.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "hosts"), "--", "true"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == SKIPPED
+    assert "two hosts: skipped: needs ip, tc, unshare" in done.stderr
