@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .parallel.data_parallel import DataParallel
     from .parallel.mesh import Mesh
     from .parallel.pipeline import Pipeline
+    from .parallel.sharded_optimizer import ShardedOptimizer
 
 _HOMES = {
     "Communicator": "comm.communicator",
@@ -31,6 +32,7 @@ _HOMES = {
     "DataParallel": "parallel.data_parallel",
     "Mesh": "parallel.mesh",
     "Pipeline": "parallel.pipeline",
+    "ShardedOptimizer": "parallel.sharded_optimizer",
 }
 """name -> the module that has it, imported when the name is first used: torch only for engines."""
 
@@ -47,6 +49,7 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "Settings",
+    "ShardedOptimizer",
     "Work",
     "run_local",
 ]

@@ -1,0 +1,116 @@
+"""Cut buckets of parameters into equal parts, one per rank, without regard to where one ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .buckets import Bucket, plan_buckets
+from .replicas import member_of
+
+__all__ = ["Piece", "Shard", "shards_of"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part [first, end) of one flattened parameter that this rank updates.
+
+    parameter: its elements, which lie in the memory of the shard.
+    """
+
+    name: str
+    whole: nn.Parameter
+    first: int
+    end: int
+    parameter: nn.Parameter
+
+
+class Shard:
+    """One rank's part of one bucket.
+
+    members: the bucket's (name, parameter) pairs, the same on every rank.
+    flat: `length` elements, the same number on every rank; the last may belong to no parameter.
+    pieces: the parts of members that lie in it.
+    """
+
+    def __init__(
+        self, members: Sequence[tuple[str, nn.Parameter]], bucket: Bucket, rank: int, size: int
+    ) -> None:
+        self.members = list(members)
+        self.bucket = bucket
+        self.length = -(-bucket.count // size)
+        self.flat = torch.zeros(self.length, dtype=getattr(torch, bucket.dtype))
+        self.pieces: list[Piece] = []
+        self._size = size
+        start, stop = rank * self.length, (rank + 1) * self.length
+        for (name, whole), offset, count in zip(
+            self.members, bucket.offsets, bucket.counts, strict=True
+        ):
+            low, high = max(start, offset), min(stop, offset + count)
+            if low < high:
+                view = nn.Parameter(self.flat[low - start : high - start], requires_grad=False)
+                self.pieces.append(Piece(name, whole, low - offset, high - offset, view))
+
+    def load_parameters(self) -> None:
+        """Copy this rank's part out of the parameters."""
+        for piece in self.pieces:
+            piece.parameter.copy_(piece.whole.detach().reshape(-1)[piece.first : piece.end])
+
+    def store_parameters(self, rows: Tensor) -> None:
+        """Copy all ranks' parts, a row each, into the parameters."""
+        whole = rows.reshape(-1)
+        columns = zip(self.members, self.bucket.offsets, self.bucket.counts, strict=True)
+        for (_, parameter), offset, count in columns:
+            parameter.copy_(whole[offset : offset + count].view(parameter.shape))
+
+    def gradients(self) -> Tensor:
+        """Return the gradients of all members, end to end, in equal parts for all ranks."""
+        whole = torch.zeros(self.length * self._size, dtype=self.flat.dtype)
+        columns = zip(self.members, self.bucket.offsets, self.bucket.counts, strict=True)
+        for (_, parameter), offset, count in columns:
+            if parameter.grad is not None:
+                whole[offset : offset + count] = _flat(parameter.grad)
+        return whole
+
+    def hand_gradients(self, own: Tensor | None, present: set[str]) -> None:
+        """Give the pieces of the present parameters their gradients.
+
+        own: of this shard; None to take them from the parameters.
+        """
+        place = 0
+        for piece in self.pieces:
+            count = piece.end - piece.first
+            if piece.name not in present:
+                piece.parameter.grad = None
+            elif own is not None:
+                piece.parameter.grad = own[place : place + count]
+            else:
+                assert piece.whole.grad is not None
+                piece.parameter.grad = _flat(piece.whole.grad)[piece.first : piece.end].clone()
+            place += count
+
+
+def shards_of(
+    members: Sequence[tuple[str, nn.Parameter]], rank: int, size: int, bucket_bytes: int
+) -> list[Shard]:
+    """Return this rank's shards of the members, bucket by bucket.
+
+    TypeError for a complex parameter.
+    """
+    for name, parameter in members:
+        if parameter.is_complex():
+            raise TypeError(f"{name}: a complex parameter cannot be sharded, view it as real")
+    described = [member_of(name, parameter) for name, parameter in members]
+    buckets = plan_buckets(described, bucket_bytes, range(len(members)))
+    return [
+        Shard([members[index] for index in bucket.indices], bucket, rank, size)
+        for bucket in buckets
+    ]
+
+
+def _flat(gradient: Tensor) -> Tensor:
+    dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
+    return dense.detach().reshape(-1)

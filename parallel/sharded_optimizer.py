@@ -1,0 +1,226 @@
+"""Share the optimizer's state out over the replicas: each rank updates its part of the parameters.
+
+Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", SC 2020,
+stage 1: reduce-scatter the gradients, step on this rank's part, allgather the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from .clip import clip_over_stages
+from .replicas import check_equal, describe
+from .shard import Shard, shards_of
+from .shard_state import gather_state, own_state
+
+if TYPE_CHECKING:
+    from ..comm.communicator import Communicator
+    from ..comm.work import Work
+
+__all__ = ["ShardedOptimizer"]
+
+_ELEMENTWISE = (SGD, Adam, AdamW)
+
+Named = Iterable[tuple[str, nn.Parameter]]
+
+
+class ShardedOptimizer(Optimizer):
+    """Run SGD, Adam or AdamW on 1/size of every bucket of parameters, on each of `comm`'s ranks.
+
+        optimizer = ShardedOptimizer(model.named_parameters(), mesh.data, AdamW, lr=1e-3)
+
+    named: (name, parameter) pairs, or groups: dicts with such pairs under "params" and the group's
+        own hyper-parameters, as in torch. Names are full names, unique over all groups.
+    optimizer: SGD, Adam or AdamW, whose updates treat every element alike, so that a part can be
+        updated without the rest; a subclass must keep to that.
+    reduce: False if gradients have been averaged when `step` runs, as DataParallel and Pipeline do
+        while backward goes on. True if each rank holds its own: `step` then averages them by
+        reduce-scatter, which halves the gradients' traffic, after backward.
+    bucket_bytes: parameters that travel together, in bytes.
+    hyper: of the optimizer, by keyword.
+
+    A torch optimizer: learning-rate schedulers work on `param_groups`. Parameters must be equal on
+    all ranks at each step, and their gradients too without `reduce`; they are equal afterwards. A
+    parameter without a gradient, with `reduce` one without on every rank, is left alone. Sparse
+    gradients count as dense ones. State per rank: 1/size of the whole, up to size - 1 elements per
+    bucket. Collective over `comm`: the constructor, `step`, `state_dict` and `clip_grad_norm_`.
+
+    TypeError for another optimizer or parameters without names; ValueError on every rank if names,
+    shapes or dtypes differ between ranks.
+    """
+
+    def __init__(
+        self,
+        named: Named | Iterable[dict[str, Any]],
+        comm: Communicator,
+        optimizer: type[Optimizer] = AdamW,
+        *,
+        reduce: bool = False,
+        bucket_bytes: int = 4 << 20,
+        **hyper: Any,
+    ) -> None:
+        if not issubclass(optimizer, _ELEMENTWISE):
+            known = ", ".join(kind.__name__ for kind in _ELEMENTWISE)
+            raise TypeError(
+                f"{optimizer.__name__} cannot be sharded, expected one of: {known}, whose updates "
+                "treat every element alike"
+            )
+        groups = _groups(named)
+        self._comm = comm
+        self._reduce = reduce
+        self._reduced = False
+        self._names = [[name for name, _ in group["params"]] for group in groups]
+        everything = [pair for group in groups for pair in group["params"]]
+        if len(set(name for name, _ in everything)) != len(everything):
+            raise ValueError("expected every parameter name once over all groups")
+        lines = [*describe(everything), f"{optimizer.__name__}, reduce {reduce}, {bucket_bytes}"]
+        check_equal(comm, lines, "parameters or settings of the sharded optimizer")
+        self._shards = [
+            shards_of(group["params"], comm.rank, comm.size, bucket_bytes) for group in groups
+        ]
+        pieces = [
+            {
+                **{key: value for key, value in group.items() if key != "params"},
+                "params": [piece.parameter for shard in shards for piece in shard.pieces],
+            }
+            for group, shards in zip(groups, self._shards, strict=True)
+        ]
+        self._inner = optimizer(pieces, **hyper)
+        whole = [
+            {**_hyper(inner), "params": [parameter for _, parameter in group["params"]]}
+            for inner, group in zip(self._inner.param_groups, groups, strict=True)
+        ]
+        super().__init__(whole, dict(self._inner.defaults))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters, on every rank to the same values; collective."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._bring_gradients()
+        for inner, group in zip(self._inner.param_groups, self.param_groups, strict=True):
+            inner.update(_hyper(group))
+        for shard in self._all_shards():
+            shard.load_parameters()
+        self._inner.step()
+        gathering = [(s, self._comm.allgather(s.flat, blocking=False)) for s in self._all_shards()]
+        for shard, work in gathering:
+            shard.store_parameters(work.wait())
+        self._drop_gradients()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the parameters."""
+        super().zero_grad(set_to_none)
+        self._drop_gradients()
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """Scale the averaged gradients that `step` will use so that their norm is at most max_norm.
+
+        Returns the norm before, the same on every rank. Call it between backward and `step`; the
+        `.grad` of the parameters stay as they are.
+        """
+        self._bring_gradients()
+        pieces = [p.parameter for shard in self._all_shards() for p in shard.pieces]
+        return clip_over_stages(pieces, self._comm, max_norm, norm_type)
+
+    def state_dict(self, root: int | None = None) -> dict[str, Any]:
+        """Return the whole state by full parameter name; collective.
+
+        {"state": {name: {key: value}}, "param_groups": [...]}: a value is a tensor of the
+        parameter's shape, or a scalar, and a group lists the names of its parameters under
+        "params". The same whatever the number of ranks.
+        root: the only rank that is to get the state, on the others it is empty; all ranks if None.
+        """
+        state = gather_state(self._all_shards(), self._inner.state, self._comm, root)
+        groups = [
+            {**_hyper(group), "params": list(names)}
+            for group, names in zip(self.param_groups, self._names, strict=True)
+        ]
+        return {"state": state, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take this rank's part of a whole state, from any number of ranks; no communication.
+
+        Give every rank the same state. ValueError unless groups, names and shapes fit.
+        """
+        groups = state_dict["param_groups"]
+        names = [list(group["params"]) for group in groups]
+        if names != self._names:
+            raise ValueError(
+                f"the state is of groups with parameters {names}, expected {self._names}"
+            )
+        own = own_state(self._all_shards(), state_dict["state"])
+        self._inner.state.clear()
+        self._inner.state.update(own)
+        for group, given in zip(self.param_groups, groups, strict=True):
+            group.update(_hyper(given))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse a group after construction: buckets are laid out once."""
+        if hasattr(self, "_sealed"):
+            raise ValueError("cannot add parameters to a sharded optimizer: make a new one")
+        super().add_param_group(param_group)
+        if len(self.param_groups) == len(self._names):
+            self._sealed = True
+
+    def _all_shards(self) -> list[Shard]:
+        return [shard for shards in self._shards for shard in shards]
+
+    def _bring_gradients(self) -> None:
+        """Give every piece its part of the averaged gradients, once per step."""
+        if self._reduced:
+            return
+        self._reduced = True
+        present = self._present()
+        flights: list[tuple[Shard, Work | None]] = [(s, None) for s in self._all_shards()]
+        if self._reduce:
+            flights = [(s, self._reduce_scatter(s)) for s, _ in flights]
+        for shard, work in flights:
+            shard.hand_gradients(None if work is None else work.wait(), present)
+
+    def _reduce_scatter(self, shard: Shard) -> Work:
+        work: Work = self._comm.reduce_scatter(shard.gradients(), op="mean", blocking=False)
+        return work
+
+    def _present(self) -> set[str]:
+        """Return the names of the parameters that have a gradient, with `reduce` on any rank."""
+        pairs = [pair for shard in self._all_shards() for pair in shard.members]
+        flags = np.array([parameter.grad is not None for _, parameter in pairs], dtype=np.uint8)
+        if self._reduce:
+            self._comm.allreduce(flags, op="max")
+        return {name for (name, _), flag in zip(pairs, flags, strict=True) if flag}
+
+    def _drop_gradients(self) -> None:
+        self._reduced = False
+        for shard in self._all_shards():
+            for piece in shard.pieces:
+                piece.parameter.grad = None
+
+
+def _hyper(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in group.items() if k not in ("params", "param_names")}
+
+
+def _groups(named: Named | Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return groups whose "params" are lists of (name, parameter)."""
+    given: Sequence[Any] = list(named)
+    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    made = [{**group, "params": list(group["params"])} for group in groups]
+    for group in made:
+        for pair in group["params"]:
+            if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+                raise TypeError(
+                    f"expected (name, parameter) pairs, as of named_parameters, got "
+                    f"{type(pair).__name__}"
+                )
+    return made
