@@ -66,7 +66,7 @@ def _same_width(program: Program, flat: Array, dtype: DType, op: str, size: int)
     return Reduction(program, flat, Arithmetic(add), _nothing, finish)
 
 
-def _mean_scales(op: str, size: int) -> tuple[float, float]:
+def mean_scales(op: str, size: int) -> tuple[float, float]:
     """Return (before, after): divide by the one before adding, by the other afterwards."""
     if op != "mean":
         return 1.0, 1.0
@@ -79,7 +79,7 @@ def _widened(program: Program, flat: Array, dtype: DType, op: str, size: int) ->
     from ..kernels.cast import narrow, widen
     from ..kernels.reduce import combine, divide
 
-    before, after = _mean_scales(op, size)
+    before, after = mean_scales(op, size)
     work = np.empty(flat.size, np.float32)
 
     def begin() -> None:
@@ -99,7 +99,7 @@ def _accumulated(program: Program, flat: Array, dtype: DType, op: str, size: int
     from ..kernels.cast import narrow, widen
     from ..kernels.reduce import accumulate, divide
 
-    before, after = _mean_scales(op, size)
+    before, after = mean_scales(op, size)
     add = accumulate("sum" if op == "mean" else op, dtype.name)
 
     def widen_own(wide: Array, piece: Array) -> None:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from . import dlpack
 from .dtypes import DType, dtype_named
+from .memory import Memory
 
 Array = npt.NDArray[Any]
 
@@ -81,6 +82,18 @@ def allocate(family: str, shape: tuple[int, ...], dtype: DType) -> Any:
     if not hasattr(module, "empty") or not hasattr(module, dtype.name):
         return np.empty(shape, dtype.storage)
     return module.empty(shape, dtype=getattr(module, dtype.name))
+
+
+def registered(memory: Memory, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return an array of NumPy's or of another library's dtype in a rank's shared memory."""
+    family, _, name = str(dtype).rpartition(".")
+    foreign = dtype_named(name) if family == "torch" else None
+    storage = np.dtype(dtype) if foreign is None else foreign.storage
+    nbytes = int(np.prod(shape, dtype=np.int64)) * storage.itemsize
+    plain = memory.lend(nbytes).view(storage).reshape(shape)
+    return (
+        plain if foreign is None else importlib.import_module(family).from_dlpack(plain).view(dtype)
+    )
 
 
 def _from_numpy(x: Any) -> tuple[Array, DType]:

@@ -5,23 +5,30 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .buffer import allocate
+from ..kernels.records import Status
+from .buffer import allocate, registered
 from .dtypes import dtype_named
 from .errors import CommError
 from .guard import Guard
-from .operations import Operations, Prepared
+from .operations import Operations
 from .progress import Progress
 from .schedule import Schedule
 from .settings import Settings
 from .transport.base import Channel, Transport
-from .work import Work
+from .work import Prepared, Work
+
+if TYPE_CHECKING:
+    from .board import Board, Meeting, NodeMemory
 
 Algorithm = str | Schedule | None
+
+_DONE = int(Status.DONE)
 
 _TAGS = 1 << 15
 """Collectives cycle through this many tags, which every MPI allows."""
@@ -64,6 +71,7 @@ class Communicator:
         guard = Guard(transport, progress) if self._settings.abort and transport.size > 1 else None
         self._open(transport, progress, guard)
         self._top = True
+        self._share()
 
     @classmethod
     def over(cls, transport: Transport, settings: Settings | None = None) -> Communicator:
@@ -75,11 +83,18 @@ class Communicator:
 
     @classmethod
     def _make(
-        cls, transport: Transport, progress: Progress, settings: Settings, is_node: bool = False
+        cls,
+        transport: Transport,
+        progress: Progress,
+        settings: Settings,
+        nodes: NodeMemory | None = None,
+        is_node: bool = False,
     ) -> Communicator:
         made = cls.__new__(cls)
         made._settings = settings
         made._open(transport, progress, None, is_node)
+        if nodes is not None:
+            made._meet(nodes)
         return made
 
     def _open(
@@ -98,11 +113,30 @@ class Communicator:
         self._sequence = 0
         self._closed = False
         self._top = False
+        self._nodes: NodeMemory | None = None
+        self._board: Board | None = None
         self.node = (
             self
             if is_node
             else Communicator._make(transport.node(), progress, self._settings, is_node=True)
         )
+
+    def _share(self) -> None:
+        """Map the memory of the ranks on this node; collective."""
+        if self._settings.shared:
+            from .board import NodeMemory
+
+            self._meet(NodeMemory(self.node))
+
+    def _meet(self, nodes: NodeMemory) -> None:
+        """Meet in shared memory where all ranks of the group can; collective."""
+        from .board import Board
+
+        if self.node is not self and self.node._nodes is None:
+            self.node._meet(nodes)
+        self._nodes = nodes
+        self._board = Board.open(self, nodes)
+        self._operations.share(nodes.memory if nodes.token else None, self._board)
 
     def __repr__(self) -> str:
         return f"Communicator(rank {self.rank} of {self.size}, {self._transport.name})"
@@ -207,18 +241,40 @@ class Communicator:
         if collective not in _PLANNED:
             raise ValueError(f"cannot plan {collective!r}; there is: {', '.join(_PLANNED)}")
         prepared: Prepared = getattr(self._operations, collective)(*args, **kwargs)
+        if prepared.meeting is not None:
+            return partial(self._step, prepared, prepared.meeting, prepared.owner)
+        return partial(self._start, prepared, True)
 
-        def step() -> Any:
+    def _step(self, prepared: Prepared, meeting: Meeting, owner: Any) -> Any:
+        """Run a meeting at once where nothing is in flight before it."""
+        self._require_open()
+        if not self._progress.idle:
             return self._start(prepared, True)
+        status = meeting.launch()
+        if status == _DONE:
+            return owner
 
-        return step
+        def make() -> Work:
+            steps = meeting.steps(status)
+            return Work(steps, prepared.receipt, self._transport, self._progress)
+
+        self._progress.start(make, background=False).wait()
+        return owner
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any = np.float32) -> Any:
-        """Return an uninitialised array in memory that suits this communicator's transports.
+        """Return an uninitialised array in registered memory, which the node's ranks map.
 
-        dtype: of NumPy or of torch; the array is of the same library.
+        Collectives read it in place, without a copy, when every rank passes such an array, or a
+        contiguous view of one. It belongs to this communicator and to groups split from it. Not
+        collective; where nothing can be shared it is ordinary memory. dtype: of NumPy or of torch;
+        the array is of the same library.
+
+        Raises: MemoryError where no space is left.
         """
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self._require_open()
+        if self._nodes is not None and self._nodes.token and self._nodes.memory is not None:
+            return registered(self._nodes.memory, shape, dtype)
         family, _, name = (
             str(dtype).rpartition(".") if "torch." in str(dtype) else ("numpy", "", "")
         )
@@ -237,13 +293,14 @@ class Communicator:
         group = self._transport.split(color, key)
         if group is None:
             return None
-        return Communicator._make(group, self._progress, self._settings)
+        return Communicator._make(group, self._progress, self._settings, self._nodes)
 
     def close(self) -> None:
         """Finish what is in flight and give the group back; collective, and idempotent."""
         if self._closed:
             return
         self._progress.drain(self._settings.timeout)
+        self._unshare()
         self._closed = True
         if self.node is not self:
             self.node.close()
@@ -252,6 +309,18 @@ class Communicator:
         if self._guard is not None:
             self._guard.release()
         self._transport.close()
+
+    def _unshare(self) -> None:
+        """Give the board back, once nobody looks at it any more."""
+        board, self._board = self._board, None
+        if board is None:
+            return
+        self._operations.share(board.memory, None)
+        try:
+            self.barrier()
+        except CommError:
+            return  # a rank is gone, and those left may still look: its memory ends with the job
+        board.close()
 
     def __enter__(self) -> Communicator:
         return self

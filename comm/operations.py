@@ -17,31 +17,22 @@ import numpy as np
 
 from .algorithms import build
 from .arithmetic import reduction
+from .board import Board
 from .buffer import Buffer, allocate, wrap
 from .chunks import bounds
 from .collective import COLLECTIVES
 from .dtypes import DTYPES, DType
 from .errors import CommError, ScheduleError
 from .executor import Lane, execute
+from .meetings import Meetings
+from .memory import Memory, owner_of
 from .program import Op, Program, lower
 from .schedule import Schedule
 from .select import choose
 from .settings import Settings
 from .transport.base import Channel, Transport
 from .verify import verify
-from .work import Receipt, Steps
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """One operation, ready to run any number of times.
-
-    run: given the lane's tag, does it; the generator returns the operation's result.
-    """
-
-    receipt: Receipt
-    channel: Channel
-    run: Callable[[int], Steps]
+from .work import Prepared, Receipt, Steps
 
 
 @dataclass(frozen=True)
@@ -64,22 +55,33 @@ class Operations:
         self._rank, self._size = transport.rank, transport.size
         self._lowered = lru_cache(maxsize=256)(self._lower_named)
         self._proven = lru_cache(maxsize=64)(verify)
+        self._memory: Memory | None = None
+        self._meetings: Meetings | None = None
+
+    def share(self, memory: Memory | None, board: Board | None) -> None:
+        """From now on, use this rank's shared memory, and meet on a board where there is one."""
+        self._memory = memory
+        self._meetings = None if board is None else Meetings(board)
 
     # -- collectives -------------------------------------------------------------------------
 
     def allreduce(
         self, x: Any, op: str = "sum", algorithm: str | Schedule | None = None
     ) -> Prepared:
-        buffer = wrap(x, writable=True)
+        buffer = self._wrap(x, writable=True)
         buffer.dtype.require(op)
+        if self._meetings and algorithm is None:
+            return self._meetings.allreduce(buffer, op)
         return self._reduce_in_place("allreduce", buffer, buffer, op, algorithm, 0)
 
     def reduce(
         self, x: Any, root: int = 0, op: str = "sum", algorithm: str | Schedule | None = None
     ) -> Prepared:
         root = self._root(root)
-        buffer = wrap(x, writable=self._rank == root)
+        buffer = self._wrap(x, writable=self._rank == root)
         buffer.dtype.require(op)
+        if self._meetings and algorithm is None:
+            return self._meetings.reduce(buffer, op, root)
         # Only the root's buffer holds a result; elsewhere partial sums are made in a copy.
         inner = buffer if self._rank == root else _copy(buffer)
         return self._reduce_in_place("reduce", buffer, inner, op, algorithm, root)
@@ -114,9 +116,11 @@ class Operations:
     def reduce_scatter(
         self, x: Any, op: str = "sum", algorithm: str | Schedule | None = None
     ) -> Prepared:
-        buffer = wrap(x, writable=False)
+        buffer = self._wrap(x, writable=False)
         dtype = buffer.dtype
         dtype.require(op)
+        if self._meetings and algorithm is None:
+            return self._meetings.reduce_scatter(buffer, op)
         inner = _copy(buffer)
         chosen = self._choose("reduce_scatter", inner.flat.size, dtype, algorithm, 0)
         how = reduction(chosen.program, inner.flat, dtype, op, self._size, chosen.raw_reduce)
@@ -135,7 +139,9 @@ class Operations:
 
     def broadcast(self, x: Any, root: int = 0, algorithm: str | Schedule | None = None) -> Prepared:
         root = self._root(root)
-        buffer = wrap(x, writable=self._rank != root)
+        buffer = self._wrap(x, writable=self._rank != root)
+        if self._meetings and algorithm is None:
+            return self._meetings.broadcast(buffer, root)
         chosen = self._choose("broadcast", buffer.flat.size, buffer.dtype, algorithm, root)
 
         def run(tag: int) -> Steps:
@@ -148,7 +154,9 @@ class Operations:
         return self._prepared("broadcast", chosen, buffer.flat.nbytes, run)
 
     def allgather(self, x: Any, algorithm: str | Schedule | None = None) -> Prepared:
-        buffer = wrap(x, writable=False)
+        buffer = self._wrap(x, writable=False)
+        if self._meetings and algorithm is None:
+            return self._meetings.allgather(buffer)
         count = buffer.flat.size
         chosen = self._choose("allgather", count * self._size, buffer.dtype, algorithm, 0)
 
@@ -164,7 +172,9 @@ class Operations:
 
     def gather(self, x: Any, root: int = 0, algorithm: str | Schedule | None = None) -> Prepared:
         root = self._root(root)
-        buffer = wrap(x, writable=False)
+        buffer = self._wrap(x, writable=False)
+        if self._meetings and algorithm is None:
+            return self._meetings.gather(buffer, root)
         count = buffer.flat.size
         chosen = self._choose("gather", count * self._size, buffer.dtype, algorithm, root)
 
@@ -191,7 +201,7 @@ class Operations:
         header = np.zeros(_HEADER_BYTES, np.uint8)
         buffer = None
         if self._rank == root:
-            buffer = wrap(x, writable=False)
+            buffer = self._wrap(x, writable=False)
             self._require_rows(buffer)
             _write_header(header, buffer)
         announce = self._choose("broadcast", header.size, DTYPES["uint8"], None, root)
@@ -219,8 +229,10 @@ class Operations:
         return self._prepared("scatter", shown, nbytes, run)
 
     def alltoall(self, x: Any, algorithm: str | Schedule | None = None) -> Prepared:
-        buffer = wrap(x, writable=False)
+        buffer = self._wrap(x, writable=False)
         self._require_rows(buffer)
+        if self._meetings and algorithm is None:
+            return self._meetings.alltoall(buffer)
         count = buffer.flat.size
         row = count // self._size
         chosen = self._choose("alltoall", count, buffer.dtype, algorithm, 0)
@@ -237,6 +249,8 @@ class Operations:
         return self._prepared("alltoall", chosen, buffer.flat.nbytes, run)
 
     def barrier(self) -> Prepared:
+        if self._meetings:
+            return self._meetings.barrier()
         token = np.zeros(1, np.uint8)
         chosen = self._choose("barrier", 1, DTYPES["uint8"], None, 0)
 
@@ -248,11 +262,11 @@ class Operations:
     # -- point to point ----------------------------------------------------------------------
 
     def send(self, x: Any, dst: int, tag: int = 0) -> Prepared:
-        buffer = wrap(x, writable=False)
+        buffer = self._wrap(x, writable=False)
         return self._message("send", Op.SEND, buffer, self._peer(dst, "dst"), self._tag(tag))
 
     def recv(self, x: Any, src: int, tag: int = 0) -> Prepared:
-        buffer = wrap(x, writable=True)
+        buffer = self._wrap(x, writable=True)
         return self._message("recv", Op.RECV, buffer, self._peer(src, "src"), self._tag(tag))
 
     def _message(self, name: str, op: Op, buffer: Buffer, peer: int, tag: int) -> Prepared:
@@ -328,6 +342,22 @@ class Operations:
         settings = self._settings
         segment = min(settings.segment_bytes, settings.max_message_bytes)
         return Lane(self._transport, Channel.COLLECTIVE, tag, segment)
+
+    def _wrap(self, x: Any, writable: bool) -> Buffer:
+        """View x, and refuse shared memory that is not this communicator's, or used in strides."""
+        buffer = wrap(x, writable=writable)
+        memory = owner_of(int(buffer.view.__array_interface__["data"][0]))
+        if memory is not None and memory is not self._memory and buffer.view.size:
+            raise CommError(
+                "x: memory from empty() of another communicator, whose ranks do not map it for "
+                "this one; pass it on the communicator it is from, or on a group split from that"
+            )
+        if memory is not None and buffer.staged:
+            raise ValueError(
+                f"x: a view of shape {buffer.view.shape} with strides {buffer.view.strides} bytes "
+                "of memory from empty() is not contiguous, so it cannot be shared; pass a copy"
+            )
+        return buffer
 
     def _root(self, root: int) -> int:
         return self._peer(root, "root")

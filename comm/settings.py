@@ -16,12 +16,14 @@ class Settings:
     max_message_bytes: no single message is larger; must stay below 2**31 for MPI's 32-bit counts.
         RINGFOLD_MAX_MESSAGE_BYTES
     abort: an uncaught exception on one rank ends the whole job.  RINGFOLD_ABORT (0 or 1)
+    shared: ranks of one node meet in shared memory.  RINGFOLD_SHARED (0 or 1)
     """
 
     timeout: float = 300.0
     segment_bytes: int = 1 << 19
     max_message_bytes: int = 1 << 30
     abort: bool = True
+    shared: bool = True
 
     def __post_init__(self) -> None:
         if not self.timeout > 0:
@@ -55,4 +57,5 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "segment_bytes": int,
     "max_message_bytes": int,
     "abort": lambda text: {"0": False, "1": True}[text],
+    "shared": lambda text: {"0": False, "1": True}[text],
 }

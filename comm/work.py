@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .transport.base import Request, Transport
+from .transport.base import Channel, Request, Transport
 
 if TYPE_CHECKING:
+    from .board import Meeting
     from .progress import Progress
 
 Steps = Generator[list[Request], None, Any]
@@ -30,6 +31,22 @@ class Receipt:
     chunks: int
     nbytes: int
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One operation, ready to run any number of times.
+
+    channel: of its messages; None where it sends none.
+    run: given the lane's tag, does it; the generator returns the operation's result.
+    meeting: where the operation is nothing but a meeting on a board, whose result is `owner`.
+    """
+
+    receipt: Receipt
+    channel: Channel | None
+    run: Callable[[int], Steps]
+    meeting: Meeting | None = None
+    owner: Any = None
 
 
 class Work:

@@ -43,13 +43,34 @@ def compile_kernel(name: str, function: Callable[..., Any], *arguments: Any) -> 
     `name` must tell this variant from all others.  Other argument types are refused with a
     TypeError.  Where no cache folder can be written, the kernel is compiled for this process alone.
     """
+    compiler = functools.partial(numba.njit, [arguments], nogil=True, error_model="numpy")
+    kernel: Kernel = _compile(name, function, compiler)
+    return kernel
+
+
+def compile_callback(name: str, function: Callable[..., Any]) -> int:
+    """Compile `function` as a C function int64 f(int64), and return its address.
+
+    `name` must tell this variant from all others.  The code stays loaded as long as the process.
+    """
+    cfunc: Any = numba.cfunc  # its annotations leave out options that it takes
+    compiler = functools.partial(cfunc, types.int64(types.int64), error_model="numpy")
+    compiled = _compile(name, function, compiler)
+    _KEPT.append(compiled)
+    address: int = compiled.address
+    return address
+
+
+_KEPT: list[Any] = []
+"""Compiled functions whose addresses were given away."""
+
+
+def _compile(name: str, function: Callable[..., Any], compiler: Callable[..., Any]) -> Any:
     function.__name__ = f"{name}_{_fingerprint()}"
     function.__qualname__ = function.__name__
-    compiler = functools.partial(numba.njit, [arguments], nogil=True, error_model="numpy")
     try:
-        kernel: Kernel = compiler(cache=True)(function)
+        return compiler(cache=True)(function)
     except RuntimeError as error:
         if "cannot cache function" not in str(error):
             raise
-        kernel = compiler(cache=False)(function)
-    return kernel
+        return compiler(cache=False)(function)

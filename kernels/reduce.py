@@ -30,7 +30,7 @@ _INTEGER_OPS = {
 }
 _BOOL_OPS = {"min": operator.and_, "max": operator.or_}
 
-_OPS: Mapping[str, Mapping[str, Callable[[Any, Any], Any]]] = MappingProxyType(
+OPS: Mapping[str, Mapping[str, Callable[[Any, Any], Any]]] = MappingProxyType(
     {name: _INTEGER_OPS for name in STORAGE}
     | {name: _FLOAT_OPS for name in (*HALVES, *FLOATS)}
     | {"bool": _BOOL_OPS}
@@ -61,7 +61,7 @@ def combine_kernel(op: str, dtype: str) -> Kernel:
     element = ELEMENTS[dtype]
     return compile_kernel(
         f"combine_{op}_{dtype}",
-        _fold(_OPS[dtype][op], element, element),
+        _fold(OPS[dtype][op], element, element),
         flat(element.type),
         flat(element.type, readonly=True),
     )
@@ -74,7 +74,7 @@ def accumulate_kernel(op: str, dtype: str) -> Kernel:
     wide, half = ELEMENTS["float32"], ELEMENTS[dtype]
     return compile_kernel(
         f"accumulate_{op}_{dtype}",
-        _fold(_OPS[dtype][op], wide, half),
+        _fold(OPS[dtype][op], wide, half),
         flat(wide.type),
         flat(half.type, readonly=True),
     )

@@ -1,0 +1,333 @@
+"""Where the ranks of a group on one node meet, and the works they do there."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from ..kernels.records import (
+    LINE_BYTES,
+    NOTE_BYTES,
+    SCRATCH_BYTES,
+    BoardWord,
+    Note,
+    Place,
+    Status,
+    Where,
+    WorkWord,
+)
+from . import fused
+from .errors import CommError, MismatchError
+from .memory import Block, Handle, Mapping, Memory
+from .transport.base import Request
+from .work import Steps
+
+if TYPE_CHECKING:
+    from .communicator import Communicator
+
+Words = npt.NDArray[np.int64]
+
+STAGE_BYTES = 1 << 18
+"""Of one staging place; two of them and two results of a part fit the second-level cache."""
+
+
+class NodeMemory:
+    """The memories of a node's ranks, all mapped by all of them, or by none.
+
+    token: what the ranks of one node agree on; 0 without shared memory.
+    reason: why there is none.
+    """
+
+    def __init__(self, node: Communicator) -> None:
+        """Create this rank's memory and map the others'; collective over the node."""
+        self.rank = node.rank
+        self.memory: Memory | None = None
+        self.token = 0
+        self.reason = ""
+        self.addresses: list[int] = []
+        self._mappings: list[Mapping] = []
+        handle = np.zeros(4, np.int64)
+        try:
+            self.memory = Memory(node.rank, node.size)
+            handle = self.memory.handle.words()
+        except (OSError, ValueError) as error:
+            self.reason = f"rank {node.rank} of the node gets no shared memory: {error}"
+        handles = node.allgather(handle)
+        if handles.all(axis=1).all():
+            self._open(handles)
+        told = np.array([not self.reason], np.uint8)
+        if node.allreduce(told, op="min")[0]:
+            self.token = int(handles[0, 3])
+        else:
+            self.reason = self.reason or "another rank of the node cannot map this rank's memory"
+
+    def release(self, block: Block) -> None:
+        """Take a block back."""
+        assert self.memory is not None
+        self.memory.release(block)
+
+    def _open(self, handles: Words) -> None:
+        assert self.memory is not None
+        try:
+            for rank, words in enumerate(handles.tolist()):
+                if rank == self.rank:
+                    self.addresses.append(self.memory.address)
+                else:
+                    self._mappings.append(Mapping(Handle(*words)))
+                    self.addresses.append(self._mappings[-1].address)
+        except (OSError, CommError) as error:
+            self.reason = str(error)
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How often a waiting rank looks before it yields its core, and before it returns."""
+
+    spins: int
+    yields: int
+
+
+def patience(num_ranks: int) -> Patience:
+    """Spin where every rank of the node has a core, yield where they share cores."""
+    if num_ranks <= len(os.sched_getaffinity(0)):
+        return Patience(2000, 20)
+    return Patience(20, 100)
+
+
+class Board:
+    """One rank's side of a group on one node."""
+
+    def __init__(
+        self, rank: int, members: Words, nodes: NodeMemory, blocks: tuple[Block, ...]
+    ) -> None:
+        """members: a row per rank: (node token, node rank, offset of area, offset of control)."""
+        assert nodes.memory is not None
+        self.rank, self.size = rank, len(members)
+        self.memory = nodes.memory
+        self.broken = ""
+        self._blocks = blocks
+        self._bases = np.array([nodes.addresses[row[1]] for row in members.tolist()], np.int64)
+        self._areas = self._bases + members[:, 2]
+        control = int(self._bases[0] + members[0, 3])
+        self.record = np.zeros(BoardWord.WORDS, np.int64)
+        self.record[BoardWord.FLAGS] = control
+        self.record[BoardWord.NOTES] = control + self.size * LINE_BYTES
+        self.record[BoardWord.BASES] = self._bases.ctypes.data
+        self.record[BoardWord.RANK], self.record[BoardWord.SIZE] = rank, self.size
+        yielding = ctypes.CDLL(None).sched_yield
+        self.record[BoardWord.YIELD] = ctypes.cast(yielding, ctypes.c_void_p).value or 0
+        self.patience = patience(len(nodes.addresses))
+        self.stage_bytes = STAGE_BYTES
+
+    @classmethod
+    def open(cls, comm: Communicator, nodes: NodeMemory) -> Board | None:
+        """Open the board of a group; collective. None where the group has no shared memory."""
+        row = np.zeros(4, np.int64)
+        blocks: tuple[Block, ...] = ()
+        if nodes.token and nodes.memory is not None:
+            area = nodes.memory.allocate(_area_bytes(comm.size))
+            control = nodes.memory.allocate(comm.size * (LINE_BYTES + 2 * NOTE_BYTES))
+            blocks = (area, control)
+            row[:] = nodes.token, nodes.rank, area.offset, control.offset
+        members = comm.allgather(row)
+        if comm.size > 1 and nodes.token and (members[:, 0] == nodes.token).all():
+            return cls(comm.rank, members, nodes, blocks)
+        for block in blocks:  # nobody has seen them
+            nodes.release(block)
+        return None
+
+    def lists(self) -> Words:
+        """Return the table of addresses that programs name: a row for each Where."""
+        table = np.zeros((Where.LENGTH, max(self.size, 2)), np.int64)
+        for which, offset in _places(self.size).items():
+            table[which, : self.size] = self._areas + offset
+        return table
+
+    def close(self) -> None:
+        """Give the shared memory back, which no rank of the group may use any more."""
+        for block in self._blocks:
+            self.memory.release(block)
+        self._blocks = ()
+
+
+def _places(size: int) -> dict[int, int]:
+    """Return where each list's place lies in a rank's area."""
+    result = -(-STAGE_BYTES // size // LINE_BYTES) * LINE_BYTES + LINE_BYTES
+    places, offset = {}, 0
+    for which, nbytes in (
+        (Where.EAGER, fused.EAGER_BYTES),
+        (Where.EAGER + 1, fused.EAGER_BYTES),
+        (Where.STAGE_0, STAGE_BYTES),
+        (Where.STAGE_1, STAGE_BYTES),
+        (Where.RESULT_0, result),
+        (Where.RESULT_1, result),
+    ):
+        places[int(which)] = offset
+        offset += nbytes
+    places[-1] = offset
+    return {which: offset for which, offset in places.items() if which >= 0}
+
+
+def _area_bytes(size: int) -> int:
+    return _places(size)[Where.RESULT_1] + STAGE_BYTES + LINE_BYTES
+
+
+@dataclass(frozen=True)
+class Call:
+    """What all ranks of a group must agree on, and what this rank brings.
+
+    code: a number for operation, op and dtype.
+    address, nbytes: this rank's flat buffer.
+    fold: address of the compiled fold, 0 where nothing is added.
+    before, after: its divisors.
+    """
+
+    name: str
+    code: int
+    shape: fused.Shape
+    address: int
+    nbytes: int
+    fold: int = 0
+    before: float = 1.0
+    after: float = 1.0
+
+
+class Waiting:
+    """What a work that waits on a board shows of it: the rank that has not come."""
+
+    def __init__(self, peer: int) -> None:
+        self.peer = peer
+
+    def done(self) -> bool:
+        """Tell nothing: only the work itself can look."""
+        return False
+
+
+class Meeting:
+    """One call of a collective on a board, ready to run any number of times."""
+
+    def __init__(self, board: Board, call: Call) -> None:
+        from ..kernels.meeting import advance_kernel, launch_kernel
+
+        self.name = call.name
+        self._board = board
+        self._call = call
+        self._advance, self._launch = advance_kernel(), launch_kernel()
+        self._lists = board.lists()
+        self._scratch = np.zeros(SCRATCH_BYTES if call.fold else 0, np.uint8)
+        self._record = record = np.zeros(WorkWord.WORDS, np.int64)
+        self.address = int(record.ctypes.data)
+        record[WorkWord.BOARD] = board.record.ctypes.data
+        record[WorkWord.LISTS] = self._lists.ctypes.data
+        record[WorkWord.LIST_BYTES] = self._lists.strides[0]
+        record[WorkWord.FOLD] = call.fold
+        record[WorkWord.FOLD_RECORD + 7] = self._scratch.ctypes.data
+        factors = record[WorkWord.FOLD_RECORD :].view(np.float64)
+        factors[8], factors[9] = call.before, call.after
+        self._own(fused.INPUT, call.address)
+        self._own(fused.OUTPUT, call.address)
+
+        note = record[WorkWord.NOTE : WorkWord.NOTE + Note.WORDS]
+        place = board.memory.place(call.address, call.nbytes)
+        note[Note.CALL], note[Note.COUNT] = call.code, call.shape.count
+        note[Note.ROOT] = call.shape.root
+        if fused_eagerly(call):
+            self.form, note[Note.PLACE] = "eager", Place.UNUSED
+        elif place is None:
+            self.form, note[Note.PLACE] = "staged", Place.PRIVATE
+        else:
+            self.form, note[Note.PLACE] = "shared", place
+        programs = {"eager": fused.eager, "staged": fused.staged, "shared": fused.shared}
+        rows = programs[self.form](call.name, call.shape)
+        self._take(rows)
+
+    def _take(self, rows: fused.Rows) -> None:
+        self._rows = rows
+        self._record[WorkWord.ROWS], self._record[WorkWord.NUM_ROWS] = rows.ctypes.data, len(rows)
+
+    def _own(self, entry: int, address: int) -> None:
+        self._lists[Where.OWN, entry] = address
+
+    def result_at(self, address: int) -> None:
+        """Let the next run write its result to an address."""
+        self._own(fused.OUTPUT, address)
+
+    def launch(self) -> int:
+        """Start, and return the Status at which this rank has to wait or has ended."""
+        board = self._board
+        if board.broken:
+            raise CommError(f"rank {board.rank}: {board.broken}")
+        status: int = self._launch(self.address, board.patience.spins, board.patience.yields)
+        return status
+
+    def steps(self, status: int) -> Steps:
+        """Go on from a status until the work has ended."""
+        board, record = self._board, self._record
+        try:
+            while status != Status.DONE:
+                if status == Status.MISMATCH:
+                    raise MismatchError(self._mismatch())
+                if status == Status.MIXED:
+                    self._go_staged()
+                else:
+                    waiting: list[Request] = [Waiting(int(record[WorkWord.WAITING_FOR]))]
+                    yield waiting
+                status = self._advance(self.address, board.patience.spins, board.patience.yields)
+        except GeneratorExit:
+            board.broken = f"an earlier {self._call.name} was given up halfway, so ranks may differ"
+            raise
+
+    def _go_staged(self) -> None:
+        """Some ranks' buffers are private: all go on as if theirs were."""
+        self._take(fused.staged(self._call.name, self._call.shape))
+        self._record[WorkWord.ROW] = 0
+        self._record[WorkWord.STATUS] = Status.RUNNING
+
+    def _mismatch(self) -> str:
+        board = self._board
+        block = int(board.record[BoardWord.NOTES])
+        block += int(self._record[WorkWord.TICKET] & 1) * board.size * NOTE_BYTES
+        size = board.size * Note.WORDS
+        words = np.array((ctypes.c_int64 * size).from_address(block)[:], np.int64)
+        rows = words.reshape(board.size, Note.WORDS)
+        shown = "; ".join(
+            f"rank {rank}: {describe_code(int(row[Note.CALL]))}, {row[Note.COUNT]} elements, "
+            f"root {row[Note.ROOT]}"
+            for rank, row in enumerate(rows)
+        )
+        return f"the ranks' calls differ: {shown}"
+
+
+def fused_eagerly(call: Call) -> bool:
+    """Tell whether a call's buffers are small enough to be copied for everybody."""
+    shown = [
+        fused.own_bytes(call.name, fused.Shape(r, s.size, s.count, s.itemsize, s.root))
+        for s in (call.shape,)
+        for r in (0, s.root)
+    ]
+    return max(shown) <= fused.EAGER_BYTES
+
+
+_OPS = ("", "sum", "mean", "min", "max", "prod")
+
+
+def code_of(name: str, op: str, dtype: str) -> int:
+    """Return a number for a call that ranks can compare."""
+    from .dtypes import DTYPES
+
+    names = (*fused.NAMES, "")
+    return (names.index(name) * 8 + _OPS.index(op)) * 64 + list(DTYPES).index(dtype)
+
+
+def describe_code(code: int) -> str:
+    """Return the text of a `code_of`."""
+    from .dtypes import DTYPES
+
+    name = (*fused.NAMES, "")[code // 512]
+    op = _OPS[code // 64 % 8]
+    return f"{name}({op + ', ' if op else ''}{list(DTYPES)[code % 64]})"

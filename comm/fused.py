@@ -1,0 +1,299 @@
+"""Lower a collective to one rank's program over shared memory: pairwise, its rounds fused.
+
+Where all ranks map each other's memory, what the pairwise schedule sends in size - 1 rounds is read
+in one pass between two meetings. There are three forms:
+
+shared: the buffers themselves are mapped.  Everybody comes, each rank does its part of the work in
+place, everybody is done.
+eager: up to EAGER_BYTES are copied to a place of this rank's in the shared memory, and read from
+there by all after one meeting.  Two places are used by turns, so that nobody waits to write.
+staged: larger private buffers pass through cache-sized places, chunk by chunk.
+
+Pure functions; addresses come in when a program is bound to a group (`comm.board`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..kernels.records import ALL, LINE_BYTES, ROW_WORDS, Row, Where
+from .chunks import bounds
+
+EAGER_BYTES = 8 << 10
+
+Rows = npt.NDArray[np.int64]
+_Row = tuple[int, ...]
+_MEET: _Row = (Row.MEET, 0, 0, 0, 0, 0, 0, 0)
+_STAGES = (Where.STAGE_0, Where.STAGE_1)
+_RESULTS = (Where.RESULT_0, Where.RESULT_1)
+
+INPUT, OUTPUT = 0, 1
+"""Entries of Where.OWN: this rank's buffer, and where its result goes."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a program depends on.
+
+    count: elements of the flat buffer that the schedule covers (allgather: of all ranks together).
+    stage_bytes: of one staging place.
+    """
+
+    rank: int
+    size: int
+    count: int
+    itemsize: int
+    root: int = 0
+    stage_bytes: int = 1 << 19
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the flat buffer."""
+        return self.count * self.itemsize
+
+
+def part(count: int, itemsize: int, size: int, rank: int) -> tuple[int, int]:
+    """Return the elements [low, high) that a rank folds: whole cache lines, shared out evenly."""
+    line = max(1, LINE_BYTES // itemsize)
+    low, high = bounds(-(-count // line), size, rank)
+    return min(low * line, count), min(high * line, count)
+
+
+def _copy(
+    target: int, entry: int, offset: int, source: int, origin: int, start: int, nbytes: int
+) -> list[_Row]:
+    if not nbytes:
+        return []
+    return [(Row.COPY, target, entry, offset, source, origin, start, nbytes)]
+
+
+def _fold(target: int, entry: int, offset: int, source: int, start: int, count: int) -> list[_Row]:
+    return [(Row.FOLD, target, entry, offset, source, 0, start, count)] if count else []
+
+
+def _table(rows: list[_Row]) -> Rows:
+    return np.array(rows, np.int64).reshape(-1, ROW_WORDS)
+
+
+# -- collectives that fold ---------------------------------------------------------------------
+
+
+def allreduce_shared(shape: Shape) -> Rows:
+    """Fold this rank's part of all buffers into all of them."""
+    low, high = part(shape.count, shape.itemsize, shape.size, shape.rank)
+    at = low * shape.itemsize
+    return _table([_MEET, *_fold(Where.BUFFERS, ALL, at, Where.BUFFERS, at, high - low), _MEET])
+
+
+def reduce_shared(shape: Shape) -> Rows:
+    """Fold this rank's part of all buffers into root's."""
+    low, high = part(shape.count, shape.itemsize, shape.size, shape.rank)
+    at = low * shape.itemsize
+    fold = _fold(Where.BUFFERS, shape.root, at, Where.BUFFERS, at, high - low)
+    return _table([_MEET, *fold, _MEET])
+
+
+def reduce_scatter_shared(shape: Shape) -> Rows:
+    """Fold this rank's piece of all buffers into its result."""
+    low, high = bounds(shape.count, shape.size, shape.rank)
+    fold = _fold(Where.OWN, OUTPUT, 0, Where.BUFFERS, low * shape.itemsize, high - low)
+    return _table([_MEET, *fold, _MEET])
+
+
+def allreduce_eager(shape: Shape) -> Rows:
+    """Fold everybody's copies into this rank's buffer."""
+    return _eager_fold(shape, 0, shape.count, INPUT)
+
+
+def reduce_eager(shape: Shape) -> Rows:
+    """Fold everybody's copies into root's buffer."""
+    return _eager_fold(shape, 0, shape.count if shape.rank == shape.root else 0, INPUT)
+
+
+def reduce_scatter_eager(shape: Shape) -> Rows:
+    """Fold this rank's piece of everybody's copies into its result."""
+    return _eager_fold(shape, *bounds(shape.count, shape.size, shape.rank), OUTPUT)
+
+
+def _eager_fold(shape: Shape, low: int, high: int, into: int) -> Rows:
+    publish = _copy(Where.EAGER, shape.rank, 0, Where.OWN, INPUT, 0, shape.nbytes)
+    at = low * shape.itemsize
+    fold = _fold(Where.OWN, into, 0, Where.EAGER, at, high - low)
+    return _table([*publish, _MEET, *fold])
+
+
+def allreduce_staged(shape: Shape) -> Rows:
+    """Copy a chunk in, fold the one before, copy the one before that out; then meet."""
+    return _staged_fold(shape, everywhere=True)
+
+
+def reduce_staged(shape: Shape) -> Rows:
+    """Do the same, but root alone copies out."""
+    return _staged_fold(shape, everywhere=False)
+
+
+def _staged_fold(shape: Shape, everywhere: bool) -> Rows:
+    item, rank, size = shape.itemsize, shape.rank, shape.size
+    chunks = list(_chunks(shape.count, shape.stage_bytes // item))
+    rows: list[_Row] = []
+    for step in range(len(chunks) + 2):
+        if step >= 2 and (everywhere or rank == shape.root):
+            low, high = chunks[step - 2]
+            for peer in range(size):
+                first, last = part(high - low, item, size, peer)
+                at, nbytes = (low + first) * item, (last - first) * item
+                rows += _copy(Where.OWN, INPUT, at, _RESULTS[step % 2], peer, 0, nbytes)
+        if 1 <= step <= len(chunks):
+            low, high = chunks[step - 1]
+            first, last = part(high - low, item, size, rank)
+            result, stage = _RESULTS[(step - 1) % 2], _STAGES[(step - 1) % 2]
+            rows += _fold(result, rank, 0, stage, first * item, last - first)
+        if step < len(chunks):
+            low, high = chunks[step]
+            at, nbytes = low * item, (high - low) * item
+            rows += _copy(_STAGES[step % 2], rank, 0, Where.OWN, INPUT, at, nbytes)
+        if step <= len(chunks):
+            rows.append(_MEET)
+    return _table(rows)
+
+
+def reduce_scatter_staged(shape: Shape) -> Rows:
+    """Copy a chunk of every rank's piece in, and fold this rank's."""
+    item, size = shape.itemsize, shape.size
+    pieces = [bounds(shape.count, size, rank) for rank in range(size)]
+    room = shape.stage_bytes // size // LINE_BYTES * LINE_BYTES
+    low, high = pieces[shape.rank]
+    rows: list[_Row] = []
+    for step, (first, _) in enumerate(_chunks(max(b - a for a, b in pieces), room // item)):
+        for peer, (start, end) in enumerate(pieces):
+            at = min(start + first, end)
+            nbytes = (min(at + room // item, end) - at) * item
+            rows += _copy(
+                _STAGES[step % 2], shape.rank, peer * room, Where.OWN, INPUT, at * item, nbytes
+            )
+        rows.append(_MEET)
+        at = min(low + first, high)
+        count = min(at + room // item, high) - at
+        into = (at - low) * item
+        rows += _fold(Where.OWN, OUTPUT, into, _STAGES[step % 2], shape.rank * room, count)
+    return _table([*rows, _MEET])
+
+
+# -- collectives that only move ----------------------------------------------------------------
+
+_Pull = tuple[int, int, int, int]
+"""(peer, offset in its buffer, offset in this rank's result, bytes)"""
+
+
+def _allgather(shape: Shape) -> list[_Pull]:
+    row = shape.nbytes // shape.size
+    return [(peer, 0, peer * row, row) for peer in range(shape.size)]
+
+
+def _gather(shape: Shape) -> list[_Pull]:
+    return _allgather(shape) if shape.rank == shape.root else []
+
+
+def _broadcast(shape: Shape) -> list[_Pull]:
+    return [] if shape.rank == shape.root else [(shape.root, 0, 0, shape.nbytes)]
+
+
+def _alltoall(shape: Shape) -> list[_Pull]:
+    row = shape.nbytes // shape.size
+    return [(peer, shape.rank * row, peer * row, row) for peer in range(shape.size)]
+
+
+def _barrier(shape: Shape) -> list[_Pull]:
+    return []
+
+
+_PULLS = {
+    "barrier": _barrier,
+    "allgather": _allgather,
+    "gather": _gather,
+    "broadcast": _broadcast,
+    "alltoall": _alltoall,
+}
+
+
+def own_bytes(name: str, shape: Shape) -> int:
+    """Return the bytes of the buffer that this rank shows to the others."""
+    if name in ("allgather", "gather"):
+        return shape.nbytes // shape.size
+    if name == "barrier" or (name == "broadcast" and shape.rank != shape.root):
+        return 0
+    return shape.nbytes
+
+
+def _pull_shared(name: str, shape: Shape) -> Rows:
+    rows = [_MEET]
+    for peer, start, into, nbytes in _PULLS[name](shape):
+        rows += _copy(Where.OWN, OUTPUT, into, Where.BUFFERS, peer, start, nbytes)
+    return _table([*rows, _MEET])
+
+
+def _pull_eager(name: str, shape: Shape) -> Rows:
+    rows = _copy(Where.EAGER, shape.rank, 0, Where.OWN, INPUT, 0, own_bytes(name, shape))
+    rows.append(_MEET)
+    for peer, start, into, nbytes in _PULLS[name](shape):
+        rows += _copy(Where.OWN, OUTPUT, into, Where.EAGER, peer, start, nbytes)
+    return _table(rows)
+
+
+def _pull_staged(name: str, shape: Shape) -> Rows:
+    """Show a window of the buffer at a time, from which each peer takes what it needs."""
+    rows: list[_Row] = []
+    mine = own_bytes(name, shape)
+    shown = max(
+        own_bytes(name, Shape(r, shape.size, shape.count, shape.itemsize, shape.root))
+        for r in (0, shape.root)
+    )
+    for step, (low, high) in enumerate(_chunks(shown, shape.stage_bytes)):
+        stage = _STAGES[step % 2]
+        rows += _copy(stage, shape.rank, 0, Where.OWN, INPUT, low, max(min(high, mine) - low, 0))
+        rows.append(_MEET)
+        for peer, start, into, nbytes in _PULLS[name](shape):
+            first, last = max(start, low), min(start + nbytes, high)
+            rows += _copy(
+                Where.OWN,
+                OUTPUT,
+                into + first - start,
+                stage,
+                peer,
+                first - low,
+                max(last - first, 0),
+            )
+    return _table([*rows, _MEET])
+
+
+def _chunks(total: int, step: int) -> Iterator[tuple[int, int]]:
+    for low in range(0, total, step):
+        yield low, min(low + step, total)
+
+
+_FOLDS = {
+    "allreduce": (allreduce_shared, allreduce_eager, allreduce_staged),
+    "reduce": (reduce_shared, reduce_eager, reduce_staged),
+    "reduce_scatter": (reduce_scatter_shared, reduce_scatter_eager, reduce_scatter_staged),
+}
+
+NAMES = (*_FOLDS, *_PULLS)
+
+
+def shared(name: str, shape: Shape) -> Rows:
+    """Return the program for buffers that every rank maps."""
+    return _FOLDS[name][0](shape) if name in _FOLDS else _pull_shared(name, shape)
+
+
+def eager(name: str, shape: Shape) -> Rows:
+    """Return the program for buffers of up to EAGER_BYTES, wherever they are."""
+    return _FOLDS[name][1](shape) if name in _FOLDS else _pull_eager(name, shape)
+
+
+def staged(name: str, shape: Shape) -> Rows:
+    """Return the program for private buffers."""
+    return _FOLDS[name][2](shape) if name in _FOLDS else _pull_staged(name, shape)

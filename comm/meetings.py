@@ -1,0 +1,132 @@
+"""Prepare collectives as meetings on a board, instead of messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .arithmetic import mean_scales
+from .board import Board, Call, Meeting, code_of
+from .buffer import Buffer, wrap
+from .dtypes import DType
+from .fused import Shape
+from .work import Prepared, Receipt, Steps
+
+_FORMS = {
+    "shared": "all buffers are in shared memory",
+    "eager": "small buffers are copied for everybody",
+    "staged": "private buffers pass through shared memory",
+}
+
+
+class Meetings:
+    """Prepare operations for one rank of a group that has a board."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self._rank, self._size = board.rank, board.size
+
+    def allreduce(self, buffer: Buffer, op: str) -> Prepared:
+        return self._in_place("allreduce", buffer, op, 0, written=True)
+
+    def reduce(self, buffer: Buffer, op: str, root: int) -> Prepared:
+        return self._in_place("reduce", buffer, op, root, written=self._rank == root)
+
+    def broadcast(self, buffer: Buffer, root: int) -> Prepared:
+        return self._in_place("broadcast", buffer, "", root, written=self._rank != root)
+
+    def reduce_scatter(self, buffer: Buffer, op: str) -> Prepared:
+        count = buffer.flat.size
+        own = -(-(count - self._rank) // self._size)
+        return self._anew("reduce_scatter", buffer, count, lambda: buffer.like((own,)), op)
+
+    def allgather(self, buffer: Buffer) -> Prepared:
+        shape = (self._size, *buffer.shape)
+        count = buffer.flat.size * self._size
+        return self._anew("allgather", buffer, count, lambda: buffer.like(shape))
+
+    def gather(self, buffer: Buffer, root: int) -> Prepared:
+        shape = (self._size, *buffer.shape)
+        count = buffer.flat.size * self._size
+        make = (lambda: buffer.like(shape)) if self._rank == root else lambda: None
+        return self._anew("gather", buffer, count, make, root=root)
+
+    def alltoall(self, buffer: Buffer) -> Prepared:
+        return self._anew("alltoall", buffer, buffer.flat.size, lambda: buffer.like(buffer.shape))
+
+    def barrier(self) -> Prepared:
+        call = Call("barrier", code_of("barrier", "", "uint8"), self._shape(0, 1, 0), 0, 0)
+        meeting = Meeting(self._board, call)
+
+        def run(_: int) -> Steps:
+            yield from meeting.steps(meeting.launch())
+
+        return Prepared(self._receipt(meeting, 0), None, run, meeting)
+
+    def _in_place(self, name: str, buffer: Buffer, op: str, root: int, written: bool) -> Prepared:
+        meeting = self._meeting(name, buffer, buffer.flat.size, op, root)
+
+        def run(_: int) -> Steps:
+            buffer.stage()
+            yield from meeting.steps(meeting.launch())
+            if written:
+                buffer.commit()
+            return buffer.owner
+
+        plain = None if buffer.staged else meeting
+        receipt = self._receipt(meeting, buffer.flat.nbytes)
+        return Prepared(receipt, None, run, plain, buffer.owner)
+
+    def _anew(
+        self,
+        name: str,
+        buffer: Buffer,
+        count: int,
+        make: Callable[[], Any],
+        op: str = "",
+        root: int = 0,
+    ) -> Prepared:
+        meeting = self._meeting(name, buffer, count, op, root)
+
+        def run(_: int) -> Steps:
+            buffer.stage()
+            result = make()
+            flat = buffer.flat if result is None else wrap(result, writable=True).flat
+            meeting.result_at(_address(flat))
+            yield from meeting.steps(meeting.launch())
+            return result
+
+        nbytes = count * buffer.dtype.itemsize
+        return Prepared(self._receipt(meeting, nbytes), None, run)
+
+    def _meeting(self, name: str, buffer: Buffer, count: int, op: str, root: int) -> Meeting:
+        dtype, fold, before, after = buffer.dtype, 0, 1.0, 1.0
+        if op:
+            fold, before, after = folding(op, dtype, self._size)
+        shape = self._shape(count, dtype.itemsize, root)
+        code = code_of(name, op, dtype.name)
+        where = _address(buffer.flat), buffer.flat.nbytes
+        return Meeting(self._board, Call(name, code, shape, *where, fold, before, after))
+
+    def _shape(self, count: int, itemsize: int, root: int) -> Shape:
+        return Shape(self._rank, self._size, count, itemsize, root, self._board.stage_bytes)
+
+    def _receipt(self, meeting: Meeting, nbytes: int) -> Receipt:
+        reason = _FORMS[meeting.form]
+        return Receipt(
+            meeting.name, f"pairwise, {meeting.form}", "shared", self._size, nbytes, reason
+        )
+
+
+def folding(op: str, dtype: DType, size: int) -> tuple[int, float, float]:
+    """Return the compiled fold of an op on a type, and its divisors; see arithmetic.reduction."""
+    from ..kernels.fold import fold_callback
+
+    before, after = mean_scales(op, size) if dtype.wide else (1.0, float(size))
+    return fold_callback(op, dtype.name), before, after if op == "mean" else 1.0
+
+
+def _address(flat: np.ndarray[Any, Any]) -> int:
+    return int(flat.__array_interface__["data"][0])

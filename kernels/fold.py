@@ -1,0 +1,99 @@
+"""Fold the same piece of several ranks' buffers in one pass, and write the result to some of them.
+
+Where all ranks map each other's memory, a reduction needs no messages: each rank folds its own part
+of everybody's buffers. The order is that of the ranks, so the result does not depend on who folds.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from numba.np.numpy_support import carray
+
+from .compiled import compile_callback
+from .elements import ELEMENTS
+from .operations import check_operation
+from .records import FOLD_BLOCK, FOLD_WORDS
+from .reduce import OPS
+from .scalars import compiled, pointer_to
+from .storage import FLOATS, HALVES, STORAGE
+
+
+@compiled
+def _keep(value: Any, _factor: Any) -> Any:
+    return value
+
+
+@compiled
+def _divide(value: Any, factor: Any) -> Any:
+    return value / factor
+
+
+@functools.cache
+def fold_callback(op: str, dtype: str) -> int:
+    """Return the address of a C function int64 f(int64 record): fold one piece of several buffers.
+
+    The record is FOLD_WORDS int64: address of a table of source addresses, number of sources, bytes
+    from each source to the piece; the same three for the targets; count of elements, address of
+    SCRATCH_BYTES; and as float64 bits the divisors of each element before, and of each result
+    after the fold (used by op "mean").
+    A target may be one of the sources. Half widths are folded in float32 and rounded once.
+
+    Raises: TypeError where the op is not allowed for the dtype.
+    """
+    mean = op == "mean"
+    name = "sum" if mean else op
+    check_operation(name, dtype, among=(*HALVES, *FLOATS) if mean else tuple(STORAGE))
+    element = ELEMENTS[dtype]
+    stored, widen, narrow = element.scalar, element.widen, element.narrow
+    itemsize = STORAGE[dtype].itemsize
+    wide = np.float32 if dtype in HALVES else element.scalar
+    operation = OPS[dtype][name]
+    before = _divide if mean and dtype in HALVES else _keep
+    after = _divide if mean else _keep
+
+    def fold(record: Any) -> Any:
+        words = carray(pointer_to(record, np.int64), FOLD_WORDS)
+        factors = carray(pointer_to(record, np.float64), FOLD_WORDS)
+        sources = carray(pointer_to(words[0], np.int64), words[1])
+        targets = carray(pointer_to(words[3], np.int64), words[4])
+        first, last = wide(factors[8]), wide(factors[9])
+        count, skip, into = words[6], words[2], words[5]
+        if sources.size == 2 and targets.size <= 2:
+            a = carray(pointer_to(sources[0] + skip, stored), count)
+            b = carray(pointer_to(sources[1] + skip, stored), count)
+            inside = targets[0] + into == sources[0] + skip
+            if targets.size == 2 and inside and targets[1] + into == sources[1] + skip:
+                for i in range(count):
+                    value = operation(before(widen(a[i]), first), before(widen(b[i]), first))
+                    result = stored(narrow(after(value, last)))
+                    a[i] = result
+                    b[i] = result
+                return 0
+            if targets.size == 1:
+                c = carray(pointer_to(targets[0] + into, stored), count)
+                for i in range(count):
+                    value = operation(before(widen(a[i]), first), before(widen(b[i]), first))
+                    c[i] = stored(narrow(after(value, last)))
+                return 0
+        total = carray(pointer_to(words[7], wide), FOLD_BLOCK)
+        for low in range(0, count, FOLD_BLOCK):
+            length = min(FOLD_BLOCK, count - low)
+            shift = low * itemsize
+            part = total[:length]
+            a = carray(pointer_to(sources[0] + skip + shift, stored), length)
+            for i in range(length):
+                part[i] = before(widen(a[i]), first)
+            for r in range(1, sources.size):
+                b = carray(pointer_to(sources[r] + skip + shift, stored), length)
+                for i in range(length):
+                    part[i] = operation(part[i], before(widen(b[i]), first))
+            for r in range(targets.size):
+                c = carray(pointer_to(targets[r] + into + shift, stored), length)
+                for i in range(length):
+                    c[i] = stored(narrow(after(part[i], last)))
+        return 0
+
+    return compile_callback(f"fold_{op}_{dtype}", fold)

@@ -1,0 +1,194 @@
+"""Run one rank's program over memory that all ranks map: meet, copy, fold, meet.
+
+Everything a rank knows lies in records of int64 words, so that running a program is one call with
+one address, releases the interpreter lock, and can be taken up again where it had to wait.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.np.numpy_support import carray
+
+from .compiled import Kernel, compile_kernel
+from .native import call, copy_bytes, load, relax, store
+from .records import (
+    FOLD_WORDS,
+    LINE_BYTES,
+    NOTE_BYTES,
+    ROW_WORDS,
+    BoardWord,
+    Note,
+    Place,
+    Row,
+    Status,
+    Where,
+    WorkWord,
+)
+from .scalars import compiled, pointer_to
+
+_RUNNING, _DONE = np.int64(Status.RUNNING), np.int64(Status.DONE)
+_MISMATCH, _MIXED = np.int64(Status.MISMATCH), np.int64(Status.MIXED)
+_MEET, _COPY = np.int64(Row.MEET), np.int64(Row.COPY)
+_FLAGS, _NOTES, _BASES = int(BoardWord.FLAGS), int(BoardWord.NOTES), int(BoardWord.BASES)
+_RANK, _SIZE, _ARRIVED = int(BoardWord.RANK), int(BoardWord.SIZE), int(BoardWord.ARRIVED)
+_TICKETS, _TURN, _YIELD = int(BoardWord.TICKET), int(BoardWord.TURN), int(BoardWord.YIELD)
+_BOARD_WORDS = int(BoardWord.WORDS)
+_PLACE, _CALL, _ROOT, _NOTE_WORDS = int(Note.PLACE), int(Note.CALL), int(Note.ROOT), int(Note.WORDS)
+_PRIVATE = int(Place.PRIVATE)
+_EAGER = int(Where.EAGER)
+_ON_BOARD, _STATUS, _TICKET, _ROW = map(
+    int, (WorkWord.BOARD, WorkWord.STATUS, WorkWord.TICKET, WorkWord.ROW)
+)
+_ARRIVED_AT, _NOTED, _ROWS = map(int, (WorkWord.ARRIVED_AT, WorkWord.NOTED, WorkWord.ROWS))
+_NUM_ROWS, _LISTS, _LIST_BYTES = map(int, (WorkWord.NUM_ROWS, WorkWord.LISTS, WorkWord.LIST_BYTES))
+_FOLD, _FOLD_RECORD, _NOTE = map(int, (WorkWord.FOLD, WorkWord.FOLD_RECORD, WorkWord.NOTE))
+_WAITING_FOR, _WORK_WORDS = int(WorkWord.WAITING_FOR), int(WorkWord.WORDS)
+
+
+@compiled
+def _words(address: Any, count: Any) -> Any:
+    return carray(pointer_to(address, np.int64), count)
+
+
+@compiled
+def _compare(work: Any, board: Any) -> Any:
+    """Read all notes: find each rank's buffer, and tell whether the calls fit together."""
+    block = board[_NOTES] + (work[_TICKET] & 1) * board[_SIZE] * NOTE_BYTES
+    size = board[_SIZE]
+    bases = _words(board[_BASES], size)
+    buffers = _words(work[_LISTS], size)
+    first = _words(block, _NOTE_WORDS)
+    private, shared = 0, 0
+    for r in range(size):
+        note = _words(block + r * NOTE_BYTES, _NOTE_WORDS)
+        for word in range(_CALL, _ROOT + 1):
+            if note[word] != first[word]:
+                return _MISMATCH
+        place = note[_PLACE]
+        if place >= 0:
+            shared += 1
+            buffers[r] = bases[r] + place
+        elif place == _PRIVATE:
+            private += 1
+    return _MIXED if private > 0 and shared > 0 else _RUNNING
+
+
+@compiled
+def _address(work: Any, which: Any, index: Any, offset: Any) -> Any:
+    if which == _EAGER:
+        which += work[_TICKET] & 1
+    entries = work[_LISTS] + which * work[_LIST_BYTES]
+    return _words(entries + 8 * index, 1)[0] + offset
+
+
+@compiled
+def _meet(work: Any, board: Any, spins: Any, yields: Any) -> Any:
+    """Arrive once, then look for the others as long as patience lasts; tell whether all came."""
+    size = board[_SIZE]
+    if work[_ARRIVED_AT] == 0:
+        if work[_NOTED] == 0:
+            block = board[_NOTES] + (work[_TICKET] & 1) * size * NOTE_BYTES
+            note = _words(block + board[_RANK] * NOTE_BYTES, _NOTE_WORDS)
+            for word in range(_NOTE_WORDS):
+                note[word] = work[_NOTE + word]
+        board[_ARRIVED] += 1
+        work[_ARRIVED_AT] = board[_ARRIVED]
+        store(board[_FLAGS] + board[_RANK] * LINE_BYTES, board[_ARRIVED])
+    looks = 0
+    for r in range(size):
+        flag = board[_FLAGS] + r * LINE_BYTES
+        while load(flag) < work[_ARRIVED_AT]:
+            looks += 1
+            if looks > spins + yields:
+                work[_WAITING_FOR] = r
+                return False
+            if looks > spins:
+                call(board[_YIELD], 0)
+            else:
+                relax()
+    work[_ARRIVED_AT] = 0
+    return True
+
+
+@compiled
+def _end(work: Any, board: Any, status: Any) -> Any:
+    work[_STATUS] = status
+    store(work[_ON_BOARD] + 8 * _TURN, work[_TICKET] + 1)
+    return status
+
+
+@compiled
+def _advance(record: Any, spins: Any, yields: Any) -> Any:
+    work = _words(record, _WORK_WORDS)
+    if work[_STATUS] != _RUNNING:
+        return work[_STATUS]
+    board = _words(work[_ON_BOARD], _BOARD_WORDS)
+    if load(work[_ON_BOARD] + 8 * _TURN) != work[_TICKET]:
+        return _RUNNING
+    while work[_ROW] < work[_NUM_ROWS]:
+        row = _words(work[_ROWS] + work[_ROW] * (8 * ROW_WORDS), ROW_WORDS)
+        if row[0] == _MEET:
+            if not _meet(work, board, spins, yields):
+                return _RUNNING
+            if work[_NOTED] == 0:
+                work[_NOTED] = 1
+                verdict = _compare(work, board)
+                if verdict == _MISMATCH:
+                    return _end(work, board, verdict)
+                if verdict == _MIXED:
+                    work[_STATUS] = verdict
+                    return verdict
+        elif row[0] == _COPY:
+            target = _address(work, row[1], row[2], row[3])
+            source = _address(work, row[4], row[5], row[6])
+            copy_bytes(target, source, row[7])
+        else:
+            parameters = _words(record + 8 * _FOLD_RECORD, FOLD_WORDS)
+            source_list = row[4] + (work[_TICKET] & 1) if row[4] == _EAGER else row[4]
+            parameters[0] = work[_LISTS] + source_list * work[_LIST_BYTES]
+            parameters[1] = board[_SIZE]
+            parameters[2] = row[6]
+            entry = 0 if row[2] < 0 else row[2]
+            parameters[3] = work[_LISTS] + row[1] * work[_LIST_BYTES] + 8 * entry
+            parameters[4] = board[_SIZE] if row[2] < 0 else 1
+            parameters[5] = row[3]
+            parameters[6] = row[7]
+            call(work[_FOLD], record + 8 * _FOLD_RECORD)
+        work[_ROW] += 1
+    return _end(work, board, _DONE)
+
+
+@functools.cache
+def advance_kernel() -> Kernel:
+    """Return the compiled (work record, spins, yields) -> Status that goes on with a work.
+
+    Where it has to wait for a rank it looks `spins` times, then yields the core `yields` times,
+    and returns RUNNING with the rank in WAITING_FOR.
+    """
+
+    def advance_meeting(record: Any, spins: Any, yields: Any) -> Any:
+        return _advance(record, spins, yields)
+
+    return compile_kernel("advance_meeting", advance_meeting, types.int64, types.int64, types.int64)
+
+
+@functools.cache
+def launch_kernel() -> Kernel:
+    """Return the same, which starts the work anew: it takes the next ticket."""
+
+    def launch_meeting(record: Any, spins: Any, yields: Any) -> Any:
+        work = _words(record, _WORK_WORDS)
+        board = _words(work[_ON_BOARD], _BOARD_WORDS)
+        work[_STATUS] = _RUNNING
+        work[_TICKET] = board[_TICKETS]
+        work[_ROW] = 0
+        work[_ARRIVED_AT] = 0
+        work[_NOTED] = 0
+        board[_TICKETS] += 1
+        return _advance(record, spins, yields)
+
+    return compile_kernel("launch_meeting", launch_meeting, types.int64, types.int64, types.int64)

@@ -1,0 +1,98 @@
+"""What compiled code needs to meet other processes in shared memory: addresses, atomics, copies.
+
+An address is an int64. Loads acquire and stores release, so what a rank wrote before it stored is
+seen by whoever loads that value (C11 memory model, sections 7.17.3 and 5.1.2.4).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils as untyped
+
+from .scalars import builtin
+
+cgutils: Any = untyped
+_WORD = ir.IntType(64)
+
+
+def _pointer(builder: Any, address: Any) -> Any:
+    return builder.inttoptr(address, _WORD.as_pointer())
+
+
+@builtin
+def load(_context: Any, address: Any) -> Any:
+    """Return the int64 at an address; nothing after it is done before."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.load_atomic(_pointer(builder, arguments[0]), "acquire", 8)
+
+    return types.int64(types.int64), generate
+
+
+@builtin
+def store(_context: Any, address: Any, value: Any) -> Any:
+    """Store an int64 at an address; nothing before it is done after."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        builder.store_atomic(arguments[1], _pointer(builder, arguments[0]), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@builtin
+def try_lock(_context: Any, address: Any) -> Any:
+    """Turn the int64 at an address from 0 to 1, and tell whether it was 0."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        found = builder.cmpxchg(
+            _pointer(builder, arguments[0]), _WORD(0), _WORD(1), "acquire", "monotonic"
+        )
+        return builder.zext(builder.extract_value(found, 1), _WORD)
+
+    return types.int64(types.int64), generate
+
+
+@builtin
+def copy_bytes(_context: Any, target: Any, source: Any, nbytes: Any) -> Any:
+    """Copy bytes between addresses that do not overlap."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        byte = ir.IntType(8).as_pointer()
+        target, source = (builder.inttoptr(address, byte) for address in arguments[:2])
+        cgutils.raw_memcpy(builder, target, source, arguments[2], 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@builtin
+def call(_context: Any, function: Any, first: Any) -> Any:
+    """Call the C function int64 f(int64) at an address."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(_WORD, [_WORD])
+        return builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [arguments[1]])
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@builtin
+def relax(_context: Any) -> Any:
+    """Tell the processor that this is a loop that waits; does nothing where it has no such hint."""
+
+    def generate(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+        if _is_x86(builder.module.triple):
+            kind = ir.FunctionType(ir.VoidType(), [])
+            pause = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause")
+            builder.call(pause, [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+def _is_x86(triple: str) -> bool:
+    return triple.startswith(("x86_64", "i686", "amd64"))

@@ -1,0 +1,132 @@
+"""How compiled programs over shared memory are written down: words of int64 records.
+
+Records are how Python tells compiled code what to do without a conversion at every call.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+FOLD_WORDS = 10
+"""Words of the record that `fold.fold_callback` describes."""
+
+FOLD_BLOCK = 2048
+"""Elements folded at once where more than two buffers meet: an accumulator stays in cache."""
+
+SCRATCH_BYTES = FOLD_BLOCK * 8
+
+
+class Row(IntEnum):
+    """What a program's row of eight words does.
+
+    MEET: arrive, and go on when every rank has.
+    COPY: (target list, index, offset, source list, index, offset, bytes).
+    FOLD: the same with a count of elements last; the sources are all entries of their list, the
+    target is one entry of its list, or all of them with index ALL.
+    Offsets are in bytes.
+    """
+
+    MEET = 0
+    COPY = 1
+    FOLD = 2
+
+
+ALL = -1
+ROW_WORDS = 8
+
+
+class BoardWord(IntEnum):
+    """Words of a rank's record of the group it belongs to.
+
+    FLAGS: address of a cache line per rank, its first word the meetings that the rank arrived at.
+    NOTES: address of two blocks of NOTE_BYTES per rank, used by turns; see Note.
+    BASES: address of a table, where each rank's memory is mapped here.
+    TICKET, TURN: works started, and ended; they run one after the other.
+    YIELD: address of sched_yield.
+    """
+
+    FLAGS = 0
+    NOTES = 1
+    BASES = 2
+    RANK = 3
+    SIZE = 4
+    ARRIVED = 5
+    TICKET = 6
+    TURN = 7
+    YIELD = 8
+    WORDS = 9
+
+
+class Note(IntEnum):
+    """What a rank tells the others at the first meeting of a work.
+
+    PLACE: where its buffer lies in its memory, or one of the values of Place.
+    The words from CALL on must be the same on every rank.
+    """
+
+    PLACE = 0
+    CALL = 1
+    COUNT = 2
+    ROOT = 3
+    WORDS = 8
+
+
+class Place(IntEnum):
+    """A PLACE that is no offset: a buffer in memory of the rank's own, or none that matters."""
+
+    PRIVATE = -1
+    UNUSED = -2
+
+
+LINE_BYTES = 64
+NOTE_BYTES = 8 * Note.WORDS
+
+
+class Where(IntEnum):
+    """The lists of addresses that rows name: an entry per rank, in OWN per buffer.
+
+    EAGER stands for two lists, used by turns.
+    """
+
+    BUFFERS = 0
+    OWN = 1
+    STAGE_0 = 2
+    STAGE_1 = 3
+    RESULT_0 = 4
+    RESULT_1 = 5
+    EAGER = 6
+    LENGTH = 8
+
+
+class WorkWord(IntEnum):
+    """Words of the record of one work."""
+
+    BOARD = 0
+    STATUS = 1
+    TICKET = 2
+    ROW = 3
+    ARRIVED_AT = 4
+    NOTED = 5
+    ROWS = 6
+    NUM_ROWS = 7
+    LISTS = 8
+    LIST_BYTES = 9
+    FOLD = 10
+    FOLD_RECORD = 11
+    NOTE = FOLD_RECORD + FOLD_WORDS
+    WAITING_FOR = NOTE + Note.WORDS
+    WORDS = WAITING_FOR + 1
+
+
+class Status(IntEnum):
+    """How far a work is.
+
+    MISMATCH: the ranks' calls differ; it has ended, on every rank.
+    MIXED: some ranks' buffers are shared and others private; every rank must go on with a program
+    for private buffers.
+    """
+
+    RUNNING = 0
+    DONE = 1
+    MISMATCH = 2
+    MIXED = 3

@@ -1,0 +1,185 @@
+"""Meeting in shared memory: the contract, and what only registered memory can get wrong."""
+
+import gc
+
+import contract
+import numpy as np
+import pytest
+from contract import CHECKS, NUMBERS, data, expected, lengths, reopened
+
+import ringfold
+from ringfold import CommError, Communicator, MismatchError
+from ringfold.comm.board import STAGE_BYTES
+
+LARGE = STAGE_BYTES // 4 * 2 + 1235
+
+
+@pytest.mark.parametrize("name", sorted(set(CHECKS) - {"scatter"}))
+def test_the_default_keeps_the_promise(comm: Communicator, name: str) -> None:
+    CHECKS[name](comm, None)
+
+
+@pytest.mark.parametrize("dtype", NUMBERS)
+def test_every_type_is_folded(comm: Communicator, dtype: str) -> None:
+    contract.check_allreduce(comm, None, np.dtype(dtype))
+
+
+def registered(comm: Communicator, values: np.ndarray) -> np.ndarray:
+    x = comm.empty(values.shape, values.dtype)
+    x[...] = values
+    return x
+
+
+@pytest.mark.parametrize("op", ["sum", "mean", "max", "prod"])
+def test_registered_buffers(comm: Communicator, op: str) -> None:
+    for count in (*lengths(comm.size), LARGE):
+        whole = registered(comm, np.zeros(count + 34, np.float32))
+        x = whole[17 : 17 + count]
+        x[:] = data(comm.rank, count, np.float32)
+        assert comm.allreduce(x, op) is x
+        np.testing.assert_array_equal(x, expected(op, comm.size, count, np.float32))
+        assert not whole[:17].any() and not whole[17 + count :].any()
+        x[:] = data(comm.rank, count, np.float32)
+        comm.reduce(x, comm.size - 1, op)
+        last = comm.rank == comm.size - 1
+        own = data(comm.rank, count, np.float32)
+        np.testing.assert_array_equal(
+            x, expected(op, comm.size, count, np.float32) if last else own
+        )
+
+
+@pytest.mark.parametrize("count", [7, 3001, LARGE])
+@pytest.mark.parametrize("who", ["nobody", "rank 0", "all but rank 0", "everybody"])
+def test_any_mixture_of_private_and_registered(comm: Communicator, count: int, who: str) -> None:
+    is_first = comm.rank == 0
+    shares = {"nobody": False, "rank 0": is_first, "all but rank 0": not is_first}.get(who, True)
+
+    def make(values: np.ndarray) -> np.ndarray:
+        return registered(comm, values) if shares else values.copy()
+
+    values = data(comm.rank, count, np.float32)
+    total = expected("sum", comm.size, count, np.float32)
+    rows = np.stack([data(rank, count, np.float32) for rank in range(comm.size)])
+    for _ in range(2):
+        np.testing.assert_array_equal(comm.allreduce(make(values)), total)
+        np.testing.assert_array_equal(comm.allgather(make(values)), rows)
+        np.testing.assert_array_equal(
+            comm.broadcast(make(values), comm.size - 1), data(comm.size - 1, count, np.float32)
+        )
+        low, high = ringfold.comm.chunks.bounds(count, comm.size, comm.rank)
+        np.testing.assert_array_equal(comm.reduce_scatter(make(values)), total[low:high])
+        blocks = np.stack([values + 100 * peer for peer in range(comm.size)])
+        np.testing.assert_array_equal(comm.alltoall(make(blocks)), rows + 100 * comm.rank)
+        gathered = comm.gather(make(values), 0)
+        assert gathered is None or (gathered == rows).all()
+
+
+def test_receipts_name_the_form(comm: Communicator) -> None:
+    if comm.size == 1:
+        return
+    for x, form in (
+        (np.ones(3), "eager"),
+        (np.ones(LARGE), "staged"),
+        (comm.empty(LARGE), "shared"),
+    ):
+        work = comm.allreduce(x, blocking=False)
+        work.wait()
+        assert work.receipt.transport == "shared" and form in work.receipt.algorithm
+    with reopened(comm, shared=False) as other:
+        work = other.allreduce(np.ones(3), blocking=False)
+        work.wait()
+        assert work.receipt.transport != "shared"
+
+
+@pytest.mark.parametrize("make", [np.ones, lambda n: np.ones(n, np.float32)])
+@pytest.mark.parametrize("counts", [(5, 6), (2000, 2001), (5, LARGE), (LARGE, LARGE + 1)])
+def test_calls_that_differ_are_refused_everywhere(comm: Communicator, make, counts) -> None:
+    if comm.size == 1:
+        return
+    count = counts[comm.rank == comm.size - 1]
+    for share in (False, True):
+        x = registered(comm, make(count)) if share else make(count)
+        with pytest.raises(MismatchError, match=f"rank {comm.size - 1}: allreduce") as caught:
+            comm.allreduce(x)
+        assert f"{counts[0]} elements" in str(caught.value)
+        assert f"{counts[1]} elements" in str(caught.value)
+        np.testing.assert_array_equal(x, make(count))
+        assert comm.allreduce(np.array([1.0]))[0] == comm.size
+
+
+def test_another_operation_type_or_root_is_refused(comm: Communicator) -> None:
+    if comm.size == 1:
+        return
+    odd = comm.rank == 1
+    with pytest.raises(MismatchError, match=r"allreduce\(max, float64\)"):
+        comm.allreduce(np.ones(3), "max" if odd else "sum")
+    with pytest.raises(MismatchError, match=r"allreduce\(sum, int64\)"):
+        comm.allreduce(np.ones(3, np.int64 if odd else np.float64))
+    with pytest.raises(MismatchError, match="root 1"):
+        comm.reduce(np.ones(3), int(odd))
+    with pytest.raises(MismatchError, match="barrier"):
+        comm.barrier() if odd else comm.allreduce(np.ones(3))
+
+
+def test_works_in_flight_keep_their_order(comm: Communicator) -> None:
+    arrays = [registered(comm, data(comm.rank, 100 + 1000 * k, np.float64)) for k in range(20)]
+    works = [comm.allreduce(x, blocking=False) for x in arrays]
+    for k in reversed(range(20)):
+        total = expected("sum", comm.size, 100 + 1000 * k, np.float64)
+        np.testing.assert_array_equal(works[k].wait(), total)
+
+
+def test_plans_of_registered_memory(comm: Communicator) -> None:
+    for count in (3, LARGE):
+        x = comm.empty(count)
+        step = comm.plan("allreduce", x, op="mean")
+        for turn in range(5):
+            x[:] = data(comm.rank, count, np.float32) + turn
+            before = comm.broadcast(np.ones(2), blocking=False) if turn % 2 else None
+            assert step() is x
+            total = sum(data(rank, count, np.float32) + turn for rank in range(comm.size))
+            np.testing.assert_array_equal(x, total / np.float32(comm.size))
+            assert before is None or before.wait() is not None
+
+
+def test_groups_share_the_memory(comm: Communicator) -> None:
+    x = registered(comm, data(comm.rank, 3000, np.float32))
+    with comm.split(comm.rank % 2, -comm.rank) as group:
+        members = [rank for rank in range(comm.size) if rank % 2 == comm.rank % 2]
+        total = sum(data(rank, 3000, np.float32) for rank in members)
+        np.testing.assert_array_equal(group.allreduce(x), total)
+        np.testing.assert_array_equal(group.node.allreduce(group.empty(0)), [])
+
+
+def test_memory_of_another_communicator_or_in_strides_is_refused(comm: Communicator) -> None:
+    x = comm.empty(20)
+    if comm.size == 1:
+        return
+    with Communicator() as other:
+        with pytest.raises(CommError, match="of another communicator"):
+            other.allreduce(x)
+        y = other.empty(4)
+    with pytest.raises(CommError, match="closed"):
+        other.allreduce(y)
+    with pytest.raises(CommError, match="closed"):
+        other.empty(3)
+    with pytest.raises(CommError, match="of another communicator"):
+        comm.broadcast(y)
+    with pytest.raises(ValueError, match="not contiguous"):
+        comm.allreduce(x[::2])
+
+
+def test_memory_comes_back(comm: Communicator) -> None:
+    if comm._nodes is None or comm._nodes.memory is None:
+        return
+    memory = comm._nodes.memory
+    gc.collect()
+    memory._take_back()
+    before = sum(high - low for low, high in memory._free)
+    for _ in range(3):
+        comm.empty((1000, 1000))[:] = 1
+        comm.split(0).close()
+    gc.collect()
+    memory._take_back()
+    assert sum(high - low for low, high in memory._free) == before
+    assert not comm.empty(1000).any(), "pages come back as zeros"
