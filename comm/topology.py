@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -46,3 +47,59 @@ class Cluster:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if not self.reduce_bandwidth > 0:
             raise ValueError(f"reduce_bandwidth must be above 0, got {self.reduce_bandwidth}")
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Which ranks share a node: every rank of 0..size-1 in exactly one, in rising order.
+
+    members: the ranks of each node; nodes in order of their lowest rank.
+    """
+
+    members: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        found = sorted(rank for node in self.members for rank in node)
+        if found != list(range(len(found))) or not all(self.members):
+            raise ValueError(
+                f"expected every rank from 0 on in exactly one node, got {str(self.members)[:200]}"
+            )
+        ordered = tuple(sorted(tuple(sorted(node)) for node in self.members))
+        object.__setattr__(self, "members", ordered)
+
+    @classmethod
+    def blocks(cls, size: int, ranks_per_node: int) -> Nodes:
+        """Put neighbouring ranks together; the last node may hold fewer."""
+        if ranks_per_node < 1:
+            raise ValueError(f"ranks_per_node must be 1 or more, got {ranks_per_node}")
+        starts = range(0, size, ranks_per_node)
+        return cls(tuple(tuple(range(at, min(at + ranks_per_node, size))) for at in starts))
+
+    @classmethod
+    def labelled(cls, labels: Sequence[int]) -> Nodes:
+        """Put ranks with the same label together: labels[rank] may be any number."""
+        groups: dict[int, list[int]] = {}
+        for rank, label in enumerate(labels):
+            groups.setdefault(label, []).append(rank)
+        return cls(tuple(map(tuple, groups.values())))
+
+    @property
+    def size(self) -> int:
+        """Return the number of ranks."""
+        return sum(map(len, self.members))
+
+    @property
+    def width(self) -> int | None:
+        """Return the ranks of each node where all nodes have as many, else None."""
+        widths = {len(node) for node in self.members}
+        return widths.pop() if len(widths) == 1 else None
+
+    @property
+    def nested(self) -> bool:
+        """Tell whether there are several nodes, and some node holds several ranks."""
+        return 1 < len(self.members) < self.size
+
+    def __str__(self) -> str:
+        if self.width is not None:
+            return f"{len(self.members)} nodes of {self.width}"
+        return f"{len(self.members)} nodes of " + ", ".join(str(len(n)) for n in self.members[:8])

@@ -15,7 +15,7 @@ from .comm.collective import COLLECTIVES
 from .comm.cost import price
 from .comm.errors import ScheduleError
 from .comm.schedule import Schedule, draw
-from .comm.topology import Cluster, Link
+from .comm.topology import Cluster, Link, Nodes
 from .comm.verify import verify
 
 REFUSED, MISUSED = 1, 2
@@ -124,7 +124,8 @@ def _simulate(arguments: argparse.Namespace) -> int:
         raise Misuse(f"--ranks must be 1 or more, got {arguments.ranks}")
     start = time.perf_counter()
     try:
-        schedule = next(_builder(arguments.algorithm)(arguments.ranks))
+        per_node = arguments.ranks_per_node
+        schedule = next(_builder(arguments.algorithm, per_node)(arguments.ranks))
     except ScheduleError as error:
         print(f"refused: size {arguments.ranks}: {error}")
         return REFUSED
@@ -148,7 +149,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _builder(name: str) -> Builder:
+def _builder(name: str, ranks_per_node: int = 2) -> Builder:
     """Return what makes the schedules of a size: one, or one per root for a built-in."""
     left, colon, right = name.rpartition(":")
     if not colon or not left or not right:
@@ -158,7 +159,8 @@ def _builder(name: str) -> Builder:
             build(left, right, 1)  # raises, listing the names there are
         rooted = COLLECTIVES[left].rooted
         return lambda size: (
-            build(left, right, size, root) for root in range(size if rooted else 1)
+            build(left, right, size, root, Nodes.blocks(size, ranks_per_node))
+            for root in range(size if rooted else 1)
         )
     function = _load(Path(left), right)
 

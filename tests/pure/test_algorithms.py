@@ -46,12 +46,23 @@ def down(size: int) -> int:
     return size.bit_length() - 1
 
 
+def pairs(size: int) -> int:
+    """Count the nodes where neighbours in pairs share one, as build() has it by default."""
+    return (size + 1) // 2
+
+
+def led(size: int, n: int) -> int:
+    """Return the bytes that the leader of a pair sends, where the last node holds one rank."""
+    return 2 * n * (pairs(size) - 1) // pairs(size) + n if size > 1 else 0
+
+
 ROUNDS = {
     "allreduce:ring": lambda p: 2 * (p - 1),
     "allreduce:recursive_doubling": lambda p: down(p) + folding(p),
     "allreduce:halving_doubling": lambda p: 2 * down(p) + folding(p),
     "allreduce:tree": lambda p: 2 * up(p),
     "allreduce:pairwise": lambda p: 2 * (p - 1),
+    "allreduce:hierarchical": lambda p: 2 * pairs(p) if p > 1 else 0,
     "reduce_scatter:ring": lambda p: p - 1,
     "reduce_scatter:recursive_halving": lambda p: down(p) + folding(p),
     "reduce_scatter:pairwise": lambda p: p - 1,
@@ -61,9 +72,11 @@ ROUNDS = {
     "broadcast:ring": lambda p: 2 * (p - 1),
     "broadcast:tree": up,
     "broadcast:pairwise": lambda p: p - 1,
+    "broadcast:hierarchical": lambda p: 2 * pairs(p) - 1 if p > 1 else 0,
     "reduce:ring": lambda p: 2 * (p - 1),
     "reduce:tree": up,
     "reduce:pairwise": lambda p: p - 1,
+    "reduce:hierarchical": lambda p: 2 * pairs(p) - 1 if p > 1 else 0,
     "gather:tree": up,
     "gather:pairwise": lambda p: p - 1,
     "scatter:tree": up,
@@ -80,6 +93,7 @@ BYTES = {  # of a buffer of n bytes that every chunk divides, sent by the rank t
     ),
     "allreduce:tree": lambda p, n: n * up(p),
     "allreduce:pairwise": lambda p, n: 2 * n * (p - 1) // p,
+    "allreduce:hierarchical": lambda p, n: led(p, n) if p % 2 else 2 * n * (p - 1) // p,
     "reduce_scatter:ring": lambda p, n: n * (p - 1) // p,
     "reduce_scatter:pairwise": lambda p, n: n * (p - 1) // p,
     "allgather:ring": lambda p, n: n * (p - 1) // p,
@@ -87,9 +101,11 @@ BYTES = {  # of a buffer of n bytes that every chunk divides, sent by the rank t
     "broadcast:ring": lambda p, n: n if p > 1 else 0,
     "broadcast:tree": lambda p, n: n * up(p),
     "broadcast:pairwise": lambda p, n: n * (p - 1),
+    "broadcast:hierarchical": lambda p, n: n * min(p - 1, 2),
     "reduce:ring": lambda p, n: n if p > 1 else 0,
     "reduce:tree": lambda p, n: n if p > 1 else 0,
     "reduce:pairwise": lambda p, n: n if p > 1 else 0,
+    "reduce:hierarchical": lambda p, n: n if p > 1 else 0,
     "scatter:tree": lambda p, n: n * (p - 1) // p,
     "scatter:pairwise": lambda p, n: n * (p - 1) // p,
     "gather:pairwise": lambda p, n: n // p if p > 1 else 0,

@@ -59,6 +59,12 @@ def test_a_hundred_thousand_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     assert "199998" in out and "1.086 s" in out and "(simulated)" in out
 
 
+def test_node_groups_follow_the_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+    command = "simulate allreduce:hierarchical --ranks 64 --ranks-per-node 8"
+    assert main(command.split()) == 0
+    assert capsys.readouterr().out.splitlines()[3].split() == ["rounds:", "28"]
+
+
 @pytest.mark.parametrize(
     "command, text",
     [

@@ -1,0 +1,302 @@
+"""Lift a schedule of a few ranks into groups of many: inside nodes, or across them.
+
+Where all nodes hold equally many neighbouring ranks, the lifted rules are formulas again, for any
+number of ranks; otherwise they are tables, evaluated from the flat rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import lcm
+
+import numpy as np
+import numpy.typing as npt
+
+from .collective import Collective
+from .errors import ScheduleError
+from .schedule import NOBODY, Chunks, Peers, Ranks, Round, Schedule
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Inside(Peers):
+    """Run a rule for `width` ranks in every node of `width` neighbouring ranks."""
+
+    of: Peers
+    width: int
+
+    def dst(self, rank: Ranks, size: int) -> Ranks:
+        return self._rank(rank, self.of.dst(rank % self.width, self.width))
+
+    def src(self, rank: Ranks, size: int) -> Ranks:
+        return self._rank(rank, self.of.src(rank % self.width, self.width))
+
+    def _rank(self, rank: Ranks, place: Ranks) -> Ranks:
+        return np.where(place == NOBODY, NOBODY, rank - rank % self.width + place)
+
+
+@dataclass(frozen=True)
+class InsideChunks(Chunks):
+    """Send what a rule says for `width` ranks and `num_flat` chunks, of `scale` chunks each."""
+
+    of: Chunks
+    width: int
+    num_flat: int
+    scale: int
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        first, length = self.of.span(rank % self.width, self.width, self.num_flat)
+        return first * self.scale, length * self.scale
+
+    def alike(self) -> Chunks:
+        return replace(self, of=self.of.alike())
+
+
+@dataclass(frozen=True)
+class Across(Peers):
+    """Run a rule for as many ranks as nodes among the ranks of equal place: all lanes at once.
+
+    lane: the only place that takes part; None for all.
+    """
+
+    of: Peers
+    width: int
+    lane: int | None = None
+
+    def dst(self, rank: Ranks, size: int) -> Ranks:
+        return self._rank(rank, self.of.dst(rank // self.width, size // self.width))
+
+    def src(self, rank: Ranks, size: int) -> Ranks:
+        return self._rank(rank, self.of.src(rank // self.width, size // self.width))
+
+    def _rank(self, rank: Ranks, node: Ranks) -> Ranks:
+        place = rank % self.width
+        idle = (node == NOBODY) | (self.lane is not None and place != self.lane)
+        return np.where(idle, NOBODY, node * self.width + place)
+
+
+@dataclass(frozen=True)
+class AcrossChunks(Chunks):
+    """Send what a rule says for the nodes and `num_flat` chunks, of `scale` chunks each.
+
+    stride: lane p works on the chunks from p * stride on.
+    """
+
+    of: Chunks
+    width: int
+    num_flat: int
+    scale: int
+    stride: int
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        first, length = self.of.span(rank // self.width, size // self.width, self.num_flat)
+        whole = length == self.num_flat
+        first = np.where(whole, 0, first)
+        if np.any((first + length > self.num_flat) & ~whole):
+            raise ScheduleError(
+                "a run of chunks that wraps around a lane's part has no place in the whole buffer"
+            )
+        return rank % self.width * self.stride + first * self.scale, length * self.scale
+
+    def alike(self) -> Chunks:
+        return replace(self, of=self.of.alike())
+
+
+def inside(flat: Schedule, num_chunks: int) -> tuple[Round, ...]:
+    """Lift a schedule for one node into all nodes of flat.size neighbouring ranks."""
+    scale = _scale(flat, num_chunks)
+    return tuple(
+        Round(
+            Inside(round.peers, flat.size),
+            InsideChunks(round.chunks, flat.size, flat.num_chunks, scale),
+            round.reduce,
+        )
+        for round in flat.rounds
+    )
+
+
+def across(
+    flat: Schedule, width: int, num_chunks: int, lane: int | None = None
+) -> tuple[Round, ...]:
+    """Lift a schedule whose ranks are nodes of `width` neighbouring ranks.
+
+    In every lane, the ranks of place p run it on the p-th of `width` equal parts of the chunks; or,
+    where a lane is named, that lane alone runs it on all chunks.
+    """
+    stride = num_chunks // width if lane is None else 0
+    scale = _scale(flat, num_chunks if lane is not None else stride)
+    return tuple(
+        Round(
+            Across(round.peers, width, lane),
+            AcrossChunks(round.chunks, width, flat.num_chunks, scale, stride),
+            round.reduce,
+        )
+        for round in flat.rounds
+    )
+
+
+def _scale(flat: Schedule, num_chunks: int) -> int:
+    scale, rest = divmod(num_chunks, flat.num_chunks)
+    if rest:
+        raise ScheduleError(f"{num_chunks} chunks do not divide into {flat.num_chunks}")
+    return scale
+
+
+def nest(reduce_part: Schedule, between: Schedule, gather_part: Schedule) -> Schedule:
+    """Nest an allreduce between nodes in a reduce_scatter and an allgather within them.
+
+    reduce_part, gather_part: for the ranks of one node.  between: an allreduce for the nodes.
+    Returns: an allreduce for reduce_part.size * between.size ranks, neighbours on a node.
+    """
+    width = reduce_part.size
+    if gather_part.size != width or gather_part.num_chunks != reduce_part.num_chunks:
+        raise ScheduleError(
+            f"cannot nest: {reduce_part!r} does not meet {gather_part!r} in size and num_chunks"
+        )
+    num_chunks = reduce_part.num_chunks * between.num_chunks
+    return Schedule(
+        between.collective,
+        width * between.size,
+        num_chunks,
+        (
+            *inside(reduce_part, num_chunks),
+            *across(between, width, num_chunks),
+            *inside(gather_part, num_chunks),
+        ),
+    )
+
+
+def nest_broadcast(between: Schedule, within: Schedule) -> Schedule:
+    """Broadcast between the nodes in the root's lane, then within every node.
+
+    Returns: a broadcast for within.size * between.size ranks, from place within.root of node
+    between.root.
+    """
+    width, lane = within.size, within.root
+    num_chunks = lcm(between.num_chunks, within.num_chunks)
+    return Schedule(
+        between.collective,
+        width * between.size,
+        num_chunks,
+        (*across(between, width, num_chunks, lane), *inside(within, num_chunks)),
+        root=between.root * width + lane,
+    )
+
+
+@dataclass(frozen=True)
+class Renumbered(Peers):
+    """Let rank order[i] do what rank i does under another rule."""
+
+    of: Peers
+    order: tuple[int, ...]
+
+    def dst(self, rank: Ranks, size: int) -> Ranks:
+        return self._real(self.of.dst(self._played[rank], size))
+
+    def src(self, rank: Ranks, size: int) -> Ranks:
+        return self._real(self.of.src(self._played[rank], size))
+
+    def _real(self, played: Ranks) -> Ranks:
+        return np.where(played == NOBODY, NOBODY, np.asarray(self.order)[played])
+
+    @cached_property
+    def _played(self) -> Integers:
+        return np.argsort(np.asarray(self.order, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class RenumberedChunks(Chunks):
+    """Let rank order[i] send what rank i sends under another rule."""
+
+    of: Chunks
+    order: tuple[int, ...]
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        return self.of.span(self._played[rank], size, num_chunks)
+
+    def alike(self) -> Chunks:
+        return replace(self, of=self.of.alike())
+
+    @cached_property
+    def _played(self) -> Integers:
+        return np.argsort(np.asarray(self.order, dtype=np.int64))
+
+
+def renumber(schedule: Schedule, order: Sequence[int]) -> Schedule:
+    """Let rank order[i] do what rank i does in `schedule`; order is a permutation of the ranks.
+
+    Raises: ScheduleError where chunks belong to ranks, which this does not move.
+    """
+    if schedule.collective.owned:
+        raise ScheduleError(f"cannot renumber a {schedule.collective.name}: chunks belong to ranks")
+    order = tuple(order)
+    if order == tuple(range(schedule.size)):
+        return schedule
+    rounds = tuple(
+        Round(Renumbered(round.peers, order), RenumberedChunks(round.chunks, order), round.reduce)
+        for round in schedule.rounds
+    )
+    return replace(schedule, rounds=rounds, root=order[schedule.root])
+
+
+@dataclass(frozen=True)
+class Listed(Peers):
+    """Give every rank's peers as a table."""
+
+    to: tuple[int, ...]
+    origin: tuple[int, ...]
+
+    def dst(self, rank: Ranks, size: int) -> Ranks:
+        return np.asarray(self.to)[rank]
+
+    def src(self, rank: Ranks, size: int) -> Ranks:
+        return np.asarray(self.origin)[rank]
+
+
+@dataclass(frozen=True)
+class ListedChunks(Chunks):
+    """Give every rank's run of chunks as a table."""
+
+    first: tuple[int, ...]
+    length: tuple[int, ...]
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        return np.asarray(self.first)[rank], np.asarray(self.length)[rank]
+
+
+Part = tuple[Sequence[int], Schedule]
+"""(the ranks that play ranks 0, 1, ... of a schedule, that schedule)."""
+
+
+def side_by_side(
+    collective: Collective, size: int, parts: Sequence[Part], num_chunks: int
+) -> tuple[Round, ...]:
+    """Run schedules on groups of ranks that do not overlap, round by round, as tables.
+
+    Every part works on all num_chunks chunks; a shorter one is idle at the end.
+    Raises: ScheduleError where one part would add and another copy in the same round.
+    """
+    rounds = []
+    for index in range(max((len(flat.rounds) for _, flat in parts), default=0)):
+        to, origin = np.full((2, size), NOBODY, dtype=np.int64)
+        first, length = np.zeros((2, size), dtype=np.int64)
+        running = [(ranks, flat) for ranks, flat in parts if index < len(flat.rounds)]
+        kinds = {flat.rounds[index].reduce for _, flat in running}
+        if len(kinds) > 1:
+            raise ScheduleError(f"parts of a {collective.name} both add and copy", round=index)
+        for ranks, flat in running:
+            round = flat.rounds[index]
+            table = np.asarray(ranks, dtype=np.int64)
+            own = np.arange(flat.size)
+            for there, rule in ((to, round.peers.dst), (origin, round.peers.src)):
+                peer = np.asarray(rule(own, flat.size))
+                there[table] = np.where(peer == NOBODY, NOBODY, table[peer])
+            start, run = round.chunks.span(own, flat.size, flat.num_chunks)
+            first[table] = start * _scale(flat, num_chunks)
+            length[table] = run * _scale(flat, num_chunks)
+        tables = [tuple(found.tolist()) for found in (to, origin, first, length)]
+        rounds.append(Round(Listed(*tables[:2]), ListedChunks(*tables[2:]), reduce=kinds.pop()))
+    return tuple(rounds)
