@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .hooks import WireHook
-from .reducer import Reducer, ReductionRecord
+from .reducer import Reducer, ReductionRecord, check_weight
 from .replicas import broadcast_tensors, check_equal, check_root, describe
 
 if TYPE_CHECKING:
@@ -126,6 +127,20 @@ class DataParallel(nn.Module):
             yield
         finally:
             self._weight = before
+
+    def loss_factor(self, weight: float) -> float:
+        """Return weight * size / sum(weights), to multiply this rank's loss by before backward.
+
+        The plain mean over ranks is then what `weighted` computes. For models whose ranks meet in
+        the backward itself, such as SyncBatchNorm, where weights come too late afterwards; with
+        gradients accumulated over several batches it may differ from batch to batch. Collective;
+        0 on every rank if all weights are 0. ValueError on this rank for a bad weight.
+        """
+        check_weight(weight)
+        if self.comm is None:
+            return 1.0
+        total = float(self.comm.allreduce(np.array([weight], np.float64), op="sum")[0])
+        return weight * self.comm.size / total if total else 0.0
 
     @property
     def last_step(self) -> ReductionRecord | None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..comm.communicator import Communicator
     from ..comm.work import Receipt, Work
 
-__all__ = ["Reducer", "ReductionRecord"]
+__all__ = ["Reducer", "ReductionRecord", "check_weight"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,12 @@ class ReductionRecord:
     def reductions(self) -> int:
         """Return the number of reductions, one per bucket."""
         return len(self.bucket_nbytes)
+
+
+def check_weight(weight: float) -> None:
+    """Refuse what is no weight of a mean."""
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"expected a finite weight >= 0, got {weight}")
 
 
 @dataclass(frozen=True)
@@ -152,8 +158,7 @@ class Reducer:
         assert self._pass is None
         total = None
         if weight is not None:
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"expected a finite weight >= 0, got {weight}")
+            check_weight(weight)
             total = self._comm.allreduce(np.array([weight], np.float64), op="sum", blocking=False)
         self._pass = _Pass(
             waiting=[len(bucket.indices) for bucket in self._layout.buckets],
