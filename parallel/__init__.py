@@ -8,10 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .data_parallel import DataParallel
+    from .drift import check_replicas
+    from .join import even_batches
     from .mesh import Mesh
+    from .optimizer_state import broadcast_optimizer
     from .pipeline import Pipeline
     from .plan import PLANS, PlanError
+    from .powersgd import PowerSGD
     from .sampler import GlobalBatchSampler, ShardSampler
+    from .sharded_optimizer import ShardedOptimizer
+    from .sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
+    from .topk import TopK
 
 __all__ = [
     "PLANS",
@@ -20,7 +27,15 @@ __all__ = [
     "Mesh",
     "Pipeline",
     "PlanError",
+    "PowerSGD",
     "ShardSampler",
+    "ShardedOptimizer",
+    "SyncBatchNorm",
+    "TopK",
+    "broadcast_optimizer",
+    "check_replicas",
+    "convert_sync_batchnorm",
+    "even_batches",
 ]
 
 _HOMES = {
@@ -30,7 +45,15 @@ _HOMES = {
     "Mesh": "mesh",
     "Pipeline": "pipeline",
     "PlanError": "plan",
+    "PowerSGD": "powersgd",
     "ShardSampler": "sampler",
+    "ShardedOptimizer": "sharded_optimizer",
+    "SyncBatchNorm": "sync_batchnorm",
+    "TopK": "topk",
+    "broadcast_optimizer": "optimizer_state",
+    "check_replicas": "drift",
+    "convert_sync_batchnorm": "sync_batchnorm",
+    "even_batches": "join",
 }
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .drift import GradientReport, check_replicas, report_gradients
 from .hooks import WireHook
+from .join import even_batches
 from .reducer import Reducer, ReductionRecord, check_weight
 from .replicas import broadcast_tensors, check_equal, check_root, describe
 
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
     from ..comm.communicator import Communicator
 
 __all__ = ["DataParallel"]
+
+Batch = TypeVar("Batch")
+
+_AVERAGES = ("active", "all")
 
 
 class DataParallel(nn.Module):
@@ -141,6 +147,76 @@ class DataParallel(nn.Module):
             return 1.0
         total = float(self.comm.allreduce(np.array([weight], np.float64), op="sum")[0])
         return weight * self.comm.size / total if total else 0.0
+
+    def reduce_gradients(self) -> None:
+        """Take part in the reduction of a backward that this rank does not run; collective.
+
+        For a rank without a batch, or whose loss reaches no parameter, while other ranks run a
+        synchronised backward: what it has in `.grad` counts, or zeros, and it gets the result.
+        """
+        if self._reducer is None or self._reducer.single:
+            return
+        if self._reducer.active:
+            self._reducer.abandon()
+        self._reducer.begin(self._weight)
+        self._end_of_backward()
+
+    def join(
+        self, batches: Iterable[Batch], *, at_end: str = "none", average: str = "active"
+    ) -> Iterator[Batch | None]:
+        """Yield batches so that ranks with unequal numbers of them take equal turns.
+
+            for batch in model.join(loader):
+                optimizer.zero_grad()
+                if batch is None:
+                    model.reduce_gradients()
+                else:
+                    loss(model(batch)).backward()
+                optimizer.step()
+
+        at_end: "none": a rank that has run out gets None until all have, so that every rank steps
+            its optimizer equally often. "stop": all ranks end together when the first has run out.
+        average: "active": the mean is over the ranks that have a batch; a `weighted` within a turn
+            replaces that, and ranks that have run out weigh 0. "all": over all ranks, those that
+            have run out counting as zeros; `weighted` must not be used then.
+
+        One reduction per turn: accumulate within a turn under `no_sync`. Collective: every rank
+        iterates to the end. ValueError for other words.
+        """
+        if average not in _AVERAGES:
+            raise ValueError(
+                f"unknown average {average!r}, expected one of: {', '.join(_AVERAGES)}"
+            )
+        if self.comm is None:
+            return iter(batches)
+        turns = even_batches(self.comm, batches, at_end)
+        return self._weighing(turns) if average == "active" and at_end == "none" else turns
+
+    def _weighing(self, turns: Iterator[Batch | None]) -> Iterator[Batch | None]:
+        for batch in turns:
+            with self.weighted(0.0 if batch is None else 1.0):
+                yield batch
+
+    def check_replicas(self) -> str:
+        """Compare the bits of all ranks' parameters and buffers; return their common hash.
+
+        Collective. MismatchError on every rank, naming the first tensor that differs and the ranks.
+        """
+        named = [*self.module.named_parameters(), *self.module.named_buffers()]
+        return check_replicas(self._world(), named)
+
+    def gradient_report(self) -> GradientReport:
+        """Tell which ranks had which gradients in the last synchronised backward; collective.
+
+        `last_step.partial` names the parameters that had one on some ranks only, for no message.
+        """
+        last = self.last_step
+        return report_gradients(self._world(), () if last is None else last.unused)
+
+    def _world(self) -> Communicator:
+        if self.comm is None:
+            raise ValueError("a copy of the wrapper has no ranks to compare")
+        return self.comm
 
     @property
     def last_step(self) -> ReductionRecord | None:

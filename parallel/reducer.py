@@ -145,6 +145,11 @@ class Reducer:
             self._handles.pop().remove()
 
     @property
+    def single(self) -> bool:
+        """Tell whether there is one rank only, whose gradients are what they are."""
+        return self._comm.size == 1
+
+    @property
     def active(self) -> bool:
         """Tell whether a pass has begun and not finished."""
         return self._pass is not None

@@ -1,0 +1,100 @@
+"""Send one rank's optimizer to all, as after a checkpoint was read on that rank alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .objects import broadcast_object
+from .replicas import check_equal, check_root, dtype_name
+
+if TYPE_CHECKING:
+    from ..comm.communicator import Communicator
+
+__all__ = ["broadcast_optimizer"]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Stand for a tensor in a nested value that travels without its tensors."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """Stand for a parameter of the optimizer, by its position over all groups."""
+
+    position: int
+
+
+def broadcast_optimizer(optimizer: Optimizer, comm: Communicator, root: int = 0) -> None:
+    """Make every rank's optimizer equal to root's in hyper-parameters and state.
+
+    Values keep their Python types and dtypes, whatever there is: no state, a part of it, several
+    groups, frozen parameters, schedulers' entries in the groups. Collective. ValueError on every
+    rank, before anything is changed, if the kinds of optimizer, or the numbers, shapes or dtypes of
+    parameters differ; the parameters themselves are not sent.
+    """
+    check_root(comm, root)
+    kind = type(optimizer).__name__
+    lines = [
+        f"{kind}, group {number}: {tuple(parameter.shape)} {dtype_name(parameter.dtype)}"
+        for number, group in enumerate(optimizer.param_groups)
+        for parameter in group["params"]
+    ]
+    check_equal(comm, lines, "parameters of the optimizer")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors: list[Tensor] = []
+    sent: Any = None
+    if comm.rank == root:
+        positions = {p: _Parameter(i) for i, p in enumerate(parameters)}
+        state = [(positions.get(key, key), value) for key, value in optimizer.state.items()]
+        groups = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ]
+        skeleton = _take([groups, state], tensors)
+        sent = skeleton, [(t.dtype, tuple(t.shape)) for t in tensors]
+    skeleton, described = broadcast_object(comm, sent, root)
+    if comm.rank != root:
+        tensors = [torch.empty(shape, dtype=dtype) for dtype, shape in described]
+    for tensor in tensors:
+        # Strides are the sender's own: what travels is contiguous.
+        flat = tensor.detach().contiguous()
+        comm.broadcast(flat, root=root)
+    if comm.rank == root:
+        return
+    groups, state = _put(skeleton, tensors)
+    for group, given in zip(optimizer.param_groups, groups, strict=True):
+        own = group["params"]
+        group.clear()
+        group.update({"params": own, **given})
+    optimizer.state.clear()
+    for key, value in state:
+        optimizer.state[parameters[key.position] if isinstance(key, _Parameter) else key] = value
+
+
+def _take(value: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return _Place(len(tensors) - 1)
+    if type(value) in (list, tuple):
+        return type(value)(_take(child, tensors) for child in value)
+    if type(value) is dict:
+        return {key: _take(child, tensors) for key, child in value.items()}
+    return value
+
+
+def _put(value: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(value, _Place):
+        return tensors[value.position]
+    if type(value) in (list, tuple):
+        return type(value)(_put(child, tensors) for child in value)
+    if type(value) is dict:
+        return {key: _put(child, tensors) for key, child in value.items()}
+    return value

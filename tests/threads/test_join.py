@@ -1,0 +1,124 @@
+"""Ranks with unequal numbers of batches end together, with equal parameters."""
+
+import pytest
+import torch
+from torch import nn
+
+from ringfold import DataParallel, run_local
+from ringfold.comm.errors import PeerLost
+from ringfold.parallel.join import even_batches
+
+
+class Scalar(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x):
+        return self.w * x
+
+
+INPUTS = [(1.0, 2.0, 5.0), (3.0, 4.0)]
+
+
+def train(comm, inputs, **options):
+    model = DataParallel(Scalar(), comm)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    seen = []
+    for x in model.join(inputs[comm.rank], **options):
+        optimizer.zero_grad()
+        if x is None:
+            model.reduce_gradients()
+        else:
+            model(x).backward()
+        optimizer.step()
+        seen.append(model.module.w.item())
+    assert model._weight is None
+    model.check_replicas()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("options", "last"),
+    [
+        ({}, [-10.0]),
+        ({"average": "all"}, [-7.5]),
+        ({"at_end": "stop"}, []),
+    ],
+)
+def test_pr17_unequal_numbers_of_batches(options, last):
+    """The rank with more batches waited for ever in its reduction."""
+    results = run_local(2, lambda comm: train(comm, INPUTS, **options))
+    assert results == [[-2.0, -5.0, *last]] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, [-1, -3, -8]), ({"average": "all"}, [-0.5, -1.5, -4]), ({"at_end": "stop"}, [])],
+)
+def test_pr17_a_rank_with_no_batch_at_all(options, expected):
+    results = run_local(2, lambda comm: train(comm, [INPUTS[0], ()], **options))
+    assert results == [expected] * 2
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_pr17_without_join_the_rank_that_waits_is_told_who_left(first):
+    def main(comm):
+        model = DataParallel(Scalar(), comm)
+        for x in INPUTS[(comm.rank + first) % 2]:
+            model(x).backward()
+
+    with pytest.raises(PeerLost, match=f"rank {1 - first}"):
+        run_local(2, main)
+
+
+def test_pr16_mean_over_samples_of_unequal_last_batches_within_join():
+    """A weighted mean within a turn, tokens for example; who has run out weighs nothing."""
+    counts = [(3, 1, 2), (1,), ()]
+
+    def main(comm):
+        model = DataParallel(Scalar(), comm)
+        grads = []
+        for count in model.join(counts[comm.rank]):
+            model.zero_grad()
+            if count is None:
+                model.reduce_gradients()
+            else:
+                with model.weighted(count):
+                    model(torch.full((count,), 10.0**comm.rank)).mean().backward()
+            grads.append(model.module.w.grad.item())
+        return grads
+
+    assert run_local(3, main) == [[(3 * 1 + 1 * 10) / 4, 1.0, 1.0]] * 3
+
+
+def test_a_loss_that_reaches_no_parameter():
+    def main(comm):
+        model = DataParallel(Scalar(), comm)
+        if comm.rank == 1:
+            model.reduce_gradients()
+        else:
+            model(4.0 * (comm.rank + 1)).backward()
+        return model.module.w.grad.item(), model.last_step.partial
+
+    assert run_local(3, main) == [(pytest.approx(16 / 3), ("w",))] * 3
+
+
+def test_even_batches():
+    def main(comm):
+        mine = range(comm.rank)
+        return list(even_batches(comm, mine)), list(even_batches(comm, mine, "none"))
+
+    assert run_local(3, main) == [([], [None, None]), ([], [0, None]), ([], [0, 1])]
+    assert run_local(1, lambda comm: list(even_batches(comm, "ab"))) == [["a", "b"]]
+
+
+def test_unknown_words():
+    def main(comm):
+        model = DataParallel(Scalar(), comm)
+        with pytest.raises(ValueError, match="unknown at_end 'drop', expected one of: stop, none"):
+            model.join([], at_end="drop")
+        with pytest.raises(ValueError, match="unknown average 'mean', expected one of: active"):
+            model.join([], average="mean")
+
+    run_local(2, main)
