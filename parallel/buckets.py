@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-__all__ = ["Bucket", "Member", "plan_buckets"]
+__all__ = ["LIMITS", "Bucket", "Member", "Pace", "choose_limit", "finish_time", "plan_buckets"]
+
+LIMITS = tuple(1 << power for power in range(16, 28))
+"""Bucket sizes to choose from, in bytes: 64 KiB to 128 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,47 @@ def plan_buckets(
         open_bytes[member.dtype] += nbytes
     full += [(position_of[group[-1]], group) for group in open_groups.values()]
     return tuple(_lay_out(members, group) for _, group in sorted(full))
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Price a reduction: seconds it takes whatever its size, and seconds for each byte."""
+
+    latency: float
+    seconds_per_byte: float
+
+
+def finish_time(
+    buckets: Sequence[Bucket], itemsizes: Sequence[int], ready: Sequence[float], pace: Pace
+) -> float:
+    """Return when the last bucket is reduced, in seconds.
+
+    Buckets are reduced one after the other, each from the moment when its last member is ready or
+    the bucket before is done: end = max(ready, end of the one before) + latency + bytes *
+    seconds_per_byte. itemsizes[i], ready[i]: of the tensor at position i.
+    """
+    end = 0.0
+    for bucket in buckets:
+        full = max((ready[index] for index in bucket.indices), default=0.0)
+        sizes = zip(bucket.indices, bucket.counts, strict=True)
+        nbytes = sum(count * itemsizes[index] for index, count in sizes)
+        end = max(end, full) + pace.latency + nbytes * pace.seconds_per_byte
+    return end
+
+
+def choose_limit(
+    members: Sequence[Member], order: Sequence[int], ready: Sequence[float], pace: Pace
+) -> int:
+    """Return which of LIMITS lets all reductions end first; of equal ones the largest.
+
+    Small buckets start early, large ones pay the latency less often.
+    """
+    itemsizes = [member.itemsize for member in members]
+    ends = {
+        limit: finish_time(plan_buckets(members, limit, order), itemsizes, ready, pace)
+        for limit in LIMITS
+    }
+    return min(LIMITS, key=lambda limit: (ends[limit], -limit))
 
 
 def _lay_out(members: Sequence[Member], indices: Sequence[int]) -> Bucket:

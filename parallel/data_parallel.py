@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .drift import GradientReport, check_replicas, report_gradients
 from .hooks import WireHook
 from .join import even_batches
-from .reducer import Reducer, ReductionRecord, check_weight
+from .reducer import START_BYTES, Reducer, ReductionRecord, check_weight
 from .replicas import broadcast_tensors, check_equal, check_root, describe
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ class DataParallel(nn.Module):
     - A copy (`copy.deepcopy`) or a pickle of the wrapper is independent of the ranks: it has the
       same parameters under the same names, and never communicates.
 
-    bucket_bytes: gradients reduced at once, in bytes.
+    bucket_bytes: gradients reduced at once, in bytes. "auto" to choose it after two steps, by when
+        gradients arrived and what reductions cost; a run may then differ from its repetition in
+        the last bits, as the order of additions in some algorithms follows the bucket's size.
     wire: how gradients travel. None for their own dtype; "fp32", "bf16", "fp16" (added in fp32
         inside); "powersgd:RANK"; "topk:RATIO"; or a hook, a function from (bucket, comm) to work,
         see `hooks`. With one rank nothing travels, and nothing is compressed.
@@ -61,7 +63,7 @@ class DataParallel(nn.Module):
         module: nn.Module,
         comm: Communicator,
         *,
-        bucket_bytes: int = 4 << 20,
+        bucket_bytes: int | Literal["auto"] = START_BYTES,
         wire: str | WireHook | None = None,
         wire_dtype: str | None = None,
         root: int = 0,
@@ -75,13 +77,16 @@ class DataParallel(nn.Module):
         self.comm: Communicator | None = comm
         self.synchronize = True
         self._root = root
-        self._bucket_bytes = bucket_bytes
         self._broadcast_buffers = broadcast_buffers
         self._weight: float | None = None
         named = list(module.named_parameters())
         buffers = list(module.named_buffers())
         self._reducer: Reducer | None = Reducer(
-            named, comm, op="mean", bucket_bytes=bucket_bytes, wire=wire or wire_dtype
+            named,
+            comm,
+            op="mean",
+            bucket_bytes=None if bucket_bytes == "auto" else bucket_bytes,
+            wire=wire or wire_dtype,
         )
         check_equal(
             comm, [*describe(named), *describe(buffers)], "parameters or buffers of the module"
@@ -92,7 +97,7 @@ class DataParallel(nn.Module):
             "settings of DataParallel",
         )
         tensors = [tensor for _, tensor in (*named, *buffers)]
-        broadcast_tensors(comm, tensors, root, bucket_bytes)
+        broadcast_tensors(comm, tensors, root, START_BYTES)
         if comm.size > 1:
             # The hooks must not keep the wrapper alive, nor work for one that is gone.
             wrapper = weakref.ref(self)
@@ -267,7 +272,7 @@ class DataParallel(nn.Module):
         self._reducer.finish()
         if self._broadcast_buffers:
             buffers = (buffer for _, buffer in self.module.named_buffers())
-            broadcast_tensors(self.comm, buffers, self._root, self._bucket_bytes)
+            broadcast_tensors(self.comm, buffers, self._root, START_BYTES)
 
 
 def _forward_to(wrapper: DataParallel | None, index: int) -> None:

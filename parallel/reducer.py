@@ -13,6 +13,7 @@ since the ranks last agreed on it.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -20,9 +21,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor, nn
 
-from .buckets import Bucket, plan_buckets
+from .buckets import Bucket, choose_limit, plan_buckets
 from .flight import Flight, Load, carrier_of
 from .hooks import WireHook, wire_format
+from .pace import measure_pace
 from .replicas import check_equal, dtype_name, member_of
 
 if TYPE_CHECKING:
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
     from ..comm.communicator import Communicator
     from ..comm.work import Receipt, Work
 
-__all__ = ["Reducer", "ReductionRecord", "check_weight"]
+__all__ = ["START_BYTES", "Reducer", "ReductionRecord", "check_weight"]
+
+START_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,9 @@ class _Pass:
     weight: float | None
     total: Work | None
     seen: set[int] = field(default_factory=set)
+    begun: float = field(default_factory=time.perf_counter)
     arrival: list[int] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
     flights: list[Flight] = field(default_factory=list)
     overlapped: int = 0
     partial: list[str] = field(default_factory=list)
@@ -98,7 +104,8 @@ class Reducer:
     """Reduce the gradients of named parameters over a communicator.
 
     op: "mean", or "sum" for gradients that are already scaled.
-    bucket_bytes: how much is reduced at once, in bytes of the gradients themselves.
+    bucket_bytes: how much is reduced at once, in bytes of the gradients themselves; None to plan
+        it by when the gradients arrived in the first passes, and what reductions cost then.
     wire: how gradients travel, as `hooks.wire_format` reads it.
     """
 
@@ -108,7 +115,7 @@ class Reducer:
         comm: Communicator,
         *,
         op: str,
-        bucket_bytes: int,
+        bucket_bytes: int | None,
         wire: str | WireHook | None,
     ) -> None:
         self.wire = wire_format(wire)
@@ -117,7 +124,8 @@ class Reducer:
         self._parameters = [parameter for _, parameter in named]
         self._dtypes = [parameter.dtype for _, parameter in named]
         self._comm = comm
-        self._bucket_bytes = bucket_bytes
+        self.bucket_bytes = START_BYTES if bucket_bytes is None else bucket_bytes
+        self._size_known = bucket_bytes is not None
         self._layout = self._lay_out(self._trainable(), order=None)
         self._arrival_known = False
         self._pass: _Pass | None = None
@@ -180,6 +188,7 @@ class Reducer:
             return
         current.seen.add(index)
         current.arrival.append(index)
+        current.times.append(time.perf_counter() - current.begun)
         place = self._layout.bucket_of.get(index)
         if place is None:
             return
@@ -210,6 +219,8 @@ class Reducer:
             self._agree_again(current)
         elif not self._arrival_known:
             self._follow_arrival(current)
+        elif not self._size_known:
+            self._follow_times(current)
         flights = current.flights
         self.last = ReductionRecord(
             receipts=tuple(receipt for flight in flights for receipt in flight.receipts),
@@ -256,7 +267,7 @@ class Reducer:
                 bucket.count,
                 bucket.dtype,
             )
-            for bucket in plan_buckets(members, self._bucket_bytes, places)
+            for bucket in plan_buckets(members, self.bucket_bytes, places)
         )
 
     def _start(self, current: _Pass, bucket: Bucket) -> None:
@@ -325,10 +336,33 @@ class Reducer:
         self._arrival_known = True
         if len(self._layout.buckets) < 2:
             return
-        chosen = [index for index, flag in enumerate(self._layout.trainable) if flag]
-        arrived = [index for index in current.arrival if index in self._layout.bucket_of]
-        never = [index for index in reversed(chosen) if index not in current.seen]
-        order = np.array(arrived + never, dtype=np.int64)
+        order = np.array(self._order(current), dtype=np.int64)
         self._comm.broadcast(order, root=0)
         self._layout = self._lay_out(self._layout.trainable, order.tolist())
+        self._carrier.forget()
+
+    def _order(self, current: _Pass) -> list[int]:
+        chosen = [index for index, flag in enumerate(self._layout.trainable) if flag]
+        arrived = [index for index in current.arrival if index in self._layout.bucket_of]
+        return arrived + [index for index in reversed(chosen) if index not in current.seen]
+
+    def _follow_times(self, current: _Pass) -> None:
+        """Choose the size of the buckets by rank 0's times of a pass, the first being untypical."""
+        self._size_known = True
+        pace = measure_pace(self._comm)
+        order = self._order(current)
+        last = max(current.times, default=0.0)
+        when = dict(zip(current.arrival, current.times, strict=True))
+        chosen = sorted(order)
+        place = {index: position for position, index in enumerate(chosen)}
+        limit = choose_limit(
+            [member_of(self._names[index], self._parameters[index]) for index in chosen],
+            [place[index] for index in order],
+            [when.get(index, last) for index in chosen],
+            pace,
+        )
+        plan = np.array([limit, *order], dtype=np.int64)
+        self._comm.broadcast(plan, root=0)
+        self.bucket_bytes, *order = plan.tolist()
+        self._layout = self._lay_out(self._layout.trainable, order)
         self._carrier.forget()

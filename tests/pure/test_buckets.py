@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfold.parallel.buckets import Bucket, Member, plan_buckets
+from ringfold.parallel.buckets import (
+    LIMITS,
+    Bucket,
+    Member,
+    Pace,
+    choose_limit,
+    finish_time,
+    plan_buckets,
+)
 
 ITEMSIZE = {"float32": 4, "float64": 8, "bfloat16": 2}
 
@@ -82,3 +90,38 @@ def test_every_tensor_once_within_the_limit(members, limit, random):
         assert places == sorted(places)
         filled_at.append(places[-1])
     assert filled_at == sorted(filled_at)
+
+
+def test_finish_time_by_hand():
+    """Ready at 1 and 5; each takes 2 s and a second per byte, one after the other."""
+    members = [member(1), member(2)]
+    pace = Pace(latency=2.0, seconds_per_byte=1.0)
+    apart = plan_buckets(members, 8, [0, 1])
+    assert finish_time(apart, [4, 4], [1.0, 5.0], pace) == 1 + (2 + 4) + (2 + 8)
+    assert finish_time(apart, [4, 4], [1.0, 50.0], pace) == 50 + 2 + 8
+    together = plan_buckets(members, 12, [0, 1])
+    assert finish_time(together, [4, 4], [1.0, 5.0], pace) == 5 + 2 + 12
+    assert finish_time((), [], [], pace) == 0.0
+
+
+def test_limit_follows_latency_and_bandwidth():
+    quarter = [member(1 << 14) for _ in range(16)]  # 64 KiB each
+    order, ready = range(16), [0.001 * (place + 1) for place in range(16)]
+    # Free latency: the smallest buckets hide most. No bandwidth cost: one bucket. In between, some.
+    assert choose_limit(quarter, order, ready, Pace(0.0, 1e-9)) == LIMITS[0]
+    assert choose_limit(quarter, order, ready, Pace(0.1, 0.0)) == LIMITS[-1]
+    between = choose_limit(quarter, order, ready, Pace(0.002, 1e-8))
+    assert LIMITS[0] < between < 16 << 16
+
+
+@given(st.lists(st.integers(0, 1 << 16), max_size=8), st.floats(0, 1), st.floats(0, 1e-6))
+def test_no_other_limit_ends_earlier(counts, latency, per_byte):
+    members = [member(count) for count in counts]
+    order, ready = range(len(members)), [0.01 * place for place in range(len(members))]
+    pace = Pace(latency, per_byte)
+    ends = [
+        finish_time(plan_buckets(members, limit, order), [4] * len(members), ready, pace)
+        for limit in LIMITS
+    ]
+    best = choose_limit(members, order, ready, pace)
+    assert ends[LIMITS.index(best)] == min(ends)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ringfold import DataParallel, run_local
+from ringfold.parallel.buckets import LIMITS
 
 SIZES = (1, 2, 3, 4)
 
@@ -588,3 +589,68 @@ def test_arrival_order_of_the_first_step_lays_out_the_next():
     for overlapped, first in run_local(2, main):
         assert overlapped[1] == 2
         assert first == (0,)
+
+
+def test_bucket_size_is_chosen_after_two_steps_and_equal_on_all_ranks():
+    def main(comm):
+        module = nn.Sequential(*(nn.Linear(200, 200) for _ in range(4)))
+        model = DataParallel(module, comm, bucket_bytes="auto")
+        seen, gradients = [], []
+        for _ in range(4):
+            model.zero_grad()
+            model(torch.full((2, 200), 1.0 + comm.rank)).sum().backward()
+            seen.append((model._reducer.bucket_bytes, model._reducer._layout.buckets))
+            gradients.append([p.grad.clone() for p in model.parameters()])
+        for later in gradients[1:]:
+            for first, other in zip(gradients[0], later, strict=True):
+                torch.testing.assert_close(first, other)
+        return seen
+
+    results = run_local(3, main)
+    assert results[0] == results[1] == results[2]
+    sizes = [size for size, _ in results[0]]
+    assert sizes[0] == 4 << 20 and sizes[1] in LIMITS and sizes[1:] == [sizes[1]] * 3
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("norm_type", [2.0, float("inf")])
+def test_clipping_by_the_global_norm_is_that_of_one_process(set_to_none, norm_type):
+    """Reduced gradients are equal everywhere, so torch's own function clips alike on every rank."""
+    x, y = data()
+
+    def step(module, model, x, y):
+        model.zero_grad(set_to_none=set_to_none)
+        nn.functional.mse_loss(model(x), y).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.1, norm_type)
+        return norm.item(), [p.grad for p in module.parameters()]
+
+    whole = network(0)
+    step(whole, whole, x, y)
+    expected_norm, expected = step(whole, whole, x, y)
+
+    def main(comm):
+        module = network(0)
+        model = DataParallel(module, comm)
+        part = slice(comm.rank * 8, comm.rank * 8 + 8)
+        step(module, model, x[part], y[part])
+        return step(module, model, x[part], y[part])
+
+    for norm, gradients in run_local(3, main):
+        assert norm == pytest.approx(expected_norm, rel=1e-5) and norm > 0.1
+        for found, value in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-7)
+
+
+def test_running_statistics_are_those_of_the_root():
+    def main(comm):
+        module = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3))
+        model = DataParallel(module, comm, root=1)
+        alone = copy.deepcopy(module)
+        x = data()[0][comm.rank :: 3]
+        model(x).sum().backward()
+        alone(x)
+        return module[1].running_mean, alone[1].running_mean
+
+    results = run_local(3, main)
+    assert all(torch.equal(found, results[1][1]) for found, _ in results)
+    assert not torch.equal(results[0][1], results[1][1])
