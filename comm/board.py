@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -84,19 +86,12 @@ class NodeMemory:
             self.reason = str(error)
 
 
-@dataclass(frozen=True)
-class Patience:
-    """How often a waiting rank looks before it yields its core, and before it returns."""
+def patience(num_ranks: int) -> tuple[int, int]:
+    """Return how often a rank spins, and then yields, before it returns to Python.
 
-    spins: int
-    yields: int
-
-
-def patience(num_ranks: int) -> Patience:
-    """Spin where every rank of the node has a core, yield where they share cores."""
-    if num_ranks <= len(os.sched_getaffinity(0)):
-        return Patience(2000, 20)
-    return Patience(20, 100)
+    It spins where every rank of the node has a core, and yields where they share cores.
+    """
+    return (2000, 20) if num_ranks <= len(os.sched_getaffinity(0)) else (20, 100)
 
 
 class Board:
@@ -121,7 +116,8 @@ class Board:
         self.record[BoardWord.RANK], self.record[BoardWord.SIZE] = rank, self.size
         yielding = ctypes.CDLL(None).sched_yield
         self.record[BoardWord.YIELD] = ctypes.cast(yielding, ctypes.c_void_p).value or 0
-        self.patience = patience(len(nodes.addresses))
+        spins, yields = patience(len(nodes.addresses))
+        self.record[BoardWord.SPINS], self.record[BoardWord.YIELDS] = spins, yields
         self.stage_bytes = STAGE_BYTES
 
     @classmethod
@@ -147,6 +143,11 @@ class Board:
         for which, offset in _places(self.size).items():
             table[which, : self.size] = self._areas + offset
         return table
+
+    def give_up(self, name: str) -> None:
+        """Refuse everything from now on: a work ended before the ranks were done with it."""
+        self.broken = f"an earlier {name} was given up halfway, so the ranks may differ"
+        self.record[BoardWord.BROKEN] = 1
 
     def close(self) -> None:
         """Give the shared memory back, which no rank of the group may use any more."""
@@ -217,11 +218,13 @@ class Meeting:
         self.name = call.name
         self._board = board
         self._call = call
-        self._advance, self._launch = advance_kernel(), launch_kernel()
+        self._advance = advance_kernel()
         self._lists = board.lists()
         self._scratch = np.zeros(SCRATCH_BYTES if call.fold else 0, np.uint8)
         self._record = record = np.zeros(WorkWord.WORDS, np.int64)
         self.address = int(record.ctypes.data)
+        # Starts; returns the Status at which this rank has to wait, or has ended.
+        self.launch: Callable[[], int] = functools.partial(launch_kernel(), self.address)
         record[WorkWord.BOARD] = board.record.ctypes.data
         record[WorkWord.LISTS] = self._lists.ctypes.data
         record[WorkWord.LIST_BYTES] = self._lists.strides[0]
@@ -243,8 +246,8 @@ class Meeting:
         else:
             self.form, note[Note.PLACE] = "shared", place
         programs = {"eager": fused.eager, "staged": fused.staged, "shared": fused.shared}
-        rows = programs[self.form](call.name, call.shape)
-        self._take(rows)
+        self._program = programs[self.form](call.name, call.shape)
+        self._take(self._program)
 
     def _take(self, rows: fused.Rows) -> None:
         self._rows = rows
@@ -257,36 +260,36 @@ class Meeting:
         """Let the next run write its result to an address."""
         self._own(fused.OUTPUT, address)
 
-    def launch(self) -> int:
-        """Start, and return the Status at which this rank has to wait or has ended."""
-        board = self._board
-        if board.broken:
-            raise CommError(f"rank {board.rank}: {board.broken}")
-        status: int = self._launch(self.address, board.patience.spins, board.patience.yields)
-        return status
-
     def steps(self, status: int) -> Steps:
         """Go on from a status until the work has ended."""
-        board, record = self._board, self._record
         try:
             while status != Status.DONE:
+                if status == Status.REFUSED:
+                    raise CommError(self._refusal())
                 if status == Status.MISMATCH:
                     raise MismatchError(self._mismatch())
                 if status == Status.MIXED:
-                    self._go_staged()
+                    self._go_on(fused.staged(self.name, self._call.shape))
                 else:
-                    waiting: list[Request] = [Waiting(int(record[WorkWord.WAITING_FOR]))]
+                    waiting: list[Request] = [Waiting(int(self._record[WorkWord.WAITING_FOR]))]
                     yield waiting
-                status = self._advance(self.address, board.patience.spins, board.patience.yields)
+                status = self._advance(self.address)
         except GeneratorExit:
-            board.broken = f"an earlier {self._call.name} was given up halfway, so ranks may differ"
+            self._board.give_up(self.name)
             raise
+        self._take(self._program)
 
-    def _go_staged(self) -> None:
+    def _go_on(self, rows: fused.Rows) -> None:
         """Some ranks' buffers are private: all go on as if theirs were."""
-        self._take(fused.staged(self._call.name, self._call.shape))
+        self._take(rows)
         self._record[WorkWord.ROW] = 0
         self._record[WorkWord.STATUS] = Status.RUNNING
+
+    def _refusal(self) -> str:
+        rank = self._board.rank
+        if self._board.broken:
+            return f"rank {rank}: {self._board.broken}"
+        return f"rank {rank}: this {self.name} on the same array is still in flight"
 
     def _mismatch(self) -> str:
         board = self._board

@@ -16,12 +16,13 @@ from .buffer import allocate, registered
 from .dtypes import dtype_named
 from .errors import CommError
 from .guard import Guard
+from .memo import Memo
 from .operations import Operations
 from .progress import Progress
 from .schedule import Schedule
 from .settings import Settings
 from .transport.base import Channel, Transport
-from .work import Prepared, Work
+from .work import Prepared, Receipt, Work
 
 if TYPE_CHECKING:
     from .board import Board, Meeting, NodeMemory
@@ -113,6 +114,7 @@ class Communicator:
         self._sequence = 0
         self._closed = False
         self._top = False
+        self._memo = Memo()
         self._nodes: NodeMemory | None = None
         self._board: Board | None = None
         self.node = (
@@ -150,7 +152,15 @@ class Communicator:
 
         op: sum, mean (over the ranks; floats only), min, max or prod; bool allows min and max.
         """
-        return self._start(self._operations.allreduce(x, op, algorithm), blocking)
+        if not blocking or algorithm is not None:
+            return self._start(self._operations.allreduce(x, op, algorithm), blocking)
+        known = self._memo.find((id(x), op))
+        if known is not None and known.fits(x):
+            return self._run(known.meeting, known.receipt, x)
+        prepared = self._operations.allreduce(x, op)
+        if prepared.meeting is not None:
+            self._memo.add(x, op, prepared.meeting, prepared.receipt)
+        return self._start(prepared, True)
 
     def reduce(
         self,
@@ -242,24 +252,8 @@ class Communicator:
             raise ValueError(f"cannot plan {collective!r}; there is: {', '.join(_PLANNED)}")
         prepared: Prepared = getattr(self._operations, collective)(*args, **kwargs)
         if prepared.meeting is not None:
-            return partial(self._step, prepared, prepared.meeting, prepared.owner)
+            return partial(self._run, prepared.meeting, prepared.receipt, prepared.owner)
         return partial(self._start, prepared, True)
-
-    def _step(self, prepared: Prepared, meeting: Meeting, owner: Any) -> Any:
-        """Run a meeting at once where nothing is in flight before it."""
-        self._require_open()
-        if not self._progress.idle:
-            return self._start(prepared, True)
-        status = meeting.launch()
-        if status == _DONE:
-            return owner
-
-        def make() -> Work:
-            steps = meeting.steps(status)
-            return Work(steps, prepared.receipt, self._transport, self._progress)
-
-        self._progress.start(make, background=False).wait()
-        return owner
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any = np.float32) -> Any:
         """Return an uninitialised array in registered memory, which the node's ranks map.
@@ -316,6 +310,7 @@ class Communicator:
         if board is None:
             return
         self._operations.share(board.memory, None)
+        self._memo.forget()
         try:
             self.barrier()
         except CommError:
@@ -345,6 +340,24 @@ class Communicator:
                 f"this process is a fork of rank {self.rank}, no rank of its own; call collectives "
                 "in the process that opened the communicator"
             )
+
+    def _run(self, meeting: Meeting, receipt: Receipt, owner: Any) -> Any:
+        """Run a meeting to its end; at once, without a Work, where nothing is in flight before."""
+        if self._closed or os.getpid() != self._process:
+            self._require_open()
+        if not self._progress.works:
+            status = meeting.launch()
+            if status != _DONE:
+                self._finish(meeting, receipt, lambda: status)
+        else:
+            self._finish(meeting, receipt, meeting.launch)
+        return owner
+
+    def _finish(self, meeting: Meeting, receipt: Receipt, begin: Callable[[], int]) -> None:
+        def make() -> Work:
+            return Work(meeting.steps(begin()), receipt, self._transport, self._progress)
+
+        self._progress.start(make, background=False).wait()
 
     def _start(self, prepared: Prepared, blocking: bool) -> Any:
         self._require_open()

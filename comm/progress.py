@@ -27,7 +27,7 @@ class Progress:
         """timeout: seconds.  threads: whether a background thread may use the transports."""
         self.timeout = timeout
         self._threads = threads
-        self._works: list[Work] = []
+        self.works: list[Work] = []
         self._lock = threading.RLock()
         self._wake = threading.Condition(threading.Lock())
         self._waiting = 0
@@ -43,7 +43,7 @@ class Progress:
             self._advance_all()
             work = make()
             if not work.ended:
-                self._works.append(work)
+                self.works.append(work)
         if background and not work.ended and self._threads and not self._stopped:
             self._notify()
         return work
@@ -51,7 +51,7 @@ class Progress:
     @property
     def idle(self) -> bool:
         """Tell whether no work is in flight."""
-        return not self._works
+        return not self.works
 
     def advance(self) -> None:
         """Advance all works once; does nothing where another thread is at it."""
@@ -62,7 +62,7 @@ class Progress:
                 self._lock.release()
 
     def _advance_all(self) -> None:
-        self._works = [work for work in self._works if not work.advance()]
+        self.works = [work for work in self.works if not work.advance()]
 
     def wait(self, work: Work, timeout: float | None = None) -> None:
         """Advance works until `work` has ended.

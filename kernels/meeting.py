@@ -46,7 +46,10 @@ _ON_BOARD, _STATUS, _TICKET, _ROW = map(
 _ARRIVED_AT, _NOTED, _ROWS = map(int, (WorkWord.ARRIVED_AT, WorkWord.NOTED, WorkWord.ROWS))
 _NUM_ROWS, _LISTS, _LIST_BYTES = map(int, (WorkWord.NUM_ROWS, WorkWord.LISTS, WorkWord.LIST_BYTES))
 _FOLD, _FOLD_RECORD, _NOTE = map(int, (WorkWord.FOLD, WorkWord.FOLD_RECORD, WorkWord.NOTE))
-_WAITING_FOR, _WORK_WORDS = int(WorkWord.WAITING_FOR), int(WorkWord.WORDS)
+_WAITING_FOR, _FLYING = int(WorkWord.WAITING_FOR), int(WorkWord.FLYING)
+_WORK_WORDS = int(WorkWord.WORDS)
+_SPINS, _YIELDS, _BROKEN = map(int, (BoardWord.SPINS, BoardWord.YIELDS, BoardWord.BROKEN))
+_REFUSED = np.int64(Status.REFUSED)
 
 
 @compiled
@@ -86,7 +89,7 @@ def _address(work: Any, which: Any, index: Any, offset: Any) -> Any:
 
 
 @compiled
-def _meet(work: Any, board: Any, spins: Any, yields: Any) -> Any:
+def _meet(work: Any, board: Any) -> Any:
     """Arrive once, then look for the others as long as patience lasts; tell whether all came."""
     size = board[_SIZE]
     if work[_ARRIVED_AT] == 0:
@@ -98,12 +101,13 @@ def _meet(work: Any, board: Any, spins: Any, yields: Any) -> Any:
         board[_ARRIVED] += 1
         work[_ARRIVED_AT] = board[_ARRIVED]
         store(board[_FLAGS] + board[_RANK] * LINE_BYTES, board[_ARRIVED])
-    looks = 0
+    looks, spins = 0, board[_SPINS]
+    patience = spins + board[_YIELDS]
     for r in range(size):
         flag = board[_FLAGS] + r * LINE_BYTES
         while load(flag) < work[_ARRIVED_AT]:
             looks += 1
-            if looks > spins + yields:
+            if looks > patience:
                 work[_WAITING_FOR] = r
                 return False
             if looks > spins:
@@ -117,12 +121,13 @@ def _meet(work: Any, board: Any, spins: Any, yields: Any) -> Any:
 @compiled
 def _end(work: Any, board: Any, status: Any) -> Any:
     work[_STATUS] = status
+    work[_FLYING] = 0
     store(work[_ON_BOARD] + 8 * _TURN, work[_TICKET] + 1)
     return status
 
 
 @compiled
-def _advance(record: Any, spins: Any, yields: Any) -> Any:
+def _advance(record: Any) -> Any:
     work = _words(record, _WORK_WORDS)
     if work[_STATUS] != _RUNNING:
         return work[_STATUS]
@@ -132,7 +137,7 @@ def _advance(record: Any, spins: Any, yields: Any) -> Any:
     while work[_ROW] < work[_NUM_ROWS]:
         row = _words(work[_ROWS] + work[_ROW] * (8 * ROW_WORDS), ROW_WORDS)
         if row[0] == _MEET:
-            if not _meet(work, board, spins, yields):
+            if not _meet(work, board):
                 return _RUNNING
             if work[_NOTED] == 0:
                 work[_NOTED] = 1
@@ -164,31 +169,33 @@ def _advance(record: Any, spins: Any, yields: Any) -> Any:
 
 @functools.cache
 def advance_kernel() -> Kernel:
-    """Return the compiled (work record, spins, yields) -> Status that goes on with a work.
+    """Return the compiled (work record) -> Status that goes on with a work.
 
-    Where it has to wait for a rank it looks `spins` times, then yields the core `yields` times,
-    and returns RUNNING with the rank in WAITING_FOR.
+    Where it has to wait for a rank too long, it returns RUNNING with the rank in WAITING_FOR.
     """
 
-    def advance_meeting(record: Any, spins: Any, yields: Any) -> Any:
-        return _advance(record, spins, yields)
+    def advance_meeting(record: Any) -> Any:
+        return _advance(record)
 
-    return compile_kernel("advance_meeting", advance_meeting, types.int64, types.int64, types.int64)
+    return compile_kernel("advance_meeting", advance_meeting, types.int64)
 
 
 @functools.cache
 def launch_kernel() -> Kernel:
     """Return the same, which starts the work anew: it takes the next ticket."""
 
-    def launch_meeting(record: Any, spins: Any, yields: Any) -> Any:
+    def launch_meeting(record: Any) -> Any:
         work = _words(record, _WORK_WORDS)
         board = _words(work[_ON_BOARD], _BOARD_WORDS)
+        if board[_BROKEN] != 0 or work[_FLYING] != 0:
+            return _REFUSED
+        work[_FLYING] = 1
         work[_STATUS] = _RUNNING
         work[_TICKET] = board[_TICKETS]
         work[_ROW] = 0
         work[_ARRIVED_AT] = 0
         work[_NOTED] = 0
         board[_TICKETS] += 1
-        return _advance(record, spins, yields)
+        return _advance(record)
 
-    return compile_kernel("launch_meeting", launch_meeting, types.int64, types.int64, types.int64)
+    return compile_kernel("launch_meeting", launch_meeting, types.int64)

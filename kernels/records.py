@@ -43,6 +43,9 @@ class BoardWord(IntEnum):
     BASES: address of a table, where each rank's memory is mapped here.
     TICKET, TURN: works started, and ended; they run one after the other.
     YIELD: address of sched_yield.
+    SPINS, YIELDS: how often a waiting rank looks before it yields its core, and then before it
+    returns.
+    BROKEN: not 0 where a work was given up halfway.
     """
 
     FLAGS = 0
@@ -54,7 +57,10 @@ class BoardWord(IntEnum):
     TICKET = 6
     TURN = 7
     YIELD = 8
-    WORDS = 9
+    SPINS = 9
+    YIELDS = 10
+    BROKEN = 11
+    WORDS = 12
 
 
 class Note(IntEnum):
@@ -99,7 +105,10 @@ class Where(IntEnum):
 
 
 class WorkWord(IntEnum):
-    """Words of the record of one work."""
+    """Words of the record of one work.
+
+    FLYING: not 0 from its start to its end.
+    """
 
     BOARD = 0
     STATUS = 1
@@ -115,7 +124,8 @@ class WorkWord(IntEnum):
     FOLD_RECORD = 11
     NOTE = FOLD_RECORD + FOLD_WORDS
     WAITING_FOR = NOTE + Note.WORDS
-    WORDS = WAITING_FOR + 1
+    FLYING = WAITING_FOR + 1
+    WORDS = FLYING + 1
 
 
 class Status(IntEnum):
@@ -124,9 +134,11 @@ class Status(IntEnum):
     MISMATCH: the ranks' calls differ; it has ended, on every rank.
     MIXED: some ranks' buffers are shared and others private; every rank must go on with a program
     for private buffers.
+    REFUSED: it was not started, as the board is broken, or this very work still runs.
     """
 
     RUNNING = 0
     DONE = 1
     MISMATCH = 2
     MIXED = 3
+    REFUSED = 4

@@ -74,6 +74,28 @@ def test_any_mixture_of_private_and_registered(comm: Communicator, count: int, w
         assert gathered is None or (gathered == rows).all()
 
 
+def test_one_array_among_changing_company(comm: Communicator) -> None:
+    x = comm.empty(LARGE)
+    y = np.empty(LARGE, np.float32)
+    for turn in range(6):
+        mine = y if comm.rank == 0 and turn % 2 else x
+        mine[:] = data(comm.rank, LARGE, np.float32)
+        comm.allreduce(mine)
+        np.testing.assert_array_equal(mine, expected("sum", comm.size, LARGE, np.float32))
+
+
+def test_an_array_that_was_changed_is_not_taken_for_what_it_was(comm: Communicator) -> None:
+    x = np.ones(12)
+    comm.allreduce(x)
+    x.shape = (3, 4)
+    assert (comm.allreduce(x) == comm.size**2).all()
+    x.setflags(write=False)
+    with pytest.raises(ValueError, match="read-only"):
+        comm.allreduce(x)
+    for length in range(3, 300):  # new arrays at old addresses
+        assert (comm.allreduce(np.ones(length)) == comm.size).all()
+
+
 def test_receipts_name_the_form(comm: Communicator) -> None:
     if comm.size == 1:
         return
