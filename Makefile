@@ -48,7 +48,7 @@ help:
 	@echo 'make test-hosts  the communicator over two hosts made on this machine (part of make test)'
 	@echo 'make lint        ruff check, ruff format --check, mypy --strict on the installed package'
 	@echo 'make format      let ruff rewrite the sources'
-	@echo 'make bench       the benchmarks, on NP ranks where they take ranks'
+	@echo 'make bench       the benchmarks on 2 and 4 ranks, into benchmarks/results'
 	@echo 'make setup       create $(VENV) only; every other target does that by itself'
 	@echo 'make clean       remove what the targets created, the environments included'
 	@echo
@@ -110,8 +110,17 @@ format: $(READY)
 	ruff format .
 	ruff check --fix .
 
+RESULTS := benchmarks/results
+
+# Every benchmark on 2 and on 4 ranks; a wrong result ends it. ARGS reaches all of them.
 bench: $(READY)
-	mpirun -n $(NP) python benchmarks/model_error.py $(ARGS)
+	for ranks in 2 4; do \
+	  mpirun -n $$ranks python benchmarks/allreduce.py --dtype float32,bfloat16 $(ARGS) \
+	    --json $(RESULTS)/allreduce-$$ranks.json --plot $(RESULTS)/allreduce-$$ranks.png; \
+	  mpirun -n $$ranks python benchmarks/collectives.py $(ARGS) \
+	    --json $(RESULTS)/collectives-$$ranks.json --plot $(RESULTS)/collectives-$$ranks.png; \
+	done
+	mpirun -n 4 python benchmarks/model_error.py --json $(RESULTS)/model_error.json
 
 clean:
 	rm -rf $(VENV) $(VENV).lock $(MPICH_VENV) $(MPICH_VENV).lock build dist *.egg-info

@@ -7,20 +7,26 @@ timed call is checked.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import ringfold
 from ringfold.cli import BUSBW
+
+LEAST = 5
+"""Repetitions that there are whatever they take."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,96 @@ class Timing:
     median: float
     p99: float
     repeats: int
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation in a contest.
+
+    run: what is timed; returns when the data is there. prepare: runs before it, untimed; ranks fill
+    their buffers there. wrong: of what run has returned, how many elements on this rank differ from
+    what they have to be.
+    """
+
+    impl: str
+    run: Callable[[], Any]
+    prepare: Callable[[], object] = lambda: None
+    wrong: Callable[[Any], int] = lambda result: 0
+    algorithm: str = "-"
+    transport: str = "-"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a contender came to: its Timing, and wrong elements of its last run, over all ranks."""
+
+    contender: Contender
+    timing: Timing
+    wrong: int
+
+
+def contest(
+    comm: ringfold.Communicator,
+    contenders: Sequence[Contender],
+    *,
+    repeats: int = 20,
+    warmup: int = 3,
+    budget: float | None = None,
+) -> list[Outcome]:
+    """Time contenders in turn within each repetition, so that noise hits all alike.
+
+    Collective: every rank gets the same outcomes.
+
+    budget: seconds for the repetitions together; there are fewer of them where it would not do, but
+        five at least. The repetitions that warm up say what one takes.
+    """
+    spans = np.zeros((warmup, len(contenders)))
+    for turn in range(warmup):
+        _once(comm, contenders, turn, spans[turn])
+    if budget is not None and warmup:
+        # The first one has what is done only once, such as compiling.
+        took = float(comm.allreduce(spans.min(axis=0), "max").sum())
+        repeats = max(min(repeats, int(budget / max(took, 1e-9))), min(repeats, LEAST))
+    spans = np.zeros((repeats, len(contenders)))
+    wrong = np.zeros(len(contenders), np.int64)
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        for turn in range(repeats):
+            # Checked at once, since contenders share buffers.
+            _once(comm, contenders, turn, spans[turn], wrong if turn == repeats - 1 else None)
+    finally:
+        if before:
+            gc.enable()
+    comm.allreduce(spans, "max")
+    comm.allreduce(wrong, "sum")
+    return [
+        Outcome(
+            contender,
+            Timing(float(np.median(times)), float(np.percentile(times, 99)), repeats),
+            int(elements),
+        )
+        for contender, times, elements in zip(contenders, spans.T, wrong, strict=True)
+    ]
+
+
+def _once(
+    comm: ringfold.Communicator,
+    contenders: Sequence[Contender],
+    turn: int,
+    spans: NDArray[np.float64],
+    wrong: NDArray[np.int64] | None = None,
+) -> None:
+    # In an order that changes, equal on all ranks: nobody always follows the same neighbour.
+    for place in np.random.default_rng(turn).permutation(len(contenders)):
+        contender = contenders[place]
+        contender.prepare()
+        comm.barrier()
+        start = time.perf_counter()
+        result = contender.run()
+        spans[place] = time.perf_counter() - start
+        if wrong is not None:
+            wrong[place] = contender.wrong(result)
 
 
 def measure(
@@ -44,17 +140,8 @@ def measure(
 
     prepare: runs before each repetition, untimed; ranks fill their buffers there.
     """
-    times = np.empty(repeats)
-    for turn in range(-warmup, repeats):
-        prepare()
-        comm.barrier()
-        start = time.perf_counter()
-        operation()
-        seconds = time.perf_counter() - start
-        if turn >= 0:
-            times[turn] = seconds
-    comm.allreduce(times, "max")
-    return Timing(float(np.median(times)), float(np.percentile(times, 99)), repeats)
+    alone = Contender("", operation, prepare)
+    return contest(comm, [alone], repeats=repeats, warmup=warmup)[0].timing
 
 
 def rates(collective: str, nbytes: int, ranks: int, seconds: float) -> tuple[float, float]:
@@ -103,6 +190,15 @@ def write_json(path: Path, benchmark: str, rows: Iterable[Mapping[str, Any]]) ->
     record = {"benchmark": benchmark, "machine": machine(), "rows": list(rows)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def verdict(rows: Iterable[Mapping[str, Any]], *, speak: bool = True) -> int:
+    """Return the exit status, 1 where a result was wrong, and name those rows."""
+    failed = [row for row in rows if row["wrong"]]
+    for row in failed if speak else ():
+        what = ", ".join(f"{key} {row[key]}" for key in ("impl", "nbytes", "ranks") if key in row)
+        print(f"failed: {what}: {row['wrong']} elements are wrong", file=sys.stderr)
+    return int(bool(failed))
 
 
 def table(rows: list[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
