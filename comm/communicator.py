@@ -21,6 +21,7 @@ from .operations import Operations
 from .progress import Progress
 from .schedule import Schedule
 from .settings import Settings
+from .topology import Nodes
 from .transport.base import Channel, Transport
 from .work import Prepared, Receipt, Work
 
@@ -122,6 +123,13 @@ class Communicator:
             if is_node
             else Communicator._make(transport.node(), progress, self._settings, is_node=True)
         )
+        if self.node.size < self.size:
+            self._operations.place(self._find_nodes())
+
+    def _find_nodes(self) -> Nodes:
+        """Tell every rank which ranks share a node; collective."""
+        lowest = self.node.broadcast(np.array([self.rank]))
+        return Nodes.labelled(self.allgather(lowest).ravel().tolist())
 
     def _share(self) -> None:
         """Map the memory of the ranks on this node; collective."""

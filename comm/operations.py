@@ -30,6 +30,7 @@ from .program import Op, Program, lower
 from .schedule import Schedule
 from .select import choose
 from .settings import Settings
+from .topology import Nodes
 from .transport.base import Channel, Transport
 from .verify import verify
 from .work import Prepared, Receipt, Steps
@@ -57,6 +58,12 @@ class Operations:
         self._proven = lru_cache(maxsize=64)(verify)
         self._memory: Memory | None = None
         self._meetings: Meetings | None = None
+        self._nodes: Nodes | None = None
+
+    def place(self, nodes: Nodes) -> None:
+        """From now on, choose and build with this knowledge of who shares a node."""
+        self._nodes = nodes
+        self._lowered.cache_clear()
 
     def share(self, memory: Memory | None, board: Board | None) -> None:
         """From now on, use this rank's shared memory, and meet on a board where there is one."""
@@ -302,7 +309,8 @@ class Operations:
         collective = COLLECTIVES[name]
         reason = "named by the caller"
         if algorithm is None:
-            algorithm, reason = choose(name, count * dtype.itemsize, dtype, collective.reduces)
+            nbytes = count * dtype.itemsize
+            algorithm, reason = choose(name, nbytes, dtype, collective.reduces, self._nodes)
         schedule, program = self._lowered(name, algorithm, root, count)
         # The pairwise builders' promise, which a test proves for every size.
         return Chosen(schedule, program, algorithm, reason, algorithm == "pairwise")
@@ -310,7 +318,7 @@ class Operations:
     def _lower_named(
         self, name: str, algorithm: str, root: int, count: int
     ) -> tuple[Schedule, Program]:
-        schedule = build(name, algorithm, self._size, root)
+        schedule = build(name, algorithm, self._size, root, self._nodes)
         return schedule, lower(schedule, self._rank, count)
 
     def _lower_given(self, name: str, count: int, schedule: Schedule, root: int) -> Chosen:
