@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -260,8 +260,13 @@ class Meeting:
         """Let the next run write its result to an address."""
         self._own(fused.OUTPUT, address)
 
-    def steps(self, status: int) -> Steps:
-        """Go on from a status until the work has ended."""
+    @property
+    def flying(self) -> bool:
+        """Tell whether it was started and has not ended."""
+        return bool(self._record[WorkWord.FLYING])
+
+    def steps(self, status: int, owner: Any = None) -> Steps:
+        """Go on from a status until the work has ended; return the owner, alive until then."""
         try:
             while status != Status.DONE:
                 if status == Status.REFUSED:
@@ -278,6 +283,7 @@ class Meeting:
             self._board.give_up(self.name)
             raise
         self._take(self._program)
+        return owner
 
     def _go_on(self, rows: fused.Rows) -> None:
         """Some ranks' buffers are private: all go on as if theirs were."""

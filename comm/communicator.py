@@ -23,7 +23,7 @@ from .schedule import Schedule
 from .settings import Settings
 from .topology import Nodes
 from .transport.base import Channel, Transport
-from .work import Prepared, Receipt, Work
+from .work import Prepared, Receipt, Steps, Work
 
 if TYPE_CHECKING:
     from .board import Board, Meeting, NodeMemory
@@ -160,15 +160,17 @@ class Communicator:
 
         op: sum, mean (over the ranks; floats only), min, max or prod; bool allows min and max.
         """
-        if not blocking or algorithm is not None:
-            return self._start(self._operations.allreduce(x, op, algorithm), blocking)
-        known = self._memo.find((id(x), op))
-        if known is not None and known.fits(x):
+        known = self._memo.find((id(x), op)) if algorithm is None else None
+        if known is None or not known.fits(x):
+            prepared = self._operations.allreduce(x, op, algorithm)
+            if algorithm is not None or prepared.meeting is None:
+                return self._start(prepared, blocking)
+            known = self._memo.add(x, op, prepared.meeting, prepared.receipt)
+        if blocking:
             return self._run(known.meeting, known.receipt, x)
-        prepared = self._operations.allreduce(x, op)
-        if prepared.meeting is not None:
-            self._memo.add(x, op, prepared.meeting, prepared.receipt)
-        return self._start(prepared, True)
+        if known.meeting.flying:  # on its way already: do it twice
+            return self._start(self._operations.allreduce(x, op), False)
+        return self._fly(known.meeting, known.receipt, x)
 
     def reduce(
         self,
@@ -356,16 +358,22 @@ class Communicator:
         if not self._progress.works:
             status = meeting.launch()
             if status != _DONE:
-                self._finish(meeting, receipt, lambda: status)
+                steps = meeting.steps(status, owner)
+                self._advance(lambda: steps, receipt, background=False).wait()
         else:
-            self._finish(meeting, receipt, meeting.launch)
+            self._fly(meeting, receipt, owner).wait()
         return owner
 
-    def _finish(self, meeting: Meeting, receipt: Receipt, begin: Callable[[], int]) -> None:
-        def make() -> Work:
-            return Work(meeting.steps(begin()), receipt, self._transport, self._progress)
+    def _fly(self, meeting: Meeting, receipt: Receipt, owner: Any) -> Work:
+        """Start a meeting behind what is in flight."""
+        self._require_open()
+        return self._advance(lambda: meeting.steps(meeting.launch(), owner), receipt, True)
 
-        self._progress.start(make, background=False).wait()
+    def _advance(self, begin: Callable[[], Steps], receipt: Receipt, background: bool) -> Work:
+        def make() -> Work:
+            return Work(begin(), receipt, self._transport, self._progress)
+
+        return self._progress.start(make, background)
 
     def _start(self, prepared: Prepared, blocking: bool) -> Any:
         self._require_open()
@@ -374,10 +382,7 @@ class Communicator:
             tag = self._sequence
             self._sequence = (tag + 1) % _TAGS
 
-        def make() -> Work:
-            return Work(prepared.run(tag), prepared.receipt, self._transport, self._progress)
-
-        work = self._progress.start(make, background=not blocking)
+        work = self._advance(lambda: prepared.run(tag), prepared.receipt, not blocking)
         return work.wait() if blocking else work
 
 

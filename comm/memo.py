@@ -35,22 +35,27 @@ class Memo:
         self._known: dict[tuple[int, str], Known] = {}
         self.find = self._known.get
 
-    def add(self, x: Any, op: str, meeting: Meeting, receipt: Receipt) -> None:
-        """Remember the meeting of a call on x."""
+    def add(self, x: Any, op: str, meeting: Meeting, receipt: Receipt) -> Known:
+        """Remember the meeting of a call on x, where x allows it."""
         if len(self._known) >= _CAPACITY:
             self._known.clear()
         key = id(x), op
         try:
             reference = weakref.ref(x, lambda _: self._known.pop(key, None))
         except TypeError:  # such as a memoryview
-            return
+            return Known(_never, meeting, receipt)
         fits = _numpy_fits(x, reference) if type(x) is np.ndarray else _tensor_fits(x, reference)
-        if fits is not None:
-            self._known[key] = Known(fits, meeting, receipt)
+        known = Known(fits, meeting, receipt)
+        self._known[key] = known
+        return known
 
     def forget(self) -> None:
         """Know nothing any more."""
         self._known.clear()
+
+
+def _never(_: Any) -> bool:
+    return False
 
 
 def _numpy_fits(x: np.ndarray[Any, Any], reference: Any) -> Callable[[Any], bool]:
@@ -68,9 +73,9 @@ def _numpy_fits(x: np.ndarray[Any, Any], reference: Any) -> Callable[[Any], bool
     return fits
 
 
-def _tensor_fits(x: Any, reference: Any) -> Callable[[Any], bool] | None:
+def _tensor_fits(x: Any, reference: Any) -> Callable[[Any], bool]:
     if not hasattr(x, "data_ptr") or not hasattr(x, "stride"):
-        return None
+        return _never
     address, shape, strides, dtype = x.data_ptr(), x.shape, x.stride(), x.dtype
 
     def fits(y: Any) -> bool:

@@ -115,6 +115,7 @@ class DenseCarrier:
             bucket,
             bucket.count + len(flags),
             getattr(torch, wire_of(bucket.dtype, self._dtype)),
+            self._comm,
         )
         flattened, finite = _pack(load, bucket, flat, scale)
         flat[bucket.count :] = torch.tensor(flags, dtype=flat.dtype)
@@ -143,7 +144,7 @@ class HookCarrier:
 
     def start(self, bucket: Bucket, load: Load) -> Flight:
         scale = self._plain if load.share is None else load.share * self._comm.size
-        flat = _reused(self._flats, bucket, bucket.count, getattr(torch, bucket.dtype))
+        flat = _reused(self._flats, bucket, bucket.count, getattr(torch, bucket.dtype), self._comm)
         flattened, finite = _pack(load, bucket, flat, scale)
         flags = np.array(load.flags, dtype=np.int32)
         handed = GradientBucket(
@@ -172,11 +173,15 @@ def _one(work: Work) -> Generator[Work, Any, None]:
 
 
 def _reused(
-    flats: dict[tuple[Bucket, int], Tensor], bucket: Bucket, length: int, dtype: torch.dtype
+    flats: dict[tuple[Bucket, int], Tensor],
+    bucket: Bucket,
+    length: int,
+    dtype: torch.dtype,
+    comm: Communicator,
 ) -> Tensor:
     flat = flats.get((bucket, length))
     if flat is None:
-        flat = flats[bucket, length] = torch.empty(length, dtype=dtype)
+        flat = flats[bucket, length] = comm.empty(length, dtype)
     return flat
 
 
