@@ -135,7 +135,7 @@ class Case:
             flat = storage(found)
             return count_wrong(flat, self.pieces, self.comm.size, self.op, self.dtype)
 
-        return Contender(impl, run, partial(fill, target, mine), wrong, **about)
+        return Contender(impl, run, partial(fill, target, mine), wrong=wrong, **about)
 
     def _place(self) -> tuple[str, int, int, int]:
         return self.collective, self.comm.rank, self.comm.size, self.count
@@ -163,7 +163,9 @@ def contenders(case: Case, mpi: Any, peers: Sequence[str]) -> list[Contender]:
         lined.append(case.contender("gloo", ordinary, run, own=False))
     if collective == "allreduce" and case.dtype == "float32" and case.nbytes >= LIMIT_FROM:
         run, wrong = triad(ordinary.x)
-        lined.append(Contender("limit", run, partial(ordinary.x.fill, 1), wrong, "triad", "memory"))
+        ones = partial(ordinary.x.fill, 1)
+        about = {"algorithm": "triad", "transport": "memory"}
+        lined.append(Contender("limit", run, ones, wrong=wrong, **about))
     return lined
 
 

@@ -43,13 +43,15 @@ class Contender:
     """One implementation in a contest.
 
     run: what is timed; returns when the data is there. prepare: runs before it, untimed; ranks fill
-    their buffers there. wrong: of what run has returned, how many elements on this rank differ from
-    what they have to be.
+    their buffers there. after: the same, once it has ended on this rank. wrong: of what run has
+    returned, how many elements on this rank differ from what they have to be; all ranks call it at
+    the same place.
     """
 
     impl: str
     run: Callable[[], Any]
     prepare: Callable[[], object] = lambda: None
+    after: Callable[[], object] = lambda: None
     wrong: Callable[[Any], int] = lambda result: 0
     algorithm: str = "-"
     transport: str = "-"
@@ -124,6 +126,7 @@ def _once(
         start = time.perf_counter()
         result = contender.run()
         spans[place] = time.perf_counter() - start
+        contender.after()
         if wrong is not None:
             wrong[place] = contender.wrong(result)
 

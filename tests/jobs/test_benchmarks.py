@@ -113,6 +113,29 @@ def test_every_collective_on_three_ranks(bench: Callable[..., list[dict[str, Any
     assert {row["nbytes"] for row in rows} == {4, 12, 71676, 71680}
 
 
+def test_training_steps_beside_torch(bench: Callable[..., list[dict[str, Any]]]) -> None:
+    rows = bench(2, "train_step.py", "--scale", 32)
+    assert [(row["model"], row["impl"]) for row in rows] == [
+        (model, impl)
+        for model in ("mlp", "transformer")
+        for impl in ("alone", "no_sync", "ours", "ddp")
+    ]
+    for row in rows:
+        assert row["ranks"] == 2 and row["wrong"] == 0 and row["median_us"] > 0
+        if row["impl"] == "ours":
+            assert row["buckets"]
+            # The reduction of a bucket has the bytes of its gradients, all of them together.
+            assert sum(bucket["nbytes"] for bucket in row["buckets"]) == 4 * row["parameters"]
+            for bucket in row["buckets"]:
+                assert bucket["exposed_us"] >= 0 and bucket["hidden_us"] >= 0
+
+
+def test_the_linear_workload_beside_torch(bench: Callable[..., list[dict[str, Any]]]) -> None:
+    rows = bench(3, "linear.py", "--steps", 3)
+    assert [row["impl"] for row in rows] == ["alone", "ours", "ddp"]
+    assert all(row["wrong"] == 0 and row["steps_per_second"] > 0 for row in rows)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

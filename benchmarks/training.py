@@ -1,0 +1,92 @@
+"""What the benchmarks of training share: one step, who waits, and whether replicas are equal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from harness import Contender
+from torch import Tensor, nn
+
+import ringfold
+
+LEARNING_RATE = 1e-3
+NAP = 5e-4
+"""Seconds between two looks of a rank that waits asleep."""
+
+
+@dataclass
+class Trainer:
+    """A model, perhaps wrapped, and its plain SGD."""
+
+    model: nn.Module
+    loss: Callable[[Tensor, Tensor], Tensor]
+    lr: float = LEARNING_RATE
+
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=self.lr)
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        """Forward, backward with whatever the wrapper does there, and the optimizer's step."""
+        self.optimizer.zero_grad()
+        self.loss(self.model(x), y).backward()
+        self.optimizer.step()
+
+    def no_sync(self) -> Any:
+        return (
+            self.model.no_sync() if isinstance(self.model, ringfold.DataParallel) else nullcontext()
+        )
+
+
+class Alone:
+    """Let rank 0 work while the others sleep, so that it has the machine to itself."""
+
+    def __init__(self, comm: ringfold.Communicator) -> None:
+        from mpi4py import MPI
+
+        self.rank = comm.rank
+        self.mpi = MPI.COMM_WORLD.Dup()
+
+    def contender(self, run: Callable[[], object]) -> Contender:
+        """Return what only rank 0 runs."""
+        return Contender("alone", run if self.rank == 0 else lambda: None, after=self.wait)
+
+    def wait(self) -> None:
+        """Wait for all ranks, asleep: MPI's own waiting would keep a core busy."""
+        request = self.mpi.Ibarrier()
+        while not request.Test():
+            time.sleep(NAP)
+
+    def close(self) -> None:
+        self.mpi.Free()
+
+
+def differing(comm: ringfold.Communicator, model: nn.Module) -> int:
+    """Count the elements of this rank's parameters that are not the largest over the ranks.
+
+    Zero on all ranks if the replicas are equal. Collective.
+    """
+    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    return int((comm.allreduce(flat.clone(), "max") != flat).sum())
+
+
+def repeated(step: Callable[[], object], times: int) -> Callable[[], None]:
+    """Return a function that takes so many steps."""
+
+    def run() -> None:
+        for _ in range(times):
+            step()
+
+    return run
+
+
+def median_row(rows: Sequence[dict[str, Any]], impl: str, **where: Any) -> dict[str, Any] | None:
+    """Find the row of an impl, None where there is none."""
+    for row in rows:
+        if row["impl"] == impl and all(row[key] == value for key, value in where.items()):
+            return row
+    return None
