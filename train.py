@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import ringfold
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from ringfold.workloads.engines import Engine
+    from ringfold.workloads.keeper import Keeper
     from ringfold.workloads.workload import Data, Workload
 
 
@@ -39,6 +40,10 @@ class Training:
     engine: Engine
     whole: list[tuple[str, torch.nn.Parameter]]  # of the unsplit model
     num_steps: int
+    optimizer: torch.optim.Optimizer
+    losses: GlobalLosses
+    keeper: Keeper
+    first_step: int
 
 
 def main() -> int:
@@ -53,12 +58,12 @@ def main() -> int:
             options = settle(comm, parsed)
             check_equal(comm, repr(options), "the options of train.py")
             training = prepare(comm, options)
-        except UsageError as error:
+            run(comm, training)
+        except (UsageError, ringfold.CheckpointError) as error:
             if comm.rank == 0:
                 print(f"train.py: error: {error}", file=sys.stderr, flush=True)
             comm.barrier()  # the first rank that ends with a failure makes mpirun end the others
             return 2
-        run(comm, training)
     return 0
 
 
@@ -83,6 +88,7 @@ def prepare(comm: ringfold.Communicator, options: Options) -> Training:
     import torch
 
     from ringfold.workloads import engines, report
+    from ringfold.workloads.keeper import Keeper
     from ringfold.workloads.workload import Share
 
     if options.report is not None:
@@ -105,7 +111,25 @@ def prepare(comm: ringfold.Communicator, options: Options) -> Training:
     check_equal(comm, data.fingerprint, "the data")
     num_steps = settle(comm, lambda: count_steps(options, data))
     engine = engines.make_engine(layers, workload, mesh, options, grid)
-    return Training(options, grid, mesh, workload, data, engine, whole, num_steps)
+    # An optimizer refuses to have nothing to do, as on a stage of layers without parameters.
+    parameters = [p for _, p in engine.named_parameters()] or [torch.nn.Parameter(torch.zeros(0))]
+    optimizer = workload.optimizer(parameters, options.lr)
+    losses = GlobalLosses(mesh.data)
+    keeper = Keeper(comm, options, data, engine, optimizer, losses)
+    return Training(
+        options,
+        grid,
+        mesh,
+        workload,
+        data,
+        engine,
+        whole,
+        num_steps,
+        optimizer,
+        losses,
+        keeper,
+        first_step=keeper.resume(),
+    )
 
 
 def loaded(name: str) -> Workload:
@@ -135,15 +159,25 @@ def run(comm: ringfold.Communicator, training: Training) -> None:
     options, grid, data, engine = training.options, training.grid, training.data, training.engine
     if comm.rank == 0:
         print(describe(training), *data.facts, sep="\n", flush=True)
+        if training.first_step:
+            print(f"going on after step {training.first_step}", flush=True)
     losses, seconds = fit(comm, training)
+    checkpoints = training.keeper.finish()
     sums = data.evaluate(engine.predict)
     # The last stage alone sees outputs; where every stage does, each sample counts pipe times.
     metric = data.metric(comm.allreduce(sums))
     digest = weights_sha256(training.mesh, training.whole, engine.named_parameters())
     if comm.rank == 0:
-        rate = training.num_steps * options.batch_size / seconds
-        print(f"{training.num_steps} steps in {seconds:.1f} s, {rate:,.0f} samples/s")
+        steps = training.num_steps - training.first_step
+        rate = steps * options.batch_size / seconds
+        print(f"{steps} steps in {seconds:.1f} s, {rate:,.0f} samples/s")
         print(*(f"{name}: {value:.4f}" for name, value in metric.items()), sep="\n")
+        if checkpoints is not None:
+            print(
+                f"{checkpoints.count} checkpoints: training stood still for "
+                f"{checkpoints.stood_still_seconds:.2f} s, writing took "
+                f"{checkpoints.writing_seconds:.2f} s"
+            )
         if options.report is not None:
             write(
                 options.report,
@@ -158,6 +192,8 @@ def run(comm: ringfold.Communicator, training: Training) -> None:
                     losses=losses,
                     final_metric=metric,
                     weights_sha256=digest,
+                    resumed_at=training.first_step,
+                    checkpoints=checkpoints,
                 ),
             )
 
@@ -173,16 +209,15 @@ def describe(training: Training) -> str:
 
 def fit(comm: ringfold.Communicator, training: Training) -> tuple[list[float], float]:
     """Return the loss of every step's global batch, and the seconds that all steps took."""
-    import torch
     from tqdm import tqdm
 
+    from ringfold.workloads.keeper import batches_from
+
     options, engine, data = training.options, training.engine, training.data
-    # An optimizer refuses to have nothing to do, as on a stage of layers without parameters.
-    parameters = [p for _, p in engine.named_parameters()] or [torch.nn.Parameter(torch.zeros(0))]
-    optimizer = training.workload.optimizer(parameters, options.lr)
-    losses = GlobalLosses(training.mesh.data)
+    optimizer, losses, first = training.optimizer, training.losses, training.first_step
     bar = tqdm(
         total=training.num_steps * options.batch_size,
+        initial=first * options.batch_size,
         disable=comm.rank != 0,
         unit=" samples",
         unit_scale=True,
@@ -190,9 +225,9 @@ def fit(comm: ringfold.Communicator, training: Training) -> tuple[list[float], f
     )
     comm.barrier()
     start = time.perf_counter()
-    batches = (batch for epoch in count() for batch in data.batches(epoch))
+    batches = islice(batches_from(data, first), max(training.num_steps - first, 0))
     with bar:
-        for step, (x, y) in enumerate(islice(batches, training.num_steps)):
+        for step, (x, y) in enumerate(batches, first):
             for group in optimizer.param_groups:
                 group["lr"] = options.lr * training.workload.decay(step / training.num_steps)
             optimizer.zero_grad()
@@ -201,6 +236,7 @@ def fit(comm: ringfold.Communicator, training: Training) -> tuple[list[float], f
             if losses.known:
                 bar.set_postfix_str(f"loss {losses.known[-1]:.4f}", refresh=False)
             bar.update(options.batch_size)
+            training.keeper.after(step + 1, last=step + 1 == training.num_steps)
         losses.flush()
     return losses.known, time.perf_counter() - start
 

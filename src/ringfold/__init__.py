@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from .comm.schedule import Round, Schedule
     from .comm.settings import Settings
     from .comm.work import Work
+    from .parallel.checkpoint.errors import CheckpointError
+    from .parallel.checkpoint.session import Checkpoints, load, save
+    from .parallel.checkpoint.streams import RandomStreams
     from .parallel.data_parallel import DataParallel
     from .parallel.mesh import Mesh
     from .parallel.pipeline import Pipeline
@@ -29,6 +32,11 @@ _HOMES = {
     "MismatchError": "comm.errors",
     "PeerLost": "comm.errors",
     "ScheduleError": "comm.errors",
+    "CheckpointError": "parallel.checkpoint.errors",
+    "Checkpoints": "parallel.checkpoint.session",
+    "RandomStreams": "parallel.checkpoint.streams",
+    "load": "parallel.checkpoint.session",
+    "save": "parallel.checkpoint.session",
     "DataParallel": "parallel.data_parallel",
     "Mesh": "parallel.mesh",
     "Pipeline": "parallel.pipeline",
@@ -37,6 +45,8 @@ _HOMES = {
 """name -> the module that has it, imported when the name is first used: torch only for engines."""
 
 __all__ = [
+    "CheckpointError",
+    "Checkpoints",
     "CommError",
     "CommTimeout",
     "Communicator",
@@ -45,13 +55,16 @@ __all__ = [
     "MismatchError",
     "PeerLost",
     "Pipeline",
+    "RandomStreams",
     "Round",
     "Schedule",
     "ScheduleError",
     "Settings",
     "ShardedOptimizer",
     "Work",
+    "load",
     "run_local",
+    "save",
 ]
 
 __version__ = "0.1.0"

@@ -91,6 +91,8 @@ def test_text_beats_the_single_bytes(train: Callable[..., dict[str, Any]], pipe:
         (2, "--report no/such/folder/report.json", "there is no folder"),
         (7, "--workload text --pipe 7", "6 layers"),
         (1, "--steps 0", "expected 1 or more"),
+        (2, "--every 5", "--every needs --checkpoint DIR"),
+        (2, "--checkpoint /proc/ringfold", "No such file or directory: '/proc/ringfold'"),
     ],
 )
 def test_bad_options_are_refused_once_before_training(

@@ -16,7 +16,7 @@ FOLDERS = {
     "ringfold": ROOT / "src" / "ringfold",
 }
 ORDER = ("ringfold.kernels", "ringfold.comm", "ringfold.parallel", "ringfold")
-OPTIONAL = {"mpi4py", "torch", "cupy", "sklearn", "tqdm", "rich", "matplotlib"}
+OPTIONAL = {"mpi4py", "torch", "cupy", "sklearn", "tqdm", "rich", "matplotlib", "safetensors"}
 PURE_IN_PARALLEL = {f"ringfold.parallel.{name}" for name in ("actions", "plan", "buckets")} | {
     "ringfold.parallel.partition"
 }
@@ -34,6 +34,8 @@ def allowed(module: str) -> set[str]:
         libraries |= {"cupy"}
     if layer == "ringfold.parallel" and module not in PURE_IN_PARALLEL:
         libraries |= {"torch"}
+    if module.startswith("ringfold.parallel.checkpoint."):
+        libraries |= {"safetensors"}
     if layer == "ringfold":
         libraries |= OPTIONAL - {"mpi4py"}
     return libraries

@@ -25,7 +25,11 @@ class Engine(Protocol):
     the global batch, and returns a loss whose mean over the data ranks is that of the global batch.
     `predict` returns the model's output, or None on a rank without its last layer.
     `named_parameters` yields this rank's part under the names of the unsplit nn.Sequential.
+    `state` is what has this part's parameters and buffers as a state_dict, by the same names.
     """
+
+    @property
+    def state(self) -> DataParallel | Pipeline: ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
@@ -47,6 +51,10 @@ class Replicas:
             bucket_bytes=int(options.bucket_mb * 2**20),
             wire=options.wire,
         )
+
+    @property
+    def state(self) -> DataParallel:
+        return self.model
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.model.named_parameters()
@@ -84,6 +92,10 @@ class Stages:
             bucket_bytes=int(options.bucket_mb * 2**20),
             wire_dtype=options.wire,
         )
+
+    @property
+    def state(self) -> Pipeline:
+        return self.pipeline
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.pipeline.named_parameters()

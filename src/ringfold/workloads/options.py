@@ -38,6 +38,10 @@ class Options:
     bucket_mb: float
     wire: str | None
     report: Path | None
+    checkpoint: Path | None
+    every: int
+    keep: int
+    resume: bool
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,10 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     found = _parser().parse_args(arguments)
     if found.wire is not None and found.wire_dtype is not None:
         raise UsageError("--wire and --wire-dtype say the same: give one of them")
+    if found.checkpoint is None:
+        given = [f"--{name}" for name in ("every", "keep", "resume") if getattr(found, name)]
+        if given:
+            raise UsageError(f"{given[0]} needs --checkpoint DIR")
     defaults = WORKLOADS[found.workload]
     return Options(
         workload=found.workload,
@@ -76,6 +84,10 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         bucket_mb=found.bucket_mb,
         wire=found.wire_dtype if found.wire is None else found.wire,
         report=found.report,
+        checkpoint=found.checkpoint,
+        every=100 if found.every is None else found.every,
+        keep=3 if found.keep is None else found.keep,
+        resume=found.resume,
     )
 
 
@@ -187,6 +199,25 @@ def _parser() -> argparse.ArgumentParser:
         type=_wire,
         metavar="FORMAT",
         help="how gradients travel: a type as above, powersgd:RANK or topk:RATIO",
+    )
+    store = parser.add_argument_group("checkpoints")
+    store.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="write checkpoints into this folder"
+    )
+    store.add_argument(
+        "--every",
+        type=_whole(1),
+        metavar="N",
+        help="after every N steps, and the last (default: 100)",
+    )
+    store.add_argument(
+        "--keep", type=_whole(1), metavar="K", help="keep the newest K of them (default: 3)"
+    )
+    store.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest whole checkpoint in DIR, on any number of ranks; from the start"
+        " if there is none",
     )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
     return parser

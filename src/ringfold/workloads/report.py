@@ -19,14 +19,28 @@ from .options import UsageError
 if TYPE_CHECKING:
     from ..parallel.mesh import Mesh
 
-__all__ = ["Report", "check_writable", "weights_sha256", "write"]
+__all__ = ["CheckpointTimes", "Report", "check_writable", "weights_sha256", "write"]
+
+
+@dataclass(frozen=True)
+class CheckpointTimes:
+    """Say how many checkpoints were written, and what they cost on rank 0.
+
+    Training stood still for `stood_still_seconds` in all; writing took `writing_seconds`, in the
+    background.
+    """
+
+    count: int
+    stood_still_seconds: float
+    writing_seconds: float
 
 
 @dataclass(frozen=True)
 class Report:
     """Hold the numbers of a run; `losses` has one entry per step, of the global batch.
 
-    `seconds` is the time of the steps alone, without set-up and evaluation.
+    `seconds` is the time of the steps alone, without set-up and evaluation; a resumed run's are
+    those from `resumed_at` on.
     """
 
     workload: str
@@ -39,6 +53,8 @@ class Report:
     losses: Sequence[float]
     final_metric: dict[str, float]
     weights_sha256: str
+    resumed_at: int = 0
+    checkpoints: CheckpointTimes | None = None
 
 
 def check_writable(path: Path) -> None:

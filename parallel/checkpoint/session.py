@@ -1,0 +1,294 @@
+"""Save and load as all ranks do it together."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .agreement import agree, gather_texts
+from .errors import CheckpointError, Damaged
+from .files import read_tensors
+from .manifest import Manifest
+from .shares import captured_by, share_out, summary_of
+from .state import Part, parts_of
+from .store import Place, open_partial, places, read_manifest
+from .writer import Job, Writing
+
+if TYPE_CHECKING:
+    from ...comm.communicator import Communicator
+
+__all__ = ["Checkpoints", "Loaded", "load", "save"]
+
+_VISIBLE = 5.0
+"""Seconds until a folder that rank 0 has made must be seen by all ranks."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Tell what was loaded: the plain values of the state by name, and where from.
+
+    damaged: one line for every newer checkpoint that was passed over.
+    """
+
+    step: int
+    path: Path
+    values: Mapping[str, Any]
+    damaged: tuple[str, ...]
+
+
+class Checkpoints:
+    """Write checkpoints into a folder while training goes on, and load the newest whole one.
+
+    folder: shared by all ranks.  keep: how many checkpoints stay, the newest; None for all.
+    patience: seconds that rank 0 waits for the slowest rank's file.
+
+    A state maps names of your choice to objects: modules, DataParallel or Pipeline engines, torch
+    optimizers of their parameters, a `RandomStreams()`, and nestings of plain values and tensors
+    that are the same on every rank. What several ranks hold is written by one of them. All methods
+    are collective over `comm`. CheckpointError on all ranks alike, before anything old is touched.
+
+    stood_still: seconds that this rank's program has waited in `save`.
+    writing: seconds that writing has taken in the background.  count: checkpoints begun.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        comm: Communicator,
+        *,
+        keep: int | None = None,
+        patience: float = 600.0,
+    ) -> None:
+        if keep is not None and keep < 1:
+            raise ValueError(f"expected keep >= 1 or None, got {keep}")
+        self.folder = Path(folder)
+        self.comm = comm
+        self.stood_still = 0.0
+        self.writing = 0.0
+        self.count = 0
+        self._keep = keep
+        self._patience = patience
+        self._writing: Writing | None = None
+        self._copies: dict[str, Tensor] = {}
+
+    def save(self, state: Mapping[str, Any], step: int) -> None:
+        """Copy the state and return; it is written in the background.
+
+        Waits for the checkpoint before, if that is still being written, and raises its error.
+        The copies stay allocated for the next one: about this rank's share of the checkpoint.
+        """
+        start = time.perf_counter()
+        try:
+            self.wait()
+            captured, complaint = captured_by(state, self.comm)
+            agree(self.comm, complaint, f"checkpoint of step {step}")
+            rows = gather_texts(self.comm, summary_of(captured))
+            chosen, values, nbytes = share_out([json.loads(row) for row in rows])
+            partial = self._open(step, nbytes)
+            mine = {n: captured.tensors[n] for n, r in chosen.items() if r == self.comm.rank}
+            self._writing = Writing(
+                Job(
+                    partial=partial,
+                    step=step,
+                    rank=self.comm.rank,
+                    num_ranks=self.comm.size,
+                    tensors=self._copy(mine),
+                    values=values,
+                    keep=self._keep,
+                    patience=self._patience,
+                )
+            )
+            self.count += 1
+        finally:
+            self.stood_still += time.perf_counter() - start
+
+    def wait(self) -> Path | None:
+        """Return when the checkpoint begun last is whole on the disk, with its path on rank 0."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return None
+        writing.join()
+        self.writing += writing.seconds
+        agree(self.comm, writing.error, f"checkpoint of step {writing.job.step} in {self.folder}")
+        return writing.path
+
+    def load(self, state: Mapping[str, Any], step: int | None = None) -> Loaded:
+        """Restore the objects of a state, in place, from the newest whole checkpoint.
+
+        step: from the newest of that step instead. Damaged ones are passed over with a warning on
+        rank 0. Every name, shape, dtype and checksum is checked on all ranks before anything is
+        overwritten. CheckpointError where none is whole, or where one does not fit.
+        """
+        names = ""
+        if self.comm.rank == 0:
+            found = places(self.folder)
+            names = "\n".join(p.path.name for p in found if step is None or p.step == step)
+        candidates = gather_texts(self.comm, names)[0].split()
+        known = {place.path.name: place for place in places(self.folder)}
+        parts = parts_of(state, self.comm.rank, self.comm.size)
+        damaged: list[str] = []
+        for name in candidates:
+            attempt = _Attempt(known.get(name), name, parts)
+            problem = self._first_problem(attempt, parts)
+            if problem is None:
+                values = {path: part.restore(*attempt.found) for path, part in parts.items()}
+                plain = {path: value for path, value in values.items() if value is not None}
+                return Loaded(attempt.step, self.folder / name, plain, tuple(damaged))
+            damaged.append(problem)
+            if self.comm.rank == 0:
+                warnings.warn(
+                    f"{self.folder / name} is damaged, taking the one before: {problem}",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+        what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        reasons = "".join(f"\n  {line}" for line in damaged)
+        raise CheckpointError(f"{self.folder} has {what} that can be loaded{reasons}")
+
+    def probe(self) -> None:
+        """Raise CheckpointError now if the folder cannot be made, written, or seen by all ranks."""
+        partial = self._open(0, 0)
+        self.comm.barrier()
+        if self.comm.rank == 0:
+            partial.rmdir()
+
+    def newest(self) -> int | None:
+        """Return the step of the newest checkpoint, None where there is none; by name alone."""
+        mine = ""
+        if self.comm.rank == 0:
+            found = places(self.folder)
+            mine = str(found[0].step) if found else ""
+        text = gather_texts(self.comm, mine)[0]
+        return int(text) if text else None
+
+    def give_up(self) -> None:
+        """Stop what is being written; not collective."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.give_up()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # Waiting is collective: a rank that fails must not wait for the others.
+        if kind is None:
+            self.wait()
+        else:
+            self.give_up()
+
+    def _open(self, step: int, nbytes: int) -> Path:
+        text, complaint = "", ""
+        if self.comm.rank == 0:
+            try:
+                text = open_partial(self.folder, step, nbytes).name
+            except OSError as error:
+                complaint = str(error)
+        what = f"checkpoint of step {step} in {self.folder}"
+        agree(self.comm, complaint, what)
+        partial = self.folder / gather_texts(self.comm, text)[0]
+        end = time.monotonic() + _VISIBLE
+        while not partial.is_dir() and time.monotonic() < end:
+            time.sleep(0.01)
+        seen = partial.is_dir()
+        agree(self.comm, "" if seen else "does not see the folder that rank 0 has made", what)
+        return partial
+
+    def _copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copy into last time's memory where it fits: new pages would cost more than copying."""
+        kept = self._copies
+        self._copies = {}
+        for name, tensor in tensors.items():
+            copy = kept.get(name)
+            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+                copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+            copy.copy_(tensor.detach())
+            self._copies[name] = copy
+        return self._copies
+
+    def _first_problem(self, attempt: _Attempt, parts: Mapping[str, Part]) -> str | None:
+        """Return what is damaged, on any rank; CheckpointError if it is whole, but does not fit."""
+        rows = [json.loads(row) for row in gather_texts(self.comm, attempt.read())]
+        damaged = [row["damaged"] for row in rows if row["damaged"]]
+        if damaged:
+            return str(damaged[0])
+        misfit = next((row["misfit"] for row in rows if row["misfit"]), None)
+        if misfit is not None:
+            raise CheckpointError(f"{self.folder / attempt.name} does not fit: {misfit}")
+        wanted = {name for row in rows for name in row["wanted"]}
+        for path, part in parts.items():
+            inside = {n for n in attempt.manifest.tensors if n.startswith(f"{path}/")}
+            if part.whole and (unknown := sorted(inside - wanted)):
+                raise CheckpointError(
+                    f"{self.folder / attempt.name} does not fit: tensor {unknown[0]}"
+                    f" and {len(unknown) - 1} more of its {path} are on no rank"
+                )
+        return None
+
+
+class _Attempt:
+    """One rank's reading of one checkpoint."""
+
+    def __init__(self, place: Place | None, name: str, parts: Mapping[str, Part]) -> None:
+        self.place, self.name, self.parts = place, name, parts
+        self.manifest: Manifest
+        self.tensors: dict[str, Tensor] = {}
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def found(self) -> tuple[Manifest, dict[str, Tensor]]:
+        return self.manifest, self.tensors
+
+    def read(self) -> str:
+        """Read all that this rank wants; return JSON that says what was wrong."""
+        wanted: list[str] = []
+        damaged = misfit = ""
+        try:
+            if self.place is None:
+                raise Damaged("this rank does not see the folder")
+            self.manifest = read_manifest(self.place)
+            wanted = [name for part in self.parts.values() for name in part.wanted(self.manifest)]
+            entries = {name: self.manifest.tensors[name] for name in wanted}
+            self.tensors = read_tensors(self.place.path, self.manifest.files, entries)
+        except Damaged as error:
+            damaged = str(error)
+        except CheckpointError as error:
+            misfit = str(error)
+        return json.dumps({"damaged": damaged, "misfit": misfit, "wanted": wanted})
+
+
+def save(
+    folder: str | Path,
+    state: Mapping[str, Any],
+    comm: Communicator,
+    *,
+    step: int = 0,
+    keep: int | None = None,
+) -> None:
+    """Write one checkpoint and wait until it is whole; see `Checkpoints`.  Collective."""
+    with Checkpoints(folder, comm, keep=keep) as checkpoints:
+        checkpoints.save(state, step)
+
+
+def load(
+    folder: str | Path, state: Mapping[str, Any], comm: Communicator, *, step: int | None = None
+) -> Loaded:
+    """Restore a state from the newest whole checkpoint; see `Checkpoints.load`.  Collective."""
+    return Checkpoints(folder, comm).load(state, step)

@@ -1,0 +1,83 @@
+"""Which rank writes what, decided alike on every rank from what each one holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import CheckpointError
+from .files import DTYPES
+from .state import Captured, parts_of
+
+if TYPE_CHECKING:
+    from ...comm.communicator import Communicator
+
+__all__ = ["assign", "captured_by", "share_out", "summary_of"]
+
+
+def captured_by(state: Mapping[str, Any], comm: Communicator) -> tuple[Captured, str]:
+    """Return what this rank holds, and what is wrong with it, or no text."""
+    captured = Captured()
+    try:
+        for part in parts_of(state, comm.rank, comm.size).values():
+            part.capture(captured)
+        for name, tensor in captured.tensors.items():
+            if tensor.dtype not in DTYPES:
+                raise TypeError(f"tensor {name}: {tensor.dtype} has no place in a safetensors file")
+            if tensor.layout != torch.strided:
+                raise TypeError(f"tensor {name}: expected a dense one, got {tensor.layout}")
+    except (TypeError, CheckpointError) as error:
+        return captured, str(error)
+    return captured, ""
+
+
+def summary_of(captured: Captured) -> str:
+    """Return JSON of all but the tensors' contents."""
+    held = {
+        name: [t.nbytes, DTYPES[t.dtype], list(t.shape)] for name, t in captured.tensors.items()
+    }
+    return json.dumps({"tensors": held, "values": captured.values})
+
+
+def share_out(rows: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, Any], int]:
+    """Return who writes each tensor, all values, and all bytes; the same on every rank.
+
+    CheckpointError where ranks differ in what should be one thing.
+    """
+    holders: dict[str, tuple[int, list[int]]] = {}
+    kinds: dict[str, tuple[int, Any]] = {}
+    values: dict[str, tuple[int, Any]] = {}
+    for rank, row in enumerate(rows):
+        for name, (nbytes, *kind) in row["tensors"].items():
+            _same(kinds, name, rank, kind)
+            holders.setdefault(name, (nbytes, []))[1].append(rank)
+        for path, value in row["values"].items():
+            _same(values, path, rank, value)
+    chosen = assign(holders, len(rows))
+    total = sum(nbytes for nbytes, _ in holders.values())
+    return chosen, {path: value for path, (_, value) in values.items()}, total
+
+
+def _same(known: dict[str, tuple[int, Any]], name: str, rank: int, value: Any) -> None:
+    first, expected = known.setdefault(name, (rank, value))
+    if value != expected:
+        raise CheckpointError(
+            f"{name} differs between ranks: rank {first} has {str(expected)[:200]}, "
+            f"rank {rank} has {str(value)[:200]}"
+        )
+
+
+def assign(holders: Mapping[str, tuple[int, list[int]]], num_ranks: int) -> dict[str, int]:
+    """Choose who writes each tensor, given name -> (bytes, ranks that hold it).
+
+    The largest first, each to the holder with the least so far: the same on every rank.
+    """
+    load = [0] * num_ranks
+    chosen = {}
+    for name, (nbytes, ranks) in sorted(holders.items(), key=lambda row: (-row[1][0], row[0])):
+        chosen[name] = min(ranks, key=lambda rank: (load[rank], rank))
+        load[chosen[name]] += nbytes
+    return chosen

@@ -1,0 +1,100 @@
+"""A folder of checkpoints: what is whole in it, how one more comes in, how old ones go.
+
+A checkpoint is a folder SEQUENCE-step-STEP; the highest sequence number is the newest, whatever its
+step. It comes into being by one rename, so there is never half of one under such a name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import Damaged
+from .files import fsync_folder, write_text
+from .manifest import Manifest, from_text, to_text
+
+__all__ = [
+    "MANIFEST",
+    "Place",
+    "commit",
+    "open_partial",
+    "part_name",
+    "places",
+    "read_manifest",
+]
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"(\d{6,})-step-(\d+)")
+_PARTIAL = ".partial-"
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """One checkpoint's folder, known by its name alone."""
+
+    sequence: int
+    step: int
+    path: Path
+
+
+def places(root: Path) -> list[Place]:
+    """Return all checkpoints in a folder, the newest first; none if there is no such folder."""
+    if not root.is_dir():
+        return []
+    matches = ((_NAME.fullmatch(path.name), path) for path in root.iterdir())
+    found = [Place(int(m[1]), int(m[2]), path) for m, path in matches if m and path.is_dir()]
+    return sorted(found, reverse=True)
+
+
+def read_manifest(place: Place) -> Manifest:
+    """Return a checkpoint's manifest; Damaged if there is no whole one."""
+    try:
+        text = (place.path / MANIFEST).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Damaged(f"{MANIFEST}: {error}") from None
+    manifest = from_text(text)
+    if manifest.step != place.step:
+        raise Damaged(f"{MANIFEST}: of step {manifest.step}, in the folder {place.path.name}")
+    return manifest
+
+
+def part_name(rank: int) -> str:
+    """Return the name of the file that a rank writes, without its suffix."""
+    return f"rank-{rank:05d}"
+
+
+def open_partial(root: Path, step: int, nbytes: int) -> Path:
+    """Make the folder in which the next checkpoint is written, and return it.
+
+    What killed runs have left is removed. OSError if the folder cannot be made or written, or if
+    the disk has no room for nbytes bytes; nothing old is touched.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    for stale in root.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    disk = os.statvfs(root)
+    free = disk.f_bavail * disk.f_frsize
+    if free < nbytes:
+        raise OSError(f"the disk has {free} bytes free, the checkpoint needs {nbytes}")
+    sequence = max((place.sequence for place in places(root)), default=0) + 1
+    partial = root / f"{_PARTIAL}{sequence:06d}-step-{step}"
+    partial.mkdir()
+    return partial
+
+
+def commit(partial: Path, manifest: Manifest, keep: int | None) -> Path:
+    """Write the manifest, give the folder its name, and remove all but the newest `keep`."""
+    write_text(partial / MANIFEST, to_text(manifest))
+    fsync_folder(partial)
+    final = partial.with_name(partial.name.removeprefix(_PARTIAL))
+    partial.rename(final)
+    fsync_folder(final.parent)
+    for place in places(final.parent)[keep:] if keep is not None else ():
+        # Renamed first, so that a kill does not leave half a checkpoint under a whole one's name.
+        dying = place.path.with_name(f"{_PARTIAL}old-{place.path.name}")
+        place.path.rename(dying)
+        shutil.rmtree(dying, ignore_errors=True)
+    return final

@@ -1,0 +1,77 @@
+"""Plain values as JSON that gives the same types back, with tensors by reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["decode", "encode", "references"]
+
+_TUPLE, _FLOAT, _TENSOR, _KEYS = "tuple", "float", "tensor", "mapping"
+
+
+def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Return JSON for a nesting of dict, list, tuple, str, int, float, bool, None and tensors.
+
+    Tensors are put into `tensors` under their path. TypeError names the path of anything else.
+    """
+    match value:
+        case Tensor():
+            tensors[path] = value
+            return {_TENSOR: path}
+        case None | bool() | str():
+            return value
+        case int():
+            return int(value)
+        case float():
+            return float(value) if math.isfinite(value) else {_FLOAT: repr(float(value))}
+        case tuple():
+            return {_TUPLE: [encode(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]}
+        case list():
+            return [encode(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
+        case Mapping():
+            # As pairs: JSON's own keys are text only.
+            return {
+                _KEYS: [
+                    [_key(k, path), encode(v, f"{path}/{k}", tensors)] for k, v in value.items()
+                ]
+            }
+        case _ if hasattr(value, "item") and getattr(value, "shape", None) == ():
+            return encode(value.item(), path, tensors)  # a NumPy scalar
+    raise TypeError(f"{path}: a {type(value).__name__} cannot be kept without pickle")
+
+
+def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
+    """Return what `encode` was given; `tensor` looks up a tensor by its path."""
+    if isinstance(value, list):
+        return [decode(v, tensor) for v in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, inner),) = value.items()
+    table: Mapping[str, Callable[[], Any]] = {
+        _TENSOR: lambda: tensor(inner),
+        _FLOAT: lambda: float(inner),
+        _TUPLE: lambda: tuple(decode(v, tensor) for v in inner),
+        _KEYS: lambda: {k: decode(v, tensor) for k, v in inner},
+    }
+    return table[kind]()
+
+
+def references(value: Any) -> list[str]:
+    """Return the paths of all tensors in an encoded value."""
+    found: list[str] = []
+
+    def note(path: str) -> Any:
+        found.append(path)
+
+    decode(value, note)
+    return found
+
+
+def _key(key: Any, path: str) -> str | int:
+    if not isinstance(key, (str, int)):
+        raise TypeError(f"{path}: a {type(key).__name__} as a key cannot be kept without pickle")
+    return key

@@ -1,0 +1,137 @@
+"""Write one checkpoint behind the back of training: every rank its file, rank 0 the manifest.
+
+The ranks tell each other through the folder, which they share anyway: their collectives belong to
+training meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .files import write_tensors, write_text
+from .manifest import Entry, Manifest
+from .store import commit, part_name
+
+__all__ = ["Job", "Writing"]
+
+_LOOK = 0.005
+"""Seconds between two looks of rank 0 for what the others have finished."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that writing needs to know; the tensors are this rank's own copies.
+
+    keep: how many checkpoints stay, None for all.  patience: seconds for the slowest rank.
+    """
+
+    partial: Path
+    step: int
+    rank: int
+    num_ranks: int
+    tensors: Mapping[str, Tensor]
+    values: Mapping[str, Any]
+    keep: int | None
+    patience: float
+
+
+class Writing:
+    """One checkpoint on its way to the disk, in a thread."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.seconds = 0.0
+        self.error: str = ""
+        self.path: Path | None = None
+        self._given_up = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ringfold-checkpoint", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> bool:
+        """Tell whether the thread still works; the others' may, too."""
+        return self._thread.is_alive()
+
+    def join(self) -> None:
+        """Wait until this rank's part is done."""
+        self._thread.join()
+
+    def give_up(self) -> None:
+        """End soon, without a checkpoint unless it is whole already."""
+        self._given_up.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        start = time.perf_counter()
+        job = self.job
+        try:
+            done: dict[str, Any] = self._write_own()
+            if job.rank == 0:
+                rows = [done, *(self._result_of(rank) for rank in range(1, job.num_ranks))]
+                self.path = commit(job.partial, self._manifest(rows), job.keep)
+        except Exception as error:  # the waiter reports it, on all ranks
+            self.error = f"{type(error).__name__}: {error}"
+            if job.rank == 0:
+                shutil.rmtree(job.partial, ignore_errors=True)
+            else:
+                self._tell({"error": self.error})
+        self.seconds = time.perf_counter() - start
+
+    def _write_own(self) -> dict[str, Any]:
+        job = self.job
+        name = f"{part_name(job.rank)}.safetensors"
+        nbytes, entries = write_tensors(job.partial / name, job.tensors)
+        done = {
+            "file": name,
+            "nbytes": nbytes,
+            "tensors": {key: asdict(entry) for key, entry in entries.items()},
+        }
+        if job.rank != 0:
+            self._tell(done)
+        return done
+
+    def _tell(self, what: Mapping[str, Any]) -> None:
+        try:
+            write_text(self.job.partial / f"{part_name(self.job.rank)}.json", json.dumps(what))
+        except OSError:
+            return  # rank 0 has removed the folder, or will run out of patience
+
+    def _result_of(self, rank: int) -> dict[str, Any]:
+        path = self.job.partial / f"{part_name(rank)}.json"
+        end = time.monotonic() + self.job.patience
+        while not path.exists():
+            if self._given_up.is_set():
+                raise InterruptedError("the checkpoint was given up")
+            if time.monotonic() > end:
+                raise TimeoutError(
+                    f"rank {rank} has not written its part within {self.job.patience:g} s"
+                )
+            time.sleep(_LOOK)
+        result: dict[str, Any] = json.loads(path.read_text())
+        if "error" in result:
+            raise OSError(f"rank {rank} could not write its part: {result['error']}")
+        path.unlink()
+        return result
+
+    def _manifest(self, rows: list[dict[str, Any]]) -> Manifest:
+        job = self.job
+        return Manifest(
+            step=job.step,
+            ranks=job.num_ranks,
+            files={row["file"]: row["nbytes"] for row in rows},
+            tensors={
+                key: Entry(e["file"], e["dtype"], tuple(e["shape"]), e["sha256"])
+                for row in rows
+                for key, e in row["tensors"].items()
+            },
+            values=job.values,
+        )

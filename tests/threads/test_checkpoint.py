@@ -1,0 +1,492 @@
+"""Checkpoints on ranks as threads: what comes back, what is refused, and what survives a kill."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import ringfold
+from ringfold import CheckpointError, Checkpoints, Mesh, Pipeline, RandomStreams, run_local
+from ringfold.parallel.checkpoint.errors import Damaged
+from ringfold.parallel.checkpoint.manifest import Entry, Manifest, from_text, to_text
+from ringfold.parallel.checkpoint.shares import assign
+
+LOCK = threading.Lock()  # torch's and Python's global random streams are one for all threads
+
+
+def network(seed):
+    with LOCK, torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Linear(5, 7),
+            nn.BatchNorm1d(7, affine=False),
+            nn.Linear(7, 7, bias=False),
+            nn.Tanh(),
+            nn.Linear(7, 3),
+        )
+
+
+def trained(seed, make=lambda m: torch.optim.AdamW(m.parameters(), lr=0.01, betas=(0.8, 0.9))):
+    model = network(seed)
+    optimizer = make(model)
+    for step in range(3):
+        optimizer.zero_grad()
+        model(torch.arange(20.0).view(4, 5) + step).square().mean().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def same(left, right):
+    assert type(left) is type(right)
+    if isinstance(left, torch.Tensor):
+        assert left.dtype == right.dtype and left.shape == right.shape
+        bits = [t.contiguous().reshape(-1).view(torch.uint8) for t in (left, right)]
+        assert bits[0].equal(bits[1])
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            same(left[key], right[key])
+    elif isinstance(left, list | tuple):
+        assert len(left) == len(right)
+        for pair in zip(left, right, strict=True):
+            same(*pair)
+    else:
+        assert left == right or (left != left and right != right)
+
+
+def groups(model):
+    """Two groups, a frozen parameter, and one that never had a gradient."""
+    model[0].bias.requires_grad_(False)
+    rows = [
+        {"params": list(model[0].parameters()), "lr": 0.05},
+        {"params": [*model[2].parameters(), *model[4].parameters()], "lr": 0.005},
+    ]
+    return torch.optim.Adam(rows, lr=0.1)
+
+
+OPTIMIZERS = {
+    "adamw": lambda m: torch.optim.AdamW(m.parameters(), lr=0.01, betas=(0.8, 0.9)),
+    "sgd": lambda m: torch.optim.SGD(m.parameters(), lr=0.1),
+    "momentum": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, nesterov=True),
+    "groups": groups,
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_model_and_its_optimizer_come_back_to_the_last_bit(tmp_path, size, kind):
+    def main(comm):
+        model, optimizer = trained(1, OPTIMIZERS[kind])
+        ringfold.save(tmp_path, {"m": model, "o": optimizer}, comm, step=3)
+        fresh = network(2)
+        other = OPTIMIZERS[kind](fresh)
+        for group in other.param_groups:
+            group["lr"] = 7.0
+        loaded = ringfold.load(tmp_path, {"m": fresh, "o": other}, comm)
+        assert loaded.step == 3 and loaded.damaged == ()
+        same(dict(model.state_dict()), dict(fresh.state_dict()))
+        same(optimizer.state_dict(), other.state_dict())
+        assert type(other.param_groups[0]["lr"]) is float
+
+    run_local(size, main)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (1, 3), (3, 1)])
+def test_a_checkpoint_of_two_by_two_fits_every_grid(tmp_path, grid):
+    whole, whole_optimizer = trained(1)
+    state = {i: whole_optimizer.state[p] for i, p in whole.named_parameters()}
+
+    def split(comm, data, pipe, seed):
+        mesh = Mesh(comm, data=data, pipe=pipe)
+        engine = Pipeline(network(seed), mesh, loss_fn=nn.functional.mse_loss, microbatches=2)
+        optimizer = torch.optim.AdamW(engine.parameters(), lr=0.01, betas=(0.8, 0.9))
+        return engine, optimizer
+
+    def write(comm):
+        engine, optimizer = split(comm, 2, 2, 5)
+        engine.load_state_dict(whole.state_dict())
+        for name, parameter in engine.named_parameters():
+            optimizer.state[parameter] = {k: v.clone() for k, v in state[name].items()}
+        ringfold.save(tmp_path, {"model": engine, "opt": optimizer}, comm, step=1)
+
+    def read(comm):
+        engine, optimizer = split(comm, *grid, 6)
+        ringfold.load(tmp_path, {"model": engine, "opt": optimizer}, comm)
+        found = {n: optimizer.state[p] for n, p in engine.named_parameters()}
+        return dict(engine.state_dict()), found
+
+    run_local(4, write)
+    files = sorted((tmp_path / "000001-step-1").glob("*.safetensors"))
+    assert len(files) == 4 and all(load_file(file) for file in files)  # all four ranks have written
+    names, states = set(), {}
+    for tensors, found in run_local(grid[0] * grid[1], read):
+        for name, tensor in tensors.items():
+            same(tensor, whole.state_dict()[name])
+        names |= tensors.keys()
+        states |= found
+    assert names == set(whole.state_dict())
+    same(states, state)
+
+
+VALUES = {
+    "plain": [None, True, 0, -3, 2**60, 0.1, -0.0, "text", {"a": (1, (2.5,)), 3: []}],
+    "odd floats": (float("inf"), float("-inf"), float("nan")),
+    "none": torch.zeros(0, 3),
+    "one": torch.tensor(2.5, dtype=torch.float64),
+    "bf16": torch.arange(5).to(torch.bfloat16),
+    "half": torch.arange(5).half(),
+    "bool": torch.tensor([True, False, True]),
+    "bytes": torch.arange(7, dtype=torch.uint8),
+    "complex": torch.tensor([1 + 2j, 3 - 1j]),
+    "strided": torch.arange(12.0).view(3, 4).t(),
+    "nan": torch.tensor([float("nan"), 1.0]),
+}
+
+
+def test_plain_values_and_every_dtype_come_back_without_pickle(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("pickle")
+
+    def main(comm):
+        ringfold.save(tmp_path, {"v": VALUES}, comm)
+        return ringfold.load(tmp_path, {"v": None}, comm).values["v"]
+
+    for module, name in (
+        (pickle, "load"),
+        (pickle, "loads"),
+        (pickle, "Unpickler"),
+        (torch, "load"),
+    ):
+        monkeypatch.setattr(module, name, refuse)
+    for found in run_local(2, main):
+        same(found, VALUES)
+
+
+def test_what_needs_pickle_is_refused_by_its_path(tmp_path):
+    def main(comm):
+        ringfold.save(tmp_path, {"v": {"a": [1, object()]}}, comm)
+
+    with pytest.raises(CheckpointError, match=r"v/a/1: a object cannot be kept without pickle"):
+        run_local(2, main)
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_that_differ_between_ranks_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="v differs between ranks: rank 0 has 0, rank 1"):
+        run_local(2, lambda comm: ringfold.save(tmp_path, {"v": comm.rank}, comm))
+
+
+def numbers(comm, step, size=40):
+    return {"v": {"step": step, "x": torch.full((size,), float(step))}}
+
+
+def three_of_them(tmp_path, keep=None):
+    def main(comm):
+        with Checkpoints(tmp_path, comm, keep=keep) as checkpoints:
+            for step in (10, 20, 30):
+                model = network(step)
+                checkpoints.save({"m": model, **numbers(comm, step)}, step)
+
+    run_local(2, main)
+
+
+def load_newest(tmp_path):
+    def main(comm):
+        model = network(0)
+        loaded = ringfold.load(tmp_path, {"m": model, "v": None}, comm)
+        same(dict(model.state_dict()), dict(network(loaded.step).state_dict()))
+        assert loaded.values["v"]["step"] == loaded.step
+        return loaded
+
+    return run_local(2, main)[0]
+
+
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def test_the_newest_are_kept_and_what_kills_have_left_is_removed(tmp_path):
+    (tmp_path / ".partial-000001-step-5").mkdir()
+    (tmp_path / "notes.txt").write_text("not a checkpoint")
+    three_of_them(tmp_path, keep=2)
+    found = sorted(path.name for path in tmp_path.iterdir())
+    assert found == ["000002-step-20", "000003-step-30", "notes.txt"]
+    assert load_newest(tmp_path).step == 30
+
+
+@pytest.mark.filterwarnings("ignore:.*is damaged:RuntimeWarning")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_damaged_file_is_named_and_the_one_before_is_taken(tmp_path, rank):
+    three_of_them(tmp_path)
+    name = f"rank-0000{rank}.safetensors"
+    newest, middle = tmp_path / "000003-step-30", tmp_path / "000002-step-20"
+    flip(newest / name, -1)
+    (middle / name).unlink()
+    loaded = load_newest(tmp_path)
+    assert loaded.step == 10 and len(loaded.damaged) == 2
+    last = list(json.loads((newest / "manifest.json").read_text())["tensors"].items())
+    assert f"{name}: tensor " in loaded.damaged[0] and "checksum" in loaded.damaged[0]
+    assert any(f"tensor {key} " in loaded.damaged[0] for key, row in last if row["file"] == name)
+    assert name in loaded.damaged[1] and "No such file" in loaded.damaged[1]
+    (tmp_path / "000001-step-10" / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"no checkpoint that can be loaded\n.*\n.*\n.*manif"):
+        load_newest(tmp_path)
+
+
+def test_damage_is_warned_of(tmp_path):
+    three_of_them(tmp_path)
+    (tmp_path / "000003-step-30" / "manifest.json").unlink()
+    with pytest.warns(RuntimeWarning, match=r"000003-step-30 is damaged.*manifest\.json"):
+        assert load_newest(tmp_path).step == 20
+
+
+def test_no_byte_of_a_file_can_be_changed_unseen(tmp_path):
+    """Every byte of a tensor file and of the manifest: damage, or the very same state."""
+    run_local(1, lambda comm: ringfold.save(tmp_path, numbers(comm, 4, size=3), comm, step=4))
+    (place,) = tmp_path.iterdir()
+
+    def main(comm):
+        try:
+            return ringfold.load(tmp_path, {"v": None}, comm).values["v"]
+        except CheckpointError:
+            return None
+
+    seen = 0
+    for path in place.iterdir():
+        data = path.read_bytes()
+        for index in range(0, len(data), 3):
+            flip(path, index)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("warnings.warn", lambda *args, **kwargs: None)
+                found = run_local(1, main)[0]
+            path.write_bytes(data)
+            if found is None:
+                seen += 1
+            else:
+                same(found, numbers(None, 4, size=3)["v"])
+    assert seen > 200
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (
+            lambda m: m.append(nn.Linear(1, 1)),
+            r"tensor m/5\.weight: the checkpoint of step 30 has no",
+        ),
+        (lambda m: m.pop(4), r"tensor m/4\.bias and 1 more of its m are on no rank"),
+        (
+            lambda m: m.insert(4, nn.Linear(7, 9)) and m.pop(5),
+            r"m/4\.weight: expected F32 \(9, 7\), the checkpoint of step 30 has F32 \(3, 7\)",
+        ),
+        (
+            lambda m: m.double(),
+            r"expected F64 \(7, 5\), the checkpoint .* has F32 \(7, 5\)",
+        ),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_before_anything_is_changed(
+    tmp_path, change, complaint
+):
+    three_of_them(tmp_path)
+
+    def main(comm):
+        model = network(0)
+        if comm.rank == 1 or "on no rank" in complaint:  # one rank sees it, all are told
+            change(model)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        with pytest.raises(CheckpointError, match=complaint):
+            ringfold.load(tmp_path, {"m": model, "v": None}, comm)
+        same(before, dict(model.state_dict()))
+
+    run_local(2, main)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    def main(comm):
+        for folder in (tmp_path / "file", Path("/proc/ringfold")):
+            with pytest.raises(CheckpointError, match=r"step 1 in .*: rank 0: \[Errno"):
+                ringfold.save(folder, numbers(comm, 1), comm, step=1)
+            with pytest.raises(CheckpointError, match="rank 0"):
+                Checkpoints(folder, comm).probe()
+
+    run_local(2, main)
+
+
+def test_a_disk_without_room_is_refused_before_writing(tmp_path, monkeypatch):
+    three_of_them(tmp_path)
+    real = os.statvfs(tmp_path)
+    full = type("Full", (), {"f_bavail": 0, "f_frsize": real.f_frsize})
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    with pytest.raises(CheckpointError, match=r"the disk has 0 bytes free, the .* needs 160"):
+        run_local(2, lambda comm: ringfold.save(tmp_path, numbers(comm, 40), comm, step=40))
+    monkeypatch.undo()
+    assert load_newest(tmp_path).step == 30
+
+
+LIMITED = """
+import resource, sys
+import torch, ringfold
+folder = sys.argv[1]
+state = lambda step, n: {"v": {"step": step, "x": torch.full((n,), float(step))}}
+ringfold.run_local(2, lambda comm: ringfold.save(folder, state(1, 10), comm, step=1, keep=1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    ringfold.run_local(2, lambda comm: ringfold.save(folder, state(2, 10**6), comm, step=2, keep=1))
+except ringfold.CheckpointError as error:
+    print(error)
+print(ringfold.run_local(2, lambda comm: ringfold.load(folder, {"v": None}, comm).step))
+"""
+
+
+def test_a_disk_that_fills_up_while_writing_leaves_the_old_one(tmp_path):
+    run = [sys.executable, "-c", LIMITED, str(tmp_path)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint of step 2" in done.stdout and "File too large" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[1, 1]"
+    assert [path.name for path in tmp_path.iterdir()] == ["000001-step-1"]
+
+
+def test_the_copy_is_taken_before_training_goes_on(tmp_path):
+    def main(comm):
+        x = torch.arange(300_000.0)
+        with Checkpoints(tmp_path, comm) as checkpoints:
+            for step in range(3):
+                checkpoints.save({"v": {"x": x}}, step)
+                x.add_(1)  # as an optimizer would, in place, while the file is being written
+        assert checkpoints.count == 3 and checkpoints.stood_still > 0
+        for step in range(3):
+            found = ringfold.load(tmp_path, {"v": None}, comm, step=step).values["v"]["x"]
+            assert found.equal(torch.arange(300_000.0) + step)
+
+    run_local(1, main)
+
+
+def test_random_streams_go_on(tmp_path):
+    import random
+
+    def draw(streams):
+        generator, twister = streams.generators["numpy"], streams.generators["torch"]
+        return (
+            torch.rand(3).tolist(),
+            np.random.rand(3).tolist(),
+            random.random(),
+            random.gauss(0, 1),
+            generator.random(3).tolist(),
+            torch.rand(3, generator=twister).tolist(),
+        )
+
+    def streams():
+        return RandomStreams(numpy=np.random.default_rng(5), torch=torch.Generator().manual_seed(6))
+
+    def main(comm):
+        own = streams()
+        draw(own)
+        ringfold.save(tmp_path, {"random": own}, comm)
+        expected = draw(own)
+        other = streams()
+        ringfold.load(tmp_path, {"random": other}, comm)
+        assert draw(other) == expected
+
+    def read(comm):
+        twister = torch.Generator()
+        ringfold.load(tmp_path, {"random": RandomStreams(own=twister)}, comm)
+        return torch.rand(1, generator=twister).item()
+
+    with torch.random.fork_rng():
+        run_local(1, main)
+        on_two = run_local(2, read)
+        assert len(set(on_two)) == 2 and on_two == run_local(2, read)
+
+
+def test_a_manifest_reads_back_what_it_was_and_nothing_else():
+    manifest = Manifest(
+        3, 2, {"f": 10}, {"a/b": Entry("f", "F32", (2, 0), "00")}, {"v": {"mapping": [[1, None]]}}
+    )
+    text = to_text(manifest)
+    assert from_text(text) == manifest
+    for other in ("", "[]", "null", text.replace("F32", "F64"), text.replace("manifest 1", "2")):
+        if other != text:
+            with pytest.raises(Damaged, match=r"manifest\.json"):
+                from_text(other)
+
+
+def test_writing_is_shared_out_evenly_over_the_holders():
+    holders = {f"t{i}": (100 + i, [0, 1, 2]) for i in range(30)} | {"only": (5000, [1])}
+    chosen = assign(holders, 3)
+    load = [sum(holders[n][0] for n, r in chosen.items() if r == rank) for rank in range(3)]
+    assert chosen["only"] == 1 and load[1] == 5000 and abs(load[0] - load[2]) <= 130
+
+
+KILLED = """
+import os, random, signal, sys, time, warnings
+import torch, ringfold
+folder, kills = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+warnings.simplefilter("error")  # a damaged checkpoint would be warned of
+
+def state(step):
+    return {"v": {"step": step, "x": [torch.full((50_000,), float(step + i)) for i in range(4)]}}
+
+def note(rank):
+    return f"{folder}-done-{rank}"
+
+def write(first):
+    def main(comm):
+        with ringfold.Checkpoints(folder, comm, keep=2) as checkpoints:
+            for step in range(first, 10**9):
+                checkpoints.save(state(step), step)
+                with open(note(comm.rank), "w") as file:
+                    file.write(str(step - 1))  # save() has waited for the one before
+    ringfold.run_local(2, main)
+
+def read(comm):
+    if ringfold.Checkpoints(folder, comm).newest() is not None:
+        return ringfold.load(folder, {"v": None}, comm)
+
+draw, step, within = random.Random(7), 0, 0
+os.mkdir(folder)
+for _ in range(kills):
+    child = os.fork()
+    if child == 0:
+        write(step + 1)
+    time.sleep(draw.uniform(0.0, 0.12))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    within += any(name.startswith(".partial") for name in os.listdir(folder))
+    notes = [open(note(rank)).read() for rank in (0, 1) if os.path.exists(note(rank))]
+    claimed = max(int(text or 0) for text in [*notes, "0"])
+    loaded = ringfold.run_local(1, read)[0]
+    if loaded is None:
+        assert claimed == 0
+        continue
+    assert loaded.step >= max(step, claimed), (loaded.step, step, claimed)
+    found = loaded.values["v"]
+    assert found["step"] == loaded.step
+    assert all(x.eq(loaded.step + i).all() for i, x in enumerate(found["x"]))
+    step = loaded.step
+print(step, within)
+"""
+
+
+@pytest.mark.parametrize("kills", [12, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(tmp_path, kills):
+    run = [sys.executable, "-c", KILLED, str(tmp_path / "store"), str(kills)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    step, within = map(int, done.stdout.split())
+    assert step > 0 and within > 0  # some were written, and some kills fell into the writing
