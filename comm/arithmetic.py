@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .dtypes import DType
-from .executor import Arithmetic
+from .executor import Arithmetic, Combine, Native
 from .program import Program, with_accumulator
 
 Array = npt.NDArray[Any]
@@ -62,8 +63,35 @@ def _same_width(program: Program, flat: Array, dtype: DType, op: str, size: int)
         if op == "mean" and size > 1:
             divide(flat, float(size))
 
-    add = combine("sum" if op == "mean" else op, dtype.name)
-    return Reduction(program, flat, Arithmetic(add), _nothing, finish)
+    name = "sum" if op == "mean" else op
+    add = _when_called(lambda: combine(name, dtype.name))
+    arithmetic = Arithmetic(add, native=_combining(name, dtype.name))
+    return Reduction(program, flat, arithmetic, _nothing, finish)
+
+
+def _when_called(make: Callable[[], Combine]) -> Combine:
+    """Compile only once it is called: a compiled executor uses `native` instead."""
+    made = cache(make)
+    return lambda target, incoming: made()(target, incoming)
+
+
+def _combining(op: str, dtype: str) -> Callable[[], Native]:
+    def native() -> Native:
+        from ..kernels.pieces import combine_callback
+
+        return Native(combine_callback(op, dtype))
+
+    return native
+
+
+def _accumulating(op: str, dtype: str, before: float, after: float) -> Callable[[], Native]:
+    def native() -> Native:
+        from ..kernels.pieces import accumulate_callback, narrow_callback, widen_callback
+
+        add = accumulate_callback(op, dtype)
+        return Native(add, widen_callback(dtype), narrow_callback(dtype), before, after)
+
+    return native
 
 
 def mean_scales(op: str, size: int) -> tuple[float, float]:
@@ -90,8 +118,10 @@ def _widened(program: Program, flat: Array, dtype: DType, op: str, size: int) ->
     def finish() -> None:
         narrow(work, flat, dtype.name, after)
 
-    add = combine("sum" if op == "mean" else op, "float32")
-    return Reduction(program, work, Arithmetic(add), begin, finish)
+    name = "sum" if op == "mean" else op
+    add = _when_called(lambda: combine(name, "float32"))
+    arithmetic = Arithmetic(add, native=_combining(name, "float32"))
+    return Reduction(program, work, arithmetic, begin, finish)
 
 
 def _accumulated(program: Program, flat: Array, dtype: DType, op: str, size: int) -> Reduction:
@@ -100,7 +130,7 @@ def _accumulated(program: Program, flat: Array, dtype: DType, op: str, size: int
     from ..kernels.reduce import accumulate, divide
 
     before, after = mean_scales(op, size)
-    add = accumulate("sum" if op == "mean" else op, dtype.name)
+    add = _when_called(lambda: accumulate("sum" if op == "mean" else op, dtype.name))
 
     def widen_own(wide: Array, piece: Array) -> None:
         widen(piece, wide, dtype.name)
@@ -118,5 +148,7 @@ def _accumulated(program: Program, flat: Array, dtype: DType, op: str, size: int
     def narrow_back(piece: Array, wide: Array) -> None:
         narrow(wide, piece, dtype.name, after)
 
-    arithmetic = Arithmetic(add_scaled, np.empty(flat.size, np.float32), widen_own, narrow_back)
+    native = _accumulating(op, dtype.name, before, after)
+    wide = np.empty(flat.size, np.float32)
+    arithmetic = Arithmetic(add_scaled, wide, widen_own, narrow_back, native)
     return Reduction(with_accumulator(program), flat, arithmetic, _nothing, _nothing)

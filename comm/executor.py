@@ -28,17 +28,33 @@ Combine = Callable[[Array, Array], None]
 
 
 @dataclass(frozen=True)
+class Native:
+    """The same arithmetic as addresses of C functions, `kernels.pieces`, with their divisors.
+
+    before: of what is added and widened.  after: of what is narrowed.
+    """
+
+    add: int = 0
+    widen: int = 0
+    narrow: int = 0
+    before: float = 1.0
+    after: float = 1.0
+
+
+@dataclass(frozen=True)
 class Arithmetic:
     """How what arrives is added.
 
     add: into `target`, or into `accumulator` where there is one.
     widen: accumulator piece <- target piece.  narrow: target piece <- accumulator piece.
+    native: compiles the same for compiled executors; where None, they cannot run it.
     """
 
     add: Combine
     accumulator: Array | None = None
     widen: Combine | None = None
     narrow: Combine | None = None
+    native: Callable[[], Native] | None = None
 
 
 def nothing(target: Array, incoming: Array) -> None:
@@ -53,12 +69,14 @@ class Lane:
     """Where a program's messages travel.
 
     segment_bytes: the largest single message; both ends must use the same.
+    window: segments of one direction in flight; each end may use its own.
     """
 
     transport: Transport
     channel: Channel
     tag: int
     segment_bytes: int
+    window: int = WINDOW
 
 
 def execute(
@@ -73,7 +91,7 @@ def execute(
     Yields the requests that it waits for, whenever it has to wait.
     """
     segment = max(1, lane.segment_bytes // source.itemsize)
-    scratch = _scratch(program, segment, target)
+    scratch = _scratch(program, segment, target, lane.window)
     total = target if arithmetic.accumulator is None else arithmetic.accumulator
     for rows in program.rounds():
         _local(rows, target, arithmetic)
@@ -84,7 +102,7 @@ def execute(
             requests: list[Request] = []
             arrived = scratch
             if receive is not None:
-                arrived = _landing(receive, target, scratch, slot, segment)
+                arrived = _landing(receive, target, scratch, slot, lane.window)
                 requests.append(
                     lane.transport.irecv(
                         arrived.view(np.uint8), receive.peer, lane.tag, lane.channel
@@ -94,7 +112,7 @@ def execute(
                 data = source[send.offset : send.offset + send.count].view(np.uint8)
                 requests.append(lane.transport.isend(data, send.peer, lane.tag, lane.channel))
             flying.append((requests, receive, arrived))
-            if len(flying) == WINDOW:
+            if len(flying) == lane.window:
                 yield from _finish(flying.pop(0), total, arithmetic)
         while flying:
             yield from _finish(flying.pop(0), total, arithmetic)
@@ -118,17 +136,17 @@ def _segments(
                 yield _Segment(op, peer, offset + low, min(segment, count - low))
 
 
-def _scratch(program: Program, segment: int, target: Array) -> Array:
+def _scratch(program: Program, segment: int, target: Array, window: int) -> Array:
     """Return memory for what arrives to be added: a segment for each one in flight."""
     added = program.rows[program.rows[:, 1] == Op.RECV_REDUCE, 4]
     largest = min(segment, int(added.max(initial=0)))
-    return np.empty(WINDOW * largest, target.dtype)
+    return np.empty(window * largest, target.dtype)
 
 
-def _landing(receive: _Segment, target: Array, scratch: Array, slot: int, segment: int) -> Array:
+def _landing(receive: _Segment, target: Array, scratch: Array, slot: int, window: int) -> Array:
     if receive.op == Op.RECV:
         return target[receive.offset : receive.offset + receive.count]
-    start = slot % WINDOW * (scratch.size // WINDOW)
+    start = slot % window * (scratch.size // window)
     return scratch[start : start + receive.count]
 
 

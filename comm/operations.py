@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .algorithms import build
 from .arithmetic import reduction
@@ -23,7 +24,7 @@ from .chunks import bounds
 from .collective import COLLECTIVES
 from .dtypes import DTYPES, DType
 from .errors import CommError, ScheduleError
-from .executor import Lane, execute
+from .executor import MOVE, Arithmetic, Lane, execute
 from .meetings import Meetings
 from .memory import Memory, owner_of
 from .program import Op, Program, lower
@@ -32,6 +33,7 @@ from .select import choose
 from .settings import Settings
 from .topology import Nodes
 from .transport.base import Channel, Transport
+from .transport.mpi_compiled import Compiled, InFlight, can_run
 from .verify import verify
 from .work import Prepared, Receipt, Steps
 
@@ -59,6 +61,8 @@ class Operations:
         self._memory: Memory | None = None
         self._meetings: Meetings | None = None
         self._nodes: Nodes | None = None
+        self._compiled = settings.compiled and transport.calls is not None
+        self._in_flight = InFlight()
 
     def place(self, nodes: Nodes) -> None:
         """From now on, choose and build with this knowledge of who shares a node."""
@@ -105,6 +109,7 @@ class Operations:
         flat, dtype = inner.flat, inner.dtype
         chosen = self._choose(name, flat.size, dtype, algorithm, root)
         how = reduction(chosen.program, flat, dtype, op, self._size, chosen.raw_reduce)
+        execute = self._executor(how.program, how.work, how.work, how.arithmetic)
 
         def run(tag: int) -> Steps:
             if inner is buffer:
@@ -112,7 +117,7 @@ class Operations:
             else:
                 np.copyto(flat, buffer.view.reshape(-1))
             how.begin()
-            yield from execute(how.program, self._lane(tag), how.work, how.work, how.arithmetic)
+            yield from execute(tag)
             if inner is buffer:
                 how.finish()
                 buffer.commit()
@@ -131,12 +136,13 @@ class Operations:
         inner = _copy(buffer)
         chosen = self._choose("reduce_scatter", inner.flat.size, dtype, algorithm, 0)
         how = reduction(chosen.program, inner.flat, dtype, op, self._size, chosen.raw_reduce)
+        execute = self._executor(how.program, how.work, how.work, how.arithmetic)
         low, high = bounds(inner.flat.size, self._size, self._rank)
 
         def run(tag: int) -> Steps:
             np.copyto(inner.flat, buffer.view.reshape(-1))
             how.begin()
-            yield from execute(how.program, self._lane(tag), how.work, how.work, how.arithmetic)
+            yield from execute(tag)
             how.finish()
             result = buffer.like((high - low,))
             wrap(result, writable=True).flat[...] = inner.flat[low:high]
@@ -150,10 +156,11 @@ class Operations:
         if self._meetings and algorithm is None:
             return self._meetings.broadcast(buffer, root)
         chosen = self._choose("broadcast", buffer.flat.size, buffer.dtype, algorithm, root)
+        execute = self._executor(chosen.program, buffer.flat, buffer.flat)
 
         def run(tag: int) -> Steps:
             buffer.stage()
-            yield from execute(chosen.program, self._lane(tag), buffer.flat, buffer.flat)
+            yield from execute(tag)
             if self._rank != root:
                 buffer.commit()
             return buffer.owner
@@ -172,7 +179,7 @@ class Operations:
             result = buffer.like((self._size, *buffer.shape))
             flat = wrap(result, writable=True).flat
             flat[self._rank * count : (self._rank + 1) * count] = buffer.flat
-            yield from execute(chosen.program, self._lane(tag), flat, flat)
+            yield from self._executor(chosen.program, flat, flat)(tag)
             return result
 
         return self._prepared("allgather", chosen, buffer.flat.nbytes * self._size, run)
@@ -196,7 +203,7 @@ class Operations:
                 else wrap(result, writable=True).flat
             )
             flat[self._rank * count : (self._rank + 1) * count] = buffer.flat
-            yield from execute(chosen.program, self._lane(tag), flat, flat)
+            yield from self._executor(chosen.program, flat, flat)(tag)
             return result
 
         return self._prepared("gather", chosen, buffer.flat.nbytes * self._size, run)
@@ -215,7 +222,7 @@ class Operations:
         name = algorithm if algorithm is not None else "tree"
 
         def run(tag: int) -> Steps:
-            yield from execute(announce.program, self._lane(tag), header, header)
+            yield from self._executor(announce.program, header, header)(tag)
             family, dtype, shape = _read_header(header)
             count = int(np.prod(shape, dtype=np.int64))
             chosen = self._choose("scatter", count * self._size, dtype, name, root)
@@ -226,7 +233,7 @@ class Operations:
                 buffer.stage()
                 result = buffer.like(shape)
                 flat = buffer.flat
-            yield from execute(chosen.program, self._lane(tag), flat, flat)
+            yield from self._executor(chosen.program, flat, flat)(tag)
             own = flat[self._rank * count : (self._rank + 1) * count]
             wrap(result, writable=True).flat[...] = own
             return result
@@ -250,7 +257,7 @@ class Operations:
             flat = wrap(result, writable=True).flat
             own = slice(self._rank * row, (self._rank + 1) * row)
             flat[own] = buffer.flat[own]
-            yield from execute(chosen.program, self._lane(tag), buffer.flat, flat)
+            yield from self._executor(chosen.program, buffer.flat, flat)(tag)
             return result
 
         return self._prepared("alltoall", chosen, buffer.flat.nbytes, run)
@@ -260,11 +267,7 @@ class Operations:
             return self._meetings.barrier()
         token = np.zeros(1, np.uint8)
         chosen = self._choose("barrier", 1, DTYPES["uint8"], None, 0)
-
-        def run(tag: int) -> Steps:
-            yield from execute(chosen.program, self._lane(tag), token, token)
-
-        return self._prepared("barrier", chosen, 0, run)
+        return self._prepared("barrier", chosen, 0, self._executor(chosen.program, token, token))
 
     # -- point to point ----------------------------------------------------------------------
 
@@ -339,12 +342,25 @@ class Operations:
         receipt = Receipt(
             name,
             chosen.algorithm,
-            self._transport.name,
+            f"{self._transport.name}-compiled" if self._compiled else self._transport.name,
             chosen.schedule.num_chunks,
             nbytes,
             chosen.reason,
         )
         return Prepared(receipt, Channel.COLLECTIVE, run)
+
+    def _executor(
+        self,
+        program: Program,
+        source: npt.NDArray[Any],
+        target: npt.NDArray[Any],
+        arithmetic: Arithmetic = MOVE,
+    ) -> Callable[[int], Steps]:
+        """Bind a program to its memory; the function runs it, given the lane's tag."""
+        if self._compiled and can_run(self._transport.calls, program, arithmetic):
+            lane = self._lane(0)
+            return Compiled(program, lane, source, target, arithmetic, self._in_flight).run
+        return lambda tag: execute(program, self._lane(tag), source, target, arithmetic)
 
     def _lane(self, tag: int) -> Lane:
         settings = self._settings

@@ -61,8 +61,8 @@ class Progress:
             finally:
                 self._lock.release()
 
-    def _advance_all(self) -> None:
-        self.works = [work for work in self.works if not work.advance()]
+    def _advance_all(self, awaited: Work | None = None) -> None:
+        self.works = [work for work in self.works if not work.advance(work is awaited)]
 
     def wait(self, work: Work, timeout: float | None = None) -> None:
         """Advance works until `work` has ended.
@@ -75,7 +75,7 @@ class Progress:
             watch = Watch(work, self.timeout if timeout is None else timeout)
             while True:
                 with self._lock:
-                    self._advance_all()
+                    self._advance_all(work)
                 if work.ended:
                     return
                 watch.pause()

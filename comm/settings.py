@@ -16,6 +16,8 @@ class Settings:
     max_message_bytes: no single message is larger; must stay below 2**31 for MPI's 32-bit counts.
         RINGFOLD_MAX_MESSAGE_BYTES
     abort: an uncaught exception on one rank ends the whole job.  RINGFOLD_ABORT (0 or 1)
+    compiled: messages are sent and added in compiled code where the transport has a way; the
+        results are the same.  RINGFOLD_COMPILED (0 or 1)
     shared: ranks of one node meet in shared memory.  RINGFOLD_SHARED (0 or 1)
     """
 
@@ -23,6 +25,7 @@ class Settings:
     segment_bytes: int = 1 << 19
     max_message_bytes: int = 1 << 30
     abort: bool = True
+    compiled: bool = True
     shared: bool = True
 
     def __post_init__(self) -> None:
@@ -57,5 +60,6 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "segment_bytes": int,
     "max_message_bytes": int,
     "abort": lambda text: {"0": False, "1": True}[text],
+    "compiled": lambda text: {"0": False, "1": True}[text],
     "shared": lambda text: {"0": False, "1": True}[text],
 }

@@ -12,8 +12,11 @@ if TYPE_CHECKING:
     from .board import Meeting
     from .progress import Progress
 
-Steps = Generator[list[Request], None, Any]
-"""An operation as a generator: yields the requests it waits for, returns its result."""
+Steps = Generator[list[Request], bool | None, Any]
+"""An operation as a generator: yields the requests it waits for, returns its result.
+
+It is sent True where somebody waits for it, and may then look longer before it yields again.
+"""
 
 
 @dataclass(frozen=True)
@@ -62,22 +65,26 @@ class Work:
         self._result: Any = None
         self._error: BaseException | None = None
         self.pending: list[Request] = []
-        self.advance()
+        self._take(steps, None)
 
-    def advance(self) -> bool:
-        """Go on as far as possible without waiting; tell whether the work has ended.
+    def advance(self, patient: bool = False) -> bool:
+        """Go on as far as possible; tell whether the work has ended.
+
+        patient: somebody waits for it, so that it may look a while; without, it never waits.
 
         For the progress engine, which holds the lock; users call done() or wait().
         """
-        if self._steps is None:
-            return True
+        if self._steps is not None:
+            self._take(self._steps, patient)
+        return self._steps is None
+
+    def _take(self, steps: Steps, patient: bool | None) -> None:
         try:
-            self.pending = next(self._steps)
+            self.pending = steps.send(patient)
         except StopIteration as stop:
             self._end(stop.value, None)
         except BaseException as error:  # the waiter raises it, whatever it is
             self._end(None, error)
-        return self._steps is None
 
     def fail(self, error: BaseException) -> None:
         """End the work with an error."""

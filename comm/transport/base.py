@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
@@ -35,11 +36,34 @@ class Request(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Calls:
+    """How compiled code sends a transport's collective messages: addresses and handles.
+
+    isend, irecv, test, get_count: MPI's functions of these names.  pause: sched_yield.
+    comm, byte: MPI handles, as integers.
+    wrong_size: the error for (peer, bytes got, bytes wanted).
+    refused: the error for (MPI error code, peer, bytes wanted or None for a send).
+    """
+
+    isend: int
+    irecv: int
+    test: int
+    get_count: int
+    pause: int
+    comm: int
+    byte: int
+    status_bytes: int
+    wrong_size: Callable[[int, int, int], Exception]
+    refused: Callable[[int, int, int | None], Exception]
+
+
 class Transport(Protocol):
     """Messages between the ranks of one group.
 
     Messages between two ranks with the same channel and tag arrive in the order they were sent.
     threads: several threads of a rank may call at once.
+    calls: how compiled code sends; None where it cannot.
     """
 
     name: str
@@ -47,6 +71,7 @@ class Transport(Protocol):
     size: int
     max_tag: int
     threads: bool
+    calls: Calls | None
 
     def isend(self, data: Bytes, dst: int, tag: int, channel: Channel) -> Request:
         """Start to send 1-D contiguous bytes."""

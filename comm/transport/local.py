@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CommError, MismatchError, PeerLost
-from .base import Bytes, Channel, Transport
+from .base import Bytes, Calls, Channel, Transport
 
 _Key = tuple[Hashable, Channel, int, int, int]
 """(context, channel, src, dst, tag), ranks as in the world."""
@@ -112,6 +112,7 @@ class LocalTransport:
     name = "local"
     max_tag = (1 << 31) - 1
     threads = True
+    calls: Calls | None = None
 
     def __init__(
         self, world: World, members: tuple[int, ...], rank: int, context: Hashable = ()

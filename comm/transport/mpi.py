@@ -7,8 +7,10 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from ..errors import CommError, MismatchError, PeerLost
+from ..errors import CommError, PeerLost
 from .base import Bytes, Channel, Transport
+from .mpi_abi import find_calls
+from .mpi_errors import refused, wrong_size
 
 _LEFT = 1
 """Tag of the notice that a rank leaves, on the control communicator."""
@@ -52,16 +54,12 @@ class MpiRequest:
             if not self._request.Test(self._status):
                 return False
         except self._mpi.Exception as error:
-            if error.Get_error_class() == self._mpi.ERR_TRUNCATE:
-                raise MismatchError(
-                    f"rank {self.peer} sends more than the {self._expected} bytes expected"
-                ) from error
-            raise CommError(f"MPI failed on a message with rank {self.peer}: {error}") from error
-        if self._status is not None and self._status.Get_count(self._mpi.BYTE) != self._expected:
+            code = error.Get_error_code()
+            raise refused(self._mpi, code, self.peer, self._expected) from error
+        if self._status is not None and self._expected is not None:
             got = self._status.Get_count(self._mpi.BYTE)
-            raise MismatchError(
-                f"rank {self.peer} sends {got} bytes where {self._expected} were expected"
-            )
+            if got != self._expected:
+                raise wrong_size(self.peer, got, self._expected)
         return True
 
 
@@ -112,6 +110,7 @@ class MpiTransport:
         self.rank: int = group.Get_rank()
         self.size: int = group.Get_size()
         self.max_tag: int = mpi.COMM_WORLD.Get_attr(mpi.TAG_UB)
+        self.calls = find_calls(mpi, self._channels[Channel.COLLECTIVE])
         self.threads = mpi.Query_thread() == mpi.THREAD_MULTIPLE
         self._control = None if departures else group.Dup()
         self._departures = departures or Departures(mpi, self._control)

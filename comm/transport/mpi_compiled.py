@@ -1,0 +1,193 @@
+"""Run programs over MPI in compiled code: `comm.executor.execute`, without the interpreter.
+
+The plain executor stays the reference, and is used where this one finds no way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...kernels.message_words import Slot, Status, Word
+from ..executor import MOVE, Arithmetic, Lane, Native
+from ..program import Op, Program
+from ..work import Steps
+from .base import Calls, Request
+
+Array = npt.NDArray[Any]
+
+_DONE = int(Status.DONE)
+_RUNNING = int(Status.RUNNING)
+
+FIRST_LOOKS = 20
+"""Looks for a message before the caller who started it gets control back: a few microseconds."""
+
+PATIENT_LOOKS = 400
+"""Looks while somebody waits: some hundred microseconds, between which lost peers are noticed."""
+
+
+class Waiting:
+    """What a program that waits shows of it: the rank at the other end."""
+
+    def __init__(self, peer: int) -> None:
+        self.peer = peer
+
+    def done(self) -> bool:
+        """Tell nothing: only the program itself can look."""
+        return False
+
+
+@dataclass
+class InFlight:
+    """What programs of one group share: free scratch, and memory that MPI may still write to."""
+
+    free: list[Array] = field(default_factory=list)
+    abandoned: list[object] = field(default_factory=list)
+
+    def take(self, nbytes: int) -> Array:
+        """Return at least as many bytes; give() them back."""
+        for at, scratch in enumerate(self.free):
+            if scratch.size >= nbytes:
+                return self.free.pop(at)
+        self.free.clear()
+        return np.empty(nbytes, np.uint8)
+
+    def give(self, scratch: Array) -> None:
+        """Keep scratch for the next program."""
+        self.free.append(scratch)
+
+
+def can_run(calls: Calls | None, program: Program, arithmetic: Arithmetic) -> bool:
+    """Tell whether a program can be run in compiled code."""
+    if calls is None:
+        return False
+    adds = bool((program.rows[:, 1] >= Op.RECV_REDUCE).any())
+    return arithmetic.native is not None or not adds
+
+
+class Compiled:
+    """One program bound to its memory, ready to run any number of times."""
+
+    def __init__(
+        self,
+        program: Program,
+        lane: Lane,
+        source: Array,
+        target: Array,
+        arithmetic: Arithmetic = MOVE,
+        in_flight: InFlight | None = None,
+    ) -> None:
+        """Bind flat `source` and `target`, which may be one array; see `execute`."""
+        from ...kernels.messages import advance_kernel
+
+        calls = lane.transport.calls
+        assert calls is not None and can_run(calls, program, arithmetic)
+        self._bound = (program, lane, source, target, arithmetic)
+        self._calls = calls
+        self._in_flight = InFlight() if in_flight is None else in_flight
+        self._advance = advance_kernel()
+        self._busy = False
+        native = Native() if arithmetic.native is None else arithmetic.native()
+        total = target if arithmetic.accumulator is None else arithmetic.accumulator
+        segment = max(1, lane.segment_bytes // source.itemsize)
+        added = program.rows[program.rows[:, 1] == Op.RECV_REDUCE, 4]
+        slot_bytes = min(segment, int(added.max(initial=0))) * target.itemsize
+        # Slots do not start at the same place of a page: their loads and stores would collide.
+        slot_bytes += -slot_bytes % 64 + (64 if slot_bytes % 4096 == 0 and slot_bytes else 0)
+        self._scratch_bytes = lane.window * slot_bytes
+        self._slots = np.zeros(lane.window * Slot.WORDS, np.int64)
+        self._status = np.zeros(calls.status_bytes // 8 + 1, np.int64)
+        self._record = record = np.zeros(Word.WORDS, np.int64)
+        record[Word.ISEND : Word.BYTE + 1] = (
+            calls.isend,
+            calls.irecv,
+            calls.test,
+            calls.get_count,
+            calls.pause,
+            calls.comm,
+            calls.byte,
+        )
+        record[Word.ROWS : Word.SCRATCH] = (
+            _address(program.rows),
+            len(program.rows),
+            _address(source),
+            _address(target),
+            source.itemsize,
+            _address(total),
+            total.itemsize,
+        )
+        record[Word.SLOT_BYTES : Word.BEFORE] = (
+            slot_bytes,
+            native.add,
+            native.widen,
+            native.narrow,
+        )
+        record[Word.BEFORE : Word.SEGMENT].view(np.float64)[:] = native.before, native.after
+        record[Word.SEGMENT : Word.TAG] = (
+            segment,
+            lane.window,
+            _address(self._slots),
+            _address(self._status),
+        )
+        self._at = _address(record)
+
+    def run(self, tag: int) -> Steps:
+        """Run once; yields the ranks it waits for.
+
+        It is sent True where somebody waits for it, and then looks longer before it yields again.
+        """
+        if self._busy:
+            # A run that was given up, or goes on after a timeout: MPI may still use its records.
+            yield from Compiled(*self._bound, self._in_flight).run(tag)
+            return
+        self._busy = True
+        scratch = self._in_flight.take(self._scratch_bytes)
+        self._record[Word.SCRATCH] = _address(scratch)
+        status = _RUNNING
+        try:
+            status = self._advance(self._at, tag, FIRST_LOOKS)
+            while status == _RUNNING:
+                patient = yield self._pending()
+                status = self._advance(self._at, -1, PATIENT_LOOKS if patient else 1)
+            if status != _DONE:
+                raise self._failure(status)
+        finally:
+            if status == _DONE:
+                self._busy = False
+                self._in_flight.give(scratch)
+            else:
+                self._in_flight.abandoned.append((self, scratch))
+
+    def _pending(self) -> list[Request]:
+        tail = int(self._record[Word.TAIL]) % int(self._record[Word.WINDOW])
+        slot = self._slots[tail * Slot.WORDS : (tail + 1) * Slot.WORDS].tolist()
+        waiting: list[Request] = []
+        if slot[Slot.RECEIVING]:
+            waiting.append(Waiting(slot[Slot.SRC]))
+        if slot[Slot.SENDING]:
+            waiting.append(Waiting(slot[Slot.DST]))
+        return waiting
+
+    def _failure(self, status: int) -> Exception:
+        record = self._record
+        peer, wanted = int(record[Word.FAILED_PEER]), int(record[Word.FAILED_WANTED])
+        if status == Status.WRONG_SIZE:
+            return self._calls.wrong_size(peer, int(record[Word.FAILED_GOT]), wanted)
+        code = int(record[Word.FAILED_CODE])
+        return self._calls.refused(code, peer, None if wanted < 0 else wanted)
+
+
+def execute_compiled(
+    program: Program, lane: Lane, source: Array, target: Array, arithmetic: Arithmetic = MOVE
+) -> Steps:
+    """Run a program as `execute` does, in compiled code, where `can_run` says so."""
+    return Compiled(program, lane, source, target, arithmetic).run(lane.tag)
+
+
+def _address(array: Array) -> int:
+    assert array.flags.c_contiguous
+    address: int = array.__array_interface__["data"][0]
+    return address
