@@ -3,6 +3,8 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -355,6 +357,31 @@ def test_pr20_deepcopy_and_pickle_are_independent():
         return found, module.w.item()
 
     assert run_local(2, main) == [([(2.0, 1), (2.0, 1)], -1.0)] * 2
+
+
+def test_pr20_what_was_saved_loads_in_a_process_without_ranks(tmp_path):
+    def main(comm):
+        model = DataParallel(nn.Linear(2, 1), comm, wire="powersgd:1")
+        model(torch.ones(1, 2)).sum().backward()
+        if comm.rank == 0:
+            torch.save(model, tmp_path / "model")
+            torch.save(model.state_dict(), tmp_path / "state")
+        return model.module.weight.tolist()
+
+    code = """
+import sys, torch
+model = torch.load(sys.argv[1] + "/model", weights_only=False)
+state = torch.load(sys.argv[1] + "/state")
+model(torch.ones(1, 2)).sum().backward()
+assert "mpi4py" not in sys.modules
+assert torch.equal(state["weight"], model.module.weight)
+print(model.module.weight.tolist())
+"""
+    weight = run_local(2, main)[0]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout.strip() == str(weight), done.stderr
 
 
 def test_pr09_root_of_the_first_broadcast():
