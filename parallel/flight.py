@@ -160,8 +160,9 @@ class HookCarrier:
 
     def _run(self, flags: Any, bucket: GradientBucket) -> Generator[Work, Any, None]:
         counting = self._comm.allreduce(flags, op="sum", blocking=False)
-        work = self._hook(bucket, self._comm)
-        yield from (work if isinstance(work, Rounds) else Rounds(_one(work))).works()
+        if bucket.names:  # a bucket of nothing carries the flag of a change
+            work = self._hook(bucket, self._comm)
+            yield from (work if isinstance(work, Rounds) else Rounds(_one(work))).works()
         yield counting
 
     def forget(self) -> None:

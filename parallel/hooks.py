@@ -20,6 +20,7 @@ any collective of `comm` with blocking=False.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -53,10 +54,9 @@ class GradientBucket:
 
     def tensors(self) -> list[Tensor]:
         """Return the gradients as views of `flat`."""
-        pairs = zip(self.shapes, (*self.offsets[1:], self.flat.numel()), strict=True)
         return [
-            self.flat[first:end].view(shape)
-            for first, (shape, end) in zip(self.offsets, pairs, strict=True)
+            self.flat[offset : offset + math.prod(shape)].view(shape)
+            for offset, shape in zip(self.offsets, self.shapes, strict=True)
         ]
 
 

@@ -656,7 +656,8 @@ def test_clipping_by_the_global_norm_is_that_of_one_process(set_to_none, norm_ty
     expected_norm, expected = step(whole, whole, x, y)
 
     def main(comm):
-        module = network(0)
+        with LOCK:
+            module = network(0)
         model = DataParallel(module, comm)
         part = slice(comm.rank * 8, comm.rank * 8 + 8)
         step(module, model, x[part], y[part])

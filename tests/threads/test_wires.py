@@ -296,3 +296,17 @@ def test_other_dtypes(wire, dtype):
     assert all(map(torch.equal, one, two))
     assert all(torch.view_as_real(g).isfinite().all() if g.is_complex() else g.isfinite().all()
                for g in one)  # fmt: skip
+
+
+@pytest.mark.parametrize("wire", [own_mean, "powersgd:1", "topk:0.5"])
+def test_everything_frozen_then_unfrozen(wire):
+    def main(comm):
+        module = Planted(w=(3, 4))
+        module.w.requires_grad_(False)
+        model = DataParallel(module, comm, wire=wire)
+        model.reduce_gradients()
+        module.w.requires_grad_(True)
+        model({"w": torch.ones(3, 4)}).backward()
+        return module.w.grad.sum().item()
+
+    assert run_local(2, main) == [6.0 if wire == "topk:0.5" else 12.0] * 2
