@@ -125,6 +125,8 @@ bench: $(READY)
 	  done; \
 	done
 	mpirun -n 4 python benchmarks/model_error.py --json $(RESULTS)/model_error.json
+	python benchmarks/startup.py --json $(RESULTS)/startup.json
+	python benchmarks/report.py $(RESULTS)
 
 clean:
 	rm -rf $(VENV) $(VENV).lock $(MPICH_VENV) $(MPICH_VENV).lock build dist *.egg-info

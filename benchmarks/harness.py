@@ -154,24 +154,29 @@ def rates(collective: str, nbytes: int, ranks: int, seconds: float) -> tuple[flo
     return algbw, algbw * factor
 
 
-def machine() -> dict[str, Any]:
-    """Describe where a result was measured."""
+def machine(mpi: str | None = None) -> dict[str, Any]:
+    """Describe where a result was measured; mpi: its version, where this process is no rank."""
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         model = names[0].partition(":")[2].strip() if names else model
-    from mpi4py import MPI
-
     return {
         "cpu": model,
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "mpi": MPI.Get_library_version().strip("\0").splitlines()[0],
+        "mpi": mpi or mpi_version(),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def mpi_version() -> str:
+    """Return the first line of what the MPI library says of itself."""
+    from mpi4py import MPI
+
+    return MPI.Get_library_version().strip("\0").splitlines()[0]
 
 
 def _commit() -> str:
@@ -188,9 +193,11 @@ def _commit() -> str:
     return found.stdout.strip()
 
 
-def write_json(path: Path, benchmark: str, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_json(
+    path: Path, benchmark: str, rows: Iterable[Mapping[str, Any]], mpi: str | None = None
+) -> None:
     """Write the rows with the record of the machine."""
-    record = {"benchmark": benchmark, "machine": machine(), "rows": list(rows)}
+    record = {"benchmark": benchmark, "machine": machine(mpi), "rows": list(rows)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -1,0 +1,249 @@
+"""Write what was measured beside what was to be reached: benchmarks/results/README.md.
+
+    python benchmarks/report.py [FOLDER]
+
+Reads every JSON file of the folder, as `make bench` leaves them there. Where a goal spans several
+sizes or numbers of ranks, the worst of them counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+KIB, MIB = 1 << 10, 1 << 20
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One ratio or figure, and where it was measured."""
+
+    value: float
+    where: str
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What was to be reached. find: all that was measured; at_most: smaller is better."""
+
+    what: str
+    least: float
+    find: Callable[[Sequence[Row]], Iterator[Measured]]
+    unit: str = " x"
+    aim: float | None = None
+    at_most: bool = False
+
+    def worst(self, rows: Sequence[Row]) -> Measured | None:
+        """Return the figure that decides, None where nothing was measured."""
+        found = list(self.find(rows))
+        choose = max if self.at_most else min
+        return choose(found, key=lambda one: one.value) if found else None
+
+    def reached(self, value: float) -> bool:
+        return value <= self.least if self.at_most else value >= self.least
+
+
+def faster(
+    impl: str, peer: str, low: int, high: int, ranks: Sequence[int] = (2, 4)
+) -> Callable[[Sequence[Row]], Iterator[Measured]]:
+    """Find peer's time / impl's of an fp32 allreduce at every size from low to high."""
+
+    def find(rows: Sequence[Row]) -> Iterator[Measured]:
+        times = allreduces(rows, "float32")
+        for (name, nbytes, size), row in times.items():
+            other = times.get((peer, nbytes, size))
+            if name == impl and low <= nbytes <= high and size in ranks and other:
+                yield Measured(other["median_us"] / row["median_us"], place(row))
+
+    return find
+
+
+def halves(rows: Sequence[Row]) -> Iterator[Measured]:
+    """Find the bandwidth of bfloat16 over that of float32, from 16 MiB on."""
+    wide, narrow = allreduces(rows, "float32"), allreduces(rows, "bfloat16")
+    for key, row in narrow.items():
+        if key[0] == "registered" and key[1] >= 16 * MIB and key in wide:
+            yield Measured(row["algbw_gbs"] / wide[key]["algbw_gbs"], place(row))
+
+
+def allreduces(rows: Sequence[Row], dtype: str) -> dict[tuple[str, int, int], Row]:
+    return {
+        (row["impl"], row["nbytes"], row["ranks"]): row
+        for row in rows
+        if row.get("collective") == "allreduce" and row["dtype"] == dtype
+    }
+
+
+def value(key: str, **where: Any) -> Callable[[Sequence[Row]], Iterator[Measured]]:
+    """Find a figure as it stands in the rows that fit."""
+
+    def find(rows: Sequence[Row]) -> Iterator[Measured]:
+        for row in rows:
+            if key in row and all(row.get(name) == wanted for name, wanted in where.items()):
+                yield Measured(row[key], place(row))
+
+    return find
+
+
+def steps_beside_ddp(rows: Sequence[Row]) -> Iterator[Measured]:
+    """Find our steps a second over DDP's, of the workload linear on 2 ranks."""
+    mine = [row for row in rows if row.get("workload") == "linear" and row["ranks"] == 2]
+    rates = {row["impl"]: row for row in mine}
+    if "ours" in rates and "ddp" in rates:
+        ratio = rates["ours"]["steps_per_second"] / rates["ddp"]["steps_per_second"]
+        yield Measured(ratio, place(rates["ours"]))
+
+
+def place(row: Row) -> str:
+    """Say where a row was measured."""
+    parts = [f"{row['ranks']} ranks"] if "ranks" in row else []
+    if "nbytes" in row:
+        nbytes = row["nbytes"]
+        unit, name = next(
+            (pair for pair in ((MIB, "MiB"), (KIB, "KiB")) if nbytes >= pair[0]), (1, "B")
+        )
+        parts.insert(0, f"{nbytes / unit:g} {name}")
+    return ", ".join(parts)
+
+
+GOALS = (
+    Goal(
+        "registered fp32 allreduce, 16 KiB-64 MiB, against MPI's own in place",
+        4,
+        faster("registered", "mpi", 16 * KIB, 64 * MIB),
+    ),
+    Goal(
+        "the same through a plan, 4 B-4 KiB",
+        0.9,
+        faster("plan", "mpi", 4, 4 * KIB),
+        aim=1.0,
+    ),
+    Goal(
+        "ordinary arrays against the same, 16 KiB-16 MiB",
+        1,
+        faster("ordinary", "mpi", 16 * KIB, 16 * MIB),
+        aim=1.5,
+    ),
+    Goal("the same, 64 MiB", 2, faster("ordinary", "mpi", 64 * MIB, 64 * MIB), aim=4),
+    Goal("registered against gloo, up to 1 MiB", 40, faster("registered", "gloo", 0, MIB)),
+    Goal("the same, 64 MiB", 8, faster("registered", "gloo", 64 * MIB, 64 * MIB)),
+    Goal(
+        "share of the measured memory limit, registered, >= 16 MiB, 2 ranks",
+        0.7,
+        faster("registered", "limit", 16 * MIB, 1 << 62, ranks=(2,)),
+        unit="",
+        aim=0.85,
+    ),
+    Goal("bf16 against fp32, registered, >= 16 MiB, in GB/s", 0.8, halves, unit=""),
+    Goal(
+        "MLP of 16.8 M parameters, 2 ranks, step time alone / with sync",
+        0.93,
+        value("efficiency", impl="ours", model="mlp", ranks=2),
+        unit="",
+    ),
+    Goal("workload linear, 2 ranks, steps/s against DDP on gloo", 8, steps_beside_ddp),
+    Goal(
+        "import ringfold without torch",
+        0.2,
+        value("seconds", what="import"),
+        unit=" s",
+        at_most=True,
+    ),
+    Goal(
+        "first allreduce, compiled before",
+        1.5,
+        value("seconds", what="first allreduce, warm"),
+        unit=" s",
+        at_most=True,
+    ),
+    Goal(
+        "first allreduce, nothing compiled before",
+        20,
+        value("seconds", what="first allreduce, cold"),
+        unit=" s",
+        at_most=True,
+    ),
+    Goal(
+        "memory that an allreduce of ordinary arrays needs besides them, a rank",
+        4,
+        value("mib", what="memory"),
+        unit=" MiB",
+        at_most=True,
+    ),
+)
+
+
+def lines(rows: Sequence[Row]) -> Iterator[str]:
+    """Lay the table out in Markdown."""
+    yield "| what | goal | measured | worst at | |"
+    yield "|---|---|---|---|---|"
+    for goal in GOALS:
+        limit = f"{'at most' if goal.at_most else 'at least'} {goal.least:g}{goal.unit}"
+        if goal.aim is not None:
+            limit += f" (aim {goal.aim:g})"
+        worst = goal.worst(rows)
+        if worst is None:
+            yield f"| {goal.what} | {limit} | - | - | not measured |"
+            continue
+        verdict = "reached" if goal.reached(worst.value) else "**missed**"
+        found = f"{worst.value:.3g}{goal.unit}"
+        yield f"| {goal.what} | {limit} | {found} | {worst.where} | {verdict} |"
+
+
+def document(records: Iterable[Mapping[str, Any]]) -> str:
+    """Return the whole README of the results."""
+    records = list(records)
+    rows = [row for record in records for row in record["rows"]]
+    machines = dict.fromkeys(
+        f"- {record['machine']['cpu']}, {record['machine']['cores']} cores; "
+        f"{record['machine']['mpi']}; Python {record['machine']['python']}, "
+        f"NumPy {record['machine']['numpy']}; commit {record['machine']['commit']}, "
+        f"{record['machine']['date']}"
+        for record in records
+    )
+    wrong = sum(row.get("wrong", 0) for row in rows)
+    return "\n".join(
+        (
+            "# Measured",
+            "",
+            "Written by benchmarks/report.py from the JSON files of this folder, which make bench",
+            "leaves here. Everything is measured, nothing simulated: medians of the slowest rank's",
+            "time, all implementations in one run, in turn. A goal that spans sizes or numbers of",
+            "ranks is decided by the worst of them.",
+            "",
+            *lines(rows),
+            "",
+            f"Elements that were wrong in all checked results: {wrong}.",
+            "",
+            "## Where",
+            "",
+            *machines,
+            "",
+        )
+    )
+
+
+def main() -> int:
+    """Read the results and write their README."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent / "results")
+    folder = parser.parse_args().folder
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    if not records:
+        parser.error(f"{folder} has no results: make bench writes them")
+    text = document(records)
+    (folder / "README.md").write_text(text)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,61 @@
+"""The report of the benchmarks: the worst place decides, and what is missing is said to be."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def load() -> Any:
+    spec = importlib.util.spec_from_file_location("bench_report", BENCHMARKS / "report.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+report = load()
+
+
+def row(impl: str, nbytes: int, ranks: int, median_us: float, dtype: str = "float32") -> dict:
+    return {
+        "impl": impl, "collective": "allreduce", "dtype": dtype, "nbytes": nbytes, "ranks": ranks,
+        "median_us": median_us, "algbw_gbs": nbytes / median_us / 1e3, "wrong": 0,
+    }  # fmt: skip
+
+
+def line(rows: list[dict], start: str) -> str:
+    return next(text for text in report.lines(rows) if text.startswith(f"| {start}"))
+
+
+def test_the_worst_size_and_number_of_ranks_decides() -> None:
+    rows = [
+        row(impl, nbytes, ranks, us)
+        for nbytes, ranks, ours, theirs in ((16384, 2, 10, 90), (1 << 20, 4, 10, 45))
+        for impl, us in (("registered", ours), ("mpi", theirs))
+    ]
+    assert "| 4.5 x | 1 MiB, 4 ranks | reached |" in line(rows, "registered fp32 allreduce")
+    rows[-1]["median_us"] = 39
+    assert "| 3.9 x | 1 MiB, 4 ranks | **missed** |" in line(rows, "registered fp32 allreduce")
+
+
+def test_sizes_outside_of_a_goal_do_not_count() -> None:
+    rows = [row("registered", 4, 2, 10), row("mpi", 4, 2, 5)]
+    assert line(rows, "registered fp32 allreduce").endswith("| - | - | not measured |")
+    assert all("not measured" in text for text in list(report.lines([]))[2:])
+
+
+def test_shares_and_times_are_read_in_the_right_direction() -> None:
+    nbytes = 16 << 20
+    rows = [
+        row("registered", nbytes, 2, 400),
+        row("limit", nbytes, 2, 300),
+        row("registered", nbytes, 2, 480, "bfloat16"),
+        {"what": "import", "seconds": 0.25},
+    ]
+    assert "| 0.75 | 16 MiB, 2 ranks | reached |" in line(rows, "share of the measured")
+    assert "| 0.833 | 16 MiB, 2 ranks | reached |" in line(rows, "bf16 against fp32")
+    assert "| 0.25 s |  | **missed** |" in line(rows, "import ringfold")
