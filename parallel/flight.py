@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..comm.work import Work
 from .buckets import Bucket
 from .flatten import Flattened, wire_of
 from .hooks import GradientBucket, Rounds, Wire, WireHook, payload
@@ -22,7 +23,7 @@ from .replicas import real_view
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
-    from ..comm.work import Receipt, Work
+    from ..comm.work import Receipt
 
 __all__ = ["Carrier", "Flight", "Load", "carrier_of"]
 
@@ -162,6 +163,11 @@ class HookCarrier:
         counting = self._comm.allreduce(flags, op="sum", blocking=False)
         if bucket.names:  # a bucket of nothing carries the flag of a change
             work = self._hook(bucket, self._comm)
+            if not isinstance(work, Rounds | Work):
+                raise TypeError(
+                    f"wire hook {Wire(hook=self._hook)}: expected it to return a Work or Rounds, "
+                    f"got {type(work).__name__}: call collectives with blocking=False"
+                )
             yield from (work if isinstance(work, Rounds) else Rounds(_one(work))).works()
         yield counting
 

@@ -310,3 +310,15 @@ def test_everything_frozen_then_unfrozen(wire):
         return module.w.grad.sum().item()
 
     assert run_local(2, main) == [6.0 if wire == "topk:0.5" else 12.0] * 2
+
+
+def test_a_hook_that_returns_no_work():
+    def blocking(bucket, comm):
+        return comm.allreduce(bucket.flat, op="mean")
+
+    def main(comm):
+        model = DataParallel(Planted(w=(2,)), comm, wire=blocking)
+        with pytest.raises(TypeError, match=r"blocking: expected .* Work or Rounds, got Tensor"):
+            model({"w": torch.ones(2)}).backward()
+
+    run_local(2, main)
