@@ -1,5 +1,6 @@
 """The contract over MPI messages in compiled code, and over the plain executor it must equal."""
 
+import tracemalloc
 from collections.abc import Iterator
 
 import contract
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from contract import ALGORITHMS, CHECKS, NUMBERS
 
-from ringfold import Communicator
+from ringfold import Communicator, MismatchError
 
 
 @pytest.fixture(scope="module", params=["compiled", "plain"])
@@ -31,3 +32,62 @@ def test_an_algorithm_keeps_its_promise(messages: Communicator, name: str) -> No
 @pytest.mark.parametrize("dtype", NUMBERS)
 def test_every_type_is_reduced(messages: Communicator, dtype: str) -> None:
     contract.check_allreduce(messages, "ring", np.dtype(dtype))
+
+
+@pytest.mark.parametrize(
+    "check",
+    [contract.check_overlapping_works, contract.check_groups, contract.check_plans],
+)
+def test_works_groups_and_plans(messages: Communicator, check: contract.Callable) -> None:
+    check(messages)
+
+
+@pytest.mark.parametrize("op", ["sum", "mean", "min", "prod"])
+@pytest.mark.parametrize("algorithm", ["pairwise", "ring"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_both_executors_agree_to_the_last_bit(
+    comm: Communicator, dtype: str, algorithm: str, op: str
+) -> None:
+    rng = np.random.default_rng(comm.rank)
+    mine = rng.normal(size=5003).astype(dtype)
+    results = []
+    for compiled in (True, False):
+        with contract.reopened(comm, compiled=compiled, segment_bytes=1000) as messages:
+            results.append(messages.allreduce(mine.copy(), op, algorithm=algorithm))
+    np.testing.assert_array_equal(results[0].view(np.uint8), results[1].view(np.uint8))
+
+
+def test_works_of_one_preparation_may_overlap(messages: Communicator) -> None:
+    x = np.full(3001, messages.rank, np.float64)
+    prepared = messages._operations.broadcast(x, messages.size - 1)
+    works = [messages._start(prepared, blocking=False) for _ in range(3)]
+    for work in works:
+        work.wait()
+    assert (x == messages.size - 1).all()
+
+
+def test_a_plans_steps_take_no_memory(messages: Communicator) -> None:
+    x = np.ones(200_003)
+    step = messages.plan("allreduce", x, "max", algorithm="ring")
+    step()
+    tracemalloc.start()
+    for _ in range(10):
+        step()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    if messages._operations._compiled:
+        assert peak < 40_000, f"a step of {x.nbytes} bytes took {peak}"
+
+
+def test_other_lengths_are_named(comm: Communicator) -> None:
+    """Ranks that disagree on the length both learn it, from MPI's truncation or from the count."""
+    if comm.size < 2:
+        pytest.skip("needs two ranks")
+    for compiled in (True, False):
+        with contract.reopened(comm, compiled=compiled) as messages:
+            pair = messages.split(0 if comm.rank < 2 else None)
+            if pair is None:
+                continue
+            with pytest.raises(MismatchError, match=f"rank {1 - comm.rank} sends"):
+                pair.allreduce(np.ones(10 + 2 * comm.rank), algorithm="ring")
+            pair.close()
