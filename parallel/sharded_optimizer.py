@@ -133,6 +133,11 @@ class ShardedOptimizer(Optimizer):
         pieces = [p.parameter for shard in self._all_shards() for p in shard.pieces]
         return clip_over_stages(pieces, self._comm, max_norm, norm_type)
 
+    @property
+    def names(self) -> list[list[str]]:
+        """Return the full names of every group's parameters, in the order of its "params"."""
+        return self._names
+
     def state_dict(self, root: int | None = None) -> dict[str, Any]:
         """Return the whole state by full parameter name; collective.
 

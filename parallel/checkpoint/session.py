@@ -111,6 +111,11 @@ class Checkpoints:
         finally:
             self.stood_still += time.perf_counter() - start
 
+    @property
+    def busy(self) -> bool:
+        """Tell whether this rank is still writing; not collective."""
+        return self._writing is not None and self._writing.running
+
     def wait(self) -> Path | None:
         """Return when the checkpoint begun last is whole on the disk, with its path on rank 0."""
         writing, self._writing = self._writing, None

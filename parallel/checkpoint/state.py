@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..sharded_optimizer import ShardedOptimizer
 from .errors import CheckpointError
 from .files import DTYPES
 from .manifest import Manifest
@@ -96,6 +97,11 @@ class Optimizer:
     ) -> None:
         self.path, self.optimizer, self.names = path, optimizer, names
 
+    def _state(self) -> dict[str, dict[str, Any]]:
+        """Return the state of every parameter by name; collective where it is shared out."""
+        named = (member for _, members in self._groups() for member in members)
+        return {name: dict(self.optimizer.state.get(p, {})) for name, p in named}
+
     def _groups(self) -> list[tuple[dict[str, Any], list[tuple[str, Tensor]]]]:
         """Return every group with its named parameters."""
         found = []
@@ -114,15 +120,15 @@ class Optimizer:
         return found
 
     def capture(self, into: Captured) -> None:
+        found = self._state()
         for index, (group, members) in enumerate(self._groups()):
             path = f"{self.path}/groups/{index}"
             hyper = {key: value for key, value in group.items() if key not in _NOT_HYPER}
             into.values[path] = encode(hyper, path, into.tensors)
-            for name, parameter in members:
+            for name, _ in members:
                 into.values[f"{self.path}/group_of/{name}"] = index
                 path = f"{self.path}/state/{name}"
-                state = dict(self.optimizer.state.get(parameter, {}))
-                into.values[path] = encode(state, path, into.tensors)
+                into.values[path] = encode(found.get(name, {}), path, into.tensors)
 
     def _saved_group(self, manifest: Manifest, index: int, names: list[str]) -> str:
         paths = [f"{self.path}/group_of/{name}" for name in names]
@@ -159,6 +165,35 @@ class Optimizer:
                     else value
                     for key, value in state.items()
                 }
+
+
+class Sharded(Optimizer):
+    """A ShardedOptimizer: kept as the whole optimizer would be, so that either goes on from it."""
+
+    optimizer: ShardedOptimizer
+
+    def _state(self) -> dict[str, dict[str, Any]]:
+        state: dict[str, dict[str, Any]] = self.optimizer.state_dict()["state"]
+        return state
+
+    def _groups(self) -> list[tuple[dict[str, Any], list[tuple[str, Tensor]]]]:
+        return [
+            (group, list(zip(names, group["params"], strict=True)))
+            for group, names in zip(self.optimizer.param_groups, self.optimizer.names, strict=True)
+        ]
+
+    def restore(self, manifest: Manifest, tensors: Tensors) -> None:
+        groups = []
+        whole = {}
+        for index, names in enumerate(self.optimizer.names):
+            path = self._saved_group(manifest, index, names)
+            hyper = decode(manifest.values[path], tensors.__getitem__)
+            groups.append({**hyper, "params": list(names)})
+            for name in names:
+                state = decode(manifest.values[f"{self.path}/state/{name}"], tensors.__getitem__)
+                if state:
+                    whole[name] = state
+        self.optimizer.load_state_dict({"state": whole, "param_groups": groups})
 
 
 _NOT_HYPER = ("params", "param_names")
@@ -220,6 +255,8 @@ def parts_of(state: Mapping[str, Any], rank: int, num_ranks: int) -> dict[str, P
             raise TypeError(f"expected names without a slash in a state, got {path!r}")
         if isinstance(value, nn.Module) or hasattr(value, "named_parameters"):
             parts[path] = Model(path, value)
+        elif isinstance(value, ShardedOptimizer):
+            parts[path] = Sharded(path, value, names)
         elif isinstance(value, torch.optim.Optimizer):
             parts[path] = Optimizer(path, value, names)
         elif isinstance(value, RandomStreams):

@@ -78,14 +78,15 @@ def test_digits_go_on_as_if_nothing_had_happened(
             assert resumed["weights_sha256"] == unbroken["weights_sha256"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_text_goes_on_as_if_nothing_had_happened(
     job: Callable[..., Any], train: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    options = ("--workload", "text", "--steps", 7, "--every", 2)
+    options = ("--workload", "text", "--steps", 7)
     unbroken = train(2, *options)
     stop = random.SystemRandom().randint(5, 6)
-    store = ("--checkpoint", tmp_path / "store")
+    store = ("--checkpoint", tmp_path / "store", "--every", 2)
     assert job(2, KILLED, stop, *options, *store).returncode != 0
     resumed = train(2, *options, *store, "--resume")
     assert resumed["resumed_at"] in (2, 4, 6), stop

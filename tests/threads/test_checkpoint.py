@@ -137,6 +137,46 @@ def test_a_checkpoint_of_two_by_two_fits_every_grid(tmp_path, grid):
     same(states, state)
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1), (2, 0), (0, 2)])
+def test_a_sharded_optimizer_goes_on_sharded_otherwise_or_whole(tmp_path, before, after):
+    """0 ranks: one rank with torch's own optimizer."""
+
+    def make(comm, model, sharded):
+        if not sharded:
+            return torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.8, 0.9))
+        named = model.named_parameters()
+        return ringfold.ShardedOptimizer(
+            named, comm, torch.optim.AdamW, lr=0.01, betas=(0.8, 0.9), reduce=False
+        )
+
+    def write(comm):
+        model = network(1)
+        optimizer = make(comm, model, before)
+        for step in range(3):
+            optimizer.zero_grad()
+            model(torch.arange(20.0).view(4, 5) + step).square().mean().backward()
+            optimizer.step()
+        ringfold.save(tmp_path, {"m": model, "o": optimizer}, comm, step=3)
+
+    def read(comm):
+        model = network(2)
+        optimizer = make(comm, model, after)
+        optimizer.param_groups[0]["lr"] = 3.0
+        ringfold.load(tmp_path, {"m": model, "o": optimizer}, comm)
+        optimizer.zero_grad()
+        model(torch.arange(20.0).view(4, 5) + 3).square().mean().backward()
+        optimizer.step()
+        return model
+
+    run_local(max(before, 1), write)
+    expected, optimizer = trained(1)
+    optimizer.zero_grad()
+    expected(torch.arange(20.0).view(4, 5) + 3).square().mean().backward()
+    optimizer.step()
+    for model in run_local(max(after, 1), read):
+        same(dict(model.state_dict()), dict(expected.state_dict()))
+
+
 VALUES = {
     "plain": [None, True, 0, -3, 2**60, 0.1, -0.0, "text", {"a": (1, (2.5,)), 3: []}],
     "odd floats": (float("inf"), float("-inf"), float("nan")),
