@@ -146,7 +146,8 @@ class Communicator:
             self.node._meet(nodes)
         self._nodes = nodes
         self._board = Board.open(self, nodes)
-        self._operations.share(nodes.memory if nodes.token else None, self._board)
+        memory = nodes.memory if nodes.token else None
+        self._operations.share(memory, self._board, nodes.reason)
 
     def __repr__(self) -> str:
         return f"Communicator(rank {self.rank} of {self.size}, {self._transport.name})"

@@ -60,6 +60,7 @@ class Operations:
         self._proven = lru_cache(maxsize=64)(verify)
         self._memory: Memory | None = None
         self._meetings: Meetings | None = None
+        self._lacking = ""
         self._nodes: Nodes | None = None
         self._compiled = settings.compiled and transport.calls is not None
         self._in_flight = InFlight()
@@ -69,9 +70,13 @@ class Operations:
         self._nodes = nodes
         self._lowered.cache_clear()
 
-    def share(self, memory: Memory | None, board: Board | None) -> None:
-        """From now on, use this rank's shared memory, and meet on a board where there is one."""
+    def share(self, memory: Memory | None, board: Board | None, lacking: str = "") -> None:
+        """From now on, use this rank's shared memory, and meet on a board where there is one.
+
+        lacking: why the node shares no memory, for receipts.
+        """
         self._memory = memory
+        self._lacking = f"; no shared memory: {lacking}" if lacking else ""
         self._meetings = None if board is None else Meetings(board)
 
     # -- collectives -------------------------------------------------------------------------
@@ -345,7 +350,7 @@ class Operations:
             f"{self._transport.name}-compiled" if self._compiled else self._transport.name,
             chosen.schedule.num_chunks,
             nbytes,
-            chosen.reason,
+            chosen.reason + self._lacking,
         )
         return Prepared(receipt, Channel.COLLECTIVE, run)
 

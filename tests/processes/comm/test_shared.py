@@ -205,3 +205,27 @@ def test_memory_comes_back(comm: Communicator) -> None:
     memory._take_back()
     assert sum(high - low for low, high in memory._free) == before
     assert not comm.empty(1000).any(), "pages come back as zeros"
+
+
+@pytest.mark.parametrize("what", ["Memory", "Mapping"])
+def test_a_rank_that_cannot_share_sends_all_to_messages(
+    comm: Communicator, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    if comm.size == 1:
+        return
+
+    def refuse(*_: object) -> None:
+        raise OSError("no memory of this kind")
+
+    if comm.rank == comm.size - 1:
+        monkeypatch.setattr(f"ringfold.comm.board.{what}", refuse)
+    with Communicator() as other:
+        for x in (np.ones(5), other.empty(LARGE)):
+            x[:] = comm.rank + 1
+            work = other.allreduce(x, blocking=False)
+            work.wait()
+            assert (x == sum(range(1, comm.size + 1))).all()
+            assert "mpi" in work.receipt.transport
+            assert "no shared memory: " in work.receipt.reason
+        if comm.rank == comm.size - 1:
+            assert "no memory of this kind" in work.receipt.reason
