@@ -38,6 +38,12 @@ STAGE_BYTES = 1 << 18
 """Of one staging place; two of them and two results of a part fit the second-level cache."""
 
 
+_NAP = 30
+"""Microseconds between two looks of the background thread."""
+
+_NAPS = 300
+
+
 class NodeMemory:
     """The memories of a node's ranks, all mapped by all of them, or by none.
 
@@ -201,12 +207,32 @@ class Call:
 class Waiting:
     """What a work that waits on a board shows of it: the rank that has not come."""
 
-    def __init__(self, peer: int) -> None:
+    def __init__(self, peer: int, meeting: Meeting) -> None:
         self.peer = peer
+        self.meeting = meeting
 
     def done(self) -> bool:
         """Tell nothing: only the work itself can look."""
         return False
+
+
+class Server:
+    """Goes on with meetings in compiled code, on a thread that holds no interpreter lock."""
+
+    def __init__(self) -> None:
+        self._usleep = ctypes.cast(ctypes.CDLL(None).usleep, ctypes.c_void_p).value or 0
+        self._stop = np.zeros(1, np.int64)
+
+    def interrupt(self, stop: bool) -> None:
+        """Let serve() return at once, or no longer."""
+        self._stop[0] = stop
+
+    def serve(self, waiting: list[Waiting]) -> None:
+        """Go on with what waits until one work can be finished, a moment at most."""
+        from ..kernels.meeting import serve_kernel
+
+        records = np.array([one.meeting.address for one in waiting], np.int64)
+        serve_kernel()(records, self._stop.ctypes.data, self._usleep, _NAP, _NAPS)
 
 
 class Meeting:
@@ -267,6 +293,8 @@ class Meeting:
 
     def steps(self, status: int, owner: Any = None) -> Steps:
         """Go on from a status until the work has ended; return the owner, alive until then."""
+        from ..kernels.meeting import abandon_kernel
+
         try:
             while status != Status.DONE:
                 if status == Status.REFUSED:
@@ -276,11 +304,14 @@ class Meeting:
                 if status == Status.MIXED:
                     self._go_on(fused.staged(self.name, self._call.shape))
                 else:
-                    waiting: list[Request] = [Waiting(int(self._record[WorkWord.WAITING_FOR]))]
+                    waiting: list[Request] = [
+                        Waiting(int(self._record[WorkWord.WAITING_FOR]), self)
+                    ]
                     yield waiting
                 status = self._advance(self.address)
         except GeneratorExit:
             self._board.give_up(self.name)
+            abandon_kernel()(self.address)
             raise
         self._take(self._program)
         return owner

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from .board import Server, Waiting
 from .errors import CommTimeout, PeerLost
 from .work import Work
 
@@ -33,6 +34,7 @@ class Progress:
         self._waiting = 0
         self._thread: threading.Thread | None = None
         self._stopped = False
+        self._server = Server()
 
     def start(self, make: Callable[[], Work], background: bool) -> Work:
         """Make a work, which starts it, and look after it until it has ended.
@@ -71,6 +73,7 @@ class Progress:
         """
         with self._lock:
             self._waiting += 1
+            self._server.interrupt(True)
         try:
             watch = Watch(work, self.timeout if timeout is None else timeout)
             while True:
@@ -87,6 +90,7 @@ class Progress:
         finally:
             with self._lock:
                 self._waiting -= 1
+                self._server.interrupt(self._waiting > 0)
             if not self.idle and self._thread is not None:
                 self._notify()
 
@@ -100,6 +104,7 @@ class Progress:
     def stop(self) -> None:
         """End the background thread; works go on advancing in wait() and done()."""
         self._stopped = True
+        self._server.interrupt(True)
         thread = self._thread
         if thread is not None:
             with self._wake:
@@ -123,8 +128,19 @@ class Progress:
                     if not self._stopped and (self.idle or self._waiting):
                         self._wake.wait(0.5)
                 continue
-            self.advance()
-            time.sleep(_LOOK)
+            waiting = self._look()
+            if waiting:
+                self._server.serve(waiting)
+            else:
+                time.sleep(_LOOK)
+
+    def _look(self) -> list[Waiting]:
+        """Advance all works once; return them where compiled code can go on with all of them."""
+        with self._lock:
+            self._advance_all()
+            pending = [request for work in self.works for request in work.pending]
+        waiting = [request for request in pending if isinstance(request, Waiting)]
+        return waiting if len(waiting) == len(pending) else []
 
 
 class Watch:

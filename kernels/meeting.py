@@ -13,8 +13,8 @@ import numpy as np
 from numba import types
 from numba.np.numpy_support import carray
 
-from .compiled import Kernel, compile_kernel
-from .native import call, copy_bytes, load, relax, store
+from .compiled import Kernel, compile_kernel, flat
+from .native import call, copy_bytes, load, relax, store, try_lock
 from .records import (
     FOLD_WORDS,
     LINE_BYTES,
@@ -47,7 +47,7 @@ _ARRIVED_AT, _NOTED, _ROWS = map(int, (WorkWord.ARRIVED_AT, WorkWord.NOTED, Work
 _NUM_ROWS, _LISTS, _LIST_BYTES = map(int, (WorkWord.NUM_ROWS, WorkWord.LISTS, WorkWord.LIST_BYTES))
 _FOLD, _FOLD_RECORD, _NOTE = map(int, (WorkWord.FOLD, WorkWord.FOLD_RECORD, WorkWord.NOTE))
 _WAITING_FOR, _FLYING = int(WorkWord.WAITING_FOR), int(WorkWord.FLYING)
-_WORK_WORDS = int(WorkWord.WORDS)
+_LOCK, _WORK_WORDS = int(WorkWord.LOCK), int(WorkWord.WORDS)
 _SPINS, _YIELDS, _BROKEN = map(int, (BoardWord.SPINS, BoardWord.YIELDS, BoardWord.BROKEN))
 _REFUSED = np.int64(Status.REFUSED)
 
@@ -167,6 +167,16 @@ def _advance(record: Any) -> Any:
     return _end(work, board, _DONE)
 
 
+@compiled
+def _advance_alone(record: Any) -> Any:
+    """Go on with a work unless another thread does so right now."""
+    if try_lock(record + 8 * _LOCK) == 0:
+        return _RUNNING
+    status = _advance(record)
+    store(record + 8 * _LOCK, 0)
+    return status
+
+
 @functools.cache
 def advance_kernel() -> Kernel:
     """Return the compiled (work record) -> Status that goes on with a work.
@@ -175,9 +185,45 @@ def advance_kernel() -> Kernel:
     """
 
     def advance_meeting(record: Any) -> Any:
-        return _advance(record)
+        return _advance_alone(record)
 
     return compile_kernel("advance_meeting", advance_meeting, types.int64)
+
+
+@functools.cache
+def serve_kernel() -> Kernel:
+    """Return the compiled (work records, stop, usleep, microseconds, naps) -> None.
+
+    It goes on with the works, and naps in between, until one of them has ended, the word at `stop`
+    is not 0, or all naps are taken.
+    """
+
+    def serve_meetings(records: Any, stop: Any, usleep: Any, microseconds: Any, naps: Any) -> None:
+        for _ in range(naps):
+            if load(stop) != 0:
+                return
+            for k in range(records.size):
+                if _advance_alone(records[k]) != _RUNNING:
+                    return
+            call(usleep, microseconds)
+
+    word = types.int64
+    return compile_kernel("serve_meetings", serve_meetings, flat(word), word, word, word, word)
+
+
+@functools.cache
+def abandon_kernel() -> Kernel:
+    """Return the compiled (work record) that ends a work, when no thread is at it any more."""
+
+    def abandon_meeting(record: Any) -> None:
+        while try_lock(record + 8 * _LOCK) == 0:
+            relax()
+        words = _words(record, _WORK_WORDS)
+        words[_STATUS] = _REFUSED
+        words[_FLYING] = 0
+        store(record + 8 * _LOCK, 0)
+
+    return compile_kernel("abandon_meeting", abandon_meeting, types.int64)
 
 
 @functools.cache

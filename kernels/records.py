@@ -108,6 +108,7 @@ class WorkWord(IntEnum):
     """Words of the record of one work.
 
     FLYING: not 0 from its start to its end.
+    LOCK: not 0 while a thread goes on with it.
     """
 
     BOARD = 0
@@ -125,7 +126,8 @@ class WorkWord(IntEnum):
     NOTE = FOLD_RECORD + FOLD_WORDS
     WAITING_FOR = NOTE + Note.WORDS
     FLYING = WAITING_FOR + 1
-    WORDS = FLYING + 1
+    LOCK = FLYING + 1
+    WORDS = LOCK + 1
 
 
 class Status(IntEnum):

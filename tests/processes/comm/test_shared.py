@@ -1,6 +1,7 @@
 """Meeting in shared memory: the contract, and what only registered memory can get wrong."""
 
 import gc
+import time
 
 import contract
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from contract import CHECKS, NUMBERS, data, expected, lengths, reopened
 
 import ringfold
-from ringfold import CommError, Communicator, MismatchError
+from ringfold import CommError, CommTimeout, Communicator, MismatchError
 from ringfold.comm.board import STAGE_BYTES
 
 LARGE = STAGE_BYTES // 4 * 2 + 1235
@@ -229,3 +230,36 @@ def test_a_rank_that_cannot_share_sends_all_to_messages(
             assert "no shared memory: " in work.receipt.reason
         if comm.rank == comm.size - 1:
             assert "no memory of this kind" in work.receipt.reason
+
+
+def test_works_end_while_python_computes(comm: Communicator) -> None:
+    for kind in (registered, lambda _, values: values):
+        arrays = [kind(comm, data(comm.rank, LARGE, np.float32)) for _ in range(6)]
+        works = [comm.allreduce(x, blocking=False) for x in arrays]
+        end = time.monotonic() + 30
+        while not all(work.ended for work in works):  # looks, but does not help
+            assert time.monotonic() < end, "works do not advance while Python computes"
+        for x in arrays:
+            np.testing.assert_array_equal(x, expected("sum", comm.size, LARGE, np.float32))
+
+
+def test_a_work_given_up_breaks_its_board_and_says_so(comm: Communicator) -> None:
+    if comm.size == 1:
+        return
+    group = comm.split(0)
+    if comm.rank == 0:
+        work = group.allreduce(np.ones(3), blocking=False)
+        with pytest.raises(CommTimeout, match=r"rank 0 waited .* for ranks \[1\]"):
+            work.wait(timeout=0.05)
+        work.fail(CommError("enough"))
+        with pytest.raises(CommError, match="an earlier allreduce was given up halfway"):
+            group.allreduce(np.ones(3))
+    comm.barrier()
+
+
+def test_the_same_array_twice_in_flight(comm: Communicator) -> None:
+    x = registered(comm, np.ones(LARGE, np.float32))
+    for _ in range(2):
+        works = [comm.allreduce(x, blocking=False) for _ in range(3)]
+        assert all(work.wait() is x for work in works)
+    assert (comm.allreduce(x) == float(comm.size) ** 7).all()
