@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
-from ringfold import DataParallel, ShardedOptimizer, run_local
+from ringfold import DataParallel, Mesh, Pipeline, ShardedOptimizer, run_local
 
 LOCK = threading.Lock()
 KINDS = [
@@ -276,3 +276,38 @@ def test_long_parameters_cut_at_odd_places_keep_their_bits(kind, hyper):
         return all(map(torch.equal, whole, own))
 
     assert run_local(3, main) == [True] * 3
+
+
+def test_beside_a_pipeline_over_its_replicas_also_on_a_stage_without_parameters():
+    def train(mesh, make):
+        with LOCK, torch.random.fork_rng():
+            torch.manual_seed(0)
+            layers = [nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)]
+        engine = Pipeline(
+            layers, mesh, loss_fn=nn.functional.mse_loss, microbatches=2, boundaries=[1, 2]
+        )
+        optimizer = make(engine, mesh)
+        for step in range(3):
+            optimizer.zero_grad()
+            engine.step(*data(mesh.data.rank, step))
+            engine.clip_grad_norm_(0.1)
+            optimizer.step()
+        state = {name: value.clone() for name, value in engine.state_dict().items()}
+        engine.close()
+        return state, optimizer
+
+    def main(comm):
+        with Mesh(comm, data=2, pipe=3) as mesh:
+            whole, _ = train(mesh, lambda engine, _: AdamW(engine.parameters(), lr=0.1))
+            sharded, optimizer = train(
+                mesh,
+                lambda engine, mesh: ShardedOptimizer(
+                    engine.named_parameters(), mesh.data, AdamW, lr=0.1
+                ),
+            )
+            assert whole.keys() == sharded.keys() == optimizer.state_dict()["state"].keys()
+            return mesh.pipe.rank, whole, sharded
+
+    for stage, whole, sharded in run_local(6, main):
+        assert len(whole) == (0 if stage == 1 else 2)
+        assert all(torch.equal(whole[name], sharded[name]) for name in whole)
