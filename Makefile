@@ -39,7 +39,7 @@ MPICH_VENV  := $(VENV)-mpich
 MPICH_READY := $(MPICH_VENV)/ringfold.stamp
 INPUTS      := pyproject.toml setup.py constraints.txt tools/setup_venv.py
 
-.PHONY: help setup train test test-main test-processes test-mpich test-hosts test-fast lint format bench clean python-version
+.PHONY: help setup train test test-main test-processes test-mpich test-hosts test-fast lint format bench bench-hosts clean python-version
 
 help:
 	@echo 'make train       train on NP ranks: make train NP=4 ARGS="--workload text --pipe 2"'
@@ -49,6 +49,7 @@ help:
 	@echo 'make lint        ruff check, ruff format --check, mypy --strict on the installed package'
 	@echo 'make format      let ruff rewrite the sources'
 	@echo 'make bench       the benchmarks on 2 and 4 ranks, into benchmarks/results'
+	@echo 'make bench-hosts allreduce between two hosts made on this machine, 1 Gbit/s between them'
 	@echo 'make setup       create $(VENV) only; every other target does that by itself'
 	@echo 'make clean       remove what the targets created, the environments included'
 	@echo
@@ -127,6 +128,13 @@ bench: $(READY)
 	mpirun -n 4 python benchmarks/model_error.py --json $(RESULTS)/model_error.json
 	python benchmarks/startup.py --json $(RESULTS)/startup.json
 	python benchmarks/report.py $(RESULTS)
+
+# Between two hosts made of this machine's namespaces; status 77 where that is not allowed.
+bench-hosts: $(READY)
+	for ranks in 1 2; do \
+	  python tools/hosts --ranks-per-host $$ranks -- python benchmarks/hosts.py $(ARGS) \
+	    --json $(RESULTS)/hosts-2x$$ranks.json; \
+	done
 
 clean:
 	rm -rf $(VENV) $(VENV).lock $(MPICH_VENV) $(MPICH_VENV).lock build dist *.egg-info

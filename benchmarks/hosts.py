@@ -61,7 +61,7 @@ class Case:
 
     def contender(self, impl: str, run: Callable[[], Any], **names: str) -> Contender:
         """Enter an allreduce of x."""
-        return Contender(impl, run, self.fill, self.wrong, **names)
+        return Contender(impl, run, self.fill, wrong=self.wrong, **names)
 
 
 def leaders(comm: ringfold.Communicator) -> list[int]:

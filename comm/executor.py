@@ -22,6 +22,9 @@ from .work import Steps
 WINDOW = 4
 """Segments of one direction in flight."""
 
+NETWORK_WINDOW = 8
+"""The same between nodes: with fewer, a link with traffic both ways is idle while ranks answer."""
+
 Array = npt.NDArray[Any]
 Combine = Callable[[Array, Array], None]
 """target, incoming: target[:] = target op incoming."""

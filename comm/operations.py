@@ -24,7 +24,7 @@ from .chunks import bounds
 from .collective import COLLECTIVES
 from .dtypes import DTYPES, DType
 from .errors import CommError, ScheduleError
-from .executor import MOVE, Arithmetic, Lane, execute
+from .executor import MOVE, NETWORK_WINDOW, WINDOW, Arithmetic, Lane, execute
 from .meetings import Meetings
 from .memory import Memory, owner_of
 from .program import Op, Program, lower
@@ -370,7 +370,8 @@ class Operations:
     def _lane(self, tag: int) -> Lane:
         settings = self._settings
         segment = min(settings.segment_bytes, settings.max_message_bytes)
-        return Lane(self._transport, Channel.COLLECTIVE, tag, segment)
+        window = WINDOW if self._nodes is None else NETWORK_WINDOW
+        return Lane(self._transport, Channel.COLLECTIVE, tag, segment, window)
 
     def _wrap(self, x: Any, writable: bool) -> Buffer:
         """View x, and refuse shared memory that is not this communicator's, or used in strides."""

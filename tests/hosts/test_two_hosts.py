@@ -1,5 +1,6 @@
 """The communicator over two hosts with a link of 1 Gbit/s, made on this machine by tools/hosts."""
 
+import json
 import os
 import signal
 import subprocess
@@ -72,6 +73,25 @@ comm.close()
         "1 hosta 1/2",
         "2 hostb 0/2",
         "3 hostb 1/2",
+    ]
+
+
+def test_the_benchmark_measures_the_link_and_everybody_on_it(
+    on_hosts: OnHosts, tmp_path: Path
+) -> None:
+    result = tmp_path / "rows.json"
+    options = ["--sizes", "64KiB", "--repeats", "2", "--json", str(result)]
+    job = on_hosts(2, str(ROOT / "benchmarks" / "hosts.py"), *options)
+    assert job.returncode == 0, job.output
+    rows = json.loads(result.read_text())["rows"]
+    found = [(row["impl"], row["algorithm"], row["nodes"], row["wrong"]) for row in rows]
+    assert found == [
+        ("limit", "one message", 2, 0),
+        ("limit", "one each way", 2, 0),
+        ("ordinary", "hierarchical (chosen)", 2, 0),
+        ("ordinary", "ring", 2, 0),
+        ("ordinary", "hierarchical", 2, 0),
+        ("mpi", "-", 2, 0),
     ]
 
 
