@@ -99,10 +99,14 @@ def prepare(comm: ringfold.Communicator, options: Options) -> Training:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.node.size))
 
+    # A sum may depend on the number of threads that share it.
+    if options.reduction == "tree":
+        torch.set_num_threads(1)
+
     # Every rank builds the whole model from the seed, then keeps its part of it: the weights at the
     # start do not depend on the grid.
     torch.manual_seed(options.seed)
-    layers = workload.layers()
+    layers = settle(comm, lambda: engines.layers_of(workload, options))
     whole = list(torch.nn.Sequential(*layers).named_parameters())
     settle(comm, lambda: engines.check_stages(layers, grid.pipe))
     mesh = ringfold.Mesh(comm, data=grid.data, pipe=grid.pipe)
@@ -200,7 +204,8 @@ def run(comm: ringfold.Communicator, training: Training) -> None:
 
 def describe(training: Training) -> str:
     options, grid = training.options, training.grid
-    pipe = f", {options.schedule}, {grid.microbatches} micro-batches" if grid.pipe > 1 else ""
+    split = grid.pipe > 1 or options.reduction == "tree"
+    pipe = f", {options.schedule}, {grid.microbatches} micro-batches" if split else ""
     return (
         f"{options.workload}: {grid.data * grid.pipe} ranks as data {grid.data} x pipe {grid.pipe}"
         f"{pipe}; {training.num_steps} steps of {options.batch_size} samples"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .plan import PLANS, PlanError
     from .powersgd import PowerSGD
+    from .random_keys import Dropout, name_layers, show_samples
     from .sampler import GlobalBatchSampler, ShardSampler
     from .sharded_optimizer import ShardedOptimizer
     from .sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PLANS",
     "DataParallel",
+    "Dropout",
     "GlobalBatchSampler",
     "Mesh",
     "Pipeline",
@@ -36,11 +38,14 @@ __all__ = [
     "check_replicas",
     "convert_sync_batchnorm",
     "even_batches",
+    "name_layers",
+    "show_samples",
 ]
 
 _HOMES = {
     "PLANS": "plan",
     "DataParallel": "data_parallel",
+    "Dropout": "random_keys",
     "GlobalBatchSampler": "sampler",
     "Mesh": "mesh",
     "Pipeline": "pipeline",
@@ -54,6 +59,8 @@ _HOMES = {
     "check_replicas": "drift",
     "convert_sync_batchnorm": "sync_batchnorm",
     "even_batches": "join",
+    "name_layers": "random_keys",
+    "show_samples": "random_keys",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from .sampler import part_bounds
 from .structure import put_together, take_apart
 
-__all__ = ["count_rows", "join_rows", "row_bounds", "split_rows"]
+__all__ = ["clone_tensors", "count_rows", "global_leaves", "join_rows", "row_bounds", "split_rows"]
 
 
 def row_bounds(rows: int, num_microbatches: int) -> tuple[tuple[int, int], ...]:
@@ -22,6 +23,30 @@ def row_bounds(rows: int, num_microbatches: int) -> tuple[tuple[int, int], ...]:
     """
     count = min(rows, num_microbatches)
     return tuple(part_bounds(rows, part, count) for part in range(count))
+
+
+def global_leaves(
+    rows: Sequence[int], num_microbatches: int
+) -> tuple[tuple[tuple[int, int], ...], tuple[range, ...]]:
+    """Cut the global batch into micro-batches, and deal them to the replicas.
+
+    rows: of every replica; their batches, end to end, are the global batch. Returns [first, end) of
+    every micro-batch of the global batch, as `row_bounds` has it, and the range of them that each
+    replica holds. ValueError where a micro-batch would lie on two replicas.
+    """
+    bounds = row_bounds(sum(rows), num_microbatches)
+    firsts = {first: place for place, (first, _) in enumerate(bounds)}
+    firsts[sum(rows)] = len(bounds)
+    edges = [sum(rows[:replica]) for replica in range(len(rows) + 1)]
+    for replica, edge in enumerate(edges):
+        if edge not in firsts:
+            raise ValueError(
+                f"the {len(bounds)} micro-batches of a global batch of {sum(rows)} rows cannot be "
+                f"dealt to replicas of {list(rows)} rows: replica {replica} begins at row {edge}, "
+                "within a micro-batch"
+            )
+    places = [firsts[edge] for edge in edges]
+    return bounds, tuple(range(a, b) for a, b in pairwise(places))
 
 
 def count_rows(value: Any, where: str) -> int:
@@ -46,6 +71,12 @@ def split_rows(value: Any, bounds: Sequence[tuple[int, int]]) -> list[Any]:
         put_together(description.skeleton, [t[first:end] if t.dim() > 0 else t for t in tensors])
         for first, end in bounds
     ]
+
+
+def clone_tensors(value: Any) -> Any:
+    """Return the nested value with tensors in memory of their own."""
+    description, tensors = take_apart(value, "batch")
+    return put_together(description.skeleton, [tensor.clone() for tensor in tensors])
 
 
 def join_rows(values: Sequence[Any], where: str) -> Any:

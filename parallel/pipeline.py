@@ -12,21 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from .actions import Action
-from .batch import join_rows, row_bounds, split_rows
+from .batch import clone_tensors, global_leaves, join_rows, row_bounds, split_rows
 from .clip import clip_over_stages
 from .layers import StageLayers, named_layers, split_layers
 from .mesh import Mesh
 from .messages import broadcast_value
 from .plan import PlanFunction, check_plan, plan_named, whole_plan
+from .random_keys import Samples, name_layers
 from .reducer import Reducer, ReductionRecord
 from .replicas import broadcast_tensors, check_equal, describe
 from .rows import agree_on_rows, agree_on_rows_of_pipe
 from .stage import Stage
+from .tree import Tree
+from .tree_gradients import TreeGradients
 from .worker import Batch, Worker
 
 __all__ = ["Pipeline", "StepRecord"]
 
 _LOSS_REDUCTIONS = ("mean", "sum")
+_REDUCTIONS = ("bucket", "tree")
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class StepRecord:
 
     actions: what this stage executed, in order.
     peak_in_flight: the most micro-batches whose activations it held at once.
-    reduction: the reduction of its gradients over mesh.data; None with one replica.
+    reduction: the reduction of its gradients over mesh.data in buckets; None with one replica, and
+        in a tree.
     """
 
     actions: tuple[Action, ...]
@@ -64,6 +69,12 @@ class Pipeline:
         by their numbers of parameters.
     bucket_bytes, wire_dtype, broadcast_buffers: of the reduction over mesh.data, as in
         DataParallel.
+    reduction: "bucket", or "tree" for gradients and losses that are the same to the last bit for
+        every (data, pipe). `microbatches` are those of the global batch then, dealt to the
+        replicas in order, and they are added in one fixed binary tree, in the gradients' own dtype.
+
+    Attributes:
+        steps_taken: steps so far; with the samples it keys random layers, so a resumed run sets it.
 
     Collective over mesh.comm. Parameters and buffers start as those of replica 0. ValueError on
     every rank for layers or settings that differ between ranks, a stage left without layers, an
@@ -83,14 +94,21 @@ class Pipeline:
         bucket_bytes: int = 4 << 20,
         wire_dtype: str | None = None,
         broadcast_buffers: bool = True,
+        reduction: str = "bucket",
     ) -> None:
         if microbatches < 1:
             raise ValueError(f"expected at least 1 micro-batch, got {microbatches}")
         if loss_reduction not in _LOSS_REDUCTIONS:
             known = ", ".join(_LOSS_REDUCTIONS)
             raise ValueError(f"unknown loss_reduction {loss_reduction!r}, expected one of: {known}")
+        if reduction not in _REDUCTIONS:
+            known = ", ".join(_REDUCTIONS)
+            raise ValueError(f"unknown reduction {reduction!r}, expected one of: {known}")
+        if reduction == "tree" and wire_dtype is not None:
+            raise ValueError(f"reduction 'tree' adds gradients as they are, not as {wire_dtype}")
         self.mesh = mesh
         self.last_step: StepRecord | None = None
+        self.steps_taken = 0
         self._has_loss = loss_fn is not None
         self._loss_reduction = loss_reduction
         self._microbatches = microbatches
@@ -102,12 +120,14 @@ class Pipeline:
         named = named_layers(layers)
         plan = self._plan(microbatches)
         whole = nn.Sequential(OrderedDict(named))
+        name_layers(whole)
         lines = [
             *(
                 f"plan of stage {stage}: {' '.join(map(str, row))}"
                 for stage, row in enumerate(plan)
             ),
             f"loss_reduction {loss_reduction}",
+            f"reduction {reduction}",
             f"boundaries {None if boundaries is None else list(boundaries)}",
             f"layers {' '.join(name for name, _ in named)}",
             *describe(whole.named_parameters()),
@@ -126,13 +146,16 @@ class Pipeline:
             bucket_bytes=bucket_bytes,
             wire=wire_dtype,
         )
-        if mesh.data.size > 1:
-            self._reducer.attach(self._gradient_ready)
+        in_tree = reduction == "tree"
+        tree = TreeGradients(list(self._layers.module.parameters()), mesh.data)
+        self._tree = tree if in_tree else None
+        reducer = self._reducer if mesh.data.size > 1 and not in_tree else None
+        if reducer is not None:
+            reducer.attach(self._gradient_ready)
         channel = mesh.pipe.split(0, key=mesh.pipe.rank)
         assert channel is not None
         self._channel = channel
-        reducer = self._reducer if mesh.data.size > 1 else None
-        self._worker = Worker(self._stage, channel, loss_fn, reducer)
+        self._worker = Worker(self._stage, channel, loss_fn, reducer, self._tree)
 
     @property
     def stage(self) -> int:
@@ -154,27 +177,51 @@ class Pipeline:
         """
         if not self._has_loss:
             raise ValueError("a pipeline without loss_fn can evaluate, but not train")
-        rows, total = agree_on_rows(self.mesh, x, y)
-        bounds = row_bounds(rows, self._microbatches)
+        rows = agree_on_rows(self.mesh, x, y)
+        replica, replicas = self.mesh.data.rank, self.mesh.data.size
+        before = sum(rows[:replica])
+        if self._tree is None:
+            bounds = row_bounds(rows[replica], self._microbatches)
+        else:
+            all_bounds, leaves = global_leaves(rows, self._microbatches)
+            mine = all_bounds[leaves[replica].start : leaves[replica].stop]
+            bounds = tuple((first - before, end - before) for first, end in mine)
         is_mean = self._loss_reduction == "mean"
-        weights = [(end - first) / total if is_mean else 1.0 for first, end in bounds]
-        replicas = self.mesh.data.size
+        weights = [(end - first) / sum(rows) if is_mean else 1.0 for first, end in bounds]
+        # The mean over replicas of gradients that are each multiplied by their number is the
+        # sum, and it leaves equal gradients of earlier steps as they are.
+        factor = replicas if self._tree is None else 1
         batch = Batch(
             inputs=split_rows(x, bounds) if self._is_first else [],
             targets=split_rows(y, bounds) if self._is_last else [],
-            # The mean over replicas of gradients that are each multiplied by their number is the
-            # sum, and it leaves equal gradients of earlier steps as they are.
-            scales=[weight * replicas for weight in weights],
+            scales=[weight * factor for weight in weights],
+            samples=[
+                Samples(self.steps_taken, before + first, end - first) for first, end in bounds
+            ],
         )
-        if self._reducer.active:
+        if self._tree is not None:
+            # Elsewhere a slice begins at another alignment, which matrix products may depend on.
+            batch.inputs = [clone_tensors(value) for value in batch.inputs]
+            batch.targets = [clone_tensors(value) for value in batch.targets]
+            self._tree.begin(leaves)
+        elif self._reducer.active:
             self._reducer.abandon()
         plan = self._plan(len(bounds))[self.stage]
         self._worker.train(plan, batch)
-        loss = np.array([sum(weights[m] * value for m, value in batch.losses.items())], np.float64)
-        whole_loss = self.mesh.comm.allreduce(loss, op="sum", blocking=False)
-        reduction = self._finish_reduction() if replicas > 1 else None
+        weighed = {m: weights[m] * value for m, value in batch.losses.items()}
+        reduction = None
+        if self._tree is not None:
+            loss = self._add_in_tree(weighed, leaves)
+            self._tree.finish()
+            self._even_buffers()
+        else:
+            total = np.array([sum(weighed.values())], np.float64)
+            work = self.mesh.comm.allreduce(total, op="sum", blocking=False)
+            reduction = self._finish_reduction() if replicas > 1 else None
+            loss = float(work.wait()[0])
+        self.steps_taken += 1
         self.last_step = StepRecord(plan, self._stage.peak_in_flight, reduction)
-        return torch.from_numpy(whole_loss.wait())[0]
+        return torch.tensor(loss, dtype=torch.float64)
 
     def forward(self, x: Any = None) -> Any:
         """Run a batch through all stages, without gradients, and return the output on every rank.
@@ -260,10 +307,25 @@ class Pipeline:
             self._reducer.begin()
             self._reducer.flush()
         record = self._reducer.finish()
-        if self._broadcast_buffers:
+        self._even_buffers()
+        return record
+
+    def _even_buffers(self) -> None:
+        if self._broadcast_buffers and self.mesh.data.size > 1:
             buffers = self._layers.module.buffers()
             broadcast_tensors(self.mesh.data, buffers, 0, self._bucket_bytes)
-        return record
+
+    def _add_in_tree(self, losses: Mapping[int, float], leaves: Sequence[range]) -> float:
+        """Return the sum of the losses of all micro-batches of all replicas, in the fixed tree."""
+        values = np.zeros(leaves[-1].stop, np.float64)
+        for microbatch, value in losses.items():
+            values[leaves[self.mesh.data.rank][microbatch]] = value
+        # One rank has each of them, and the others a zero: every order of adding is the same.
+        self.mesh.comm.allreduce(values, op="sum")
+        tree: Tree[float] = Tree(len(values), float.__add__)
+        for leaf, value in enumerate(values.tolist()):
+            tree.put((0, leaf), value)
+        return tree.total
 
     def _plan(self, num_microbatches: int) -> tuple[tuple[Action, ...], ...]:
         plan = self._plans.get(num_microbatches)

@@ -18,8 +18,8 @@ _NOT_GIVEN = -1
 _REFUSED = -2
 
 
-def agree_on_rows(mesh: Mesh, x: Any, y: Any) -> tuple[int, int]:
-    """Return the rows of this replica's batch, and those of all replicas together.
+def agree_on_rows(mesh: Mesh, x: Any, y: Any) -> tuple[int, ...]:
+    """Return the rows of every replica's batch, by replica; not all are zero.
 
     x counts on first stages, y, if it is given, on last ones. Collective over mesh.comm. Raises on
     every rank if a batch is unfit on any: there what is wrong with it, elsewhere a ValueError that
@@ -50,10 +50,9 @@ def agree_on_rows(mesh: Mesh, x: Any, y: Any) -> tuple[int, int]:
             raise ValueError(
                 f"replica {replica}: x has {in_x} rows on the first stage, y has {in_y} on the last"
             )
-    total = int(sum(rows_x))
-    if total == 0:
+    if sum(rows_x) == 0:
         raise ValueError("the global batch has no rows")
-    return int(rows_x[mesh.data.rank]), total
+    return tuple(map(int, rows_x))
 
 
 def agree_on_rows_of_pipe(pipe: Communicator, x: Any) -> int:

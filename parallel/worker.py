@@ -11,12 +11,15 @@ from torch import Tensor
 
 from .actions import Action, Kind
 from .messages import Edge, HeaderWriter, Inbox, Outbox, Received, flatten, start_receive
+from .random_keys import show_samples
 from .stage import Stage
 from .structure import Description, take_apart
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
+    from .random_keys import Samples
     from .reducer import Reducer
+    from .tree_gradients import TreeGradients
 
 __all__ = ["Batch", "Worker"]
 
@@ -30,12 +33,14 @@ class Batch:
 
     inputs: on the first stage.  targets: on the last stage.
     scales: what a micro-batch's loss is multiplied by before its gradient is taken.
+    samples: where a micro-batch's rows are in the global batch, for random layers.
     losses, outputs: filled on the last stage, by training and by evaluation.
     """
 
     inputs: list[Any] = field(default_factory=list)
     targets: list[Any] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
+    samples: list[Samples] = field(default_factory=list)
     losses: dict[int, float] = field(default_factory=dict)
     outputs: list[Any] = field(default_factory=list)
 
@@ -47,6 +52,8 @@ class Worker:
         user's.
     reducer: begun before the last backward, so that the stage's gradients are reduced over replicas
         while other stages still work; whoever runs the plan finishes it.
+    tree: given every micro-batch's gradients by themselves; begun and finished by whoever runs the
+        plan.
     """
 
     def __init__(
@@ -55,12 +62,14 @@ class Worker:
         channel: Communicator,
         loss_fn: Callable[[Any, Any], Tensor] | None,
         reducer: Reducer | None,
+        tree: TreeGradients | None = None,
     ) -> None:
         self._stage = stage
         self._index = stage.index
         self._channel = channel
         self._loss_fn = loss_fn
         self._reducer = reducer
+        self._tree = tree
         self._is_last = stage.index == channel.size - 1
         self._before = Edge(stage.index - 1, channel.size)
         self._after = Edge(stage.index, channel.size)
@@ -131,6 +140,7 @@ class Worker:
 
     def _forward(self, microbatch: int, batch: Batch) -> None:
         description, tensors = self._take_input(microbatch, batch)
+        show_samples(self._stage.module, batch.samples[microbatch])
         output, out, outputs = self._stage.forward(microbatch, description, tensors)
         if not self._is_last:
             self._send_on(microbatch, out, outputs)
@@ -165,5 +175,7 @@ class Worker:
         if flat.numel():
             tag = self._before.payload_tag(microbatch, backward=True)
             self._outbox.post(flat, self._index - 1, tag)
+        if self._tree is not None:
+            self._tree.take(microbatch)
         if completes is not None:
             completes.flush()

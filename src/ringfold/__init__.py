@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .parallel.data_parallel import DataParallel
     from .parallel.mesh import Mesh
     from .parallel.pipeline import Pipeline
+    from .parallel.random_keys import Dropout
     from .parallel.sharded_optimizer import ShardedOptimizer
 
 _HOMES = {
@@ -38,6 +39,7 @@ _HOMES = {
     "load": "parallel.checkpoint.session",
     "save": "parallel.checkpoint.session",
     "DataParallel": "parallel.data_parallel",
+    "Dropout": "parallel.random_keys",
     "Mesh": "parallel.mesh",
     "Pipeline": "parallel.pipeline",
     "ShardedOptimizer": "parallel.sharded_optimizer",
@@ -51,6 +53,7 @@ __all__ = [
     "CommTimeout",
     "Communicator",
     "DataParallel",
+    "Dropout",
     "Mesh",
     "MismatchError",
     "PeerLost",

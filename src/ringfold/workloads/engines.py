@@ -15,7 +15,7 @@ from ..parallel.pipeline import Pipeline
 from .options import Grid, Options, UsageError
 from .workload import Workload
 
-__all__ = ["Engine", "Replicas", "Stages", "check_stages", "make_engine"]
+__all__ = ["Engine", "Replicas", "Stages", "check_stages", "layers_of", "make_engine"]
 
 
 class Engine(Protocol):
@@ -91,6 +91,7 @@ class Stages:
             schedule=options.schedule,
             bucket_bytes=int(options.bucket_mb * 2**20),
             wire_dtype=options.wire,
+            reduction=options.reduction,
         )
 
     @property
@@ -118,10 +119,20 @@ def check_stages(layers: list[nn.Module], pipe: int) -> None:
         raise UsageError(f"--pipe {pipe}: {error}") from None
 
 
+def layers_of(workload: Workload, options: Options) -> list[nn.Module]:
+    """Make the model's layers, which draws from torch's generator, or raise UsageError."""
+    if not options.dropout:
+        return workload.layers()
+    if workload.layers_with_dropout is None:
+        raise UsageError(f"--dropout: the workload {options.workload} has none")
+    return workload.layers_with_dropout(options.dropout, options.seed)
+
+
 def make_engine(
     layers: list[nn.Module], workload: Workload, mesh: Mesh, options: Options, grid: Grid
 ) -> Engine:
     """Split the model as the grid says.  Collective over the mesh."""
-    if grid.pipe == 1:
+    # Keyed dropout asks for its samples, which the pipeline tells it, of one stage too.
+    if grid.pipe == 1 and options.reduction == "bucket" and not options.dropout:
         return Replicas(layers, workload, mesh, options)
     return Stages(layers, workload, mesh, options, grid.microbatches)

@@ -15,6 +15,7 @@ from . import WORKLOADS
 __all__ = ["Grid", "Options", "UsageError", "grid_of", "parse"]
 
 WIRE_DTYPES = ("fp32", "bf16", "fp16")
+TREE_MICROBATCHES = 8
 
 
 class UsageError(ValueError):
@@ -37,6 +38,8 @@ class Options:
     seed: int
     bucket_mb: float
     wire: str | None
+    reduction: str
+    dropout: float
     report: Path | None
     checkpoint: Path | None
     every: int
@@ -69,6 +72,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         given = [f"--{name}" for name in ("every", "keep", "resume") if getattr(found, name)]
         if given:
             raise UsageError(f"{given[0]} needs --checkpoint DIR")
+    if found.reduction == "tree" and (found.wire or found.wire_dtype):
+        raise UsageError("--reduction tree adds gradients as they are: leave --wire out")
     defaults = WORKLOADS[found.workload]
     return Options(
         workload=found.workload,
@@ -83,6 +88,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         seed=found.seed,
         bucket_mb=found.bucket_mb,
         wire=found.wire_dtype if found.wire is None else found.wire,
+        reduction=found.reduction,
+        dropout=found.dropout,
         report=found.report,
         checkpoint=found.checkpoint,
         every=100 if found.every is None else found.every,
@@ -107,6 +114,8 @@ def grid_of(options: Options, num_ranks: int) -> Grid:
             f"--batch-size {options.batch_size}, the global batch, is not divisible by the {data}"
             " data ranks"
         )
+    if options.reduction == "tree":
+        return Grid(data, pipe, _microbatches_of_all(options, data))
     share = options.batch_size // data
     microbatches = options.microbatches
     if microbatches is None:
@@ -117,6 +126,17 @@ def grid_of(options: Options, num_ranks: int) -> Grid:
             f" holds of a global batch of {options.batch_size}"
         )
     return Grid(data, pipe, microbatches)
+
+
+def _microbatches_of_all(options: Options, data: int) -> int:
+    """Return the micro-batches of the global batch, which must not depend on the grid."""
+    microbatches = options.microbatches or TREE_MICROBATCHES
+    if options.batch_size % microbatches or microbatches % data:
+        raise UsageError(
+            f"--reduction tree: the {microbatches} micro-batches of a global batch must divide its"
+            f" {options.batch_size} samples, and be divisible by the {data} data ranks"
+        )
+    return microbatches
 
 
 def _largest_divisor(number: int, at_most: int) -> int:
@@ -154,7 +174,21 @@ def _parser() -> argparse.ArgumentParser:
         help="parts of a data rank's batch that follow each other through the pipe (default: about"
         " 2 x P)",
     )
+    split.add_argument(
+        "--reduction",
+        choices=("bucket", "tree"),
+        default="bucket",
+        help="tree: weights that are the same to the last bit for every grid; --microbatches are"
+        f" those of the global batch then (default: {TREE_MICROBATCHES})",
+    )
     train = parser.add_argument_group("training")
+    train.add_argument(
+        "--dropout",
+        type=_probability,
+        default=0.0,
+        metavar="P",
+        help="share of elements dropped, in the workload text (default: 0)",
+    )
     train.add_argument(
         "--epochs",
         type=_whole(1),
@@ -243,6 +277,16 @@ def _positive(text: str) -> float:
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
     if not (math.isfinite(number) and number > 0):
         raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text}")
+    return number
+
+
+def _probability(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"expected a probability below 1, got {text}")
     return number
 
 

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..parallel.random_keys import Dropout
 from ..parallel.sampler import GlobalBatchSampler, ShardSampler
 from .options import UsageError
 from .workload import Predict, Share, Sums, Workload, cosine
@@ -78,7 +79,7 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """Attend to earlier bytes, then transform each place; normalised before either."""
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.0, seed: int = 0) -> None:
         super().__init__()
         self.before_attention = nn.LayerNorm(WIDTH)
         self.project = nn.Linear(WIDTH, 3 * WIDTH)
@@ -87,10 +88,13 @@ class Block(nn.Module):
         self.transform = nn.Sequential(
             nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
         )
+        self.drop_attended = Dropout(dropout, seed=seed)
+        self.drop_transformed = Dropout(dropout, seed=seed)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.join(self.attend(self.project(self.before_attention(x))))
-        result: Tensor = x + self.transform(self.before_transform(x))
+        attended = self.join(self.attend(self.project(self.before_attention(x))))
+        x = x + self.drop_attended(attended)
+        result: Tensor = x + self.drop_transformed(self.transform(self.before_transform(x)))
         return result
 
     def attend(self, projected: Tensor) -> Tensor:
@@ -116,8 +120,8 @@ class Head(nn.Module):
         return logits
 
 
-def layers() -> list[nn.Module]:
-    return [Embedding(), *(Block() for _ in range(BLOCKS)), Head()]
+def layers(dropout: float = 0.0, seed: int = 0) -> list[nn.Module]:
+    return [Embedding(), *(Block(dropout, seed) for _ in range(BLOCKS)), Head()]
 
 
 def loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -189,4 +193,4 @@ def windows(data: Tensor, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
     return data[places], data[places + 1]
 
 
-WORKLOAD = Workload(layers, loss, optimizer, cosine, Text)
+WORKLOAD = Workload(layers, loss, optimizer, cosine, Text, layers)

@@ -68,6 +68,7 @@ class Workload:
     """Bundle what train.py needs.
 
     `layers()` draws from torch's generator, which the caller seeds.  `loss` is a mean over samples.
+    `layers_with_dropout(p, seed)` are these with keyed dropout; None where there is none.
     `decay` maps the trained fraction, in [0, 1), to the factor of the learning rate.
     """
 
@@ -76,6 +77,7 @@ class Workload:
     optimizer: Callable[[Iterable[nn.Parameter], float], Optimizer]
     decay: Callable[[float], float]
     data: Callable[[Share], Data]
+    layers_with_dropout: Callable[[float, int], list[nn.Module]] | None = None
 
 
 def constant(fraction: float) -> float:
