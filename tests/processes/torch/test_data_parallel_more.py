@@ -21,7 +21,7 @@ def batch(step, rows):
 
 @pytest.mark.parametrize("wire", ["powersgd:2", "topk:0.1"])
 def test_compressed_replicas_stay_equal_and_learn(comm, wire):
-    model = DataParallel(network(), comm, bucket_bytes=512, wire=wire)
+    model = DataParallel(network(), comm, bucket_bytes=4096, wire=wire)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     losses = []
     for _ in range(30):
