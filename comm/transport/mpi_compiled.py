@@ -25,8 +25,12 @@ _RUNNING = int(Status.RUNNING)
 FIRST_LOOKS = 20
 """Looks for a message before the caller who started it gets control back: a few microseconds."""
 
-PATIENT_LOOKS = 400
-"""Looks while somebody waits: some hundred microseconds, between which lost peers are noticed."""
+PATIENT_LOOKS = 150
+"""Looks while somebody waits, the last hundred after yielding the core each.
+
+Some tens of microseconds where cores are free. Where they are not, each yield may cost a time slice
+of another process, and nobody checks for lost peers or advances other works meanwhile.
+"""
 
 
 class Waiting:
