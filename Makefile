@@ -120,11 +120,13 @@ bench: $(READY)
 	    --json $(RESULTS)/allreduce-$$ranks.json --plot $(RESULTS)/allreduce-$$ranks.png; \
 	  mpirun -n $$ranks python benchmarks/collectives.py $(ARGS) \
 	    --json $(RESULTS)/collectives-$$ranks.json --plot $(RESULTS)/collectives-$$ranks.png; \
-	  for name in train_step linear; do \
+	  for name in train_step linear pipeline; do \
 	    mpirun -n $$ranks python benchmarks/$$name.py $(ARGS) \
 	      --json $(RESULTS)/$$name-$$ranks.json --plot $(RESULTS)/$$name-$$ranks.png; \
 	  done; \
 	done
+	mpirun -n 4 python benchmarks/scaling.py $(ARGS) \
+	  --json $(RESULTS)/scaling-4.json --plot $(RESULTS)/scaling-4.png
 	mpirun -n 4 python benchmarks/model_error.py --json $(RESULTS)/model_error.json
 	python benchmarks/startup.py --json $(RESULTS)/startup.json
 	python benchmarks/report.py $(RESULTS)

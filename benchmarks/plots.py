@@ -78,6 +78,11 @@ def short(nbytes: int) -> str:
     return str(nbytes)
 
 
+def figures(value: float) -> str:
+    """Show a number above a bar, in three figures, or whole."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def plot_bars(
     path: Path, rows: Sequence[Mapping[str, Any]], group: str, value: str, label: str, title: str
 ) -> None:
@@ -86,22 +91,56 @@ def plot_bars(
     ax = axes[0][0]
     groups = list(dict.fromkeys(row[group] for row in rows))
     impls = list(dict.fromkeys(row["impl"] for row in rows))
-    width = 0.8 / len(impls)
-    for place, impl in enumerate(impls):
+    there = {name: [row["impl"] for row in rows if row[group] == name] for name in groups}
+    width = 0.8 / max(map(len, there.values()))
+    for impl in impls:
         mine = {row[group]: row[value] for row in rows if row["impl"] == impl}
-        held = [at for at, name in enumerate(groups) if name in mine]
-        bars = ax.bar(
-            [at + (place - (len(impls) - 1) / 2) * width for at in held],
-            [mine[groups[at]] for at in held],
-            width * 0.92,
-            color=COLOURS.get(impl, "#999999"),
-            label=impl,
-        )
-        ax.bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
+        held = [
+            at + (there[name].index(impl) - (len(there[name]) - 1) / 2) * width
+            for at, name in enumerate(groups)
+            if name in mine
+        ]
+        heights = [mine[name] for name in groups if name in mine]
+        colour = COLOURS.get(impl, "#999999")
+        bars = ax.bar(held, heights, width * 0.92, color=colour, label=impl)
+        ax.bar_label(bars, fmt=figures, fontsize=7, padding=2)
     ax.set_xticks(range(len(groups)), groups, fontsize=8)
     ax.set_ylabel(label)
     ax.set_title(title)
     ax.grid(axis="y", alpha=0.3)
     ax.margins(y=0.15)
     ax.legend(fontsize=8)
+    save(figure, path)
+
+
+def plot_pipelines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw throughput and bubble of every plan; lines where the plan's arithmetic has them."""
+    figure, axes = new_figure(2)
+    plans = list(dict.fromkeys(row["plan"] for row in rows if row["plan"] != "-"))
+    impls = [impl for impl in ("ours", "torch") if any(row["impl"] == impl for row in rows)]
+    width = 0.8 / len(impls)
+    for ax, key in zip(axes[0], ("samples_per_second", "bubble"), strict=True):
+        for place, impl in enumerate(impls):
+            mine = {row["plan"]: row[key] for row in rows if row["impl"] == impl}
+            held = [at for at, plan in enumerate(plans) if plan in mine]
+            at = [spot + (place - (len(impls) - 1) / 2) * width for spot in held]
+            heights = [mine[plans[spot]] for spot in held]
+            bars = ax.bar(at, heights, width * 0.92, color=COLOURS[impl], label=impl)
+            ax.bar_label(bars, fmt=figures, fontsize=7, padding=2)
+        ax.set_xticks(range(len(plans)), plans)
+        ax.grid(axis="y", alpha=0.3)
+        ax.margins(y=0.2)
+    for at, plan in enumerate(plans):
+        ideal = next(row["simulated_bubble"] for row in rows if row["plan"] == plan)
+        label = "the plan's own, simulated" if at == 0 else None
+        axes[0][1].hlines(ideal, at - 0.45, at + 0.45, color=COLOURS["limit"], ls="--", label=label)
+    alone = next(row for row in rows if row["impl"] == "alone")
+    axes[0][0].axhline(
+        alone["samples_per_second"], color=COLOURS["limit"], ls="--", label="one process alone"
+    )
+    axes[0][0].set_ylabel("samples a second")
+    axes[0][1].set_ylabel("bubble, share of a step")
+    for ax in axes[0]:
+        ax.set_title(f"{alone['ranks']} stages, {alone['microbatches']} micro-batches")
+        ax.legend(fontsize=8)
     save(figure, path)

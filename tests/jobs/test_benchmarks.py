@@ -136,6 +136,24 @@ def test_the_linear_workload_beside_torch(bench: Callable[..., list[dict[str, An
     assert all(row["wrong"] == 0 and row["steps_per_second"] > 0 for row in rows)
 
 
+def test_pipeline_plans_beside_torch(bench: Callable[..., list[dict[str, Any]]]) -> None:
+    rows = bench(3, "pipeline.py", "--width", 16, "--rows", 2, "--microbatches", 4)
+    plans = {(row["impl"], row["plan"]): row for row in rows}
+    assert {("alone", "-"), ("busy", "-"), ("ours", "gpipe"), ("torch", "1f1b")} <= plans.keys()
+    assert all(row["wrong"] == 0 for row in rows)
+    # (stages - 1) / (micro-batches + stages - 1), Huang et al. 2019, section 3.
+    for plan in ("gpipe", "1f1b"):
+        assert plans["ours", plan]["simulated_bubble"] == pytest.approx(2 / 6)
+
+
+def test_grids_of_the_text_workload(bench: Callable[..., list[dict[str, Any]]]) -> None:
+    rows = bench(2, "scaling.py", "--batch", 2, "--microbatches", 2)
+    assert [(row["impl"], row["data"], row["pipe"]) for row in rows] == [
+        ("alone", 1, 1), ("ours", 2, 1), ("ours", 1, 2),
+    ]  # fmt: skip
+    assert all(row["wrong"] == 0 for row in rows)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
