@@ -15,10 +15,16 @@ __all__ = ["Action", "Kind", "parse_actions"]
 
 
 class Kind(StrEnum):
-    """Tell a forward from a backward; the value is the letter of the text form."""
+    """Tell what is computed; the value is the letter of the text form.
+
+    A backward may be split: INPUT computes the gradients that the stage before waits for, WEIGHT
+    those of the parameters, any time later.
+    """
 
     FORWARD = "F"
     BACKWARD = "B"
+    INPUT = "I"
+    WEIGHT = "W"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,22 +42,32 @@ class Action:
     def __str__(self) -> str:
         return f"{self.kind}{self.microbatch}"
 
+    @property
+    def gives(self) -> Action:
+        """Return the action that others wait for: with INPUT they have what a backward sends."""
+        if self.kind is Kind.INPUT:
+            return Action(Kind.BACKWARD, self.microbatch, self.stage)
+        return self
+
     def needs(self, num_stages: int) -> Iterable[Action]:
         """Yield the actions that must have ended before this one may start.
 
         A forward needs the forward of the stage before; a backward needs its own forward and
-        the backward of the stage after.
+        the backward of the stage after; the gradients of weights need those of inputs.
         """
         if self.kind is Kind.FORWARD:
             if self.stage > 0:
                 yield Action(Kind.FORWARD, self.microbatch, self.stage - 1)
+            return
+        if self.kind is Kind.WEIGHT:
+            yield Action(Kind.BACKWARD, self.microbatch, self.stage)
             return
         yield Action(Kind.FORWARD, self.microbatch, self.stage)
         if self.stage < num_stages - 1:
             yield Action(Kind.BACKWARD, self.microbatch, self.stage + 1)
 
 
-_WORD = re.compile(r"([FB])(\d+)\Z")
+_WORD = re.compile(r"([FBIW])(\d+)\Z")
 
 
 def parse_actions(text: str, stage: int) -> tuple[Action, ...]:

@@ -1,6 +1,6 @@
 """Pipeline plans as data: who computes what, in which order.
 
-A plan function maps (stage, num_stages, num_microbatches) to the actions of that stage. Both
+A plan function maps (stage, num_stages, num_microbatches) to the actions of that stage. All
 plans here run the backwards in the order of the micro-batches, so that a stage adds its
 gradients in one order whichever plan is used, and the results agree to the last bit.
 """
@@ -21,9 +21,11 @@ __all__ = [
     "check_plan",
     "draw",
     "gpipe",
+    "naive",
     "one_f_one_b",
     "plan_named",
     "whole_plan",
+    "zero_bubble",
 ]
 
 PlanFunction = Callable[[int, int, int], tuple[Action, ...]]
@@ -31,6 +33,23 @@ PlanFunction = Callable[[int, int, int], tuple[Action, ...]]
 
 class PlanError(ValueError):
     """Refuse a plan that cannot run, or does not compute every gradient exactly once."""
+
+
+def naive(stage: int, num_stages: int, num_microbatches: int) -> tuple[Action, ...]:
+    """Take one micro-batch through all stages and back before the next: the plain layer split.
+
+    Every stage keeps the activations of one micro-batch. Drawn for 2 stages, 2 micro-batches, a
+    backward as long as a forward:
+
+        stage 0 | F0 .  .  B0 F1 .  .  B1
+        stage 1 | .  F0 B0 .  .  F1 B1 .
+    """
+    _check_place(stage, num_stages, num_microbatches)
+    return tuple(
+        Action(kind, m, stage)
+        for m in range(num_microbatches)
+        for kind in (Kind.FORWARD, Kind.BACKWARD)
+    )
 
 
 def gpipe(stage: int, num_stages: int, num_microbatches: int) -> tuple[Action, ...]:
@@ -69,7 +88,37 @@ def one_f_one_b(stage: int, num_stages: int, num_microbatches: int) -> tuple[Act
     return tuple(actions)
 
 
-PLANS: Mapping[str, PlanFunction] = {"gpipe": gpipe, "1f1b": one_f_one_b}
+def zero_bubble(stage: int, num_stages: int, num_microbatches: int) -> tuple[Action, ...]:
+    """Split backwards, and fill the drain with gradients of weights (Qi et al. 2023, section 2.2,
+    ZB-H1).
+
+    The order of 1F1B, with the weights of stage s up to s micro-batches behind: every stage keeps
+    the activations of at most num_stages micro-batches, as 1F1B does on its first. Drawn for 2
+    stages, 3 micro-batches, all parts of one length:
+
+        stage 0 | F0 F1 .  I0 W0 F2 I1 W1 I2 W2
+        stage 1 | .  F0 I0 F1 I1 W0 F2 I2 W1 W2
+    """
+    actions: list[Action] = []
+    behind = 0
+    for action in one_f_one_b(stage, num_stages, num_microbatches):
+        if action.kind is Kind.FORWARD:
+            actions.append(action)
+            continue
+        actions.append(Action(Kind.INPUT, action.microbatch, stage))
+        if action.microbatch >= stage:
+            actions.append(Action(Kind.WEIGHT, behind, stage))
+            behind += 1
+    actions += [Action(Kind.WEIGHT, m, stage) for m in range(behind, num_microbatches)]
+    return tuple(actions)
+
+
+PLANS: Mapping[str, PlanFunction] = {
+    "naive": naive,
+    "gpipe": gpipe,
+    "1f1b": one_f_one_b,
+    "zero-bubble": zero_bubble,
+}
 
 
 def plan_named(name: str) -> PlanFunction:
@@ -123,16 +172,24 @@ def check_plan(
     *,
     forward_cost: float = 1.0,
     backward_cost: float = 1.0,
+    weight_cost: float | None = None,
 ) -> PlanReport:
     """Simulate all stages together, messages taking no time, and report times and activations.
 
-    `stages[s]` lists the actions of stage s in order. PlanError names the stage and the action
+    `stages[s]` lists the actions of stage s in order. weight_cost: the part of backward_cost that a
+    split backward spends on weights, by default half. PlanError names the stage and the action
     that is missing, doubled or foreign; on a deadlock it names the stuck action of every stage
     and what that action waits for.
     """
     for stage, actions in enumerate(stages):
         _check_complete(stage, actions, num_microbatches)
-    cost = {Kind.FORWARD: forward_cost, Kind.BACKWARD: backward_cost}
+    weights = backward_cost / 2 if weight_cost is None else weight_cost
+    cost = {
+        Kind.FORWARD: forward_cost,
+        Kind.BACKWARD: backward_cost,
+        Kind.INPUT: backward_cost - weights,
+        Kind.WEIGHT: weights,
+    }
     ended: dict[Action, float] = {}
     rows: list[list[Placed]] = [[] for _ in stages]
     moved = True
@@ -146,8 +203,8 @@ def check_plan(
                     break
                 free = row[-1].end if row else 0.0
                 start = max([free, *(ended[need] for need in needs)])
-                ended[action] = start + cost[action.kind]
-                row.append(Placed(action, start, ended[action]))
+                end = ended[action.gives] = start + cost[action.kind]
+                row.append(Placed(action, start, end))
                 moved = True
     if any(len(row) < len(actions) for row, actions in zip(rows, stages, strict=True)):
         raise PlanError(_describe_deadlock(stages, rows, ended))
@@ -185,13 +242,20 @@ def _check_place(stage: int, num_stages: int, num_microbatches: int) -> None:
 
 
 def _check_complete(stage: int, actions: Sequence[Action], num_microbatches: int) -> None:
-    expected = {Action(kind, m, stage) for kind in Kind for m in range(num_microbatches)}
+    split = {a.microbatch for a in actions if a.kind in (Kind.INPUT, Kind.WEIGHT)}
+    expected = {
+        Action(kind, m, stage)
+        for m in range(num_microbatches)
+        for kind in (_SPLIT if m in split else _WHOLE)
+    }
     seen: set[Action] = set()
     for position, action in enumerate(actions):
         where = f"stage {stage}, position {position}"
         if action.stage != stage:
             raise PlanError(f"{where}: {action} belongs to stage {action.stage}")
         if action not in expected:
+            if action.microbatch < num_microbatches:
+                raise PlanError(f"{where}: {action} doubles a backward that is split")
             raise PlanError(f"{where}: {action} is beyond the {num_microbatches} micro-batches")
         if action in seen:
             raise PlanError(f"{where}: {action} is doubled")
@@ -218,10 +282,16 @@ def _describe_deadlock(
     return "deadlock: " + "; ".join(stuck)
 
 
+_WHOLE = (Kind.FORWARD, Kind.BACKWARD)
+_SPLIT = (Kind.FORWARD, Kind.INPUT, Kind.WEIGHT)
+# What an action does to the number of micro-batches whose activations are kept.
+_LIVE = {Kind.FORWARD: 1, Kind.BACKWARD: -1, Kind.INPUT: 0, Kind.WEIGHT: -1}
+
+
 def _peak(actions: Sequence[Action]) -> int:
     live = peak = 0
     for action in actions:
-        live += 1 if action.kind is Kind.FORWARD else -1
+        live += _LIVE[action.kind]
         peak = max(peak, live)
     return peak
 

@@ -38,6 +38,7 @@ class _Door:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = list(tensors)
+        self.anchor: Tensor | None = None
         self.specs = [(tensor.shape, tensor.dtype) for tensor in tensors]
         self.gradients: list[Tensor | None] = [None] * len(self.tensors)
 
@@ -45,7 +46,8 @@ class _Door:
         """Return the tensors as members of a graph."""
         if not self.tensors:
             return []
-        entered = _Entry.apply(torch.empty(0, requires_grad=True), self)  # type: ignore[no-untyped-call]
+        self.anchor = torch.empty(0, requires_grad=True)
+        entered = _Entry.apply(self.anchor, self)  # type: ignore[no-untyped-call]
         self.tensors = []
         return list(entered)
 
@@ -62,6 +64,7 @@ class _InFlight:
     door: _Door
     roots: list[Tensor]
     specs: tuple[TensorSpec, ...]
+    gradients: list[Tensor] | None = None
 
 
 class Stage:
@@ -118,6 +121,28 @@ class Stage:
         if flight.roots:
             torch.autograd.backward(flight.roots, list(gradients))
         return flight.door.leave()
+
+    def backward_input(self, microbatch: int, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gradients of the tensors that came in; the graph is kept for the weights."""
+        flight = self._in_flight[microbatch]
+        flight.gradients = list(gradients)
+        anchor = flight.door.anchor
+        if flight.roots and anchor is not None:
+            torch.autograd.backward(
+                flight.roots, flight.gradients, retain_graph=True, inputs=[anchor]
+            )
+        return flight.door.leave()
+
+    def backward_weight(self, microbatch: int) -> None:
+        """Accumulate the parameters' gradients, after `backward_input`.
+
+        Gradients between the layers are computed a second time, since torch drops them.
+        """
+        flight = self._in_flight.pop(microbatch)
+        assert flight.gradients is not None
+        inputs = [p for p in self.module.parameters() if p.requires_grad]
+        if flight.roots and inputs:
+            torch.autograd.backward(flight.roots, flight.gradients, inputs=inputs)
 
     def forget(self) -> None:
         """Drop what a failed step has left in flight."""

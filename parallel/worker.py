@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -81,11 +82,17 @@ class Worker:
 
     def train(self, plan: Sequence[Action], batch: Batch) -> None:
         """Run forwards and backwards; returns when everything has been received and sent."""
-        backwards = [action for action in plan if action.kind is Kind.BACKWARD]
+        backwards = [action for action in plan if action.kind in (Kind.BACKWARD, Kind.WEIGHT)]
         self._last_backward = backwards[-1] if backwards else None
         self._stage.forget()
         self._gradients.clear()
-        self._run(plan, batch, {Kind.FORWARD: self._forward, Kind.BACKWARD: self._backward})
+        execute = {
+            Kind.FORWARD: self._forward,
+            Kind.BACKWARD: self._backward,
+            Kind.INPUT: self._backward_input,
+            Kind.WEIGHT: self._backward_weight,
+        }
+        self._run(plan, batch, execute)
 
     def evaluate(self, num_microbatches: int, batch: Batch) -> None:
         """Run forwards that keep nothing for a backward."""
@@ -114,7 +121,8 @@ class Worker:
             return
         for action in coming:
             microbatch = action.microbatch
-            wanted = action.kind is Kind.BACKWARD and self._stage.holds(microbatch)
+            sent_back = action.kind in (Kind.BACKWARD, Kind.INPUT)
+            wanted = sent_back and self._stage.holds(microbatch)
             if wanted and microbatch not in self._gradients:
                 self._gradients[microbatch] = start_receive(
                     self._channel,
@@ -161,21 +169,38 @@ class Worker:
             self._send_on(microbatch, *take_apart(output, where))
 
     def _backward(self, microbatch: int, batch: Batch) -> None:
-        action = Action(Kind.BACKWARD, microbatch, self._index)
+        with self._accumulating(Action(Kind.BACKWARD, microbatch, self._index)):
+            gradients = self._take_gradients(microbatch, batch)
+            self._send_back(microbatch, self._stage.backward(microbatch, gradients))
+
+    def _backward_input(self, microbatch: int, batch: Batch) -> None:
+        gradients = self._take_gradients(microbatch, batch)
+        self._send_back(microbatch, self._stage.backward_input(microbatch, gradients))
+
+    def _backward_weight(self, microbatch: int, batch: Batch) -> None:
+        with self._accumulating(Action(Kind.WEIGHT, microbatch, self._index)):
+            self._stage.backward_weight(microbatch)
+
+    @contextmanager
+    def _accumulating(self, action: Action) -> Iterator[None]:
+        """Hand on what this action adds to the parameters' gradients."""
         completes = self._reducer if action == self._last_backward else None
         if completes is not None:
             completes.begin()
+        yield
+        if self._tree is not None:
+            self._tree.take(action.microbatch)
+        if completes is not None:
+            completes.flush()
+
+    def _take_gradients(self, microbatch: int, batch: Batch) -> list[Tensor]:
         if self._is_last:
             scale = batch.scales[microbatch]
-            roots = self._stage.roots(microbatch)
-            gradients = [torch.full_like(root, scale) for root in roots]
-        else:
-            gradients = self._gradients.pop(microbatch).wait()
-        flat = flatten(self._stage.backward(microbatch, gradients))
+            return [torch.full_like(root, scale) for root in self._stage.roots(microbatch)]
+        return self._gradients.pop(microbatch).wait()
+
+    def _send_back(self, microbatch: int, gradients: Sequence[Tensor]) -> None:
+        flat = flatten(gradients)
         if flat.numel():
             tag = self._before.payload_tag(microbatch, backward=True)
             self._outbox.post(flat, self._index - 1, tag)
-        if self._tree is not None:
-            self._tree.take(microbatch)
-        if completes is not None:
-            completes.flush()

@@ -14,9 +14,11 @@ from ringfold.parallel.plan import (
     check_plan,
     draw,
     gpipe,
+    naive,
     one_f_one_b,
     plan_named,
     whole_plan,
+    zero_bubble,
 )
 
 SIZES = [(p, m) for p in (1, 2, 3, 4, 5, 8) for m in (1, 2, 3, 4, 5, 7, 8, 16)]
@@ -45,11 +47,16 @@ def test_gpipe_of_any_stage():
     assert words(gpipe(stage=1, num_stages=2, num_microbatches=3)) == "F0 F1 F2 B0 B1 B2"
 
 
-@pytest.mark.parametrize("function", [gpipe, one_f_one_b])
-def test_docstring_drawing(function):
+@pytest.mark.parametrize(
+    ("function", "num_microbatches"),
+    [(naive, 2), (gpipe, 3), (one_f_one_b, 3), (zero_bubble, 3)],
+)
+def test_docstring_drawing(function, num_microbatches):
     lines = inspect.getdoc(function).splitlines()
     drawing = textwrap.dedent("\n".join(line for line in lines if " | " in line))
-    drawn = draw(check_plan(whole_plan(function, 2, 3), 3))
+    plan = whole_plan(function, 2, num_microbatches)
+    split = 2 if function is zero_bubble else 1
+    drawn = draw(check_plan(plan, num_microbatches, backward_cost=split))
     assert [line.rstrip() for line in drawing.splitlines()] == drawn.splitlines()
 
 
@@ -66,7 +73,7 @@ def test_drawing_refuses_fractions():
         draw(check_plan(whole_plan(gpipe, 2, 2), 2, forward_cost=0.5))
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
 @pytest.mark.parametrize(("num_stages", "num_microbatches"), SIZES)
 @pytest.mark.parametrize("costs", [(1, 1), (1, 2), (3, 2)])
 def test_closed_forms(name, num_stages, num_microbatches, costs):
@@ -90,8 +97,33 @@ def test_closed_forms(name, num_stages, num_microbatches, costs):
 @pytest.mark.parametrize("name", PLANS)
 def test_backwards_keep_the_order_of_the_microbatches(name):
     for actions in whole_plan(PLANS[name], 3, 5):
-        backwards = [a.microbatch for a in actions if a.kind is Kind.BACKWARD]
-        assert backwards == sorted(backwards)
+        for kind in Kind:
+            order = [a.microbatch for a in actions if a.kind is kind]
+            assert order == sorted(order)
+
+
+@pytest.mark.parametrize(("num_stages", "num_microbatches"), SIZES)
+def test_closed_form_of_naive(num_stages, num_microbatches):
+    plan = whole_plan(naive, num_stages, num_microbatches)
+    report = check_plan(plan, num_microbatches, forward_cost=2, backward_cost=3)
+    assert report.makespan == 5 * num_stages * num_microbatches
+    assert report.bubble == pytest.approx(1 - 1 / num_stages)
+    assert report.peak_activations == (1,) * num_stages
+
+
+@pytest.mark.parametrize(("num_stages", "num_microbatches"), SIZES)
+def test_closed_form_of_zero_bubble(num_stages, num_microbatches):
+    """All parts of one length: (stages - 1) (F + I - W) idle, a third of 1F1B's."""
+    plan = whole_plan(zero_bubble, num_stages, num_microbatches)
+    report = check_plan(plan, num_microbatches, backward_cost=2)
+    held = min(num_stages, num_microbatches)
+    assert report.makespan == 3 * num_microbatches + 2 * (num_stages - 1) - (held - 1)
+    assert report.peak_activations == (held,) * num_stages
+
+
+def test_weights_may_take_another_part_of_a_backward():
+    report = check_plan(broken("F0 I0 W0"), 1, forward_cost=1, backward_cost=4, weight_cost=1)
+    assert [placed.end for placed in report.timeline[0]] == [1, 4, 5]
 
 
 def test_no_microbatches():
@@ -114,6 +146,16 @@ def test_deadlock_names_the_stuck_action_of_every_stage():
     )
 
 
+def test_weights_before_inputs_are_a_deadlock():
+    with pytest.raises(PlanError, match="stage 0 is stuck at W0, waiting for B0 of stage 0"):
+        check_plan(broken("F0 W0 I0"), 1)
+
+
+def test_split_and_whole_backwards_may_meet():
+    report = check_plan(broken("F0 F1 B0 B1", "F0 F1 I0 I1 W0 W1"), 2)
+    assert report.peak_activations == (2, 2)
+
+
 def test_backward_before_its_own_forward_is_a_deadlock():
     with pytest.raises(PlanError, match="stage 0 is stuck at B0, waiting for F0 of stage 0"):
         check_plan(broken("B0 F0"), 1)
@@ -123,6 +165,8 @@ def test_backward_before_its_own_forward_is_a_deadlock():
     ("rows", "message"),
     [
         (("F0 B0", "F0"), "stage 1: missing B0"),
+        (("F0 I0", "F0 B0"), "stage 0: missing W0"),
+        (("F0 I0 W0 B0",), "position 3: B0 doubles a backward that is split"),
         (("F0 F0 B0", "F0 B0"), "stage 0, position 1: F0 is doubled"),
         (("F0 B0 F1", "F0 B0"), "stage 0, position 2: F1 is beyond the 1 micro-batches"),
     ],

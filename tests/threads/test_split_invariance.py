@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ringfold import Dropout, Mesh, Pipeline, run_local
+from ringfold.parallel.plan import PLANS
 
 LOCK = threading.Lock()  # torch's seed is one for all threads
 
@@ -58,8 +59,8 @@ def assert_same(found, expected):
     assert [k for k, v in expected[1].items() if not torch.equal(found[1][k], v)] == []
 
 
-@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
-def test_same_bits_on_every_grid(schedule):
+@pytest.mark.parametrize("schedule", PLANS)
+def test_same_bits_on_every_grid_with_every_plan(schedule):
     alone = train(1, 1)
     for grid in [(2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (2, 2), (2, 3)]:
         assert_same(train(*grid, schedule), alone)
