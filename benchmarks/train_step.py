@@ -16,7 +16,7 @@ ranks, less what is exposed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from training import Alone, Trainer, differing
 
 import ringfold
+from ringfold.parallel.hooks import Rounds
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ class TimedWork:
         return result
 
 
+def timed(work: Any, note: Callable[[float], object]) -> Generator[Any, Any, None]:
+    yield TimedWork(work, note)
+
+
 def buckets_of(
     comm: ringfold.Communicator, model: Model, module: nn.Module, x: Tensor, y: Tensor, steps: int
 ) -> list[dict[str, Any]]:
@@ -108,7 +113,7 @@ def buckets_of(
         waited: list[float] = []
         seen.append((bucket.flat.nbytes, waited))
         work = comm.allreduce(bucket.flat, "mean", blocking=False)
-        return TimedWork(work, waited.append)
+        return Rounds(timed(work, waited.append))
 
     wrapped = ringfold.DataParallel(module, comm, wire=hook)
     trainer = Trainer(wrapped, model.loss)
