@@ -20,11 +20,13 @@ def test_the_node_holds_the_ranks_of_this_host(comm: Communicator) -> None:
     assert comm.node.allgather(np.array([comm.rank])).ravel().tolist() == mates
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("order", ["rising", "falling", "interleaved"])
 def test_large_buffers_take_two_levels_where_nodes_hold_several_ranks(
-    comm: Communicator, reverse: bool
+    comm: Communicator, order: str
 ) -> None:
-    group = comm.split(0, -comm.rank) if reverse else comm.split(0, comm.rank)
+    rank, size = comm.rank, comm.size
+    keys = {"rising": rank, "falling": -rank, "interleaved": rank % 2 * size + rank}
+    group = comm.split(0, keys[order])
     assert group is not None
     names = hosts(comm)
     several = 1 < len(set(names)) < comm.size
