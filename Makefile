@@ -113,7 +113,7 @@ format: $(READY)
 
 RESULTS := benchmarks/results
 
-# Every benchmark on 2 and on 4 ranks; a wrong result ends it. ARGS reaches all of them.
+# The benchmarks on 2 and on 4 ranks; a wrong result ends it. ARGS: --repeats N, --budget SECONDS.
 bench: $(READY)
 	for ranks in 2 4; do \
 	  mpirun -n $$ranks python benchmarks/allreduce.py --dtype float32,bfloat16 $(ARGS) \
