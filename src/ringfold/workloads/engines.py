@@ -12,7 +12,7 @@ from ..parallel.data_parallel import DataParallel
 from ..parallel.mesh import Mesh
 from ..parallel.partition import balance
 from ..parallel.pipeline import Pipeline
-from .options import Grid, Options, UsageError
+from .options import Grid, Options, UsageError, plan_of
 from .workload import Workload
 
 __all__ = ["Engine", "Replicas", "Stages", "check_stages", "layers_of", "make_engine"]
@@ -88,7 +88,7 @@ class Stages:
             mesh,
             loss_fn=workload.loss,
             microbatches=microbatches,
-            schedule=options.schedule,
+            schedule=plan_of(options.schedule),
             bucket_bytes=int(options.bucket_mb * 2**20),
             wire_dtype=options.wire,
             reduction=options.reduction,

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from ..parallel.plan import PLANS
+from ..parallel.plan import PLANS, PlanError, PlanFunction, check_plan, whole_plan
+from ..parallel.plan_text import parse_plan
 from . import WORKLOADS
 
-__all__ = ["Grid", "Options", "UsageError", "grid_of", "parse"]
+__all__ = ["Grid", "Options", "UsageError", "grid_of", "parse", "plan_of"]
 
 WIRE_DTYPES = ("fp32", "bf16", "fp16")
 TREE_MICROBATCHES = 8
@@ -100,6 +101,19 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
 def grid_of(options: Options, num_ranks: int) -> Grid:
     """Split num_ranks ranks and the global batch as the options say, or raise UsageError."""
+    grid = _grid_of(options, num_ranks)
+    in_tree = options.reduction == "tree"
+    if grid.pipe > 1 or in_tree:
+        microbatches = grid.microbatches // grid.data if in_tree else grid.microbatches
+        try:
+            plan = whole_plan(plan_of(options.schedule), grid.pipe, microbatches)
+            check_plan(plan, microbatches)
+        except PlanError as error:
+            raise UsageError(f"--schedule {options.schedule}: {error}") from None
+    return grid
+
+
+def _grid_of(options: Options, num_ranks: int) -> Grid:
     pipe = options.pipe
     if options.data is None and num_ranks % pipe:
         raise UsageError(f"--pipe {pipe} does not divide the {num_ranks} ranks of this job")
@@ -165,7 +179,11 @@ def _parser() -> argparse.ArgumentParser:
         "--pipe", type=_whole(1), default=1, metavar="P", help="stages of layers (default: 1)"
     )
     split.add_argument(
-        "--schedule", choices=list(PLANS), default="1f1b", help="of the pipe (default: 1f1b)"
+        "--schedule",
+        type=_schedule,
+        default="1f1b",
+        metavar="PLAN",
+        help=f"of the pipe: {', '.join(PLANS)}, or a file with a plan (default: 1f1b)",
     )
     split.add_argument(
         "--microbatches",
@@ -255,6 +273,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
     return parser
+
+
+def plan_of(schedule: str) -> PlanFunction:
+    """Return the plan of that name, or the one that is written in the file."""
+    return PLANS[schedule] if schedule in PLANS else parse_plan(Path(schedule).read_text())
+
+
+def _schedule(text: str) -> str:
+    if text not in PLANS and not Path(text).is_file():
+        known = ", ".join(sorted(PLANS))
+        raise argparse.ArgumentTypeError(f"expected a file, or one of: {known}; got {text!r}")
+    try:
+        plan_of(text)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+    return text
 
 
 def _whole(least: int) -> Callable[[str], int]:

@@ -1,0 +1,57 @@
+"""Plans print and parse back, and a written plan runs at its own size only."""
+
+import pytest
+
+from ringfold.parallel.plan import PLANS, PlanError, check_plan, whole_plan
+from ringfold.parallel.plan_text import parse_plan, print_plan
+from ringfold.workloads.options import UsageError, grid_of, parse
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(("num_stages", "num_microbatches"), [(1, 1), (2, 3), (4, 8)])
+def test_text_form_round_trips(name, num_stages, num_microbatches):
+    plan = whole_plan(PLANS[name], num_stages, num_microbatches)
+    written = parse_plan(print_plan(plan))
+    assert written.rows == plan
+    assert whole_plan(written, num_stages, num_microbatches) == plan
+
+
+def test_text_is_what_one_would_write():
+    text = "# mine\n\nstage 0: F0 F1 I0 W0 B1  # split once\nstage 1: F0 B0 F1 B1\n"
+    written = parse_plan(text)
+    assert written.num_microbatches == 2
+    assert print_plan(written.rows) == "stage 0: F0 F1 I0 W0 B1\nstage 1: F0 B0 F1 B1\n"
+    check_plan(written.rows, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "a line for every stage, got none"),
+        ("stage 1: F0", "line 1: expected 'stage 0: F0 ...', got 'stage 1: F0'"),
+        ("stage 0: F0 B0\nF0 B0", "line 2: expected 'stage 1: "),
+        ("stage 0: F0 X0", "stage 0, word 1: .*'X0'"),
+    ],
+)
+def test_bad_text_is_named(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_plan(text)
+
+
+def test_written_plan_of_another_size():
+    with pytest.raises(PlanError, match="for 1 stages and 1 micro-batches, not for 2 and 3"):
+        whole_plan(parse_plan("stage 0: F0 B0"), 2, 3)
+
+
+def test_schedule_file_of_train(tmp_path):
+    path = tmp_path / "plan.txt"
+    path.write_text(print_plan(whole_plan(PLANS["gpipe"], 2, 2)))
+    options = parse(["--pipe", "2", "--microbatches", "2", "--schedule", str(path)])
+    assert grid_of(options, 2).microbatches == 2
+    with pytest.raises(UsageError, match=r"--schedule .*plan\.txt: .*2 stages and 2 micro-batches"):
+        grid_of(parse(["--pipe", "2", "--microbatches", "4", "--schedule", str(path)]), 2)
+    path.write_text("stage 0: F0 B0\nstage 1: B0 F0\n")
+    with pytest.raises(UsageError, match=r"deadlock: .*stage 1 is stuck at B0"):
+        grid_of(parse(["--pipe", "2", "--microbatches", "1", "--schedule", str(path)]), 2)
+    with pytest.raises(UsageError, match="a file, or one of: 1f1b, gpipe, naive, zero-bubble"):
+        parse(["--schedule", "2f2b"])
