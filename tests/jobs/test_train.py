@@ -56,6 +56,18 @@ def test_compressed_gradients_come_to_the_accuracy_of_whole_ones(
     assert min(compressed) >= whole - 0.01
 
 
+@pytest.mark.timeout(200)
+def test_added_in_a_tree_the_weights_are_equal_on_every_grid(
+    train: Callable[..., dict[str, Any]],
+) -> None:
+    common = ("--steps", 20, "--reduction", "tree", "--microbatches", 8)
+    alone = train(1, *common)
+    for data, pipe, schedule in ((2, 1, "gpipe"), (2, 2, "zero-bubble")):
+        split = train(data * pipe, *common, "--data", data, "--pipe", pipe, "--schedule", schedule)
+        assert split["losses"] == alone["losses"]
+        assert split["weights_sha256"] == alone["weights_sha256"]
+
+
 def test_the_same_run_gives_the_same_weights(train: Callable[..., dict[str, Any]]) -> None:
     one, two, other = (
         train(2, "--steps", 20, "--seed", seed)["weights_sha256"] for seed in (3, 3, 4)
@@ -83,7 +95,7 @@ def test_text_beats_the_single_bytes(train: Callable[..., dict[str, Any]], pipe:
         (2, "--pipe 3", "--pipe 3 does not divide the 2 ranks"),
         (2, "--batch-size 7", "not divisible by the 2 data ranks"),
         (2, "--pipe 2 --microbatches 3", "--microbatches 3 does not divide the 64 samples"),
-        (2, "--schedule gpip", "invalid choice: 'gpip'"),
+        (2, "--schedule gpip", "expected a file, or one of: 1f1b, gpipe, naive, zero-bubble"),
         (2, "--workload digit", "invalid choice: 'digit'"),
         (2, "--wire-dtype fp8", "invalid choice: 'fp8'"),
         (2, "--wire topk:1.5", "expected a ratio of at most 1"),
