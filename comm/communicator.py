@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
@@ -23,6 +24,7 @@ from .schedule import Schedule
 from .settings import Settings
 from .topology import Nodes
 from .transport.base import Channel, Transport
+from .tune import Tuning, parse, share_text
 from .work import Prepared, Receipt, Steps, Work
 
 if TYPE_CHECKING:
@@ -74,6 +76,7 @@ class Communicator:
         self._open(transport, progress, guard)
         self._top = True
         self._share()
+        self._read_tuning()
 
     @classmethod
     def over(cls, transport: Transport, settings: Settings | None = None) -> Communicator:
@@ -116,6 +119,7 @@ class Communicator:
         self._closed = False
         self._top = False
         self._memo = Memo()
+        self._tuning: Tuning | None = None
         self._nodes: NodeMemory | None = None
         self._board: Board | None = None
         self.node = (
@@ -138,6 +142,26 @@ class Communicator:
 
             self._meet(NodeMemory(self.node))
 
+    def _read_tuning(self) -> None:
+        """Take rank 0's table of measurements, so that all ranks choose alike; collective."""
+        path, text = self._settings.tuning, ""
+        if self.rank == 0 and path is not None and path.is_file():
+            text = path.read_text(errors="replace")
+        text = share_text(self, text)
+        if not text:
+            return
+        try:
+            self._use(parse(text, self._transport.library))
+        except ValueError as error:
+            if self.rank == 0:
+                print(f"ringfold: {path} is ignored: {error}", file=sys.stderr, flush=True)
+
+    def _use(self, tuning: Tuning | None) -> None:
+        self._tuning = tuning
+        self._operations.tune(tuning)
+        if self.node is not self:
+            self.node._use(tuning)
+
     def _meet(self, nodes: NodeMemory) -> None:
         """Meet in shared memory where all ranks of the group can; collective."""
         from .board import Board
@@ -148,6 +172,11 @@ class Communicator:
         self._board = Board.open(self, nodes)
         memory = nodes.memory if nodes.token else None
         self._operations.share(memory, self._board, nodes.reason)
+
+    @property
+    def library(self) -> str:
+        """Return what carries the messages, with its version."""
+        return self._transport.library
 
     def __repr__(self) -> str:
         return f"Communicator(rank {self.rank} of {self.size}, {self._transport.name})"
@@ -298,7 +327,9 @@ class Communicator:
         group = self._transport.split(color, key)
         if group is None:
             return None
-        return Communicator._make(group, self._progress, self._settings, self._nodes)
+        made = Communicator._make(group, self._progress, self._settings, self._nodes)
+        made._use(self._tuning)
+        return made
 
     def close(self) -> None:
         """Finish what is in flight and give the group back; collective, and idempotent."""

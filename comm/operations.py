@@ -34,6 +34,7 @@ from .settings import Settings
 from .topology import Nodes
 from .transport.base import Channel, Transport
 from .transport.mpi_compiled import Compiled, InFlight, can_run
+from .tune import Tuning
 from .verify import verify
 from .work import Prepared, Receipt, Steps
 
@@ -61,6 +62,7 @@ class Operations:
         self._memory: Memory | None = None
         self._meetings: Meetings | None = None
         self._lacking = ""
+        self._tuning: Tuning | None = None
         self._nodes: Nodes | None = None
         self._compiled = settings.compiled and transport.calls is not None
         self._in_flight = InFlight()
@@ -69,6 +71,10 @@ class Operations:
         """From now on, choose and build with this knowledge of who shares a node."""
         self._nodes = nodes
         self._lowered.cache_clear()
+
+    def tune(self, tuning: Tuning | None) -> None:
+        """From now on, choose by what was measured on this machine."""
+        self._tuning = tuning
 
     def share(self, memory: Memory | None, board: Board | None, lacking: str = "") -> None:
         """From now on, use this rank's shared memory, and meet on a board where there is one.
@@ -318,7 +324,9 @@ class Operations:
         reason = "named by the caller"
         if algorithm is None:
             nbytes = count * dtype.itemsize
-            algorithm, reason = choose(name, nbytes, dtype, collective.reduces, self._nodes)
+            algorithm, reason = choose(
+                name, nbytes, dtype, collective.reduces, self._nodes, self._size, self._tuning
+            )
         schedule, program = self._lowered(name, algorithm, root, count)
         # The pairwise builders' promise, which a test proves for every size.
         return Chosen(schedule, program, algorithm, reason, algorithm == "pairwise")

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from .algorithms import BY_NODE, build, names
+from .cost import price
 from .dtypes import DType
-from .topology import Nodes
+from .topology import Cluster, Nodes
+
+if TYPE_CHECKING:
+    from .tune import Tuning
 
 KiB = 1 << 10
 ANY = 1 << 62
@@ -34,18 +42,65 @@ NESTED_ABOVE: dict[str, int] = {
 """collective -> bytes from which its ranks spare the network cards that they share."""
 
 
+MOST_PRICED = 1024
+"""Ranks up to which every algorithm is built to be priced."""
+
+
+@lru_cache(maxsize=64)
+def priced(
+    collective: str, size: int, cluster: Cluster, nodes: Nodes | None
+) -> tuple[tuple[int, str], ...]:
+    """Return rows as in CHOICES: which algorithm is simulated to be the fastest up to which size.
+
+    Sizes are powers of two up to 1 GiB; the last row stands for all above.
+    """
+    candidates = [
+        name
+        for name in names(collective)
+        if name not in BY_NODE or (nodes is not None and nodes.nested)
+    ]
+    built = {name: build(collective, name, size, 0, nodes) for name in candidates}
+    rows: list[tuple[int, str]] = []
+    for exponent in range(31):
+        seconds = {
+            name: price(schedule, 1 << exponent, cluster).seconds
+            for name, schedule in built.items()
+        }
+        cheapest = min(candidates, key=lambda name: seconds[name])
+        if rows and rows[-1][1] == cheapest:
+            rows.pop()
+        rows.append((1 << exponent, cheapest))
+    return (*rows[:-1], (ANY, rows[-1][1]))
+
+
 def choose(
-    collective: str, nbytes: int, dtype: DType, reduces: bool, nodes: Nodes | None = None
+    collective: str,
+    nbytes: int,
+    dtype: DType,
+    reduces: bool,
+    nodes: Nodes | None = None,
+    size: int = 0,
+    tuning: Tuning | None = None,
 ) -> tuple[str, str]:
     """Return (algorithm, reason) for a flat buffer of nbytes bytes.
 
     nodes: which ranks share a node, where the group is on several.
+    tuning: what was measured on this machine, where it was; for a group of `size` ranks.
     """
     if reduces and dtype.wide:
         return RAW_REDUCE, f"{dtype.name} travels at its own width and is rounded once"
+    cluster = tuning.cluster(nodes) if tuning and 1 < size <= MOST_PRICED else None
+    if tuning and cluster:
+        limit, algorithm = next(
+            row for row in priced(collective, size, cluster, nodes) if nbytes <= row[0]
+        )
+        return algorithm, f"tuned on {tuning.date}: {algorithm} {_bound(limit)}"
     above = NESTED_ABOVE.get(collective, ANY)
     if nodes is not None and nodes.nested and nbytes > above:
         return NESTED, f"{nodes}: hierarchical above {above} bytes"
     limit, algorithm = next(row for row in CHOICES[collective] if nbytes <= row[0])
-    bound = f"up to {limit} bytes" if limit != ANY else "for large buffers"
-    return algorithm, f"default table: {algorithm} {bound}"
+    return algorithm, f"default table: {algorithm} {_bound(limit)}"
+
+
+def _bound(limit: int) -> str:
+    return f"up to {limit} bytes" if limit != ANY else "for large buffers"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Settings:
     compiled: messages are sent and added in compiled code where the transport has a way; the
         results are the same.  RINGFOLD_COMPILED (0 or 1)
     shared: ranks of one node meet in shared memory.  RINGFOLD_SHARED (0 or 1)
+    tuning: file of `ringfold tune`, None for none; where rank 0 has it, all ranks follow.  Lies in
+        ringfold/ under XDG_CACHE_HOME, or under .cache in HOME.
     """
 
     timeout: float = 300.0
@@ -27,6 +30,7 @@ class Settings:
     abort: bool = True
     compiled: bool = True
     shared: bool = True
+    tuning: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.timeout > 0:
@@ -44,7 +48,7 @@ class Settings:
 
         Raises: ValueError that names the variable whose value cannot be read.
         """
-        found = {}
+        found: dict[str, object] = {"tuning": _tuning(environ)}
         for field, parse in _PARSERS.items():
             name = f"RINGFOLD_{field.upper()}"
             if name in environ:
@@ -53,6 +57,12 @@ class Settings:
                 except (ValueError, KeyError):
                     raise ValueError(f"{name}={environ[name]!r} cannot be read") from None
         return cls(**found)  # type: ignore[arg-type]
+
+
+def _tuning(environ: Mapping[str, str]) -> Path | None:
+    cache, home = environ.get("XDG_CACHE_HOME"), environ.get("HOME")
+    base = Path(cache) if cache else Path(home) / ".cache" if home else None
+    return base / "ringfold" / "tuning.json" if base else None
 
 
 _PARSERS: dict[str, Callable[[str], object]] = {

@@ -64,9 +64,11 @@ class Transport(Protocol):
     Messages between two ranks with the same channel and tag arrive in the order they were sent.
     threads: several threads of a rank may call at once.
     calls: how compiled code sends; None where it cannot.
+    library: what carries the messages, with its version.
     """
 
     name: str
+    library: str
     rank: int
     size: int
     max_tag: int

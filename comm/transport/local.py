@@ -110,6 +110,7 @@ class LocalTransport:
     """One rank's end of a World, or of a group within it."""
 
     name = "local"
+    library = "threads"
     max_tag = (1 << 31) - 1
     threads = True
     calls: Calls | None = None

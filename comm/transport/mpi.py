@@ -118,6 +118,7 @@ class MpiTransport:
         self._top_ranks: list[int] = mpi.Group.Translate_ranks(
             group.Get_group(), list(range(self.size)), top
         )
+        self.library: str = mpi.Get_library_version().split("\n")[0].strip("\0 ")
         self._closed = False
 
     @classmethod

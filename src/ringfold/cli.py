@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -78,6 +79,13 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--intra-bandwidth", help="within a node (default: as between nodes)")
     cost.add_argument("--reduce-bandwidth", help="bytes a second that a rank adds (default: free)")
     cost.set_defaults(run=_simulate)
+
+    tuning = commands.add_parser(
+        "tune",
+        help="measure the links (start it with mpirun); later runs choose algorithms by them",
+    )
+    tuning.add_argument("--out", type=Path, help="file to write (default: where runs look for it)")
+    tuning.set_defaults(run=_tune)
     return parser
 
 
@@ -146,6 +154,35 @@ def _simulate(arguments: argparse.Namespace) -> int:
         ("priced in", f"{took:.2f} s, {cost.priced} different rounds"),
     ):
         print(f"{name + ':':<30} {value}")
+    return 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from .comm.communicator import Communicator
+    from .comm.settings import Settings
+    from .comm.tune import measure
+
+    path = arguments.out or Settings.read().tuning
+    if path is None:
+        raise Misuse("there is no HOME to write to: name a file by --out")
+    with Communicator() as comm:
+        if comm.size == 1:
+            raise Misuse("one rank has no links to measure; try: mpirun -n 4 ringfold tune")
+        tuning = measure(comm)
+        if comm.rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_name(f".{path.name}.{os.getpid()}")
+            beside.write_text(tuning.text())
+            beside.replace(path)
+            for name, link in (("within a node", tuning.intra), ("between nodes", tuning.inter)):
+                if link is not None:
+                    print(
+                        f"{name} ({link.ranks} ranks, measured): "
+                        f"latency {units.show_seconds(link.latency)}, "
+                        f"{link.bandwidth / 1e9:.3g} GB/s, adds {link.reduce_bandwidth / 1e9:.3g} "
+                        f"GB/s; the model misses by {100 * link.error:.0f} % (median)"
+                    )
+            print(f"written to {path}")
     return 0
 
 

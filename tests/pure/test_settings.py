@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from ringfold.comm.settings import Settings
@@ -13,6 +15,9 @@ def test_names_are_read() -> None:
     }
     assert Settings.read(environ) == Settings(2.5, 100, 1000, False)
     assert Settings.read({}) == Settings()
+    table = Path("ringfold/tuning.json")
+    assert Settings.read({"HOME": "/h"}).tuning == Path("/h/.cache") / table
+    assert Settings.read({"HOME": "/h", "XDG_CACHE_HOME": "/c"}).tuning == Path("/c") / table
 
 
 @pytest.mark.parametrize(

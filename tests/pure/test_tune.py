@@ -1,0 +1,99 @@
+"""Fitting the model's numbers, keeping them, and choosing by them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ringfold.comm import tune
+from ringfold.comm.algorithms import build
+from ringfold.comm.cost import price
+from ringfold.comm.dtypes import DTYPES
+from ringfold.comm.select import choose, priced
+from ringfold.comm.topology import Cluster, Link, Nodes
+from ringfold.comm.tune import Fitted, Machine, Tuning, costs, parse
+
+LINK = Fitted(4, 2e-6, 5e9, 8e9, 0.1)
+TABLE = Tuning(Machine.here("some MPI 1.0"), LINK, None, "2026-01-31")
+F32 = DTYPES["float32"]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 7])
+def test_the_model_is_linear_in_its_three_numbers(size):
+    cluster = Cluster(Link(3e-6, 4e9), reduce_bandwidth=7e9)
+    for algorithm in tune.ALGORITHMS:
+        for nbytes in tune.NBYTES:
+            rounds, sent, added = costs(algorithm, size, nbytes)
+            whole = price(build("allreduce", algorithm, size), nbytes, cluster).seconds
+            assert rounds * 3e-6 + sent / 4e9 + added / 7e9 == pytest.approx(whole)
+
+
+def test_a_fit_finds_the_numbers_that_made_the_times(monkeypatch):
+    class Group:
+        size = 4
+
+    def simulated(comm, algorithm, nbytes, repeats):
+        rounds, sent, added = costs(algorithm, 4, nbytes)
+        return rounds * 2e-6 + sent / 5e9 + added / 8e9
+
+    monkeypatch.setattr(tune, "_time", simulated)
+    found = tune.fit(Group(), 1)
+    assert found.latency == pytest.approx(2e-6)
+    assert found.bandwidth == pytest.approx(5e9)
+    assert found.reduce_bandwidth == pytest.approx(8e9)
+    assert found.error < 1e-6
+
+
+def test_what_would_be_negative_is_nothing():
+    a = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    np.testing.assert_allclose(tune._nonnegative(a, np.array([1.0, -1.0, 0.0])), [0.5, 0.0])
+    np.testing.assert_allclose(tune._nonnegative(a, -np.ones(3)), [0.0, 0.0])
+
+
+def test_a_table_comes_back_as_it_was():
+    assert parse(TABLE.text(), "some MPI 1.0") == TABLE
+    both = replace(TABLE, inter=LINK)
+    assert parse(both.text(), "some MPI 1.0") == both
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"version": 2}',
+        TABLE.text()[:-40],
+        TABLE.text().replace("5000", "-5000"),
+    ],
+)
+def test_a_damaged_table_is_refused(text):
+    with pytest.raises(ValueError, match="it is damaged"):
+        parse(text, "some MPI 1.0")
+
+
+def test_another_machines_table_is_refused():
+    with pytest.raises(ValueError, match=r"another machine.*some MPI 1.0.*other MPI"):
+        parse(TABLE.text(), "other MPI")
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+@pytest.mark.parametrize("collective", ["allreduce", "reduce_scatter", "allgather", "broadcast"])
+def test_the_cheapest_is_chosen(collective, size):
+    cluster = TABLE.cluster(None)
+    rows = priced(collective, size, cluster, None)
+    assert [row[0] for row in rows] == sorted(row[0] for row in rows)
+    for nbytes in (1, 4096, 1 << 20, 1 << 30):
+        algorithm, reason = choose(collective, nbytes, F32, True, None, size, TABLE)
+        seconds = price(build(collective, algorithm, size), nbytes, cluster).seconds
+        for other in ("ring", "pairwise"):
+            assert seconds <= price(build(collective, other, size), nbytes, cluster).seconds * 1.01
+        assert reason.startswith(f"tuned on 2026-01-31: {algorithm}")
+
+
+def test_without_the_links_of_a_group_the_default_is_taken():
+    nodes = Nodes.blocks(4, 2)
+    assert "default table" in choose("allreduce", 8, F32, True, nodes, 4, TABLE)[1]
+    assert "tuned" in choose("allreduce", 8, F32, True, nodes, 4, replace(TABLE, inter=LINK))[1]
+    assert "default table" in choose("allreduce", 8, F32, True, None, 1 << 17, TABLE)[1]
