@@ -219,6 +219,7 @@ def fit(comm: ringfold.Communicator, training: Training) -> tuple[list[float], f
     from ringfold.workloads.keeper import batches_from
 
     options, engine, data = training.options, training.engine, training.data
+    engine.begin_at(training.first_step)
     optimizer, losses, first = training.optimizer, training.losses, training.first_step
     bar = tqdm(
         total=training.num_steps * options.batch_size,

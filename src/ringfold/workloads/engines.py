@@ -33,6 +33,8 @@ class Engine(Protocol):
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
+    def begin_at(self, step: int) -> None: ...
+
     def step(self, x: Tensor, y: Tensor) -> float: ...
 
     def predict(self, x: Tensor) -> Tensor | None: ...
@@ -58,6 +60,9 @@ class Replicas:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.model.named_parameters()
+
+    def begin_at(self, step: int) -> None:
+        """Take note of nothing: no layer is keyed by the step."""
 
     def step(self, x: Tensor, y: Tensor) -> float:
         self.model.train()
@@ -100,6 +105,10 @@ class Stages:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.pipeline.named_parameters()
+
+    def begin_at(self, step: int) -> None:
+        """Key random layers by this step, which comes next."""
+        self.pipeline.steps_taken = step
 
     def step(self, x: Tensor, y: Tensor) -> float:
         self.pipeline.train()
