@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from .board import Server, Waiting
 from .errors import CommTimeout, PeerLost
+from .transport.base import Request
 from .work import Work
 
 _LOOK = 100e-6
@@ -100,6 +101,19 @@ class Progress:
         while not self.idle and time.monotonic() < end:
             self.advance()
             time.sleep(_LOOK)
+
+    def abandon(self, error: BaseException) -> list[Request]:
+        """End the background thread and every work, with an error; return what was under way.
+
+        MPI may still know the buffers of these requests: keep them as long as that can be.
+        """
+        self.stop()
+        with self._lock:
+            ended, self.works = self.works, []
+            requests = [request for work in ended for request in work.pending]
+            for work in ended:
+                work.fail(error)
+        return requests
 
     def stop(self) -> None:
         """End the background thread; works go on advancing in wait() and done()."""

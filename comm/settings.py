@@ -65,6 +65,14 @@ def _tuning(environ: Mapping[str, str]) -> Path | None:
     return base / "ringfold" / "tuning.json" if base else None
 
 
+def survives_failures(environ: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether the launcher has asked MPI to go on when a rank dies.
+
+    Open MPI 5 says so to its ranks: mpirun --with-ft ulfm.
+    """
+    return environ.get("OMPI_MCA_mpi_ft_enable", "0") not in ("0", "false")
+
+
 _PARSERS: dict[str, Callable[[str], object]] = {
     "timeout": float,
     "segment_bytes": int,

@@ -223,6 +223,15 @@ class DataParallel(nn.Module):
             raise ValueError("a copy of the wrapper has no ranks to compare")
         return self.comm
 
+    def detach(self) -> None:
+        """Take the hooks off the module's parameters: from now on nothing is reduced.
+
+        Not collective. Before the module is wrapped anew, as over the ranks that live.
+        """
+        if self._reducer is not None:
+            self._reducer.detach()
+        self.comm, self._reducer = None, None
+
     @property
     def last_step(self) -> ReductionRecord | None:
         """Return what the last synchronised backward did on this rank; None before the first."""

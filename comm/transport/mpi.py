@@ -71,6 +71,7 @@ class Departures:
         self._control = control
         self._left: dict[int, float] = {}
         self._notices: list[Any] = []
+        self.groups: list[Any] = [control]
 
     def announce(self) -> None:
         """Tell everybody that this rank leaves."""
@@ -84,10 +85,13 @@ class Departures:
     def check(self, ranks: Iterable[int]) -> None:
         """Raise PeerLost where one of the ranks left, and what it sent has had time to arrive."""
         status = self._mpi.Status()
-        while self._control.Iprobe(self._mpi.ANY_SOURCE, _LEFT, status):
-            src = status.Get_source()
-            self._control.Recv([bytearray(), self._mpi.BYTE], src, _LEFT)
-            self._left[src] = time.monotonic()
+        try:
+            while self._control.Iprobe(self._mpi.ANY_SOURCE, _LEFT, status):
+                src = status.Get_source()
+                self._control.Recv([bytearray(), self._mpi.BYTE], src, _LEFT)
+                self._left[src] = time.monotonic()
+        except self._mpi.Exception as error:  # only where MPI goes on without a rank
+            raise PeerLost(f"a rank of the job has died: {error}") from error
         for rank in ranks:
             if rank in self._left and time.monotonic() - self._left[rank] > _GRACE:
                 raise PeerLost(
@@ -119,7 +123,17 @@ class MpiTransport:
             group.Get_group(), list(range(self.size)), top
         )
         self.library: str = mpi.Get_library_version().split("\n")[0].strip("\0 ")
+        self._departures.groups += self._channels.values()
         self._closed = False
+
+    def revoke(self) -> None:
+        """End all that goes on over this group and all groups made of it, on all of their ranks.
+
+        For an MPI library with user-level failure mitigation (MPI 5.0, chapter on fault tolerance).
+        """
+        for group in self._departures.groups:
+            if group != self._mpi.COMM_NULL:
+                group.Revoke()
 
     @classmethod
     def open(cls, comm: Any = None) -> MpiTransport:
@@ -132,12 +146,18 @@ class MpiTransport:
 
     def isend(self, data: Bytes, dst: int, tag: int, channel: Channel) -> MpiRequest:
         """Start to send."""
-        request = self._channels[channel].Isend([data, self._mpi.BYTE], dst, tag)
+        try:
+            request = self._channels[channel].Isend([data, self._mpi.BYTE], dst, tag)
+        except self._mpi.Exception as error:
+            raise refused(self._mpi, error.Get_error_code(), dst, None) from error
         return MpiRequest(self._mpi, request, dst, None)
 
     def irecv(self, data: Bytes, src: int, tag: int, channel: Channel) -> MpiRequest:
         """Start to receive."""
-        request = self._channels[channel].Irecv([data, self._mpi.BYTE], src, tag)
+        try:
+            request = self._channels[channel].Irecv([data, self._mpi.BYTE], src, tag)
+        except self._mpi.Exception as error:
+            raise refused(self._mpi, error.Get_error_code(), src, data.size) from error
         return MpiRequest(self._mpi, request, src, data.size)
 
     def pause(self, spins: int) -> None:
@@ -187,6 +207,50 @@ class MpiTransport:
             return
         self._closed = True
         for duplicate in self._channels.values():
+            self._departures.groups.remove(duplicate)
             duplicate.Free()
         if self._control is not None:
             self._control.Free()
+
+
+class Survivors:
+    """The MPI processes of this job that live, on a communicator that nothing else uses."""
+
+    def __init__(self) -> None:
+        """Start with all of them; collective."""
+        self._mpi = load_mpi()
+        self._base = self._mpi.COMM_WORLD.Dup()
+        self._base.Set_errhandler(self._mpi.ERRORS_RETURN)
+
+    def open(self) -> MpiTransport:
+        """Open a transport over them; collective."""
+        return MpiTransport(self._mpi, self._base)
+
+    def agree(self, fine: bool) -> bool:
+        """Tell, alike on all of them, whether all are fine and none has died; collective."""
+        try:
+            return bool(self._base.Agree(int(fine)))
+        except self._mpi.Exception:
+            return False
+
+    def shrink(self) -> list[int]:
+        """Go on without the dead, and return their ranks; collective over the living."""
+        before = self._base
+        after = before.Shrink()
+        after.Set_errhandler(self._mpi.ERRORS_RETURN)
+        old, new = before.Get_group(), after.Get_group()
+        ranks = list(range(old.Get_size()))
+        places = self._mpi.Group.Translate_ranks(old, ranks, new)
+        self._base = after
+        return [rank for rank, place in zip(ranks, places, strict=True) if place < 0]
+
+    def leave(self) -> None:
+        """Prepare for MPI's own end where ranks have died; collective over the living.
+
+        Open MPI 5.0 may wait for the dead in MPI_Finalize for ever unless its world is revoked.
+        """
+        if self._base.Get_size() == self._mpi.COMM_WORLD.Get_size():
+            return
+        self.agree(True)
+        self._mpi.COMM_WORLD.Set_errhandler(self._mpi.ERRORS_RETURN)
+        self._mpi.COMM_WORLD.Revoke()

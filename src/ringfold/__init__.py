@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .comm.communicator import Communicator
+    from .comm.elastic import Elastic
     from .comm.errors import CommError, CommTimeout, MismatchError, PeerLost, ScheduleError
     from .comm.launch import run_local
     from .comm.schedule import Round, Schedule
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Communicator": "comm.communicator",
+    "Elastic": "comm.elastic",
     "Settings": "comm.settings",
     "Work": "comm.work",
     "run_local": "comm.launch",
@@ -54,6 +56,7 @@ __all__ = [
     "Communicator",
     "DataParallel",
     "Dropout",
+    "Elastic",
     "Mesh",
     "MismatchError",
     "PeerLost",

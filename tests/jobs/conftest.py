@@ -38,7 +38,8 @@ def job(tmp_path: Path) -> Iterator[Callable[..., Job]]:
     """Run a script on some ranks: job(ranks, script, *args, env=None, timeout=60, cwd=None).
 
     `script` is Python source text, a path to a file, or ["-m", "module"].  `ranks` 0 starts it
-    without a launcher.  A job that passes its timeout is ended and says so in `timed_out`.
+    without a launcher, and with `ft` it survives the death of ranks.  A job that passes its
+    timeout is ended and says so in `timed_out`.
     """
     started: list[str] = []
 
@@ -49,12 +50,13 @@ def job(tmp_path: Path) -> Iterator[Callable[..., Job]]:
         env: Mapping[str, str] | None = None,
         timeout: float = 60,
         cwd: Path | None = None,
+        ft: bool = False,
     ) -> Job:
         mark = uuid.uuid4().hex
         started.append(mark)
         folder = tmp_path / f"job{len(started)}"
         folder.mkdir()
-        command = [*launcher(ranks), sys.executable, *program(script, folder), *map(str, args)]
+        command = [*launcher(ranks, ft), sys.executable, *program(script, folder), *map(str, args)]
         environment = {**launcher_environment(), **(env or {}), MARKER: mark}
         return supervise(command, environment, mark, folder, cwd or folder, timeout)
 
@@ -63,14 +65,14 @@ def job(tmp_path: Path) -> Iterator[Callable[..., Job]]:
         end_all(mark)
 
 
-def launcher(ranks: int) -> list[str]:
+def launcher(ranks: int, ft: bool = False) -> list[str]:
     if ranks == 0:
         return []
     beside = Path(sys.executable).with_name("mpirun")
     found = str(beside) if beside.exists() else shutil.which("mpirun")
     if found is None:
         pytest.fail("there is no mpirun beside the interpreter or on PATH")
-    return [found, "-n", str(ranks)]
+    return [found, *(["--with-ft", "ulfm"] if ft else []), "-n", str(ranks)]
 
 
 def launcher_environment() -> dict[str, str]:
