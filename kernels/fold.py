@@ -78,6 +78,25 @@ def fold_callback(op: str, dtype: str) -> int:
                     value = operation(before(widen(a[i]), first), before(widen(b[i]), first))
                     c[i] = stored(narrow(after(value, last)))
                 return 0
+        if sources.size == 4 and targets.size == 4:
+            a = carray(pointer_to(sources[0] + skip, stored), count)
+            b = carray(pointer_to(sources[1] + skip, stored), count)
+            c = carray(pointer_to(sources[2] + skip, stored), count)
+            d = carray(pointer_to(sources[3] + skip, stored), count)
+            inside = True
+            for r in range(4):
+                inside = inside and targets[r] + into == sources[r] + skip
+            if inside:
+                for i in range(count):
+                    value = operation(before(widen(a[i]), first), before(widen(b[i]), first))
+                    value = operation(value, before(widen(c[i]), first))
+                    value = operation(value, before(widen(d[i]), first))
+                    result = stored(narrow(after(value, last)))
+                    a[i] = result
+                    b[i] = result
+                    c[i] = result
+                    d[i] = result
+                return 0
         total = carray(pointer_to(words[7], wide), FOLD_BLOCK)
         for low in range(0, count, FOLD_BLOCK):
             length = min(FOLD_BLOCK, count - low)

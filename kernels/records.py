@@ -10,7 +10,7 @@ from enum import IntEnum
 FOLD_WORDS = 10
 """Words of the record that `fold.fold_callback` describes."""
 
-FOLD_BLOCK = 2048
+FOLD_BLOCK = 1024
 """Elements folded at once where more than two buffers meet: an accumulator stays in cache."""
 
 SCRATCH_BYTES = FOLD_BLOCK * 8

@@ -57,7 +57,7 @@ def folded(op, dtype, sources, divisors):
 
 
 @pytest.mark.parametrize(("op", "dtype"), PAIRS + MEANS)
-@pytest.mark.parametrize("num", [1, 2, 3, 5])
+@pytest.mark.parametrize("num", [1, 2, 4, 5])
 def test_fold_equals_its_definition(op, dtype, num):
     divisors = (1.0, 1.0) if op != "mean" else (4.0 if dtype in HALVES else 1.0, 0.75)
     for count in SIZES:
