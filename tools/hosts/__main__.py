@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from network import PIDS, Host, Refused, hosts, isolate
+from network import PIDS, Host, Refused, hosts, isolate, require_tools
 
 SKIPPED = 77
 """Exit status: not run, as this machine cannot; the number that test harnesses agree on."""
@@ -28,6 +28,7 @@ def main() -> int:
     # The first process of a process namespace is sent only the signals that it handles.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
+        require_tools()
         mpirun = _mpirun()
         isolate([sys.executable, *sys.orig_argv[1:]])
         with hosts(arguments.rate) as pair, tempfile.TemporaryDirectory() as folder:

@@ -41,17 +41,21 @@ class Host:
         return ["nsenter", f"--target={self.pid}", *KINDS, "--", *stay, *command]
 
 
+def require_tools() -> None:
+    """Raise Refused unless the system's tools for networks and namespaces are there."""
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    if missing:
+        raise Refused(f"needs {', '.join(missing)} (packages iproute2 and util-linux)")
+
+
 def isolate(argv: Sequence[str]) -> None:
     """Replace this process by `argv` in a process namespace: when it ends, so does all it started.
 
     Returns at once where that has happened already.
-    Raises: Refused without the tools or the right to do it.
+    Raises: Refused without the right to do it.
     """
     if INSIDE in os.environ:
         return
-    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
-    if missing:
-        raise Refused(f"needs {', '.join(missing)} (packages iproute2 and util-linux)")
     command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
     if os.geteuid() != 0:
         command += ["--user", "--map-root-user"]
