@@ -23,6 +23,7 @@ from ringfold.workloads.options import Grid, Options, UsageError, grid_of, parse
 if TYPE_CHECKING:
     import torch
 
+    from ringfold.workloads.dump import Dump
     from ringfold.workloads.engines import Engine
     from ringfold.workloads.keeper import Keeper
     from ringfold.workloads.workload import Data, Workload
@@ -43,6 +44,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     losses: GlobalLosses
     keeper: Keeper
+    dump: Dump | None
     first_step: int
 
 
@@ -88,6 +90,7 @@ def prepare(comm: ringfold.Communicator, options: Options) -> Training:
     import torch
 
     from ringfold.workloads import engines, report
+    from ringfold.workloads.dump import Dump
     from ringfold.workloads.keeper import Keeper
     from ringfold.workloads.workload import Share
 
@@ -119,6 +122,7 @@ def prepare(comm: ringfold.Communicator, options: Options) -> Training:
     parameters = [p for _, p in engine.named_parameters()] or [torch.nn.Parameter(torch.zeros(0))]
     optimizer = workload.optimizer(parameters, options.lr)
     losses = GlobalLosses(mesh.data)
+    dump = settle(comm, lambda: Dump(options.dump, mesh, engine) if options.dump else None)
     keeper = Keeper(comm, options, data, engine, optimizer, losses)
     return Training(
         options,
@@ -132,6 +136,7 @@ def prepare(comm: ringfold.Communicator, options: Options) -> Training:
         optimizer,
         losses,
         keeper,
+        dump,
         first_step=keeper.resume(),
     )
 
@@ -198,6 +203,7 @@ def run(comm: ringfold.Communicator, training: Training) -> None:
                     weights_sha256=digest,
                     resumed_at=training.first_step,
                     checkpoints=checkpoints,
+                    dump=str(options.dump.absolute()) if options.dump else None,
                 ),
             )
 
@@ -243,6 +249,8 @@ def fit(comm: ringfold.Communicator, training: Training) -> tuple[list[float], f
                 bar.set_postfix_str(f"loss {losses.known[-1]:.4f}", refresh=False)
             bar.update(options.batch_size)
             training.keeper.after(step + 1, last=step + 1 == training.num_steps)
+            if training.dump is not None:
+                training.dump.after(step + 1)
         losses.flush()
     return losses.known, time.perf_counter() - start
 

@@ -20,7 +20,7 @@ from .comm.topology import Cluster, Link, Nodes
 from .comm.verify import verify
 
 REFUSED, MISUSED = 1, 2
-"""Exit status: the algorithm is wrong; the command is."""
+"""Exit status: the algorithm is wrong, or runs differ; the command is wrong."""
 
 BUSBW = {
     "allreduce": lambda size: 2 * (size - 1) / size,
@@ -79,6 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     cost.add_argument("--intra-bandwidth", help="within a node (default: as between nodes)")
     cost.add_argument("--reduce-bandwidth", help="bytes a second that a rank adds (default: free)")
     cost.set_defaults(run=_simulate)
+
+    runs = commands.add_parser("compare", help="find where two runs of train.py part")
+    runs.add_argument(
+        "first", type=Path, metavar="A", help="report of train.py; with --dump, weights too"
+    )
+    runs.add_argument("second", type=Path, metavar="B")
+    runs.add_argument("--rtol", type=float, default=0.0, help="relative difference to allow")
+    runs.set_defaults(run=_compare)
 
     tuning = commands.add_parser(
         "tune",
@@ -155,6 +163,17 @@ def _simulate(arguments: argparse.Namespace) -> int:
     ):
         print(f"{name + ':':<30} {value}")
     return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from .compare import Unreadable, compare
+
+    try:
+        found = compare(arguments.first, arguments.second, arguments.rtol)
+    except Unreadable as error:
+        raise Misuse(str(error)) from None
+    print(*found or ["no difference"], sep="\n")
+    return REFUSED if found else 0
 
 
 def _tune(arguments: argparse.Namespace) -> int:

@@ -127,3 +127,17 @@ runpy.run_path({str(TRAIN)!r}, run_name="__main__")
     done = job(2, script, timeout=60)
     assert done.returncode == 2
     assert "ranks that differ from rank 0: [1]" in done.stderr
+
+
+def test_compare_names_where_two_runs_part(job: Callable[..., Any], tmp_path: Path) -> None:
+    for name, ranks, options in (("a", 1, ""), ("b", 2, "--pipe 2"), ("c", 2, "--lr 0.049")):
+        options = f"--steps 3 --reduction tree --dump {tmp_path}/{name} {options}"
+        done = job(ranks, TRAIN, *options.split(), "--report", tmp_path / f"{name}.json")
+        assert done.returncode == 0, done.output
+    same = job(0, ["-m", "ringfold"], "compare", tmp_path / "a.json", tmp_path / "b.json")
+    assert (same.returncode, same.stdout) == (0, "no difference\n")
+    other = job(0, ["-m", "ringfold"], "compare", tmp_path / "a.json", tmp_path / "c.json")
+    assert other.returncode == 1
+    assert other.stdout.startswith("step 1: 0.bias: ")
+    assert " of 32 elements, largest relative difference" in other.stdout
+    assert "step 2: loss: " in other.stdout

@@ -42,6 +42,7 @@ class Options:
     reduction: str
     dropout: float
     report: Path | None
+    dump: Path | None
     checkpoint: Path | None
     every: int
     keep: int
@@ -92,6 +93,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         reduction=found.reduction,
         dropout=found.dropout,
         report=found.report,
+        dump=found.dump,
         checkpoint=found.checkpoint,
         every=100 if found.every is None else found.every,
         keep=3 if found.keep is None else found.keep,
@@ -272,6 +274,12 @@ def _parser() -> argparse.ArgumentParser:
         " if there is none",
     )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
+    parser.add_argument(
+        "--dump",
+        type=Path,
+        metavar="DIR",
+        help="write the weights after every step, for `ringfold compare`",
+    )
     return parser
 
 

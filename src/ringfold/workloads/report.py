@@ -55,6 +55,7 @@ class Report:
     weights_sha256: str
     resumed_at: int = 0
     checkpoints: CheckpointTimes | None = None
+    dump: str | None = None
 
 
 def check_writable(path: Path) -> None:

@@ -1,0 +1,54 @@
+"""Weights of every step on disk, for `ringfold compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .options import UsageError
+
+if TYPE_CHECKING:
+    from ..parallel.mesh import Mesh
+    from .engines import Engine
+
+__all__ = ["Dump", "step_of"]
+
+_PATTERN = "step{step:08d}.stage{stage}.safetensors"
+
+
+def step_of(path: Path) -> int:
+    """Return the step that a file of a dump holds."""
+    return int(path.name.partition(".")[0].removeprefix("step"))
+
+
+class Dump:
+    """Write the parameters by full name after every step; one file per stage.
+
+    Data rank 0 of each stage writes; the folder must be the same on all their hosts.
+    """
+
+    def __init__(self, folder: Path, mesh: Mesh, engine: Engine) -> None:
+        """Make the folder.
+
+        Raises: UsageError where it cannot be made, or holds a dump already.
+        """
+        self.folder, self.mesh, self.engine = folder, mesh, engine
+        if mesh.data.rank == 0 and mesh.pipe.rank == 0:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(f"--dump {folder}: {error.strerror}") from None
+            if any(folder.glob("step*.safetensors")):
+                raise UsageError(f"--dump {folder} holds a dump already; name another folder")
+
+    def after(self, step: int) -> None:
+        """Write what step number `step`, from 1 on, has made of the weights."""
+        from safetensors.torch import save_file
+
+        if self.mesh.data.rank != 0:
+            return
+        tensors = {
+            name: parameter.detach().contiguous().clone()
+            for name, parameter in self.engine.named_parameters()
+        }
+        save_file(tensors, self.folder / _PATTERN.format(step=step, stage=self.mesh.pipe.rank))
