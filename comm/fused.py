@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels.records import ALL, LINE_BYTES, ROW_WORDS, Row, Where
+from ..kernels.records import ALL, LINE_BYTES, PAIR, ROW_WORDS, Row, Where
 from .chunks import bounds
 
 EAGER_BYTES = 8 << 10
@@ -127,7 +127,10 @@ def _eager_fold(shape: Shape, low: int, high: int, into: int) -> Rows:
 
 
 def allreduce_staged(shape: Shape) -> Rows:
-    """Copy a chunk in, fold the one before, copy the one before that out; then meet."""
+    """Copy a chunk in, fold the one before, copy the one before that out; then meet.
+
+    What a rank folds itself never leaves its buffer but to be read by the others.
+    """
     return _staged_fold(shape, everywhere=True)
 
 
@@ -139,11 +142,13 @@ def reduce_staged(shape: Shape) -> Rows:
 def _staged_fold(shape: Shape, everywhere: bool) -> Rows:
     item, rank, size = shape.itemsize, shape.rank, shape.size
     chunks = list(_chunks(shape.count, shape.stage_bytes // item))
+    others = [peer for peer in range(size) if peer != rank]
+    keeps = everywhere or rank == shape.root
     rows: list[_Row] = []
     for step in range(len(chunks) + 2):
-        if step >= 2 and (everywhere or rank == shape.root):
+        if step >= 2 and keeps:
             low, high = chunks[step - 2]
-            for peer in range(size):
+            for peer in others:
                 first, last = part(high - low, item, size, peer)
                 at, nbytes = (low + first) * item, (last - first) * item
                 rows += _copy(Where.OWN, INPUT, at, _RESULTS[step % 2], peer, 0, nbytes)
@@ -151,18 +156,43 @@ def _staged_fold(shape: Shape, everywhere: bool) -> Rows:
             low, high = chunks[step - 1]
             first, last = part(high - low, item, size, rank)
             result, stage = _RESULTS[(step - 1) % 2], _STAGES[(step - 1) % 2]
-            rows += _fold(result, rank, 0, stage, first * item, last - first)
+            here = (low + first) * item
+            rows += _sources(shape, stage, first * item, here)
+            if everywhere:
+                rows.append(_point(Where.TARGETS, 0, Where.OWN, INPUT, here))
+                rows.append(_point(Where.TARGETS, 1, result, rank, 0))
+                rows += _fold(Where.TARGETS, PAIR, 0, Where.SOURCES, 0, last - first)
+            elif keeps:
+                rows += _fold(Where.OWN, INPUT, here, Where.SOURCES, 0, last - first)
+            else:
+                rows += _fold(result, rank, 0, Where.SOURCES, 0, last - first)
         if step < len(chunks):
             low, high = chunks[step]
-            at, nbytes = low * item, (high - low) * item
-            rows += _copy(_STAGES[step % 2], rank, 0, Where.OWN, INPUT, at, nbytes)
+            for peer in others:
+                first, last = part(high - low, item, size, peer)
+                at, nbytes = (low + first) * item, (last - first) * item
+                rows += _copy(_STAGES[step % 2], rank, first * item, Where.OWN, INPUT, at, nbytes)
         if step <= len(chunks):
             rows.append(_MEET)
     return _table(rows)
 
 
+def _sources(shape: Shape, stage: int, staged: int, here: int) -> list[_Row]:
+    """Let SOURCES name the same piece: of every peer in its stage, of this rank in its buffer."""
+    return [
+        _point(Where.SOURCES, peer, Where.OWN, INPUT, here)
+        if peer == shape.rank
+        else _point(Where.SOURCES, peer, stage, peer, staged)
+        for peer in range(shape.size)
+    ]
+
+
+def _point(target: int, entry: int, source: int, origin: int, start: int) -> _Row:
+    return (Row.POINT, target, entry, 0, source, origin, start, 0)
+
+
 def reduce_scatter_staged(shape: Shape) -> Rows:
-    """Copy a chunk of every rank's piece in, and fold this rank's."""
+    """Copy a chunk of every peer's piece in, and fold this rank's."""
     item, size = shape.itemsize, shape.size
     pieces = [bounds(shape.count, size, rank) for rank in range(size)]
     room = shape.stage_bytes // size // LINE_BYTES * LINE_BYTES
@@ -172,14 +202,16 @@ def reduce_scatter_staged(shape: Shape) -> Rows:
         for peer, (start, end) in enumerate(pieces):
             at = min(start + first, end)
             nbytes = (min(at + room // item, end) - at) * item
-            rows += _copy(
-                _STAGES[step % 2], shape.rank, peer * room, Where.OWN, INPUT, at * item, nbytes
-            )
+            if peer != shape.rank:
+                rows += _copy(
+                    _STAGES[step % 2], shape.rank, peer * room, Where.OWN, INPUT, at * item, nbytes
+                )
         rows.append(_MEET)
         at = min(low + first, high)
         count = min(at + room // item, high) - at
         into = (at - low) * item
-        rows += _fold(Where.OWN, OUTPUT, into, _STAGES[step % 2], shape.rank * room, count)
+        rows += _sources(shape, _STAGES[step % 2], shape.rank * room, at * item)
+        rows += _fold(Where.OWN, OUTPUT, into, Where.SOURCES, 0, count)
     return _table([*rows, _MEET])
 
 

@@ -16,9 +16,11 @@ from numba.np.numpy_support import carray
 from .compiled import Kernel, compile_kernel, flat
 from .native import call, copy_bytes, load, relax, store, try_lock
 from .records import (
+    ALL,
     FOLD_WORDS,
     LINE_BYTES,
     NOTE_BYTES,
+    PAIR,
     ROW_WORDS,
     BoardWord,
     Note,
@@ -32,7 +34,7 @@ from .scalars import compiled, pointer_to
 
 _RUNNING, _DONE = np.int64(Status.RUNNING), np.int64(Status.DONE)
 _MISMATCH, _MIXED = np.int64(Status.MISMATCH), np.int64(Status.MIXED)
-_MEET, _COPY = np.int64(Row.MEET), np.int64(Row.COPY)
+_MEET, _COPY, _POINT = np.int64(Row.MEET), np.int64(Row.COPY), np.int64(Row.POINT)
 _FLAGS, _NOTES, _BASES = int(BoardWord.FLAGS), int(BoardWord.NOTES), int(BoardWord.BASES)
 _RANK, _SIZE, _ARRIVED = int(BoardWord.RANK), int(BoardWord.SIZE), int(BoardWord.ARRIVED)
 _TICKETS, _TURN, _YIELD = int(BoardWord.TICKET), int(BoardWord.TURN), int(BoardWord.YIELD)
@@ -40,6 +42,7 @@ _BOARD_WORDS = int(BoardWord.WORDS)
 _PLACE, _CALL, _ROOT, _NOTE_WORDS = int(Note.PLACE), int(Note.CALL), int(Note.ROOT), int(Note.WORDS)
 _PRIVATE = int(Place.PRIVATE)
 _EAGER = int(Where.EAGER)
+_ALL, _PAIR = ALL, PAIR
 _ON_BOARD, _STATUS, _TICKET, _ROW = map(
     int, (WorkWord.BOARD, WorkWord.STATUS, WorkWord.TICKET, WorkWord.ROW)
 )
@@ -151,6 +154,9 @@ def _advance(record: Any) -> Any:
             target = _address(work, row[1], row[2], row[3])
             source = _address(work, row[4], row[5], row[6])
             copy_bytes(target, source, row[7])
+        elif row[0] == _POINT:
+            entry = work[_LISTS] + row[1] * work[_LIST_BYTES] + 8 * row[2]
+            _words(entry, 1)[0] = _address(work, row[4], row[5], row[6])
         else:
             parameters = _words(record + 8 * _FOLD_RECORD, FOLD_WORDS)
             source_list = row[4] + (work[_TICKET] & 1) if row[4] == _EAGER else row[4]
@@ -159,7 +165,11 @@ def _advance(record: Any) -> Any:
             parameters[2] = row[6]
             entry = 0 if row[2] < 0 else row[2]
             parameters[3] = work[_LISTS] + row[1] * work[_LIST_BYTES] + 8 * entry
-            parameters[4] = board[_SIZE] if row[2] < 0 else 1
+            parameters[4] = 1
+            if row[2] == _ALL:
+                parameters[4] = board[_SIZE]
+            elif row[2] == _PAIR:
+                parameters[4] = 2
             parameters[5] = row[3]
             parameters[6] = row[7]
             call(work[_FOLD], record + 8 * _FOLD_RECORD)

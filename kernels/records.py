@@ -22,16 +22,19 @@ class Row(IntEnum):
     MEET: arrive, and go on when every rank has.
     COPY: (target list, index, offset, source list, index, offset, bytes).
     FOLD: the same with a count of elements last; the sources are all entries of their list, the
-    target is one entry of its list, or all of them with index ALL.
+    target is one entry of its list, all of them with index ALL, or the first two with index PAIR.
+    POINT: the same as COPY, but the entry itself becomes the address of the source.
     Offsets are in bytes.
     """
 
     MEET = 0
     COPY = 1
     FOLD = 2
+    POINT = 3
 
 
 ALL = -1
+PAIR = -2
 ROW_WORDS = 8
 
 
@@ -91,7 +94,7 @@ NOTE_BYTES = 8 * Note.WORDS
 class Where(IntEnum):
     """The lists of addresses that rows name: an entry per rank, in OWN per buffer.
 
-    EAGER stands for two lists, used by turns.
+    EAGER stands for two lists, used by turns. SOURCES and TARGETS are set by rows of the program.
     """
 
     BUFFERS = 0
@@ -101,7 +104,9 @@ class Where(IntEnum):
     RESULT_0 = 4
     RESULT_1 = 5
     EAGER = 6
-    LENGTH = 8
+    SOURCES = 8
+    TARGETS = 9
+    LENGTH = 10
 
 
 class WorkWord(IntEnum):
