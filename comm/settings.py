@@ -73,6 +73,28 @@ def survives_failures(environ: Mapping[str, str] = os.environ) -> bool:
     return environ.get("OMPI_MCA_mpi_ft_enable", "0") not in ("0", "false")
 
 
+_LAUNCHERS = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_", "HYDRA_", "HYDI_", "I_MPI_", "SLURM_")
+
+
+def beside_the_job(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the environment for a child that starts MPI as one process alone.
+
+    What a launcher tells its ranks would make the child one of them a second time.
+    """
+    kept = {"OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"}
+    return {
+        name: value
+        for name, value in environ.items()
+        if name in kept or not name.startswith(_LAUNCHERS)
+    }
+
+
+def cache_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Return where ringfold keeps what it has measured; None without a HOME."""
+    tuning = _tuning(environ)
+    return tuning.parent if tuning else None
+
+
 _PARSERS: dict[str, Callable[[str], object]] = {
     "timeout": float,
     "segment_bytes": int,

@@ -36,6 +36,14 @@ def load_mpi() -> Any:
     return MPI
 
 
+def thread_level() -> str:
+    """Return the thread level that MPI was started with, in MPI's own word."""
+    mpi = load_mpi()
+    names = ("SINGLE", "FUNNELED", "SERIALIZED", "MULTIPLE")
+    levels = {getattr(mpi, f"THREAD_{name}"): name for name in names}
+    return levels.get(mpi.Query_thread(), "unknown")
+
+
 class MpiRequest:
     """One message under way; mpi4py's request holds the buffer."""
 

@@ -94,6 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     tuning.add_argument("--out", type=Path, help="file to write (default: where runs look for it)")
     tuning.set_defaults(run=_tune)
+
+    health = commands.add_parser(
+        "doctor", help="look at everything a run needs, alone or under mpirun, and try it"
+    )
+    health.set_defaults(run=_doctor)
     return parser
 
 
@@ -203,6 +208,12 @@ def _tune(arguments: argparse.Namespace) -> int:
                     )
             print(f"written to {path}")
     return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from .doctor import examine
+
+    return examine()
 
 
 def _builder(name: str, ranks_per_node: int = 2) -> Builder:

