@@ -177,7 +177,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         found = compare(arguments.first, arguments.second, arguments.rtol)
     except Unreadable as error:
         raise Misuse(str(error)) from None
-    print(*map(str, found or ["no difference"]), sep="\n")
+    print(*([str(one) for one in found] or ["no difference"]), sep="\n")
     return REFUSED if found else 0
 
 
