@@ -40,6 +40,8 @@ class DataParallel(nn.Module):
       on no rank it keeps `.grad is None`.
     - What is reduced is `.grad` as it stands: whatever `no_sync` or an earlier backward has
       accumulated is part of it.
+    - After backward `.grad` may be a view of the memory that is reduced, where the next backward
+      reduces it without a copy: clone a gradient that is to outlive the next backward.
     - Buffers, such as running statistics, are sent from `root` at the end of every synchronised
       backward, unless `broadcast_buffers` is off.
     - A copy (`copy.deepcopy`) or a pickle of the wrapper is independent of the ranks: it has the

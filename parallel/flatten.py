@@ -15,7 +15,7 @@ from .replicas import dtype_name, real_view
 if TYPE_CHECKING:
     from ..kernels.table import PointerTable
 
-__all__ = ["WIRES", "Flattened", "host_array", "wire_of"]
+__all__ = ["WIRES", "Flattened", "host_array", "in_place", "wire_of"]
 
 # The user's word for the wire to the element that a bucket of each dtype then has. A half is
 # never narrowed to the other half: that would only lose bits.
@@ -48,51 +48,94 @@ def host_array(flat: Tensor) -> NDArray[Any]:
 
 
 class Flattened:
-    """Tie gradients to their places in a flat bucket.
+    """Tie gradients to their places in a flat bucket, where they live once they were reduced.
 
-    `gradients[i]` may be None, sparse, complex or strided: what is packed, and unpacked into, is a
-    dense contiguous real tensor, which is the gradient's own memory wherever that is possible.
+    `gradients[i]` may be None, sparse, complex or strided. One that lies at its place already is
+    not copied, neither in nor out.
     """
 
-    def __init__(self, gradients: Sequence[Tensor | None], offsets: Sequence[int]) -> None:
+    def __init__(
+        self, gradients: Sequence[Tensor | None], offsets: Sequence[int], flat: Tensor
+    ) -> None:
         self._gradients = list(gradients)
-        self._dense = [None if g is None else _dense(g) for g in gradients]
         self._offsets = list(offsets)
-        self._table = self._point(range(len(gradients)))
+        self._flat = flat
+        self._dense = [None if g is None else _dense(g) for g in gradients]
+        start, itemsize = flat.data_ptr(), flat.element_size()
+        self._at_home = [
+            d is not None and d.dtype == flat.dtype and d.data_ptr() == start + offset * itemsize
+            for d, offset in zip(self._dense, offsets, strict=True)
+        ]
 
-    def pack(self, flat: Tensor, scale: float) -> bool:
-        """Write the gradients times `scale` into the bucket; tell whether all are finite."""
+    def pack(self, parameters: Sequence[Tensor], scale: float) -> bool | None:
+        """Write the gradients times `scale` into the bucket, zeros for those that are not there.
+
+        A scale of 0 takes no gradient in. Tell whether all are finite; None where some lay there
+        already and were not looked at.
+        """
         from ..kernels.pack import pack
 
-        if self._table is None:
+        if scale == 0.0:
+            self._flat.zero_()
             return True
-        table, dtype = self._table
-        return bool(pack(table, dtype, host_array(flat), dtype_name(flat.dtype), scale).finite)
+        looked_at = True
+        for i, dense in enumerate(self._dense):
+            if dense is None:
+                self._place(i, real_view(parameters[i]).numel()).zero_()
+            elif self._at_home[i] and dense.numel():
+                looked_at = False
+                if scale != 1.0:
+                    self._place(i, dense.numel()).mul_(scale)
+        pointed = self._point([i for i, at_home in enumerate(self._at_home) if not at_home])
+        if pointed is None:
+            return True if looked_at else None
+        table, dtype = pointed
+        finite = pack(table, dtype, host_array(self._flat), dtype_name(self._flat.dtype), scale)
+        return finite.finite if looked_at or not finite.finite else None
 
-    def unpack(self, flat: Tensor, used: Sequence[bool], parameters: Sequence[Tensor]) -> None:
-        """Write the bucket back into the gradients of the used parameters.
+    def unpack(self, used: Sequence[bool], parameters: Sequence[Tensor]) -> None:
+        """Make the bucket's values the gradients of the used parameters.
 
-        A parameter without a gradient that is used elsewhere gets one; `parameters[i].grad` is
-        assigned for those.
+        Where the bucket has a parameter's dtype and layout, its gradient becomes a view of the
+        bucket; else the values are written into the gradient that it has, or into a new one.
         """
         from ..kernels.pack import unpack
 
-        chosen = [i for i, is_used in enumerate(used) if is_used]
-        created = [i for i in chosen if self._gradients[i] is None]
-        for i in created:
-            self._gradients[i] = torch.empty_like(
-                parameters[i], memory_format=torch.contiguous_format, requires_grad=False
-            )
-            self._dense[i] = real_view(self._gradients[i])  # type: ignore[arg-type]
-        pointed = self._table
-        if created or any(self._dense[i] is not None and not used[i] for i in range(len(used))):
-            pointed = self._point(chosen)
+        written = []
+        for i, parameter in enumerate(parameters):
+            if not used[i]:
+                continue
+            if real_view(parameter.detach()).dtype == self._flat.dtype:
+                self._settle(i, parameter)
+            else:
+                written.append(i)
+                if self._gradients[i] is None:
+                    self._gradients[i] = torch.empty_like(
+                        parameter, memory_format=torch.contiguous_format, requires_grad=False
+                    )
+                    self._dense[i] = real_view(self._gradients[i])  # type: ignore[arg-type]
+        pointed = self._point(written)
         if pointed is None:
             return
         table, dtype = pointed
-        unpack(table, dtype, host_array(flat), dtype_name(flat.dtype))
-        for i in chosen:
+        unpack(table, dtype, host_array(self._flat), dtype_name(self._flat.dtype))
+        for i in written:
             _bring_back(self._gradients[i], self._dense[i], parameters[i])
+
+    def _place(self, i: int, count: int) -> Tensor:
+        return self._flat[self._offsets[i] : self._offsets[i] + count]
+
+    def _settle(self, i: int, parameter: Tensor) -> None:
+        """Let a gradient that the bucket can hold live there."""
+        if self._at_home[i]:
+            return
+        gradient = self._gradients[i]
+        shape = real_view(parameter.detach()).shape
+        view = self._place(i, shape.numel()).view(shape)
+        if gradient is None or _can_move(gradient, parameter):
+            parameter.grad = torch.view_as_complex(view) if parameter.is_complex() else view
+        else:
+            _bring_back(gradient, view, parameter)
 
     def _point(self, chosen: Sequence[int]) -> tuple[PointerTable, str] | None:
         from ..kernels.table import PointerTable
@@ -110,6 +153,23 @@ class Flattened:
             owners=tuple(tensor for tensor, _ in present),
         )
         return table, dtype_name(first.dtype)
+
+
+def in_place(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
+    """Return a gradient's own memory as a flat tensor, None where it is no contiguous real one."""
+    if gradient is None or not _can_move(gradient, parameter) or not gradient.is_contiguous():
+        return None
+    return real_view(gradient.detach()).view(-1)
+
+
+def _can_move(gradient: Tensor, parameter: Tensor) -> bool:
+    """Tell whether nothing but values is lost when other memory becomes the gradient."""
+    return (
+        gradient.layout == torch.strided
+        and parameter.is_contiguous()
+        and not gradient.requires_grad
+        and not gradient.is_conj()
+    )
 
 
 def _dense(gradient: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
 """Carry one bucket over the ranks, with flags that tell which gradients this rank has.
 
 A carrier starts a bucket and gives a flight: `advance` it until there is no more to wait for, then
-`land` it. Two carriers: `DenseCarrier` sends elements and flags in one message, in the dtype of the
-wire; `HookCarrier` leaves the elements to a wire hook and sends the flags beside them.
+`land` it. `DenseCarrier` sends elements and flags in one message, in the dtype of the wire;
+`LargeCarrier` reduces one large gradient where it lies, and `HookCarrier` leaves the elements to a
+wire hook; both send the flags beside them.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from ..comm.work import Work
 from .buckets import Bucket
-from .flatten import Flattened, wire_of
+from .flatten import Flattened, in_place, wire_of
 from .hooks import GradientBucket, Rounds, Wire, WireHook, payload
 from .replicas import real_view
 
@@ -25,7 +27,10 @@ if TYPE_CHECKING:
     from ..comm.communicator import Communicator
     from ..comm.work import Receipt
 
-__all__ = ["Carrier", "Flight", "Load", "carrier_of"]
+__all__ = ["LARGE_BYTES", "Carrier", "Flight", "Load", "carrier_of"]
+
+LARGE_BYTES = 1 << 20
+"""From here on a gradient in a bucket of its own is not packed."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +59,14 @@ class Load:
 class Flight:
     """One bucket under way.
 
-    finite: whether what was packed here was finite.
+    finite: whether what was packed here was finite; None where not all of it was looked at.
     counts: by how many of `size` ranks each flag was set, once there is no more to wait for.
     """
 
     load: Load
     size: int
-    flattened: Flattened
-    flat: Tensor
-    finite: bool
+    flattened: Flattened | None
+    finite: bool | None
     rounds: Rounds
     counts: Callable[[], list[float]]
 
@@ -77,10 +81,10 @@ class Flight:
         return sum(payload(receipt, self.size) for receipt in self.receipts)
 
     def land(self, counts: Sequence[float]) -> None:
-        """Write the result into the gradients of the parameters that some rank has one of."""
-        members = len(self.load.names)
-        used = [count > 0 for count in counts[:members]]
-        self.flattened.unpack(self.flat, used, self.load.parameters)
+        """Make the result the gradients of the parameters that some rank has one of."""
+        if self.flattened is not None:
+            used = [count > 0 for count in counts[: len(self.load.names)]]
+            self.flattened.unpack(used, self.load.parameters)
 
 
 class Carrier(Protocol):
@@ -95,8 +99,29 @@ class Carrier(Protocol):
 def carrier_of(wire: Wire, comm: Communicator, op: str) -> Carrier:
     """Return the carrier of a wire format; op: "mean" or "sum" over the ranks."""
     if wire.hook is None:
-        return DenseCarrier(comm, op, wire.dtype)
+        return PlainCarrier(comm, op, wire.dtype)
     return HookCarrier(comm, op, wire.hook)
+
+
+class PlainCarrier:
+    """Carry each bucket in the way that fits its contents, which all ranks see alike."""
+
+    def __init__(self, comm: Communicator, op: str, dtype: str | None) -> None:
+        self._dtype = dtype
+        self._dense = DenseCarrier(comm, op, dtype)
+        self._large = LargeCarrier(comm, op)
+
+    def start(self, bucket: Bucket, load: Load) -> Flight:
+        large = (
+            len(bucket.indices) == 1
+            and bucket.count * getattr(torch, bucket.dtype).itemsize >= LARGE_BYTES
+            and wire_of(bucket.dtype, self._dtype) == bucket.dtype
+        )
+        return (self._large if large else self._dense).start(bucket, load)
+
+    def forget(self) -> None:
+        self._dense.forget()
+        self._large.forget()
 
 
 class DenseCarrier:
@@ -118,7 +143,8 @@ class DenseCarrier:
             getattr(torch, wire_of(bucket.dtype, self._dtype)),
             self._comm,
         )
-        flattened, finite = _pack(load, bucket, flat, scale)
+        flattened = Flattened(load.gradients, bucket.offsets, flat)
+        finite = flattened.pack(load.parameters, scale)
         flat[bucket.count :] = torch.tensor(flags, dtype=flat.dtype)
         work = self._comm.allreduce(flat, op=op, blocking=False)
         size = self._comm.size
@@ -127,10 +153,49 @@ class DenseCarrier:
         def counts() -> list[float]:
             return [per_flag * float(flag) for flag in flat[bucket.count :].tolist()]
 
-        return Flight(load, size, flattened, flat, finite, Rounds(_one(work)), counts)
+        return Flight(load, size, flattened, finite, Rounds(_one(work)), counts)
 
     def forget(self) -> None:
         self._flats.clear()
+
+
+class LargeCarrier:
+    """Reduce one gradient where it lies, its flags beside it.
+
+    A gradient that autograd has just made is reduced in its own memory, since packing it would
+    cost more than shared memory saves. One that its owner keeps from pass to pass moves to
+    registered memory, and stays.
+    """
+
+    def __init__(self, comm: Communicator, op: str) -> None:
+        self._comm = comm
+        self._op = op
+        self._flats: dict[tuple[Bucket, int], Tensor] = {}
+        self._reduced: dict[Bucket, weakref.ref[Tensor]] = {}
+
+    def start(self, bucket: Bucket, load: Load) -> Flight:
+        flags = np.array(load.flags, dtype=np.int32)
+        (gradient,), (parameter,) = load.gradients, load.parameters
+        scale, op = (1.0, self._op) if load.share is None else (load.share, "sum")
+        known = self._reduced.get(bucket)
+        kept = gradient is not None and known is not None and known() is gradient
+        flat = None if kept or scale != 1.0 else in_place(gradient, parameter)
+        flattened, finite = None, None
+        if flat is None:
+            dtype = getattr(torch, bucket.dtype)
+            flat = _reused(self._flats, bucket, bucket.count, dtype, self._comm)
+            flattened = Flattened(load.gradients, bucket.offsets, flat)
+            finite = flattened.pack(load.parameters, scale)
+        elif gradient is not None:
+            self._reduced[bucket] = weakref.ref(gradient)
+        counting = self._comm.allreduce(flags, op="sum", blocking=False)
+        work = self._comm.allreduce(flat, op=op, blocking=False)
+        rounds = Rounds(_two(work, counting))
+        return Flight(load, self._comm.size, flattened, finite, rounds, flags.tolist)
+
+    def forget(self) -> None:
+        self._flats.clear()
+        self._reduced.clear()
 
 
 class HookCarrier:
@@ -146,7 +211,8 @@ class HookCarrier:
     def start(self, bucket: Bucket, load: Load) -> Flight:
         scale = self._plain if load.share is None else load.share * self._comm.size
         flat = _reused(self._flats, bucket, bucket.count, getattr(torch, bucket.dtype), self._comm)
-        flattened, finite = _pack(load, bucket, flat, scale)
+        flattened = Flattened(load.gradients, bucket.offsets, flat)
+        finite = flattened.pack(load.parameters, scale)
         flags = np.array(load.flags, dtype=np.int32)
         handed = GradientBucket(
             names=load.names,
@@ -157,7 +223,7 @@ class HookCarrier:
         )
         rounds = Rounds(self._run(flags, handed))
         size = self._comm.size
-        return Flight(load, size, flattened, flat, finite, rounds, lambda: flags.tolist())
+        return Flight(load, size, flattened, finite, rounds, flags.tolist)
 
     def _run(self, flags: Any, bucket: GradientBucket) -> Generator[Work, Any, None]:
         counting = self._comm.allreduce(flags, op="sum", blocking=False)
@@ -179,6 +245,11 @@ def _one(work: Work) -> Generator[Work, Any, None]:
     yield work
 
 
+def _two(first: Work, second: Work) -> Generator[Work, Any, None]:
+    yield first
+    yield second
+
+
 def _reused(
     flats: dict[tuple[Bucket, int], Tensor],
     bucket: Bucket,
@@ -190,11 +261,3 @@ def _reused(
     if flat is None:
         flat = flats[bucket, length] = comm.empty(length, dtype)
     return flat
-
-
-def _pack(load: Load, bucket: Bucket, flat: Tensor, scale: float) -> tuple[Flattened, bool]:
-    """Write the gradients, times scale, into the bucket; zeros for those that are not there."""
-    if scale == 0.0 or any(gradient is None for gradient in load.gradients):
-        flat.zero_()
-    flattened = Flattened(load.gradients, bucket.offsets)
-    return flattened, scale == 0.0 or flattened.pack(flat, scale)

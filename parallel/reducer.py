@@ -47,7 +47,8 @@ class ReductionRecord:
     overlapped: how many buckets were started before backward had ended.
     unused: names of the parameters that had no gradient on this rank.
     partial: names of the parameters that had a gradient on some ranks only; equal on all ranks.
-    finite: whether every gradient packed on this rank was finite in the dtype of the wire.
+    finite: whether every gradient packed on this rank was finite in the dtype of the wire; None
+        where all that were looked at were, but some were reduced where they lay.
     """
 
     receipts: tuple[Receipt, ...]
@@ -55,7 +56,7 @@ class ReductionRecord:
     overlapped: int
     unused: tuple[str, ...]
     partial: tuple[str, ...]
-    finite: bool
+    finite: bool | None
 
     @property
     def nbytes(self) -> int:
@@ -72,6 +73,10 @@ def check_weight(weight: float) -> None:
     """Refuse what is no weight of a mean."""
     if not (math.isfinite(weight) and weight >= 0):
         raise ValueError(f"expected a finite weight >= 0, got {weight}")
+
+
+def _all_finite(verdicts: Sequence[bool | None]) -> bool | None:
+    return False if False in verdicts else None if None in verdicts else True
 
 
 @dataclass(frozen=True)
@@ -207,7 +212,7 @@ class Reducer:
             self._start(current, bucket)
 
     def finish(self) -> ReductionRecord:
-        """Wait for all buckets and write the results into the gradients.
+        """Wait for all buckets; the results are the gradients then.
 
         ValueError on every rank if `requires_grad` has changed on some ranks only.
         """
@@ -233,7 +238,7 @@ class Reducer:
                 if gradient is None
             ),
             partial=tuple(current.partial),
-            finite=all(flight.finite for flight in flights),
+            finite=_all_finite([flight.finite for flight in flights]),
         )
         return self.last
 
