@@ -31,6 +31,7 @@ from .work import Steps
 
 if TYPE_CHECKING:
     from .communicator import Communicator
+    from .trace import Ring
 
 Words = npt.NDArray[np.int64]
 
@@ -49,6 +50,7 @@ class NodeMemory:
 
     token: what the ranks of one node agree on; 0 without shared memory.
     reason: why there is none.
+    traces: every rank's ring of operations, for trace.entries_in.
     """
 
     def __init__(self, node: Communicator) -> None:
@@ -59,6 +61,7 @@ class NodeMemory:
         self.reason = ""
         self.addresses: list[int] = []
         self._mappings: list[Mapping] = []
+        self.traces: list[npt.NDArray[np.uint8]] = []
         handle = np.zeros(4, np.int64)
         try:
             self.memory = Memory(node.rank, node.size)
@@ -85,9 +88,11 @@ class NodeMemory:
             for rank, words in enumerate(handles.tolist()):
                 if rank == self.rank:
                     self.addresses.append(self.memory.address)
+                    self.traces.append(self.memory.trace)
                 else:
                     self._mappings.append(Mapping(Handle(*words)))
                     self.addresses.append(self._mappings[-1].address)
+                    self.traces.append(self._mappings[-1].trace)
         except (OSError, CommError) as error:
             self.reason = str(error)
 
@@ -142,6 +147,12 @@ class Board:
         for block in blocks:  # nobody has seen them
             nodes.release(block)
         return None
+
+    def note_in(self, ring: Ring, counter: Words) -> None:
+        """Note every work in a ring, and count it in the first word of `counter`."""
+        self._ring, self._counter = ring, counter
+        self.record[BoardWord.RING] = ring.address
+        self.record[BoardWord.COUNTER] = counter.ctypes.data
 
     def lists(self) -> Words:
         """Return the table of addresses that programs name: a row for each Where."""
@@ -285,6 +296,10 @@ class Meeting:
     def result_at(self, address: int) -> None:
         """Let the next run write its result to an address."""
         self._own(fused.OUTPUT, address)
+
+    def called(self, call: int) -> None:
+        """Let the ring of operations refer to a call, see trace.Ring.intern."""
+        self._record[WorkWord.CALLED] = call
 
     @property
     def flying(self) -> bool:

@@ -23,6 +23,7 @@ from .progress import Progress
 from .schedule import Schedule
 from .settings import Settings
 from .topology import Nodes
+from .trace import Entry, Sites
 from .transport.base import Channel, Transport
 from .tune import Tuning, parse, share_text
 from .work import Prepared, Receipt, Steps, Work
@@ -94,10 +95,11 @@ class Communicator:
         settings: Settings,
         nodes: NodeMemory | None = None,
         is_node: bool = False,
+        name: str = "world",
     ) -> Communicator:
         made = cls.__new__(cls)
         made._settings = settings
-        made._open(transport, progress, None, is_node)
+        made._open(transport, progress, None, is_node, name)
         if nodes is not None:
             made._meet(nodes)
         return made
@@ -108,6 +110,7 @@ class Communicator:
         progress: Progress,
         guard: Guard | None,
         is_node: bool = False,
+        name: str = "world",
     ) -> None:
         self.rank, self.size = transport.rank, transport.size
         self._transport = transport
@@ -119,13 +122,20 @@ class Communicator:
         self._closed = False
         self._top = False
         self._memo = Memo()
+        self._name = name
+        self._splits = 0
+        self._ring = progress.ring
+        self._counter = np.zeros(2, np.int64)  # collectives, and messages
+        self._sites = Sites()
         self._tuning: Tuning | None = None
         self._nodes: NodeMemory | None = None
         self._board: Board | None = None
         self.node = (
             self
             if is_node
-            else Communicator._make(transport.node(), progress, self._settings, is_node=True)
+            else Communicator._make(
+                transport.node(), progress, self._settings, is_node=True, name=f"{name}.node"
+            )
         )
         if self.node.size < self.size:
             self._operations.place(self._find_nodes())
@@ -140,7 +150,10 @@ class Communicator:
         if self._settings.shared:
             from .board import NodeMemory
 
-            self._meet(NodeMemory(self.node))
+            nodes = NodeMemory(self.node)
+            if nodes.token and nodes.memory is not None:
+                self._ring.move(nodes.memory.trace)
+            self._meet(nodes)
 
     def _read_tuning(self) -> None:
         """Take rank 0's table of measurements, so that all ranks choose alike; collective."""
@@ -170,8 +183,17 @@ class Communicator:
             self.node._meet(nodes)
         self._nodes = nodes
         self._board = Board.open(self, nodes)
+        if self._board is not None:
+            self._board.note_in(self._ring, self._counter)
         memory = nodes.memory if nodes.token else None
         self._operations.share(memory, self._board, nodes.reason)
+
+    def recent(self, last: int = 16) -> tuple[Entry, ...]:
+        """Return the last operations of this rank over all of its groups, the oldest first.
+
+        At most 256 are kept. Not collective.
+        """
+        return self._ring.entries(last)
 
     @property
     def library(self) -> str:
@@ -193,8 +215,9 @@ class Communicator:
         known = self._memo.find((id(x), op)) if algorithm is None else None
         if known is None or not known.fits(x):
             prepared = self._operations.allreduce(x, op, algorithm)
-            if algorithm is not None or prepared.meeting is None:
+            if algorithm is not None or not prepared.plain or prepared.meeting is None:
                 return self._start(prepared, blocking)
+            self._note(prepared)
             known = self._memo.add(x, op, prepared.meeting, prepared.receipt)
         if blocking:
             return self._run(known.meeting, known.receipt, x)
@@ -291,9 +314,10 @@ class Communicator:
         if collective not in _PLANNED:
             raise ValueError(f"cannot plan {collective!r}; there is: {', '.join(_PLANNED)}")
         prepared: Prepared = getattr(self._operations, collective)(*args, **kwargs)
-        if prepared.meeting is not None:
+        if prepared.plain and prepared.meeting is not None:
+            self._note(prepared)
             return partial(self._run, prepared.meeting, prepared.receipt, prepared.owner)
-        return partial(self._start, prepared, True)
+        return partial(self._begin, prepared, True, self._note(prepared))
 
     def empty(self, shape: int | tuple[int, ...], dtype: Any = np.float32) -> Any:
         """Return an uninitialised array in registered memory, which the node's ranks map.
@@ -327,7 +351,9 @@ class Communicator:
         group = self._transport.split(color, key)
         if group is None:
             return None
-        made = Communicator._make(group, self._progress, self._settings, self._nodes)
+        self._splits += 1
+        name = f"{self._name}.{self._splits}"
+        made = Communicator._make(group, self._progress, self._settings, self._nodes, name=name)
         made._use(self._tuning)
         return made
 
@@ -408,14 +434,32 @@ class Communicator:
         return self._progress.start(make, background)
 
     def _start(self, prepared: Prepared, blocking: bool) -> Any:
+        return self._begin(prepared, blocking, self._note(prepared))
+
+    def _begin(self, prepared: Prepared, blocking: bool, call: int) -> Any:
         self._require_open()
-        tag = 0
-        if prepared.channel is Channel.COLLECTIVE:
+        if prepared.channel is None:  # a meeting, which notes itself
+            work = self._advance(lambda: prepared.run(0), prepared.receipt, not blocking)
+            return work.wait() if blocking else work
+        tag, of_messages = 0, prepared.channel is Channel.POINT_TO_POINT
+        if not of_messages:
             tag = self._sequence
             self._sequence = (tag + 1) % _TAGS
 
-        work = self._advance(lambda: prepared.run(tag), prepared.receipt, not blocking)
+        def begin() -> Steps:
+            self._counter[int(of_messages)] += 1
+            number = self._ring.begin(call, int(self._counter[int(of_messages)]))
+            return self._ring.noted(prepared.run(tag), number)
+
+        work = self._advance(begin, prepared.receipt, not blocking)
         return work.wait() if blocking else work
+
+    def _note(self, prepared: Prepared) -> int:
+        """Tell the ring of operations what is called, and where; return how it refers to that."""
+        call = self._ring.intern(prepared.signature, self._name, self._sites.here())
+        if prepared.meeting is not None:
+            prepared.meeting.called(call)
+        return call
 
 
 _PLANNED = (

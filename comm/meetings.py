@@ -12,6 +12,7 @@ from .board import Board, Call, Meeting, code_of
 from .buffer import Buffer, wrap
 from .dtypes import DType
 from .fused import Shape
+from .trace import Signature
 from .work import Prepared, Receipt, Steps
 
 _FORMS = {
@@ -63,7 +64,8 @@ class Meetings:
         def run(_: int) -> Steps:
             yield from meeting.steps(meeting.launch())
 
-        return Prepared(self._receipt(meeting, 0), None, run, meeting)
+        signature = Signature("barrier")
+        return Prepared(self._receipt(meeting, 0), None, run, signature, meeting, plain=True)
 
     def _in_place(self, name: str, buffer: Buffer, op: str, root: int, written: bool) -> Prepared:
         meeting = self._meeting(name, buffer, buffer.flat.size, op, root)
@@ -75,9 +77,11 @@ class Meetings:
                 buffer.commit()
             return buffer.owner
 
-        plain = None if buffer.staged else meeting
         receipt = self._receipt(meeting, buffer.flat.nbytes)
-        return Prepared(receipt, None, run, plain, buffer.owner)
+        peer = -1 if name == "allreduce" else root
+        signature = Signature(name, op, buffer.dtype.name, buffer.flat.size, peer)
+        plain = not buffer.staged
+        return Prepared(receipt, None, run, signature, meeting, plain, buffer.owner)
 
     def _anew(
         self,
@@ -99,7 +103,9 @@ class Meetings:
             return result
 
         nbytes = count * buffer.dtype.itemsize
-        return Prepared(self._receipt(meeting, nbytes), None, run)
+        peer = root if name == "gather" else -1
+        signature = Signature(name, op, buffer.dtype.name, buffer.flat.size, peer)
+        return Prepared(self._receipt(meeting, nbytes), None, run, signature, meeting)
 
     def _meeting(self, name: str, buffer: Buffer, count: int, op: str, root: int) -> Meeting:
         dtype, fold, before, after = buffer.dtype, 0, 1.0, 1.0

@@ -18,9 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import CommError
+from .trace import TRACE_BYTES
 
 _PAGE = mmap.PAGESIZE
-_HEAD = 4 * _PAGE
+_TRACE_AT = _PAGE
+_HEAD = 4 * _PAGE + -(-TRACE_BYTES // _PAGE) * _PAGE
 _STAGGER = 2048
 """Buffers of different ranks that lie at the same place of a page slow each other down."""
 
@@ -56,13 +58,18 @@ class Mapped:
         """Return the first word, by which a memory is known."""
         return self.bytes[:8].view(np.int64)
 
+    @property
+    def trace(self) -> npt.NDArray[np.uint8]:
+        """Return the place of the ring of the rank's last operations; see trace.Ring."""
+        return self.bytes[_TRACE_AT : _TRACE_AT + TRACE_BYTES]
+
     def forget(self, low: int, high: int) -> None:
         """Give the pages in [low, high) back to the system; they are zeros when next touched."""
         self._map.madvise(mmap.MADV_REMOVE, low, high - low)
 
 
 class Mapping:
-    """A peer's memory, mapped here. `address`: where."""
+    """A peer's memory, mapped here. `address`: where.  trace: of its last operations."""
 
     def __init__(self, handle: Handle) -> None:
         """Map the memory of a process on this node.
@@ -80,6 +87,7 @@ class Mapping:
             if os.fstat(descriptor).st_size != handle.nbytes:
                 raise CommError(f"process {handle.pid} is another process here")
             self._mapped = Mapped(descriptor, handle.nbytes)
+            self.trace = self._mapped.trace
         except OSError as error:
             raise CommError(
                 f"the memory of process {handle.pid} cannot be mapped: {error}"
@@ -95,6 +103,7 @@ class Memory:
     """One rank's memory, from which its buffers and its groups' staging areas are taken.
 
     handle: for the peers.
+    trace: the place of the rank's ring of operations.
     """
 
     def __init__(self, rank: int, num_ranks: int) -> None:
@@ -109,6 +118,7 @@ class Memory:
         os.ftruncate(self._descriptor, self.nbytes)
         self._mapped = Mapped(self._descriptor, self.nbytes)
         self.address = self._mapped.address
+        self.trace = self._mapped.trace
         token = secrets.randbits(62)
         self._mapped.token[0] = token
         self.handle = Handle(os.getpid(), self._descriptor, self.nbytes, token)

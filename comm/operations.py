@@ -32,6 +32,7 @@ from .schedule import Schedule
 from .select import choose
 from .settings import Settings
 from .topology import Nodes
+from .trace import Signature
 from .transport.base import Channel, Transport
 from .transport.mpi_compiled import Compiled, InFlight, can_run
 from .tune import Tuning
@@ -134,7 +135,9 @@ class Operations:
                 buffer.commit()
             return buffer.owner
 
-        return self._prepared(name, chosen, flat.nbytes, run)
+        peer = -1 if name == "allreduce" else root
+        signature = Signature(name, op, dtype.name, flat.size, peer)
+        return self._prepared(signature, chosen, flat.nbytes, run)
 
     def reduce_scatter(
         self, x: Any, op: str = "sum", algorithm: str | Schedule | None = None
@@ -159,7 +162,8 @@ class Operations:
             wrap(result, writable=True).flat[...] = inner.flat[low:high]
             return result
 
-        return self._prepared("reduce_scatter", chosen, inner.flat.nbytes, run)
+        signature = Signature("reduce_scatter", op, dtype.name, inner.flat.size)
+        return self._prepared(signature, chosen, inner.flat.nbytes, run)
 
     def broadcast(self, x: Any, root: int = 0, algorithm: str | Schedule | None = None) -> Prepared:
         root = self._root(root)
@@ -176,7 +180,8 @@ class Operations:
                 buffer.commit()
             return buffer.owner
 
-        return self._prepared("broadcast", chosen, buffer.flat.nbytes, run)
+        signature = Signature("broadcast", "", buffer.dtype.name, buffer.flat.size, root)
+        return self._prepared(signature, chosen, buffer.flat.nbytes, run)
 
     def allgather(self, x: Any, algorithm: str | Schedule | None = None) -> Prepared:
         buffer = self._wrap(x, writable=False)
@@ -193,7 +198,8 @@ class Operations:
             yield from self._executor(chosen.program, flat, flat)(tag)
             return result
 
-        return self._prepared("allgather", chosen, buffer.flat.nbytes * self._size, run)
+        signature = Signature("allgather", "", buffer.dtype.name, buffer.flat.size)
+        return self._prepared(signature, chosen, buffer.flat.nbytes * self._size, run)
 
     def gather(self, x: Any, root: int = 0, algorithm: str | Schedule | None = None) -> Prepared:
         root = self._root(root)
@@ -217,7 +223,8 @@ class Operations:
             yield from self._executor(chosen.program, flat, flat)(tag)
             return result
 
-        return self._prepared("gather", chosen, buffer.flat.nbytes * self._size, run)
+        signature = Signature("gather", "", buffer.dtype.name, buffer.flat.size, root)
+        return self._prepared(signature, chosen, buffer.flat.nbytes * self._size, run)
 
     def scatter(
         self, x: Any = None, root: int = 0, algorithm: str | Schedule | None = None
@@ -251,7 +258,8 @@ class Operations:
 
         nbytes = 0 if buffer is None else buffer.flat.nbytes
         shown = replace(announce, algorithm=_name(name), reason="scatter announces its shape first")
-        return self._prepared("scatter", shown, nbytes, run)
+        signature = Signature("scatter", "", "" if buffer is None else buffer.dtype.name, 0, root)
+        return self._prepared(signature, shown, nbytes, run)
 
     def alltoall(self, x: Any, algorithm: str | Schedule | None = None) -> Prepared:
         buffer = self._wrap(x, writable=False)
@@ -271,14 +279,16 @@ class Operations:
             yield from self._executor(chosen.program, buffer.flat, flat)(tag)
             return result
 
-        return self._prepared("alltoall", chosen, buffer.flat.nbytes, run)
+        signature = Signature("alltoall", "", buffer.dtype.name, buffer.flat.size)
+        return self._prepared(signature, chosen, buffer.flat.nbytes, run)
 
     def barrier(self) -> Prepared:
         if self._meetings:
             return self._meetings.barrier()
         token = np.zeros(1, np.uint8)
         chosen = self._choose("barrier", 1, DTYPES["uint8"], None, 0)
-        return self._prepared("barrier", chosen, 0, self._executor(chosen.program, token, token))
+        execute = self._executor(chosen.program, token, token)
+        return self._prepared(Signature("barrier"), chosen, 0, execute)
 
     # -- point to point ----------------------------------------------------------------------
 
@@ -311,7 +321,8 @@ class Operations:
             return buffer.owner
 
         receipt = Receipt(name, "message", transport.name, 1, data.size)
-        return Prepared(receipt, Channel.POINT_TO_POINT, run)
+        signature = Signature(name, "", buffer.dtype.name, buffer.flat.size, peer)
+        return Prepared(receipt, Channel.POINT_TO_POINT, run, signature)
 
     # -- choices and checks ------------------------------------------------------------------
 
@@ -350,17 +361,17 @@ class Operations:
         return Chosen(schedule, program, "schedule", "passed by the caller", proof.raw_reduce)
 
     def _prepared(
-        self, name: str, chosen: Chosen, nbytes: int, run: Callable[[int], Steps]
+        self, signature: Signature, chosen: Chosen, nbytes: int, run: Callable[[int], Steps]
     ) -> Prepared:
         receipt = Receipt(
-            name,
+            signature.operation,
             chosen.algorithm,
             f"{self._transport.name}-compiled" if self._compiled else self._transport.name,
             chosen.schedule.num_chunks,
             nbytes,
             chosen.reason + self._lacking,
         )
-        return Prepared(receipt, Channel.COLLECTIVE, run)
+        return Prepared(receipt, Channel.COLLECTIVE, run, signature)
 
     def _executor(
         self,

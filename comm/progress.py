@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from .board import Server, Waiting
 from .errors import CommTimeout, PeerLost
+from .trace import Ring
 from .transport.base import Request
 from .work import Work
 
@@ -30,6 +31,7 @@ class Progress:
         self.timeout = timeout
         self._threads = threads
         self.works: list[Work] = []
+        self.ring = Ring()
         self._lock = threading.RLock()
         self._wake = threading.Condition(threading.Lock())
         self._waiting = 0

@@ -11,6 +11,7 @@ from .transport.base import Channel, Request, Transport
 if TYPE_CHECKING:
     from .board import Meeting
     from .progress import Progress
+    from .trace import Signature
 
 Steps = Generator[list[Request], bool | None, Any]
 """An operation as a generator: yields the requests it waits for, returns its result.
@@ -42,13 +43,17 @@ class Prepared:
 
     channel: of its messages; None where it sends none.
     run: given the lane's tag, does it; the generator returns the operation's result.
-    meeting: where the operation is nothing but a meeting on a board, whose result is `owner`.
+    signature: what was asked for.
+    meeting: where the operation meets on a board.
+    plain: it is nothing but this meeting, whose result is `owner`.
     """
 
     receipt: Receipt
     channel: Channel | None
     run: Callable[[int], Steps]
+    signature: Signature
     meeting: Meeting | None = None
+    plain: bool = False
     owner: Any = None
 
 

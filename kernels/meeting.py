@@ -14,17 +14,22 @@ from numba import types
 from numba.np.numpy_support import carray
 
 from .compiled import Kernel, compile_kernel, flat
-from .native import call, copy_bytes, load, relax, store, try_lock
+from .native import call, copy_bytes, load, nanoseconds, relax, store, try_lock
 from .records import (
     ALL,
     FOLD_WORDS,
     LINE_BYTES,
     NOTE_BYTES,
     PAIR,
+    RING_BYTES,
+    RING_ENTRIES,
     ROW_WORDS,
     BoardWord,
+    EntryWord,
     Note,
+    Outcome,
     Place,
+    RingWord,
     Row,
     Status,
     Where,
@@ -53,11 +58,49 @@ _WAITING_FOR, _FLYING = int(WorkWord.WAITING_FOR), int(WorkWord.FLYING)
 _LOCK, _WORK_WORDS = int(WorkWord.LOCK), int(WorkWord.WORDS)
 _SPINS, _YIELDS, _BROKEN = map(int, (BoardWord.SPINS, BoardWord.YIELDS, BoardWord.BROKEN))
 _REFUSED = np.int64(Status.REFUSED)
+_RING, _COUNTER = int(BoardWord.RING), int(BoardWord.COUNTER)
+_CALLED, _ENTRY = int(WorkWord.CALLED), int(WorkWord.ENTRY)
+_RING_WORDS, _RING_HEAD = RING_BYTES // 8, int(RingWord.WORDS)
+_NEXT, _CLOCK, _CLOCK_ID = map(int, (RingWord.NEXT, RingWord.CLOCK, RingWord.CLOCK_ID))
+_RING_MASK, _ENTRY_WORDS = RING_ENTRIES - 1, int(EntryWord.WORDS)
+_NUMBER, _CALL_NUMBER, _SEQUENCE = map(int, (EntryWord.NUMBER, EntryWord.CALL, EntryWord.SEQUENCE))
+_START, _ENDED, _OUTCOME = map(int, (EntryWord.START, EntryWord.END, EntryWord.OUTCOME))
+_WELL, _BADLY = int(Outcome.DONE), int(Outcome.FAILED)
 
 
 @compiled
 def _words(address: Any, count: Any) -> Any:
     return carray(pointer_to(address, np.int64), count)
+
+
+@compiled
+def _note_start(work: Any, board: Any) -> Any:
+    """Note in the rank's ring that a work begins; as trace.Ring.begin."""
+    ring = _words(board[_RING], _RING_WORDS)
+    counter = _words(board[_COUNTER], 1)
+    counter[0] += 1
+    ring[_NEXT] += 1
+    number = ring[_NEXT]
+    at = _RING_HEAD + (number & _RING_MASK) * _ENTRY_WORDS
+    address = board[_RING] + 8 * at
+    store(address, 0)
+    ring[at + _CALL_NUMBER] = work[_CALLED]
+    ring[at + _SEQUENCE] = counter[0]
+    ring[at + _ENDED] = 0
+    ring[at + _OUTCOME] = 0
+    ring[at + _START] = nanoseconds(ring[_CLOCK], ring[_CLOCK_ID])
+    store(address, number)
+    work[_ENTRY] = number
+
+
+@compiled
+def _note_end(work: Any, board: Any, outcome: Any) -> Any:
+    """Note that it has ended, unless newer ones have taken its place."""
+    ring = _words(board[_RING], _RING_WORDS)
+    at = _RING_HEAD + (work[_ENTRY] & _RING_MASK) * _ENTRY_WORDS
+    if ring[at + _NUMBER] == work[_ENTRY]:
+        ring[at + _OUTCOME] = outcome
+        ring[at + _ENDED] = nanoseconds(ring[_CLOCK], ring[_CLOCK_ID])
 
 
 @compiled
@@ -124,6 +167,7 @@ def _meet(work: Any, board: Any) -> Any:
 @compiled
 def _end(work: Any, board: Any, status: Any) -> Any:
     work[_STATUS] = status
+    _note_end(work, board, _WELL if status == _DONE else _BADLY)
     work[_FLYING] = 0
     store(work[_ON_BOARD] + 8 * _TURN, work[_TICKET] + 1)
     return status
@@ -230,6 +274,7 @@ def abandon_kernel() -> Kernel:
             relax()
         words = _words(record, _WORK_WORDS)
         words[_STATUS] = _REFUSED
+        _note_end(words, _words(words[_ON_BOARD], _BOARD_WORDS), _BADLY)
         words[_FLYING] = 0
         store(record + 8 * _LOCK, 0)
 
@@ -252,6 +297,7 @@ def launch_kernel() -> Kernel:
         work[_ARRIVED_AT] = 0
         work[_NOTED] = 0
         board[_TICKETS] += 1
+        _note_start(work, board)
         return _advance(record)
 
     return compile_kernel("launch_meeting", launch_meeting, types.int64)

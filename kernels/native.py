@@ -81,6 +81,22 @@ def call(_context: Any, function: Any, first: Any) -> Any:
 
 
 @builtin
+def nanoseconds(_context: Any, function: Any, clock: Any) -> Any:
+    """Return the time of a clock, given the address of clock_gettime."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        both = ir.ArrayType(_WORD, 2)
+        time = cgutils.alloca_once(builder, both)
+        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(32), both.as_pointer()])
+        which = builder.trunc(arguments[1], ir.IntType(32))
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [which, time])
+        seconds, rest = (builder.extract_value(builder.load(time), part) for part in (0, 1))
+        return builder.add(builder.mul(seconds, _WORD(1_000_000_000)), rest)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@builtin
 def relax(_context: Any) -> Any:
     """Tell the processor that this is a loop that waits; does nothing where it has no such hint."""
 

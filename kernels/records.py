@@ -49,6 +49,8 @@ class BoardWord(IntEnum):
     SPINS, YIELDS: how often a waiting rank looks before it yields its core, and then before it
     returns.
     BROKEN: not 0 where a work was given up halfway.
+    RING: address of the rank's ring of operations.
+    COUNTER: address of the number of collectives that the group has begun.
     """
 
     FLAGS = 0
@@ -63,7 +65,9 @@ class BoardWord(IntEnum):
     SPINS = 9
     YIELDS = 10
     BROKEN = 11
-    WORDS = 12
+    RING = 12
+    COUNTER = 13
+    WORDS = 14
 
 
 class Note(IntEnum):
@@ -114,6 +118,8 @@ class WorkWord(IntEnum):
 
     FLYING: not 0 from its start to its end.
     LOCK: not 0 while a thread goes on with it.
+    CALLED: what the ring of operations calls it.
+    ENTRY: the number of its entry there.
     """
 
     BOARD = 0
@@ -132,7 +138,9 @@ class WorkWord(IntEnum):
     WAITING_FOR = NOTE + Note.WORDS
     FLYING = WAITING_FOR + 1
     LOCK = FLYING + 1
-    WORDS = LOCK + 1
+    CALLED = LOCK + 1
+    ENTRY = CALLED + 1
+    WORDS = ENTRY + 1
 
 
 class Status(IntEnum):
@@ -149,3 +157,52 @@ class Status(IntEnum):
     MISMATCH = 2
     MIXED = 3
     REFUSED = 4
+
+
+RING_ENTRIES = 256
+"""Operations that a ring keeps; a power of two."""
+
+RING_CALLS = 1024
+"""Different calls that entries of a ring can refer to."""
+
+
+class RingWord(IntEnum):
+    """Words at the head of a rank's ring of operations; the entries follow.
+
+    NEXT: operations begun so far.
+    CLOCK, CLOCK_ID: address of clock_gettime, and the clock that it is asked for.
+    """
+
+    NEXT = 0
+    CLOCK = 1
+    CLOCK_ID = 2
+    WORDS = 8
+
+
+class EntryWord(IntEnum):
+    """Words of one operation in the ring.
+
+    NUMBER: of the rank's operations, from 1; entry n lies at n modulo RING_ENTRIES.
+    CALL: the number of its call in the table beside the ring.
+    SEQUENCE: of the group's collectives, from 1.
+    START, END: nanoseconds.  OUTCOME: see Outcome.
+    """
+
+    NUMBER = 0
+    CALL = 1
+    SEQUENCE = 2
+    START = 3
+    END = 4
+    OUTCOME = 5
+    WORDS = 8
+
+
+RING_BYTES = 8 * (RingWord.WORDS + RING_ENTRIES * EntryWord.WORDS)
+
+
+class Outcome(IntEnum):
+    """How an operation ended; FAILED also where it was given up."""
+
+    RUNNING = 0
+    DONE = 1
+    FAILED = 2

@@ -1,0 +1,231 @@
+"""The last operations of a rank, always kept: what it called, where, when, and how it ended.
+
+A ring of records of int64 words and a table of what they refer to lie in one piece of memory, which
+peers on the node map: they can read what a rank did last even where it is dead, or stuck. Noting an
+operation allocates nothing; compiled code notes meetings on boards by itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import time
+from dataclasses import dataclass
+from enum import Enum
+from types import CodeType
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..kernels.records import (
+    RING_BYTES,
+    RING_CALLS,
+    RING_ENTRIES,
+    EntryWord,
+    Outcome,
+    RingWord,
+)
+from .work import Steps
+
+Bytes = npt.NDArray[np.uint8]
+
+_CALL_BYTES = 256
+_TEXT_BYTES = _CALL_BYTES - 8
+_CALLS_AT = 8 * (RingWord.WORDS + RING_ENTRIES * EntryWord.WORDS)
+TRACE_BYTES = RING_BYTES + RING_CALLS * _CALL_BYTES
+"""Of a rank's ring with its table of calls."""
+
+_SITE_CHARACTERS = 120
+_MASK = RING_ENTRIES - 1
+_QUIET = ("ringfold", "torch")
+"""Packages whose frames are not where the user called."""
+
+
+class Signature(NamedTuple):
+    """What a call asks for; of a collective, what all ranks must agree on.
+
+    operation: as the method.  op: of the reduction, "" for none.  dtype: its NumPy name.
+    elements: of this rank's x; 0 for scatter, where the root alone knows.
+    peer: the root; of a message the rank at the other end; -1 for neither.
+    """
+
+    operation: str
+    op: str = ""
+    dtype: str = ""
+    elements: int = 0
+    peer: int = -1
+
+    def __str__(self) -> str:
+        inside = ", ".join(text for text in (self.op, self.dtype) if text)
+        return f"{self.operation}({inside})"
+
+
+class State(Enum):
+    """How far an operation is; FAILED also where it was given up."""
+
+    RUNNING = Outcome.RUNNING
+    DONE = Outcome.DONE
+    FAILED = Outcome.FAILED
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One operation of one rank.
+
+    number: of the rank's operations, from 1.
+    sequence: of the group's collectives, from 1, equal on all of its ranks; messages count apart.
+    group: by what was split from what: "world", "world.node", "world.1", ...
+    site: file:line of the first caller outside ringfold and torch; of a plan, where it was made.
+    start, end: nanoseconds of CLOCK_MONOTONIC, which all processes of a node share; end is 0 while
+        it runs.
+    """
+
+    number: int
+    sequence: int
+    group: str
+    signature: Signature
+    site: str
+    start: int
+    end: int
+    state: State
+
+    def __str__(self) -> str:
+        sig = self.signature
+        peer = f", rank {sig.peer}" if sig.peer >= 0 else ""
+        return (
+            f"{self.group} #{self.sequence} {sig}, {sig.elements} elements{peer}, at {self.site}: "
+            f"{self.state.name.lower()}"
+        )
+
+
+class Ring:
+    """The last RING_ENTRIES operations of one rank, over all of its groups."""
+
+    def __init__(self) -> None:
+        self._calls: dict[tuple[Signature, str, str], int] = {}
+        self._keys: list[tuple[Signature, str, str] | None] = [None] * RING_CALLS
+        self._interned = 0
+        self._place(np.zeros(TRACE_BYTES, np.uint8))
+        self._words[RingWord.CLOCK] = (
+            ctypes.cast(ctypes.CDLL(None).clock_gettime, ctypes.c_void_p).value or 0
+        )
+        self._words[RingWord.CLOCK_ID] = time.CLOCK_MONOTONIC
+
+    def _place(self, memory: Bytes) -> None:
+        self.memory = memory
+        self.address = int(memory.ctypes.data)
+        self._words = memory[:RING_BYTES].data.cast("q")
+
+    def move(self, memory: Bytes) -> None:
+        """Go on in another memory of TRACE_BYTES, before compiled code has seen this one."""
+        memory[:TRACE_BYTES] = self.memory
+        self._place(memory[:TRACE_BYTES])
+
+    def intern(self, signature: Signature, group: str, site: str) -> int:
+        """Return the number of a call by which entries refer to it, from 1."""
+        key = signature, group, site
+        known = self._calls.get(key)
+        return self._describe(key) if known is None else known
+
+    def _describe(self, key: tuple[Signature, str, str]) -> int:
+        self._interned = call = self._interned + 1
+        place = call % RING_CALLS
+        old = self._keys[place]
+        if old is not None:
+            del self._calls[old]
+        self._keys[place], self._calls[key] = key, call
+        signature, group, site = key
+        text = "\t".join((*map(str, signature), group, site[-_SITE_CHARACTERS:]))
+        encoded = text.encode(errors="replace")[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
+        low = _CALLS_AT + place * _CALL_BYTES
+        self.memory[low : low + 8].view(np.int64)[0] = call
+        self.memory[low + 8 : low + _CALL_BYTES] = np.frombuffer(encoded, np.uint8)
+        return call
+
+    def begin(self, call: int, sequence: int) -> int:
+        """Note the start of a call; return its number, for `end`."""
+        words = self._words
+        words[0] = number = words[0] + 1
+        at = RingWord.WORDS + (number & _MASK) * EntryWord.WORDS
+        # The number is written last, and 0 before: a peer that reads meanwhile skips the entry.
+        words[at] = 0
+        words[at + 1] = call
+        words[at + 2] = sequence
+        words[at + 4] = 0
+        words[at + 5] = 0
+        words[at + 3] = time.monotonic_ns()
+        words[at] = number
+        return number
+
+    def end(self, number: int, outcome: int) -> None:
+        """Note the end of a call, unless newer ones have taken its place."""
+        words = self._words
+        at = RingWord.WORDS + (number & _MASK) * EntryWord.WORDS
+        if words[at] == number:
+            words[at + 5] = outcome
+            words[at + 4] = time.monotonic_ns()
+
+    def noted(self, steps: Steps, number: int) -> Steps:
+        """Run an operation that was noted; note how it ends."""
+        outcome = int(Outcome.FAILED)
+        try:
+            result = yield from steps
+            outcome = int(Outcome.DONE)
+            return result
+        finally:
+            self.end(number, outcome)
+
+    def entries(self, last: int = RING_ENTRIES) -> tuple[Entry, ...]:
+        """Return the last operations, the oldest first."""
+        return entries_in(self.memory, last)
+
+
+def entries_in(memory: Bytes, last: int = RING_ENTRIES) -> tuple[Entry, ...]:
+    """Return the last operations from a ring's memory, a peer's too, the oldest first.
+
+    Entries that are being written, and those whose call is no longer in the table, are left out.
+    """
+    words = memory[:RING_BYTES].view(np.int64)
+    newest = int(words[RingWord.NEXT])
+    found = (
+        _read(memory, words, number) for number in range(max(1, newest - last + 1), newest + 1)
+    )
+    return tuple(entry for entry in found if entry is not None)
+
+
+def _read(memory: Bytes, words: npt.NDArray[np.int64], number: int) -> Entry | None:
+    at = RingWord.WORDS + (number & _MASK) * EntryWord.WORDS
+    found, call, sequence, start, end, outcome, *_ = words[at : at + EntryWord.WORDS].tolist()
+    low = _CALLS_AT + call % RING_CALLS * _CALL_BYTES
+    known = int(memory[low : low + 8].view(np.int64)[0])
+    if found != number or known != call:
+        return None
+    text = memory[low + 8 : low + _CALL_BYTES].tobytes().rstrip(b"\0").decode(errors="replace")
+    operation, op, dtype, count, peer, group, site = text.split("\t")
+    signature = Signature(operation, op, dtype, int(count), int(peer))
+    return Entry(number, sequence, group, signature, site, start, end, State(Outcome(outcome)))
+
+
+class Sites:
+    """Where the user's program calls, as file:line; each place is looked up once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[CodeType, int], str] = {}
+
+    def here(self) -> str:
+        """Return the place of the innermost frame outside ringfold and torch."""
+        frame = sys._getframe(1)
+        while True:
+            name = frame.f_globals.get("__name__", "")
+            before = frame.f_back
+            if name.partition(".")[0] not in _QUIET or before is None:
+                break
+            frame = before
+        key = frame.f_code, frame.f_lasti
+        site = self._known.get(key)
+        if site is None:
+            if len(self._known) >= RING_CALLS:
+                self._known.clear()
+            site = self._known[key] = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        return site

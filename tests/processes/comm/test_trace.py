@@ -1,0 +1,64 @@
+"""The ring of last operations where ranks are processes: compiled code notes, and peers read."""
+
+import numpy as np
+import pytest
+
+import ringfold
+from ringfold.comm.trace import State, entries_in
+
+
+def test_peers_on_the_node_read_what_a_rank_did_last(comm: ringfold.Communicator):
+    if comm.size == 1 or comm._nodes is None or not comm._nodes.token:
+        pytest.skip("no shared memory between ranks")
+    comm.allreduce(np.full(5, comm.rank, np.float32), op="max")
+    comm.barrier()
+    for memory in comm._nodes.traces:
+        found = [entry for entry in entries_in(memory, 8) if entry.signature.elements == 5][-1]
+        assert found.signature == ("allreduce", "max", "float32", 5, -1)
+        assert (found.group, found.state) == ("world", State.DONE)
+        assert found.site.startswith(__file__)
+    comm.barrier()
+
+
+@pytest.mark.parametrize("count", [1, 3000, 100_001])
+def test_a_plan_is_noted_at_every_step(comm: ringfold.Communicator, count: int):
+    for x in (np.zeros(count, np.int32), comm.empty(count, np.int32)):
+        step = comm.plan("allreduce", x)
+        steps = 5
+        for _ in range(steps):
+            step()
+        mine = comm.recent(steps)
+        assert {entry.signature for entry in mine} == {("allreduce", "sum", "int32", count, -1)}
+        sequence = [entry.sequence for entry in mine]
+        assert sequence == list(range(sequence[0], sequence[0] + steps))
+        ends = [0, *(entry.end for entry in mine)]
+        starts = [*(entry.start for entry in mine)]
+        assert all(end <= start for end, start in zip(ends, starts, strict=False))
+        assert all(0 < entry.start <= entry.end for entry in mine)
+
+
+def test_works_in_flight_are_running_until_they_end(comm: ringfold.Communicator):
+    if comm.size == 1:
+        pytest.skip("one rank waits for nobody")
+    comm.barrier()
+    if comm.rank == 0:
+        comm.recv(np.zeros(1), comm.size - 1)  # the others come later than rank 0 looks
+    works = []
+    if comm.rank:
+        works = [comm.allreduce(np.ones(7), blocking=False) for _ in range(3)]
+        assert [entry.state for entry in comm.recent(3)] == [State.RUNNING] * 3
+        if comm.rank == comm.size - 1:
+            comm.send(np.zeros(1), 0)
+    else:
+        works = [comm.allreduce(np.ones(7), blocking=False) for _ in range(3)]
+    for work in works:
+        work.wait()
+    ended = [e for e in comm.recent(8) if e.signature.operation == "allreduce"][-3:]
+    assert [entry.state for entry in ended] == [State.DONE] * 3
+
+
+def test_all_ranks_count_collectives_alike(comm: ringfold.Communicator):
+    comm.barrier()
+    last = comm.recent(1)[0]
+    counts = comm.allgather(np.array([last.sequence]))
+    assert (counts == last.sequence).all()
