@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .random_keys import Dropout, name_layers, show_samples
     from .sampler import GlobalBatchSampler, ShardSampler
     from .sharded_optimizer import ShardedOptimizer
+    from .stage_error import StageError
     from .sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
     from .topk import TopK
 
@@ -32,6 +33,7 @@ __all__ = [
     "PowerSGD",
     "ShardSampler",
     "ShardedOptimizer",
+    "StageError",
     "SyncBatchNorm",
     "TopK",
     "broadcast_optimizer",
@@ -53,6 +55,7 @@ _HOMES = {
     "PowerSGD": "powersgd",
     "ShardSampler": "sampler",
     "ShardedOptimizer": "sharded_optimizer",
+    "StageError": "stage_error",
     "SyncBatchNorm": "sync_batchnorm",
     "TopK": "topk",
     "broadcast_optimizer": "optimizer_state",

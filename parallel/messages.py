@@ -34,6 +34,8 @@ _ALIGN = 64
 # Of descriptions that both ends of an edge remember.
 _MEMORY = 64
 _HEADER = 3
+# Stands for the number of a description, of a value that will not come.
+_LOST = -1
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,18 @@ class HeaderWriter:
                 self._numbers.clear()
             number = self._numbers[description] = len(self._numbers)
             text = description.to_bytes()
-        header = np.array([microbatch, number, len(text)], dtype=np.int64)
-        self._outbox.post(header, self._dst, self._edge.header_tag)
+        self._post(microbatch, number, len(text))
         if text:
             body = np.frombuffer(bytearray(text), dtype=np.uint8)
             self._outbox.post(body, self._dst, self._edge.header_tag)
+
+    def write_lost(self, microbatch: int) -> None:
+        """Announce that no payload of a micro-batch will come."""
+        self._post(microbatch, _LOST, 0)
+
+    def _post(self, microbatch: int, number: int, length: int) -> None:
+        header = np.array([microbatch, number, length], dtype=np.int64)
+        self._outbox.post(header, self._dst, self._edge.header_tag)
 
 
 @dataclass
@@ -122,7 +131,7 @@ class Inbox:
     _known: dict[int, Description] = field(default_factory=dict)
     _expected: int = 0
     _header: tuple[NDArray[np.int64], Work] | None = None
-    _arriving: dict[int, Received] = field(default_factory=dict)
+    _arriving: dict[int, Received | None] = field(default_factory=dict)
 
     def expect(self, count: int) -> None:
         """Say how many values are to come; no more headers are waited for."""
@@ -134,8 +143,11 @@ class Inbox:
         while len(self._arriving) < self.ahead and self._header and self._header[1].done():
             self._read_header()
 
-    def take(self, microbatch: int) -> Received:
-        """Return the value of a micro-batch, waiting for its header but not for its payload."""
+    def take(self, microbatch: int) -> Received | None:
+        """Return the value of a micro-batch, waiting for its header but not for its payload.
+
+        None for one that a stage before has lost.
+        """
         while microbatch not in self._arriving:
             self._read_header()
         return self._arriving.pop(microbatch)
@@ -156,11 +168,15 @@ class Inbox:
             text = np.empty(length, dtype=np.uint8)
             self.channel.recv(text, self.src, self.edge.header_tag)
             self._known[number] = Description.from_bytes(text.tobytes())
-        self._arriving[microbatch] = start_receive(
-            self.channel,
-            self._known[number],
-            self.src,
-            self.edge.payload_tag(microbatch, backward=False),
+        self._arriving[microbatch] = (
+            None
+            if number == _LOST
+            else start_receive(
+                self.channel,
+                self._known[number],
+                self.src,
+                self.edge.payload_tag(microbatch, backward=False),
+            )
         )
         self._next_header()
 

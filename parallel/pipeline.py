@@ -23,6 +23,7 @@ from .reducer import Reducer, ReductionRecord
 from .replicas import broadcast_tensors, check_equal, describe
 from .rows import agree_on_rows, agree_on_rows_of_pipe
 from .stage import Stage
+from .stage_error import raise_together
 from .tree import Tree
 from .tree_gradients import TreeGradients
 from .worker import Batch, Worker
@@ -173,7 +174,9 @@ class Pipeline:
             tensor of no dimension, without a graph.
 
         Collective over mesh.comm. When it returns, the gradients are ready, averaged over
-        mesh.data. ValueError on every rank if a batch does not fit.
+        mesh.data. ValueError on every rank if a batch does not fit. StageError on every rank,
+        naming stage, micro-batch, shapes and dtypes, if a stage or the loss raises, as on an input
+        that does not fit: clear the gradients then, which hold a part of the batch.
         """
         if not self._has_loss:
             raise ValueError("a pipeline without loss_fn can evaluate, but not train")
@@ -211,14 +214,16 @@ class Pipeline:
         weighed = {m: weights[m] * value for m, value in batch.losses.items()}
         reduction = None
         if self._tree is not None:
-            loss = self._add_in_tree(weighed, leaves)
+            loss, failed = self._add_in_tree(weighed, leaves)
             self._tree.finish()
             self._even_buffers()
         else:
-            total = np.array([sum(weighed.values())], np.float64)
+            total = np.array([sum(weighed.values()), self._failed], np.float64)
             work = self.mesh.comm.allreduce(total, op="sum", blocking=False)
             reduction = self._finish_reduction() if replicas > 1 else None
-            loss = float(work.wait()[0])
+            loss, failed = map(float, work.wait())
+        if failed:
+            raise_together(self.mesh.comm, self._worker.failure)
         self.steps_taken += 1
         self.last_step = StepRecord(plan, self._stage.peak_in_flight, reduction)
         return torch.tensor(loss, dtype=torch.float64)
@@ -233,6 +238,8 @@ class Pipeline:
         bounds = row_bounds(agree_on_rows_of_pipe(self.mesh.pipe, x), self._microbatches)
         batch = Batch(inputs=split_rows(x, bounds) if self._is_first else [])
         self._worker.evaluate(len(bounds), batch)
+        if self.mesh.pipe.allreduce(np.array([self._failed]), op="max")[0]:
+            raise_together(self.mesh.pipe, self._worker.failure)
         where = "output of the last stage"
         joined = join_rows(batch.outputs, where) if self._is_last else None
         return broadcast_value(self.mesh.pipe, joined, self.mesh.pipe.size - 1, where)
@@ -297,6 +304,10 @@ class Pipeline:
     def _is_last(self) -> bool:
         return self.stage == self.mesh.pipe.size - 1
 
+    @property
+    def _failed(self) -> bool:
+        return self._worker.failure is not None
+
     def _gradient_ready(self, index: int) -> None:
         # Only the last micro-batch's backward completes a gradient.
         if self._reducer.active:
@@ -315,17 +326,21 @@ class Pipeline:
             buffers = self._layers.module.buffers()
             broadcast_tensors(self.mesh.data, buffers, 0, self._bucket_bytes)
 
-    def _add_in_tree(self, losses: Mapping[int, float], leaves: Sequence[range]) -> float:
-        """Return the sum of the losses of all micro-batches of all replicas, in the fixed tree."""
-        values = np.zeros(leaves[-1].stop, np.float64)
+    def _add_in_tree(
+        self, losses: Mapping[int, float], leaves: Sequence[range]
+    ) -> tuple[float, float]:
+        """Return the sum of all replicas' losses in the fixed tree, and how many ranks failed."""
+        values = np.zeros(leaves[-1].stop + 1, np.float64)
+        values[-1] = self._failed
         for microbatch, value in losses.items():
             values[leaves[self.mesh.data.rank][microbatch]] = value
         # One rank has each of them, and the others a zero: every order of adding is the same.
         self.mesh.comm.allreduce(values, op="sum")
-        tree: Tree[float] = Tree(len(values), float.__add__)
-        for leaf, value in enumerate(values.tolist()):
+        *summed, failed = values.tolist()
+        tree: Tree[float] = Tree(len(summed), float.__add__)
+        for leaf, value in enumerate(summed):
             tree.put((0, leaf), value)
-        return tree.total
+        return tree.total, failed
 
     def _plan(self, num_microbatches: int) -> tuple[tuple[Action, ...], ...]:
         plan = self._plans.get(num_microbatches)

@@ -144,6 +144,10 @@ class Stage:
         if flight.roots and inputs:
             torch.autograd.backward(flight.roots, flight.gradients, inputs=inputs)
 
+    def drop(self, microbatch: int) -> None:
+        """Forget a micro-batch that is not to be computed any further."""
+        self._in_flight.pop(microbatch, None)
+
     def forget(self) -> None:
         """Drop what a failed step has left in flight."""
         self._in_flight.clear()

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..comm.errors import CommError
 from .actions import Action, Kind
 from .messages import Edge, HeaderWriter, Inbox, Outbox, Received, flatten, start_receive
 from .random_keys import show_samples
 from .stage import Stage
-from .structure import Description, take_apart
+from .stage_error import Failure, shown
+from .structure import Description, put_together, take_apart
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -55,6 +57,9 @@ class Worker:
         while other stages still work; whoever runs the plan finishes it.
     tree: given every micro-batch's gradients by themselves; begun and finished by whoever runs the
         plan.
+
+    Attributes:
+        failure: what made this stage go on hollow in the last run, as `stage_error` has it.
     """
 
     def __init__(
@@ -78,6 +83,10 @@ class Worker:
         self._headers = HeaderWriter(self._outbox, stage.index + 1, self._after)
         self._inbox = Inbox(channel, stage.index - 1, self._before) if stage.index > 0 else None
         self._gradients: dict[int, Received] = {}
+        self._came: dict[int, Description] = {}
+        self._lost: set[int] = set()
+        self._inputs: dict[int, list[Tensor]] = {}
+        self.failure: Failure | None = None
         self._last_backward: Action | None = None
 
     def train(self, plan: Sequence[Action], batch: Batch) -> None:
@@ -108,10 +117,63 @@ class Worker:
     ) -> None:
         if self._inbox is not None:
             self._inbox.expect(sum(action.kind is Kind.FORWARD for action in plan))
+        self.failure = None
+        self._came.clear()
+        self._lost.clear()
         for position, action in enumerate(plan):
             self._receive_ahead(plan[position : position + 1 + _AHEAD])
-            execute[action.kind](action.microbatch, batch)
+            if action.kind is Kind.FORWARD:
+                self._receive(action.microbatch)
+            if self.failure is None and action.microbatch not in self._lost:
+                try:
+                    execute[action.kind](action.microbatch, batch)
+                except CommError:
+                    raise
+                except Exception as error:
+                    given = self._given(action.microbatch, batch)
+                    self.failure = Failure(action, given, error)
+                else:
+                    continue
+            self._go_hollow(action)
         self._outbox.drain()
+
+    def _go_hollow(self, action: Action) -> None:
+        """Take and send the messages of an action that is not, or not wholly, executed."""
+        microbatch = action.microbatch
+        if action.kind is Kind.FORWARD:
+            self._inputs.pop(microbatch, None)
+            self._stage.drop(microbatch)
+            if not self._is_last:
+                self._headers.write_lost(microbatch)
+            return
+        if action.kind is not Kind.WEIGHT:
+            if microbatch in self._gradients:
+                self._gradients.pop(microbatch).wait()
+            came = self._came.get(microbatch)
+            if came is not None:
+                specs = [spec for spec in came.tensors if spec.needs_grad]
+                self._send_back(
+                    microbatch, [torch.zeros(s.shape, dtype=s.torch_dtype) for s in specs]
+                )
+        self._stage.drop(microbatch)
+        if action.kind is Kind.INPUT:
+            return
+        if self._tree is not None:
+            self._tree.take(microbatch)
+        if self._reducer is not None and action == self._last_backward:
+            if not self._reducer.active:
+                self._reducer.begin()
+            self._reducer.flush()
+
+    def _given(self, microbatch: int, batch: Batch) -> str:
+        came = self._came.get(microbatch)
+        if came is None:
+            return "after it had handed its gradients back"
+        source = "the batch" if self._inbox is None else f"stage {self._index - 1}"
+        text = f"input from {source}: {shown(put_together(came.skeleton, came.tensors))}"
+        if self._is_last and batch.targets:
+            text += f", target: {shown(batch.targets[microbatch])}"
+        return text
 
     def _receive_ahead(self, coming: Sequence[Action]) -> None:
         """Post the receives of this and the next actions, so that they arrive while it computes."""
@@ -131,17 +193,28 @@ class Worker:
                     self._after.payload_tag(microbatch, backward=True),
                 )
 
+    def _receive(self, microbatch: int) -> None:
+        """Wait for the input of a micro-batch, or for the word that there is none."""
+        if self._inbox is None:
+            return
+        received = self._inbox.take(microbatch)
+        if received is None:
+            self._lost.add(microbatch)
+            return
+        self._came[microbatch] = received.description
+        self._inputs[microbatch] = received.wait()
+
     def _take_input(self, microbatch: int, batch: Batch) -> tuple[Description, list[Tensor]]:
         if self._inbox is not None:
-            received = self._inbox.take(microbatch)
-            return received.description, received.wait()
+            return self._came[microbatch], self._inputs.pop(microbatch)
         description, tensors = take_apart(batch.inputs[microbatch], "x")
         # The batch is data: a gradient for it would go nowhere.
-        return description.without_gradients(), [tensor.detach() for tensor in tensors]
+        self._came[microbatch] = description = description.without_gradients()
+        return description, [tensor.detach() for tensor in tensors]
 
     def _send_on(self, microbatch: int, out: Description, outputs: Sequence[Tensor]) -> None:
-        self._headers.write(microbatch, out)
         flat = flatten(outputs)
+        self._headers.write(microbatch, out)
         if flat.numel():
             tag = self._after.payload_tag(microbatch, backward=False)
             self._outbox.post(flat, self._index + 1, tag)
@@ -201,6 +274,7 @@ class Worker:
 
     def _send_back(self, microbatch: int, gradients: Sequence[Tensor]) -> None:
         flat = flatten(gradients)
+        del self._came[microbatch]
         if flat.numel():
             tag = self._before.payload_tag(microbatch, backward=True)
             self._outbox.post(flat, self._index - 1, tag)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .parallel.pipeline import Pipeline
     from .parallel.random_keys import Dropout
     from .parallel.sharded_optimizer import ShardedOptimizer
+    from .parallel.stage_error import StageError
 
 _HOMES = {
     "Communicator": "comm.communicator",
@@ -45,6 +46,7 @@ _HOMES = {
     "Mesh": "parallel.mesh",
     "Pipeline": "parallel.pipeline",
     "ShardedOptimizer": "parallel.sharded_optimizer",
+    "StageError": "parallel.stage_error",
 }
 """name -> the module that has it, imported when the name is first used: torch only for engines."""
 
@@ -67,6 +69,7 @@ __all__ = [
     "ScheduleError",
     "Settings",
     "ShardedOptimizer",
+    "StageError",
     "Work",
     "load",
     "run_local",

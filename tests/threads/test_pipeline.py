@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ringfold import Mesh, Pipeline, run_local
+from ringfold import Mesh, Pipeline, StageError, run_local
 from ringfold.parallel.actions import parse_actions
 from ringfold.parallel.plan import PLANS, PlanError
 
@@ -292,7 +292,7 @@ def test_unsupported_values_are_refused_by_name():
         engine = Pipeline(layers, Mesh(comm, pipe=2), loss_fn=sum_output)
         engine.step(torch.ones(2))
 
-    with pytest.raises(TypeError, match=r"output of stage 0\[1\]\['extra'\]\[0\]: a object"):
+    with pytest.raises(StageError, match=r"output of stage 0\[1\]\['extra'\]\[0\]: a object"):
         run_local(2, main)
 
 
@@ -583,7 +583,7 @@ def test_loss_must_be_one_element():
         engine = Pipeline([Times(2)], Mesh(comm), loss_fn=lambda out, _: out, microbatches=1)
         engine.step(torch.ones(3))
 
-    with pytest.raises(TypeError, match="loss_fn to return a tensor of one element"):
+    with pytest.raises(StageError, match="loss_fn to return a tensor of one element"):
         run_local(1, main)
 
 
