@@ -39,13 +39,14 @@ MPICH_VENV  := $(VENV)-mpich
 MPICH_READY := $(MPICH_VENV)/ringfold.stamp
 INPUTS      := pyproject.toml setup.py constraints.txt tools/setup_venv.py
 
-.PHONY: help setup train test test-main test-processes test-mpich test-hosts test-fast lint format bench bench-hosts clean python-version
+.PHONY: help setup train test test-main test-processes test-mpich test-hosts test-fast fuzz lint format bench bench-hosts clean python-version
 
 help:
 	@echo 'make train       train on NP ranks: make train NP=4 ARGS="--workload text --pipe 2"'
 	@echo 'make test        all tests; also every process test on 1 to 4 ranks, and on MPICH'
 	@echo 'make test-fast   the tests that start no job'
 	@echo 'make test-hosts  the communicator over two hosts made on this machine (part of make test)'
+	@echo 'make fuzz        10,000 random sequences of operations against NumPy, on 2 to 4 ranks'
 	@echo 'make lint        ruff check, ruff format --check, mypy --strict on the installed package'
 	@echo 'make format      let ruff rewrite the sources'
 	@echo 'make bench       the benchmarks on 2 and 4 ranks, into benchmarks/results'
@@ -99,6 +100,18 @@ test-hosts: $(READY)
 
 test-fast: $(READY)
 	python -m pytest tests --ignore=tests/processes --ignore=tests/jobs --ignore=tests/hosts
+
+# Sequences of operations known by their seed, on shared memory, messages, and the plain executor.
+FUZZ ?= 1112
+fuzz: $(READY)
+	first=0; \
+	for ways in "" "RINGFOLD_SHARED=0" "RINGFOLD_SHARED=0 RINGFOLD_COMPILED=0"; do \
+	  for ranks in 2 3 4; do \
+	    env $$ways RINGFOLD_TIMEOUT=60 mpirun -n $$ranks \
+	      python tests/fuzz.py --first $$first --count $(FUZZ) $(ARGS); \
+	    first=$$((first + $(FUZZ))); \
+	  done; \
+	done
 
 lint: $(READY)
 	ruff check .
