@@ -11,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from . import dlpack
+from .device import on_device
 from .dtypes import DType, dtype_named
 from .memory import Memory
+from .staging import Typed
 
 Array = npt.NDArray[Any]
 
@@ -113,14 +115,10 @@ def _from_buffer(x: Any) -> tuple[Array, DType]:
     return _from_numpy(np.asarray(memoryview(x)))
 
 
-def _is_device(x: Any) -> bool:
-    return hasattr(x, "__cuda_array_interface__")
-
-
 def _refuse_device(x: Any) -> tuple[Array, DType]:
     raise TypeError(
-        f"{type(x).__module__}.{type(x).__name__} lies in GPU memory, which no transport of this "
-        "version moves; copy it to host memory first"
+        f"{type(x).__module__}.{type(x).__name__} lies in GPU memory; this takes host memory only, "
+        "so copy it there first"
     )
 
 
@@ -134,9 +132,10 @@ def _speaks_buffer(x: Any) -> bool:
 
 _ADAPTERS: tuple[tuple[Callable[[Any], bool], Callable[[Any], tuple[Array, DType]]], ...] = (
     (lambda x: isinstance(x, np.ndarray), _from_numpy),
-    (_is_device, _refuse_device),
+    (on_device, _refuse_device),
     (lambda x: hasattr(x, "__dlpack__"), _from_dlpack),
     (_speaks_buffer, _from_buffer),
+    (lambda x: isinstance(x, Typed), lambda x: (x.view, x.dtype)),
 )
 
 

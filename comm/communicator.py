@@ -14,6 +14,7 @@ import numpy as np
 
 from ..kernels.records import Status
 from .buffer import allocate, registered
+from .device import on_device
 from .dtypes import dtype_named
 from .errors import CommError
 from .guard import Guard
@@ -30,6 +31,7 @@ from .work import Prepared, Receipt, Steps, Work
 
 if TYPE_CHECKING:
     from .board import Board, Meeting, NodeMemory
+    from .device_operations import DeviceOperations
 
 Algorithm = str | Schedule | None
 
@@ -48,8 +50,10 @@ class Communicator:
     and `src` are ranks of this group. Half-width floats are added in float32 and rounded once.
 
     x is a NumPy array, a CPU torch tensor, or anything that speaks DLPack or the buffer protocol;
-    strided views are read and written by logical element, in place where it says so. With
-    blocking=False a collective returns a Work; x must not be touched until it has ended.
+    strided views are read and written by logical element, in place where it says so. In GPU memory
+    it is what publishes the CUDA array interface, contiguous: CuPy arrays, CUDA torch tensors; the
+    caller's stream at the call orders it with the caller's other work. With blocking=False a
+    collective returns a Work; x must not be touched until it has ended.
 
     `algorithm` names an algorithm of `ringfold.comm.algorithms`, or is a Schedule, which is proven
     before it runs.
@@ -117,6 +121,7 @@ class Communicator:
         self._progress = progress
         self._guard = guard
         self._operations = Operations(transport, self._settings)
+        self._device_operations: DeviceOperations | None = None
         self._process = os.getpid()
         self._sequence = 0
         self._closed = False
@@ -214,10 +219,10 @@ class Communicator:
         """
         known = self._memo.find((id(x), op)) if algorithm is None else None
         if known is None or not known.fits(x):
-            prepared = self._operations.allreduce(x, op, algorithm)
+            prepared = self._side(x).allreduce(x, op, algorithm)
             if algorithm is not None or not prepared.plain or prepared.meeting is None:
                 return self._start(prepared, blocking)
-            self._note(prepared)
+            self.note(prepared)
             known = self._memo.add(x, op, prepared.meeting, prepared.receipt)
         if blocking:
             return self._run(known.meeting, known.receipt, x)
@@ -235,17 +240,17 @@ class Communicator:
         blocking: bool = True,
     ) -> Any:
         """Combine all ranks' x in place at root; elsewhere x stays as it was. Returns x."""
-        return self._start(self._operations.reduce(x, root, op, algorithm), blocking)
+        return self._start(self._side(x).reduce(x, root, op, algorithm), blocking)
 
     def broadcast(
         self, x: Any, root: int = 0, *, algorithm: Algorithm = None, blocking: bool = True
     ) -> Any:
         """Copy root's x over the x of every rank, in place, and return x."""
-        return self._start(self._operations.broadcast(x, root, algorithm), blocking)
+        return self._start(self._side(x).broadcast(x, root, algorithm), blocking)
 
     def allgather(self, x: Any, *, algorithm: Algorithm = None, blocking: bool = True) -> Any:
         """Return a new array of shape (size, *x.shape): row r is rank r's x."""
-        return self._start(self._operations.allgather(x, algorithm), blocking)
+        return self._start(self._side(x).allgather(x, algorithm), blocking)
 
     def reduce_scatter(
         self, x: Any, op: str = "sum", *, algorithm: Algorithm = None, blocking: bool = True
@@ -254,13 +259,13 @@ class Communicator:
 
         The part is `chunks.bounds(x.size, size, rank)`; x stays as it was.
         """
-        return self._start(self._operations.reduce_scatter(x, op, algorithm), blocking)
+        return self._start(self._side(x).reduce_scatter(x, op, algorithm), blocking)
 
     def gather(
         self, x: Any, root: int = 0, *, algorithm: Algorithm = None, blocking: bool = True
     ) -> Any:
         """Return, at root, a new array of shape (size, *x.shape); None on the other ranks."""
-        return self._start(self._operations.gather(x, root, algorithm), blocking)
+        return self._start(self._side(x).gather(x, root, algorithm), blocking)
 
     def scatter(
         self, x: Any = None, root: int = 0, *, algorithm: Algorithm = None, blocking: bool = True
@@ -269,11 +274,11 @@ class Communicator:
 
         x needs to be given at root only, with a first axis of size.
         """
-        return self._start(self._operations.scatter(x, root, algorithm), blocking)
+        return self._start(self._side(x).scatter(x, root, algorithm), blocking)
 
     def alltoall(self, x: Any, *, algorithm: Algorithm = None, blocking: bool = True) -> Any:
         """Send row r of x to rank r; return a new array whose row r is what rank r sent here."""
-        return self._start(self._operations.alltoall(x, algorithm), blocking)
+        return self._start(self._side(x).alltoall(x, algorithm), blocking)
 
     def barrier(self, *, blocking: bool = True) -> Any:
         """Return when every rank has come."""
@@ -283,23 +288,23 @@ class Communicator:
 
     def send(self, x: Any, dst: int, tag: int = 0) -> None:
         """Send x to rank dst; when it returns, x may be changed."""
-        self._start(self._operations.send(x, dst, tag), True)
+        self._start(self._side(x).send(x, dst, tag), True)
 
     def recv(self, x: Any, src: int, tag: int = 0) -> Any:
         """Fill x with what rank src sent with this tag, and return x.
 
         Raises: MismatchError where the message has another number of bytes.
         """
-        return self._start(self._operations.recv(x, src, tag), True)
+        return self._start(self._side(x).recv(x, src, tag), True)
 
     def isend(self, x: Any, dst: int, tag: int = 0) -> Work:
         """Start to send x; the Work, or the communicator if it is dropped, keeps x alive."""
-        work: Work = self._start(self._operations.send(x, dst, tag), False)
+        work: Work = self._start(self._side(x).send(x, dst, tag), False)
         return work
 
     def irecv(self, x: Any, src: int, tag: int = 0) -> Work:
         """Start to receive into x; wait() returns x."""
-        work: Work = self._start(self._operations.recv(x, src, tag), False)
+        work: Work = self._start(self._side(x).recv(x, src, tag), False)
         return work
 
     # -- plans and memory --------------------------------------------------------------------
@@ -313,24 +318,34 @@ class Communicator:
         """
         if collective not in _PLANNED:
             raise ValueError(f"cannot plan {collective!r}; there is: {', '.join(_PLANNED)}")
-        prepared: Prepared = getattr(self._operations, collective)(*args, **kwargs)
+        side = self._side(args[0] if args else kwargs.get("x"))
+        prepared: Prepared = getattr(side, collective)(*args, **kwargs)
         if prepared.plain and prepared.meeting is not None:
-            self._note(prepared)
+            self.note(prepared)
             return partial(self._run, prepared.meeting, prepared.receipt, prepared.owner)
-        return partial(self._begin, prepared, True, self._note(prepared))
+        return partial(self._begin, prepared, True, self.note(prepared))
 
-    def empty(self, shape: int | tuple[int, ...], dtype: Any = np.float32) -> Any:
+    def empty(
+        self, shape: int | tuple[int, ...], dtype: Any = np.float32, *, device: str = "cpu"
+    ) -> Any:
         """Return an uninitialised array in registered memory, which the node's ranks map.
 
         Collectives read it in place, without a copy, when every rank passes such an array, or a
         contiguous view of one. It belongs to this communicator and to groups split from it. Not
         collective; where nothing can be shared it is ordinary memory. dtype: of NumPy or of torch;
-        the array is of the same library.
+        the array is of the same library. device: "cuda" for memory of this rank's GPU, in an
+        allocation of its own.
 
-        Raises: MemoryError where no space is left.
+        Raises: MemoryError where no space is left; CommError for "cuda" without a GPU.
         """
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         self._require_open()
+        if device != "cpu":
+            if device != "cuda":
+                raise ValueError(f"device {device!r}: expected 'cpu' or 'cuda'")
+            from .transport.device import empty
+
+            return empty(self.node.rank, shape, dtype)
         if self._nodes is not None and self._nodes.token and self._nodes.memory is not None:
             return registered(self._nodes.memory, shape, dtype)
         family, _, name = (
@@ -362,6 +377,8 @@ class Communicator:
         if self._closed:
             return
         self._progress.drain(self._settings.timeout)
+        if self._device_operations is not None:
+            self._device_operations.close()
         self._unshare()
         self._closed = True
         if self.node is not self:
@@ -400,6 +417,27 @@ class Communicator:
 
     # -- running -----------------------------------------------------------------------------
 
+    @property
+    def host_operations(self) -> Operations:
+        """Return what prepares operations on host memory; for the package's own use."""
+        return self._operations
+
+    def use_devices(self, operations: DeviceOperations) -> None:
+        """Let these prepare operations on device memory, before the first of them."""
+        self._device_operations = operations
+
+    def _side(self, x: Any) -> Operations | DeviceOperations:
+        """Return what prepares operations on memory such as x's."""
+        if not on_device(x):
+            return self._operations
+        if self._device_operations is None:
+            from .device_operations import DeviceOperations
+            from .transport.device import device_of
+
+            self.use_devices(DeviceOperations(self, device_of))
+        assert self._device_operations is not None
+        return self._device_operations
+
     def _require_open(self) -> None:
         if self._closed:
             raise CommError(f"rank {self.rank}: the communicator is closed")
@@ -434,7 +472,7 @@ class Communicator:
         return self._progress.start(make, background)
 
     def _start(self, prepared: Prepared, blocking: bool) -> Any:
-        return self._begin(prepared, blocking, self._note(prepared))
+        return self._begin(prepared, blocking, self.note(prepared))
 
     def _begin(self, prepared: Prepared, blocking: bool, call: int) -> Any:
         self._require_open()
@@ -454,7 +492,7 @@ class Communicator:
         work = self._advance(begin, prepared.receipt, not blocking)
         return work.wait() if blocking else work
 
-    def _note(self, prepared: Prepared) -> int:
+    def note(self, prepared: Prepared) -> int:
         """Tell the ring of operations what is called, and where; return how it refers to that."""
         call = self._ring.intern(prepared.signature, self._name, self._sites.here())
         if prepared.meeting is not None:

@@ -100,7 +100,7 @@ class Operations:
     def reduce(
         self, x: Any, root: int = 0, op: str = "sum", algorithm: str | Schedule | None = None
     ) -> Prepared:
-        root = self._root(root)
+        root = self.root(root)
         buffer = self._wrap(x, writable=self._rank == root)
         buffer.dtype.require(op)
         if self._meetings and algorithm is None:
@@ -166,7 +166,7 @@ class Operations:
         return self._prepared(signature, chosen, inner.flat.nbytes, run)
 
     def broadcast(self, x: Any, root: int = 0, algorithm: str | Schedule | None = None) -> Prepared:
-        root = self._root(root)
+        root = self.root(root)
         buffer = self._wrap(x, writable=self._rank != root)
         if self._meetings and algorithm is None:
             return self._meetings.broadcast(buffer, root)
@@ -202,7 +202,7 @@ class Operations:
         return self._prepared(signature, chosen, buffer.flat.nbytes * self._size, run)
 
     def gather(self, x: Any, root: int = 0, algorithm: str | Schedule | None = None) -> Prepared:
-        root = self._root(root)
+        root = self.root(root)
         buffer = self._wrap(x, writable=False)
         if self._meetings and algorithm is None:
             return self._meetings.gather(buffer, root)
@@ -229,7 +229,7 @@ class Operations:
     def scatter(
         self, x: Any = None, root: int = 0, algorithm: str | Schedule | None = None
     ) -> Prepared:
-        root = self._root(root)
+        root = self.root(root)
         header = np.zeros(_HEADER_BYTES, np.uint8)
         buffer = None
         if self._rank == root:
@@ -294,11 +294,11 @@ class Operations:
 
     def send(self, x: Any, dst: int, tag: int = 0) -> Prepared:
         buffer = self._wrap(x, writable=False)
-        return self._message("send", Op.SEND, buffer, self._peer(dst, "dst"), self._tag(tag))
+        return self._message("send", Op.SEND, buffer, self.peer(dst, "dst"), self.tag(tag))
 
     def recv(self, x: Any, src: int, tag: int = 0) -> Prepared:
         buffer = self._wrap(x, writable=True)
-        return self._message("recv", Op.RECV, buffer, self._peer(src, "src"), self._tag(tag))
+        return self._message("recv", Op.RECV, buffer, self.peer(src, "src"), self.tag(tag))
 
     def _message(self, name: str, op: Op, buffer: Buffer, peer: int, tag: int) -> Prepared:
         transport = self._transport
@@ -408,10 +408,17 @@ class Operations:
             )
         return buffer
 
-    def _root(self, root: int) -> int:
-        return self._peer(root, "root")
+    @property
+    def way(self) -> str:
+        """Return how collectives go from rank to rank where the caller names no algorithm."""
+        return "shared" if self._meetings else self._transport.name
 
-    def _peer(self, rank: int, what: str) -> int:
+    def root(self, root: int) -> int:
+        """Return a rank of this group, or raise ValueError."""
+        return self.peer(root, "root")
+
+    def peer(self, rank: int, what: str) -> int:
+        """Return a rank of this group, or raise ValueError that calls it what it is."""
         rank = operator.index(rank)
         if not 0 <= rank < self._size:
             raise ValueError(
@@ -419,7 +426,8 @@ class Operations:
             )
         return rank
 
-    def _tag(self, tag: int) -> int:
+    def tag(self, tag: int) -> int:
+        """Return a tag that every message can have, or raise ValueError."""
         tag = operator.index(tag)
         if not 0 <= tag <= self._transport.max_tag:
             raise ValueError(f"tag {tag} is outside 0..{self._transport.max_tag}")

@@ -1,0 +1,157 @@
+"""Device memory: what a user's array says of itself, and what is asked of the device it lies on.
+
+A device is an object behind one small protocol; `transport.device` has CuPy's. Work on a device is
+ordered by streams: what is put on one stream runs in that order, some time later, and an event
+tells when. The host may touch memory that a stream writes only once an event has ended that was
+recorded behind the write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .dtypes import DTYPES, DType, dtype_named
+
+Bytes = npt.NDArray[np.uint8]
+Stream = int
+"""A stream's handle, as CUDA counts them: 1 is the legacy default stream."""
+
+LEGACY_STREAM = 1
+
+
+@dataclass(frozen=True)
+class DeviceArray:
+    """A user's array in device memory, contiguous, flattened in logical order.
+
+    address: of its first byte; 0 where it has no elements.
+    stream: what its owner says that it is ready behind; None where it says nothing.
+    """
+
+    owner: Any
+    address: int
+    shape: tuple[int, ...]
+    dtype: DType
+    stream: Stream | None
+
+    @property
+    def count(self) -> int:
+        """Return the number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of all elements."""
+        return self.count * self.dtype.itemsize
+
+
+class Event(Protocol):
+    """A place on a stream; ended once everything before it has run."""
+
+    def ended(self) -> bool:
+        """Look, without waiting."""
+        ...
+
+
+class Device(Protocol):
+    """One device, as a rank uses it. Nothing here waits, except the making of memory and streams.
+
+    name: such as "cuda:0".
+    """
+
+    name: str
+
+    def caller(self, array: DeviceArray) -> Stream:
+        """Return the stream that the caller's own work on an array goes to at this moment."""
+        ...
+
+    def make_stream(self) -> Stream:
+        """Return a new stream, which the default stream does not wait for."""
+        ...
+
+    def record(self, stream: Stream) -> Event:
+        """Put an event on a stream."""
+        ...
+
+    def follow(self, stream: Stream, event: Event) -> None:
+        """Let all later work of a stream run behind an event."""
+        ...
+
+    def pin(self, memory: Bytes) -> None:
+        """Make host memory fit for copies that the host does not wait for, as long as it lives."""
+        ...
+
+    def to_host(self, target: Bytes, address: int, stream: Stream) -> None:
+        """Put a copy from device memory into pinned memory on a stream."""
+        ...
+
+    def to_device(self, address: int, source: Bytes, stream: Stream) -> None:
+        """Put a copy from pinned memory into device memory on a stream."""
+        ...
+
+    def like(self, array: DeviceArray, shape: tuple[int, ...]) -> Any:
+        """Return a new array of the same library, device and element type, for the caller's use."""
+        ...
+
+
+def on_device(x: Any) -> bool:
+    """Tell whether x is an array in device memory. Reads no element, and imports nothing."""
+    if type(x) is np.ndarray:
+        return False
+    said = getattr(x, "is_cuda", None)  # torch; its interface raises where a gradient is required
+    return hasattr(x, "__cuda_array_interface__") if said is None else bool(said)
+
+
+def describe(x: Any, *, writable: bool, what: str = "x") -> DeviceArray:
+    """Read what an array in device memory says of itself (CUDA Array Interface, version 3).
+
+    writable: a result will be written into it.
+
+    Raises: TypeError for an element type that the table lacks, and for masked arrays; ValueError
+    for arrays that are not contiguous, or read-only where a result is to be written.
+    """
+    bare = x.detach() if hasattr(x, "detach") else x
+    interface: Mapping[str, Any] = bare.__cuda_array_interface__
+    shape = tuple(int(length) for length in interface["shape"])
+    try:
+        dtype = _dtype(bare, interface["typestr"])
+    except TypeError as error:
+        raise TypeError(f"{what}: {error}") from None
+    if interface.get("mask") is not None:
+        raise TypeError(f"{what}: a masked array in device memory cannot be moved; fill it first")
+    address, readonly = interface["data"]
+    if writable and readonly:
+        raise ValueError(f"{what}: the result is written in place, but the array is read-only")
+    strides = interface.get("strides")
+    if strides is not None and not _contiguous(shape, tuple(strides), dtype.itemsize):
+        raise ValueError(
+            f"{what}: shape {shape} with strides {tuple(strides)} bytes in device memory is not "
+            "contiguous; pass a contiguous copy of it, and copy the result back"
+        )
+    stream = interface.get("stream")
+    if stream == 0:
+        raise ValueError(f"{what}: names stream 0, which the CUDA array interface leaves undefined")
+    return DeviceArray(x, int(address or 0), shape, dtype, stream)
+
+
+def _dtype(x: Any, typestr: str) -> DType:
+    # NumPy has no bfloat16, so the interface's own word for it is only "two bytes".
+    named = str(getattr(x, "dtype", "")).rpartition(".")[2]
+    if named in DTYPES:
+        return DTYPES[named]
+    return dtype_named(np.dtype(typestr).name)
+
+
+def _contiguous(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int) -> bool:
+    step = itemsize
+    if 0 in shape:
+        return True
+    for length, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if length > 1 and stride != step:
+            return False
+        step *= length
+    return True

@@ -1,0 +1,202 @@
+"""CuPy's side of the device protocol: streams, events and copies of one NVIDIA GPU.
+
+Calls go to the CUDA runtime by address and handle, so they serve arrays of any library. CUDA keeps
+a current device per thread, and operations advance in more than one: every call names its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import weakref
+from collections.abc import Callable, Mapping
+from functools import cache
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from ..device import LEGACY_STREAM, Bytes, DeviceArray, Event, Stream
+from ..dtypes import dtype_named
+from ..errors import CommError
+
+_CURRENT: Mapping[str, Callable[[Any, int], int]] = MappingProxyType(
+    {
+        "cupy": lambda cupy, ordinal: int(cupy.cuda.get_current_stream().ptr),
+        "torch": lambda torch, ordinal: int(torch.cuda.current_stream(ordinal).cuda_stream),
+    }
+)
+"""Array library -> its caller's current stream on a device; by handle, 0 for the default one."""
+
+_MAKERS: Mapping[str, Callable[[Any, DeviceArray, tuple[int, ...]], Any]] = MappingProxyType(
+    {
+        "torch": lambda torch, array, shape: torch.empty(
+            shape, dtype=array.owner.dtype, device=array.owner.device
+        ),
+    }
+)
+"""Array library -> a new array of it; CuPy's where a library is not listed."""
+
+
+def load_cupy() -> Any:
+    """Import CuPy where a GPU can be used.
+
+    Raises: CommError that says what is missing.
+    """
+    try:
+        import cupy
+    except ImportError as error:
+        raise CommError(
+            f"no GPU can be used: CuPy cannot be imported ({error}); install it, such as: "
+            "pip install cupy-cuda13x"
+        ) from error
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:  # a missing driver raises what its loader raises
+        raise CommError(f"no GPU can be used: {error}") from error
+    if not count:
+        raise CommError("no GPU can be used: the driver shows none")
+    return cupy
+
+
+def ordinal_of(node_rank: int, num_gpus: int) -> int:
+    """Return the GPU of a node's rank: ranks go round where there are more of them than GPUs."""
+    if num_gpus < 1:
+        raise ValueError(f"expected 1 GPU or more, got {num_gpus}")
+    return node_rank % num_gpus
+
+
+def device_of(array: DeviceArray) -> CudaDevice:
+    """Return the device that an array lies on; the current one for an array of no elements."""
+    cupy = load_cupy()
+    runtime = cupy.cuda.runtime
+    if array.address:
+        return _opened(int(runtime.pointerGetAttributes(array.address).device))
+    return _opened(int(runtime.getDevice()))
+
+
+@cache
+def _opened(ordinal: int) -> CudaDevice:
+    return CudaDevice(load_cupy(), ordinal)
+
+
+class CudaEvent:
+    """An event of CUDA's, without its clock."""
+
+    def __init__(self, event: Any) -> None:
+        self.event = event
+
+    def ended(self) -> bool:
+        """Look, without waiting."""
+        return bool(self.event.done)
+
+
+class CudaDevice:
+    """One GPU of this process."""
+
+    def __init__(self, cupy: Any, ordinal: int) -> None:
+        self.name = f"cuda:{ordinal}"
+        self._cupy = cupy
+        self._runtime = cupy.cuda.runtime
+        self._ordinal = ordinal
+        self._device = cupy.cuda.Device(ordinal)
+        self._streams: list[Any] = []
+
+    def caller(self, array: DeviceArray) -> Stream:
+        """Return the stream that the array names, else its library's current one."""
+        if array.stream is not None:
+            return array.stream
+        family = _family(array.owner)
+        current = _CURRENT.get(family)
+        if current is None:
+            return LEGACY_STREAM
+        return current(importlib.import_module(family), self._ordinal) or LEGACY_STREAM
+
+    def make_stream(self) -> Stream:
+        """Return a new stream, which the default stream does not wait for."""
+        with self._device:
+            self._streams.append(self._cupy.cuda.Stream(non_blocking=True))
+        return int(self._streams[-1].ptr)
+
+    def record(self, stream: Stream) -> Event:
+        """Put an event on a stream."""
+        with self._device:
+            event = self._cupy.cuda.Event(block=False, disable_timing=True)
+            self._runtime.eventRecord(event.ptr, stream)
+        return CudaEvent(event)
+
+    def follow(self, stream: Stream, event: Event) -> None:
+        """Let all later work of a stream run behind an event."""
+        assert isinstance(event, CudaEvent)
+        with self._device:
+            self._runtime.streamWaitEvent(stream, event.event.ptr)
+
+    def pin(self, memory: Bytes) -> None:
+        """Register host memory with the driver until it is given back.
+
+        Memory that the driver will not take stays as it is: copies are right, but the host waits.
+        """
+        address = int(memory.ctypes.data)
+        with self._device:
+            try:
+                self._runtime.hostRegister(address, memory.nbytes, _PORTABLE)
+            except self._runtime.CUDARuntimeError:
+                return
+        weakref.finalize(memory, _unpin, self._runtime, address).atexit = False
+
+    def to_host(self, target: Bytes, address: int, stream: Stream) -> None:
+        """Put a copy from device memory into pinned memory on a stream."""
+        kind = self._runtime.memcpyDeviceToHost
+        with self._device:
+            self._runtime.memcpyAsync(target.ctypes.data, address, target.nbytes, kind, stream)
+
+    def to_device(self, address: int, source: Bytes, stream: Stream) -> None:
+        """Put a copy from pinned memory into device memory on a stream."""
+        kind = self._runtime.memcpyHostToDevice
+        with self._device:
+            self._runtime.memcpyAsync(address, source.ctypes.data, source.nbytes, kind, stream)
+
+    def like(self, array: DeviceArray, shape: tuple[int, ...]) -> Any:
+        """Return a new array of the same library, device and element type."""
+        family = _family(array.owner)
+        if family in _MAKERS:
+            return _MAKERS[family](importlib.import_module(family), array, shape)
+        with self._device:
+            return self._cupy.empty(shape, array.dtype.storage)
+
+
+_PORTABLE = 1
+"""cudaHostRegisterPortable: pinned for every device of this process."""
+
+
+def _unpin(runtime: Any, address: int) -> None:
+    try:
+        runtime.hostUnregister(address)
+    except runtime.CUDARuntimeError:
+        return  # the driver has ended, and with it what was registered
+
+
+def _family(owner: Any) -> str:
+    return type(owner).__module__.partition(".")[0]
+
+
+def empty(node_rank: int, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return an uninitialised array on the GPU of a node's rank: CuPy's, or torch's by its dtype.
+
+    Its memory is an allocation of its own, not a piece of a pool, so that it can be opened by other
+    processes as a whole.
+
+    Raises: CommError without a GPU.
+    """
+    cupy = load_cupy()
+    runtime = cupy.cuda.runtime
+    family, _, name = str(dtype).rpartition(".")
+    foreign = dtype_named(name) if family == "torch" else None
+    storage = np.dtype(dtype) if foreign is None else foreign.storage
+    ordinal = ordinal_of(node_rank, runtime.getDeviceCount())
+    with cupy.cuda.Device(ordinal):
+        nbytes = max(1, int(np.prod(shape, dtype=np.int64)) * storage.itemsize)
+        memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(nbytes), 0)
+        plain = cupy.ndarray(shape, storage, memptr=memory)
+    if foreign is None:
+        return plain
+    return importlib.import_module(family).from_dlpack(plain).view(dtype)

@@ -1,0 +1,217 @@
+"""A device over host memory that is as late as a device may be, for tests without a GPU.
+
+What is put on a stream runs only when somebody has to know: when an event behind it is asked for
+again and again, or when the test itself synchronises. Until a copy to the host has run, its target
+holds DIRT; a copy to the device reads its source only when it runs. So whoever uses memory before
+its event has ended gets wrong values, every time. Streams, events and what else happens are written
+into one log.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ringfold import Communicator
+from ringfold.comm.device import Device, DeviceArray
+from ringfold.comm.device_operations import DeviceOperations
+
+DIRT = 0xEE
+LOOKS, SLOW, EVERY = 2, 9, 50
+"""An event has ended only after so many looks, even if nothing stands in its way; some are slow."""
+
+
+@dataclass
+class FakeEvent:
+    """Ended when it has been reached, which takes a few looks."""
+
+    gpu: FakeGpu
+    stream: int
+    number: int
+    reached: bool = False
+    looks: int = 0
+    seen: bool = field(default=False)
+
+    def ended(self) -> bool:
+        self.looks += 1
+        if self.looks > (LOOKS if self.number % EVERY else SLOW):
+            self.gpu.run_until(self)
+        if self.reached and not self.seen:
+            self.seen = True
+            self.gpu.log.append(("ended", self.stream, self.number))
+        return self.reached
+
+
+Job = Callable[[], None] | FakeEvent
+"""What stands on a stream: work, an event that is reached, or (in a tuple) one to wait for."""
+
+
+def span(memory: np.ndarray) -> tuple[int, int]:
+    """Return the first address, and the one behind the last."""
+    return memory.ctypes.data, memory.ctypes.data + memory.nbytes
+
+
+class FakeGpu:
+    """The streams of one rank's device; not more than one thread at a time runs them."""
+
+    name = "fake:0"
+
+    def __init__(self) -> None:
+        self.log: list[tuple[Any, ...]] = []
+        self.pinned: list[tuple[int, int]] = []
+        self.arrays: list[FakeArray] = []
+        self._unread: list[tuple[int, int]] = []
+        self._streams: dict[int, deque[Any]] = {}
+        self._events = 0
+        self._lock = threading.RLock()
+        self._made = 100
+
+    # -- the protocol ------------------------------------------------------------------------
+
+    def caller(self, array: DeviceArray) -> int:
+        return array.stream if array.stream is not None else 1
+
+    def make_stream(self) -> int:
+        self._made += 1
+        return self._made
+
+    def record(self, stream: int) -> FakeEvent:
+        with self._lock:
+            self._events += 1
+            event = FakeEvent(self, stream, self._events)
+            self._put(stream, event)
+            self.log.append(("record", stream, event.number))
+            return event
+
+    def follow(self, stream: int, event: FakeEvent) -> None:
+        self.log.append(("follow", stream, event.stream, event.number))
+        self._put(stream, (event,))
+
+    def pin(self, memory: np.ndarray) -> None:
+        memory[:] = DIRT
+        self.pinned.append(span(memory))
+
+    def to_host(self, target: np.ndarray, address: int, stream: int) -> None:
+        self._require_pinned(target)
+        source = self.memory(address, target.nbytes)
+        low, high = span(target)
+        if not any(low < end and start < high for start, end in self._unread):
+            target[:] = DIRT
+        self.log.append(("to_host", stream, target.nbytes))
+        self._put(stream, lambda: np.copyto(target, source))
+
+    def to_device(self, address: int, source: np.ndarray, stream: int) -> None:
+        self._require_pinned(source)
+        target = self.memory(address, source.nbytes)
+        self.log.append(("to_device", stream, source.nbytes))
+        self._unread.append(span(source))
+
+        def copy() -> None:
+            np.copyto(target, source)
+            self._unread.remove(span(source))
+
+        self._put(stream, copy)
+
+    def like(self, array: DeviceArray, shape: tuple[int, ...]) -> FakeArray:
+        made = np.empty(shape, array.dtype.storage)
+        made.reshape(-1).view(np.uint8)[:] = DIRT
+        return FakeArray(self, made, stream=array.stream, dtype=array.dtype.name)
+
+    # -- what the test does ------------------------------------------------------------------
+
+    def launch(self, stream: int, kernel: Callable[[], None]) -> None:
+        """Put a kernel of the user's on a stream."""
+        self.log.append(("launch", stream))
+        self._put(stream, kernel)
+
+    def synchronize(self, stream: int) -> None:
+        """Run all of a stream."""
+        with self._lock:
+            queue = self._streams.setdefault(stream, deque())
+            while queue:
+                self._step(queue)
+
+    def run_until(self, event: FakeEvent) -> None:
+        with self._lock:
+            queue = self._streams.setdefault(event.stream, deque())
+            while not event.reached:
+                self._step(queue)
+
+    def memory(self, address: int, nbytes: int) -> np.ndarray:
+        """Find device memory by address; what lies in no array is an illegal access."""
+        for array in self.arrays:
+            offset = address - array.address
+            if offset >= 0 and offset + nbytes <= array.values.nbytes:
+                return array.values.reshape(-1).view(np.uint8)[offset : offset + nbytes]
+        raise AssertionError(f"illegal access of {nbytes} bytes at {address:#x}")
+
+    def _put(self, stream: int, job: Any) -> None:
+        assert stream > 0
+        with self._lock:
+            self._streams.setdefault(stream, deque()).append(job)
+
+    def _step(self, queue: deque[Any]) -> None:
+        job = queue.popleft()
+        if isinstance(job, FakeEvent):
+            job.reached = True
+        elif isinstance(job, tuple):
+            self.run_until(job[0])
+        else:
+            job()
+
+    def _require_pinned(self, memory: np.ndarray) -> None:
+        start, end = span(memory)
+        assert any(low <= start and end <= high for low, high in self.pinned), (
+            "an asynchronous copy of memory that is not pinned"
+        )
+
+
+class FakeArray:
+    """An array that publishes the CUDA array interface over host memory."""
+
+    def __init__(
+        self,
+        gpu: FakeGpu,
+        values: np.ndarray,
+        *,
+        stream: int | None = 7,
+        dtype: str | None = None,
+        **other: Any,
+    ) -> None:
+        self.gpu, self.values, self.stream = gpu, values, stream
+        self.dtype = f"fake.{dtype or values.dtype.name}"
+        self.address = values.ctypes.data
+        gpu.arrays.append(self)
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "shape": values.shape,
+            "typestr": values.dtype.str,
+            "data": (self.address if values.size else 0, False),
+            "strides": None,
+            "stream": stream,
+            **other,
+        }
+
+    def get(self) -> np.ndarray:
+        """Wait for the array's stream, as a user's copy to the host does, and read."""
+        self.gpu.synchronize(self.stream or 1)
+        return self.values
+
+    def filled_late(self, values: np.ndarray) -> FakeArray:
+        """Let a kernel on the array's stream write values; until then there is DIRT."""
+        self.values.reshape(-1).view(np.uint8)[:] = DIRT
+        self.gpu.launch(self.stream or 1, lambda: np.copyto(self.values, values))
+        return self
+
+
+def use_fake(comm: Communicator, window_bytes: int = 64) -> FakeGpu:
+    """Let a communicator's operations on device memory run on a fake."""
+    gpu = FakeGpu()
+    device: Device = gpu
+    comm.use_devices(DeviceOperations(comm, lambda array: device, window_bytes))
+    return gpu

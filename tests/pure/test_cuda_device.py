@@ -1,0 +1,77 @@
+"""What can be told of the CUDA device without one: the map of ranks, and what is missing."""
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_device import FakeArray, FakeGpu
+
+from ringfold import CommError, run_local
+from ringfold.comm.device import LEGACY_STREAM, describe
+from ringfold.comm.transport.device import CudaDevice, load_cupy, ordinal_of
+
+
+def test_ranks_go_round_the_gpus() -> None:
+    assert [ordinal_of(rank, 1) for rank in range(4)] == [0, 0, 0, 0]
+    assert [ordinal_of(rank, 3) for rank in range(5)] == [0, 1, 2, 0, 1]
+    with pytest.raises(ValueError, match="1 GPU or more"):
+        ordinal_of(0, 0)
+
+
+class Driverless(Exception):
+    pass
+
+
+def no_driver() -> int:
+    raise Driverless("cudaErrorInsufficientDriver")
+
+
+def cupy_that(count: Any) -> Any:
+    return SimpleNamespace(cuda=SimpleNamespace(runtime=SimpleNamespace(getDeviceCount=count)))
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (None, "CuPy cannot be imported"),
+        (cupy_that(no_driver), "cudaErrorInsufficientDriver"),
+        (cupy_that(lambda: 0), "the driver shows none"),
+    ],
+)
+def test_a_missing_gpu_is_told(module: Any, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    with pytest.raises(CommError, match=f"no GPU can be used: .*{words}"):
+        load_cupy()
+    with pytest.raises(CommError, match="no GPU can be used"):
+        run_local(1, lambda comm: comm.empty(3, device="cuda"))
+    with pytest.raises(CommError, match="no GPU can be used"):
+        run_local(1, lambda comm: comm.allreduce(FakeArray(FakeGpu(), np.zeros(3))))
+
+
+def test_a_device_is_cpu_or_cuda() -> None:
+    with pytest.raises(ValueError, match="expected 'cpu' or 'cuda'"):
+        run_local(1, lambda comm: comm.empty(3, device="tpu"))
+    assert run_local(1, lambda comm: comm.empty(3, device="cpu"))[0].shape == (3,)
+
+
+def current(stream: int) -> Any:
+    return SimpleNamespace(current_stream=lambda ordinal: SimpleNamespace(cuda_stream=stream))
+
+
+def test_the_callers_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that the array names comes first; torch's arrays name none, so torch is asked."""
+    cuda = SimpleNamespace(runtime=None, Device=lambda ordinal: None)
+    device = CudaDevice(SimpleNamespace(cuda=cuda), 0)
+    assert device.caller(describe(FakeArray(FakeGpu(), np.zeros(2), stream=5), writable=True)) == 5
+
+    class Tensor(FakeArray):
+        __module__ = "torch"
+
+    tensor = describe(Tensor(FakeGpu(), np.zeros(2), stream=None), writable=True)
+    for stream, told in ((0, LEGACY_STREAM), (77, 77)):
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=current(stream)))
+        assert device.caller(tensor) == told
+    unknown = describe(FakeArray(FakeGpu(), np.zeros(2), stream=None), writable=True)
+    assert device.caller(unknown) == LEGACY_STREAM
