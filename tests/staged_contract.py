@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
+import pytest
 from contract import FOLDS, data, expected, lengths
 from fake_device import FakeArray, FakeGpu, use_fake
 
@@ -94,6 +94,7 @@ def overlapping(comm: Communicator, gpu: FakeGpu, count: int) -> None:
 
 def halves(comm: Communicator, gpu: FakeGpu, count: int) -> None:
     """bfloat16 is added in float32 and rounded once, as on the host."""
+    torch = pytest.importorskip("torch")
     mine = torch.from_numpy(data(comm.rank, count, np.float32) / 3).to(torch.bfloat16)
     bits = mine.view(torch.uint16).numpy().copy()
     x = FakeArray(gpu, np.empty_like(bits), dtype="bfloat16").filled_late(bits)
