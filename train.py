@@ -117,7 +117,7 @@ def prepare(comm: ringfold.Communicator, options: Options) -> Training:
     data = settle(comm, lambda: workload.data(share))
     check_equal(comm, data.fingerprint, "the data")
     num_steps = settle(comm, lambda: count_steps(options, data))
-    engine = engines.make_engine(layers, workload, mesh, options, grid)
+    engine = engines.make_engine(layers, workload, mesh, options, grid, data)
     # An optimizer refuses to have nothing to do, as on a stage of layers without parameters.
     parameters = [p for _, p in engine.named_parameters()] or [torch.nn.Parameter(torch.zeros(0))]
     optimizer = workload.optimizer(parameters, options.lr)
@@ -211,10 +211,11 @@ def run(comm: ringfold.Communicator, training: Training) -> None:
 def describe(training: Training) -> str:
     options, grid = training.options, training.grid
     split = grid.pipe > 1 or options.reduction == "tree"
-    pipe = f", {options.schedule}, {grid.microbatches} micro-batches" if split else ""
+    layers = " + ".join(map(str, training.engine.layers_per_stage))
+    pipe = f", {options.schedule}, {layers} layers, {grid.microbatches} micro-batches"
     return (
         f"{options.workload}: {grid.data * grid.pipe} ranks as data {grid.data} x pipe {grid.pipe}"
-        f"{pipe}; {training.num_steps} steps of {options.batch_size} samples"
+        f"{pipe if split else ''}; {training.num_steps} steps of {options.batch_size} samples"
     )
 
 

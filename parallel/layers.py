@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .partition import balance, cut
-
-__all__ = ["StageLayers", "named_layers", "split_layers"]
+__all__ = ["StageLayers", "named_layers"]
 
 Named = list[tuple[str, nn.Module]]
 
@@ -33,16 +31,6 @@ def named_layers(layers: nn.Sequential | nn.ModuleList | Sequence[nn.Module]) ->
         if not isinstance(layer, nn.Module):
             raise TypeError(f"layer {name}: expected an nn.Module, got a {type(layer).__name__}")
     return named
-
-
-def split_layers(
-    named: Named, num_stages: int, boundaries: Sequence[int] | None
-) -> tuple[range, ...]:
-    """Return the layers of every stage, by boundaries or balanced by numbers of parameters."""
-    if boundaries is not None:
-        return cut(len(named), num_stages, boundaries)
-    costs = [sum(p.numel() for p in layer.parameters()) for _, layer in named]
-    return balance(costs, num_stages)
 
 
 class StageLayers:

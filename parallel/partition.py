@@ -32,17 +32,26 @@ def cut(num_layers: int, num_stages: int, boundaries: Sequence[int]) -> tuple[ra
     return tuple(range(first, end) for first, end in pairwise(edges))
 
 
-def balance(costs: Sequence[float], num_stages: int) -> tuple[range, ...]:
+def balance(
+    costs: Sequence[float] | Sequence[Sequence[float]], num_stages: int
+) -> tuple[range, ...]:
     """Cut so that the most expensive stage is as cheap as possible; no stage is empty.
+
+    costs: of every layer; or of every layer on each stage, (num_stages, num_layers), where a layer
+    costs more on one stage than on another.
 
     Exact. Among the cuts with the same most expensive stage, the one with the smallest sum of
     squared stage costs, and among those the one that cuts earliest. O(num_stages n^2) time.
     ValueError: negative or infinite costs, or fewer layers than stages.
     """
-    values = np.asarray(costs, dtype=np.float64)
-    num_layers = len(values)
     if num_stages < 1:
         raise ValueError(f"expected at least 1 stage, got {num_stages}")
+    values = np.asarray(costs, dtype=np.float64)
+    if values.ndim < 2:
+        values = np.broadcast_to(values, (num_stages, values.size))
+    if len(values) != num_stages:
+        raise ValueError(f"expected costs for {num_stages} stages, got {len(values)} rows")
+    num_layers = values.shape[1]
     if num_layers < num_stages:
         raise ValueError(
             f"stage {num_layers} of {num_stages} is left without layers: there are only "
@@ -50,16 +59,19 @@ def balance(costs: Sequence[float], num_stages: int) -> tuple[range, ...]:
         )
     if not np.all(np.isfinite(values)) or np.any(values < 0):
         raise ValueError(f"expected finite costs >= 0, got {list(costs)}")
-    total = np.concatenate(([0.0], np.cumsum(values)))
-    limit = _bottleneck(total, num_stages)
-    return cut(num_layers, num_stages, _even_cuts(total, num_stages, limit))
+    totals = np.concatenate((np.zeros((num_stages, 1)), np.cumsum(values, axis=1)), axis=1)
+    limit = _bottleneck(totals)
+    return cut(num_layers, num_stages, _even_cuts(totals, limit))
 
 
-def _bottleneck(total: NDArray[np.float64], num_stages: int) -> float:
-    """Return the smallest possible cost of the most expensive of num_stages non-empty stages."""
-    best = total.copy()
+def _bottleneck(totals: NDArray[np.float64]) -> float:
+    """Return the smallest possible cost of the most expensive of the stages, none empty.
+
+    totals: per stage, of the first 0, 1, 2, ... layers.
+    """
+    best = totals[0].copy()
     best[0] = np.inf
-    for stage in range(1, num_stages):
+    for stage, total in enumerate(totals[1:], 1):
         longer = np.full_like(best, np.inf)
         for end in range(stage + 1, len(total)):
             firsts = np.arange(stage, end)
@@ -68,12 +80,12 @@ def _bottleneck(total: NDArray[np.float64], num_stages: int) -> float:
     return float(best[-1])
 
 
-def _even_cuts(total: NDArray[np.float64], num_stages: int, limit: float) -> list[int]:
+def _even_cuts(totals: NDArray[np.float64], limit: float) -> list[int]:
     """Return the boundaries of least summed squares among those whose stages stay within limit."""
-    squares = np.where(total <= limit, total**2, np.inf)
+    squares = np.where(totals[0] <= limit, totals[0] ** 2, np.inf)
     squares[0] = np.inf
     choices = []
-    for stage in range(1, num_stages):
+    for stage, total in enumerate(totals[1:], 1):
         longer = np.full_like(squares, np.inf)
         choice = np.zeros(len(total), dtype=np.int64)
         for end in range(stage + 1, len(total)):
@@ -84,7 +96,7 @@ def _even_cuts(total: NDArray[np.float64], num_stages: int, limit: float) -> lis
             longer[end], choice[end] = sums[pick], firsts[pick]
         squares = longer
         choices.append(choice)
-    boundaries = [len(total) - 1]
+    boundaries = [totals.shape[1] - 1]
     for choice in reversed(choices):
         boundaries.append(int(choice[boundaries[-1]]))
     return boundaries[:0:-1]

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from .actions import Action
+from .balancing import balanced_stages
 from .batch import clone_tensors, global_leaves, join_rows, row_bounds, split_rows
 from .clip import clip_over_stages
-from .layers import StageLayers, named_layers, split_layers
+from .layers import StageLayers, named_layers
 from .mesh import Mesh
 from .messages import broadcast_value
+from .partition import cut
 from .plan import PlanFunction, check_plan, plan_named, whole_plan
 from .random_keys import Samples, name_layers
 from .reducer import Reducer, ReductionRecord
@@ -66,8 +68,10 @@ class Pipeline:
         their rows. "sum" if it is a sum over its rows.
     microbatches: at most so many; a batch of fewer rows makes fewer. Their rows may be unequal.
     schedule: a name of `PLANS`, or a plan function; checked before it runs.
-    boundaries: the first layer of every stage but the first. Without them, the stages are balanced
-        by their numbers of parameters.
+    boundaries: the first layer of every stage but the first.
+    balance: without boundaries, what is to be as equal as can be: "parameters"; "time" of forward
+        and backward, or "memory" of parameters and kept activations, measured on `sample`.
+    sample: a micro-batch, as x of `step`; needed on rank 0 where layers are measured.
     bucket_bytes, wire_dtype, broadcast_buffers: of the reduction over mesh.data, as in
         DataParallel.
     reduction: "bucket", or "tree" for gradients and losses that are the same to the last bit for
@@ -75,6 +79,7 @@ class Pipeline:
         replicas in order, and they are added in one fixed binary tree, in the gradients' own dtype.
 
     Attributes:
+        stages: the layers of every stage, as ranges.
         steps_taken: steps so far; with the samples it keys random layers, so a resumed run sets it.
 
     Collective over mesh.comm. Parameters and buffers start as those of replica 0. ValueError on
@@ -92,6 +97,8 @@ class Pipeline:
         microbatches: int = 8,
         schedule: str | PlanFunction = "1f1b",
         boundaries: Sequence[int] | None = None,
+        balance: str = "parameters",
+        sample: Any = None,
         bucket_bytes: int = 4 << 20,
         wire_dtype: str | None = None,
         broadcast_buffers: bool = True,
@@ -130,13 +137,20 @@ class Pipeline:
             f"loss_reduction {loss_reduction}",
             f"reduction {reduction}",
             f"boundaries {None if boundaries is None else list(boundaries)}",
+            f"balance {balance}",
             f"layers {' '.join(name for name, _ in named)}",
             *describe(whole.named_parameters()),
             *describe(whole.named_buffers()),
         ]
         check_equal(mesh.comm, lines, "settings, parameters or buffers of the pipeline")
 
-        stages = split_layers(named, mesh.pipe.size, boundaries)
+        if boundaries is None:
+            count = microbatches if reduction == "bucket" else -(-microbatches // mesh.data.size)
+            in_flight = check_plan(self._plan(count), count).peak_activations
+            stages = balanced_stages(named, mesh.comm, balance, in_flight, sample)
+        else:
+            stages = cut(len(named), mesh.pipe.size, boundaries)
+        self.stages = stages
         self._layers = StageLayers(named, stages, mesh.pipe.rank)
         self._stage = Stage(self._layers.module, mesh.pipe.rank)
         broadcast_tensors(mesh.data, self._layers.tensors(), 0, bucket_bytes)

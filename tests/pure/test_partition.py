@@ -31,6 +31,33 @@ def test_balance_is_optimal_by_exhaustion(costs, num_stages):
     assert (max(found), sum(x * x for x in found)) == best
 
 
+@given(st.data())
+def test_costs_that_differ_by_stage_are_optimal_by_exhaustion(data):
+    num_stages = data.draw(st.integers(1, 4))
+    num_layers = data.draw(st.integers(num_stages, 7))
+    row = st.lists(st.integers(0, 20), min_size=num_layers, max_size=num_layers)
+    costs = data.draw(st.lists(row, min_size=num_stages, max_size=num_stages))
+
+    def each(stages):
+        return [sum(costs[s][i] for i in stage) for s, stage in enumerate(stages)]
+
+    every = [
+        each(cut(num_layers, num_stages, edges))
+        for edges in combinations(range(1, num_layers), num_stages - 1)
+    ]
+    found = each(balance(costs, num_stages))
+    assert (max(found), sum(x * x for x in found)) == min(
+        (max(s), sum(x * x for x in s)) for s in every
+    )
+
+
+def test_an_early_stage_that_holds_more_gets_fewer_layers():
+    row = [1.0] * 6
+    assert [len(s) for s in balance([[2 * c for c in row], row], 2)] == [2, 4]
+    with pytest.raises(ValueError, match="costs for 3 stages, got 2 rows"):
+        balance([row, row], 3)
+
+
 def test_equal_layers():
     assert balance([1] * 8, 4) == (range(0, 2), range(2, 4), range(4, 6), range(6, 8))
 

@@ -13,7 +13,7 @@ from ..parallel.mesh import Mesh
 from ..parallel.partition import balance
 from ..parallel.pipeline import Pipeline
 from .options import Grid, Options, UsageError, plan_of
-from .workload import Workload
+from .workload import Data, Workload
 
 __all__ = ["Engine", "Replicas", "Stages", "check_stages", "layers_of", "make_engine"]
 
@@ -30,6 +30,9 @@ class Engine(Protocol):
 
     @property
     def state(self) -> DataParallel | Pipeline: ...
+
+    @property
+    def layers_per_stage(self) -> tuple[int, ...]: ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
@@ -57,6 +60,10 @@ class Replicas:
     @property
     def state(self) -> DataParallel:
         return self.model
+
+    @property
+    def layers_per_stage(self) -> tuple[int, ...]:
+        return (len(self.model.module),)  # type: ignore[arg-type]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.model.named_parameters()
@@ -87,6 +94,7 @@ class Stages:
         mesh: Mesh,
         options: Options,
         microbatches: int,
+        sample: Tensor | None,
     ) -> None:
         self.pipeline = Pipeline(
             layers,
@@ -97,11 +105,17 @@ class Stages:
             bucket_bytes=int(options.bucket_mb * 2**20),
             wire_dtype=options.wire,
             reduction=options.reduction,
+            balance=options.balance,
+            sample=sample,
         )
 
     @property
     def state(self) -> Pipeline:
         return self.pipeline
+
+    @property
+    def layers_per_stage(self) -> tuple[int, ...]:
+        return tuple(map(len, self.pipeline.stages))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.pipeline.named_parameters()
@@ -138,10 +152,23 @@ def layers_of(workload: Workload, options: Options) -> list[nn.Module]:
 
 
 def make_engine(
-    layers: list[nn.Module], workload: Workload, mesh: Mesh, options: Options, grid: Grid
+    layers: list[nn.Module],
+    workload: Workload,
+    mesh: Mesh,
+    options: Options,
+    grid: Grid,
+    data: Data,
 ) -> Engine:
-    """Split the model as the grid says.  Collective over the mesh."""
+    """Split the model as the grid says, measuring on a micro-batch of `data` where it says so.
+
+    Collective over the mesh.
+    """
     # Keyed dropout asks for its samples, which the pipeline tells it, of one stage too.
     if grid.pipe == 1 and options.reduction == "bucket" and not options.dropout:
         return Replicas(layers, workload, mesh, options)
-    return Stages(layers, workload, mesh, options, grid.microbatches)
+    sample = None
+    if options.balance != "parameters":
+        x, _ = next(iter(data.batches(0)))
+        share = grid.microbatches // grid.data if options.reduction == "tree" else grid.microbatches
+        sample = x[: len(x) // share]
+    return Stages(layers, workload, mesh, options, grid.microbatches, sample)

@@ -40,6 +40,7 @@ class Options:
     bucket_mb: float
     wire: str | None
     reduction: str
+    balance: str
     dropout: float
     report: Path | None
     dump: Path | None
@@ -91,6 +92,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         bucket_mb=found.bucket_mb,
         wire=found.wire_dtype if found.wire is None else found.wire,
         reduction=found.reduction,
+        balance=found.balance,
         dropout=found.dropout,
         report=found.report,
         dump=found.dump,
@@ -200,6 +202,13 @@ def _parser() -> argparse.ArgumentParser:
         default="bucket",
         help="tree: weights that are the same to the last bit for every grid; --microbatches are"
         f" those of the global batch then (default: {TREE_MICROBATCHES})",
+    )
+    split.add_argument(
+        "--balance",
+        choices=("parameters", "time", "memory"),
+        default="parameters",
+        help="what is to be equal over the stages; time and memory are measured on a micro-batch"
+        " (default: parameters)",
     )
     train = parser.add_argument_group("training")
     train.add_argument(
