@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,8 +23,10 @@ from ..kernels.records import (
     WorkWord,
 )
 from . import fused
+from .call_codes import describe_code
 from .errors import CommError, MismatchError
-from .memory import Block, Handle, Mapping, Memory
+from .memory import Block
+from .node_memory import NodeMemory, patience
 from .transport.base import Request
 from .work import Steps
 
@@ -43,66 +44,6 @@ _NAP = 30
 """Microseconds between two looks of the background thread."""
 
 _NAPS = 300
-
-
-class NodeMemory:
-    """The memories of a node's ranks, all mapped by all of them, or by none.
-
-    token: what the ranks of one node agree on; 0 without shared memory.
-    reason: why there is none.
-    traces: every rank's ring of operations, for trace.entries_in.
-    """
-
-    def __init__(self, node: Communicator) -> None:
-        """Create this rank's memory and map the others'; collective over the node."""
-        self.rank = node.rank
-        self.memory: Memory | None = None
-        self.token = 0
-        self.reason = ""
-        self.addresses: list[int] = []
-        self._mappings: list[Mapping] = []
-        self.traces: list[npt.NDArray[np.uint8]] = []
-        handle = np.zeros(4, np.int64)
-        try:
-            self.memory = Memory(node.rank, node.size)
-            handle = self.memory.handle.words()
-        except (OSError, ValueError) as error:
-            self.reason = f"rank {node.rank} of the node gets no shared memory: {error}"
-        handles = node.allgather(handle)
-        if handles.all(axis=1).all():
-            self._open(handles)
-        told = np.array([not self.reason], np.uint8)
-        if node.allreduce(told, op="min")[0]:
-            self.token = int(handles[0, 3])
-        else:
-            self.reason = self.reason or "another rank of the node cannot map this rank's memory"
-
-    def release(self, block: Block) -> None:
-        """Take a block back."""
-        assert self.memory is not None
-        self.memory.release(block)
-
-    def _open(self, handles: Words) -> None:
-        assert self.memory is not None
-        try:
-            for rank, words in enumerate(handles.tolist()):
-                if rank == self.rank:
-                    self.addresses.append(self.memory.address)
-                    self.traces.append(self.memory.trace)
-                else:
-                    self._mappings.append(Mapping(Handle(*words)))
-                    self.addresses.append(self._mappings[-1].address)
-                    self.traces.append(self._mappings[-1].trace)
-        except (OSError, CommError) as error:
-            self.reason = str(error)
-
-
-def patience(num_ranks: int) -> tuple[int, int]:
-    """Return how often a rank spins, and then yields, before it returns to Python.
-
-    It spins where every rank of the node has a core, and yields where they share cores.
-    """
-    return (2000, 20) if num_ranks <= len(os.sched_getaffinity(0)) else (20, 100)
 
 
 class Board:
@@ -366,23 +307,3 @@ def fused_eagerly(call: Call) -> bool:
         for r in (0, s.root)
     ]
     return max(shown) <= fused.EAGER_BYTES
-
-
-_OPS = ("", "sum", "mean", "min", "max", "prod")
-
-
-def code_of(name: str, op: str, dtype: str) -> int:
-    """Return a number for a call that ranks can compare."""
-    from .dtypes import DTYPES
-
-    names = (*fused.NAMES, "")
-    return (names.index(name) * 8 + _OPS.index(op)) * 64 + list(DTYPES).index(dtype)
-
-
-def describe_code(code: int) -> str:
-    """Return the text of a `code_of`."""
-    from .dtypes import DTYPES
-
-    name = (*fused.NAMES, "")[code // 512]
-    op = _OPS[code // 64 % 8]
-    return f"{name}({op + ', ' if op else ''}{list(DTYPES)[code % 64]})"

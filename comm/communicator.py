@@ -30,8 +30,9 @@ from .tune import Tuning, parse, share_text
 from .work import Prepared, Receipt, Steps, Work
 
 if TYPE_CHECKING:
-    from .board import Board, Meeting, NodeMemory
+    from .board import Board, Meeting
     from .device_operations import DeviceOperations
+    from .node_memory import NodeMemory
 
 Algorithm = str | Schedule | None
 
@@ -153,7 +154,7 @@ class Communicator:
     def _share(self) -> None:
         """Map the memory of the ranks on this node; collective."""
         if self._settings.shared:
-            from .board import NodeMemory
+            from .node_memory import NodeMemory
 
             nodes = NodeMemory(self.node)
             if nodes.token and nodes.memory is not None:

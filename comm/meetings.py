@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from .arithmetic import mean_scales
-from .board import Board, Call, Meeting, code_of
+from .board import Board, Call, Meeting
 from .buffer import Buffer, wrap
+from .call_codes import code_of
 from .dtypes import DType
 from .fused import Shape
 from .trace import Signature

@@ -219,7 +219,7 @@ def test_a_rank_that_cannot_share_sends_all_to_messages(
         raise OSError("no memory of this kind")
 
     if comm.rank == comm.size - 1:
-        monkeypatch.setattr(f"ringfold.comm.board.{what}", refuse)
+        monkeypatch.setattr(f"ringfold.comm.node_memory.{what}", refuse)
     with Communicator() as other:
         for x in (np.ones(5), other.empty(LARGE)):
             x[:] = comm.rank + 1

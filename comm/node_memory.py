@@ -1,0 +1,77 @@
+"""The memories of the ranks of one node, mapped by all of them."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import CommError
+from .memory import Block, Handle, Mapping, Memory
+
+if TYPE_CHECKING:
+    from .communicator import Communicator
+
+Words = npt.NDArray[np.int64]
+
+
+class NodeMemory:
+    """The memories of a node's ranks, all mapped by all of them, or by none.
+
+    token: what the ranks of one node agree on; 0 without shared memory.
+    reason: why there is none.
+    traces: every rank's ring of operations, for trace.entries_in.
+    """
+
+    def __init__(self, node: Communicator) -> None:
+        """Create this rank's memory and map the others'; collective over the node."""
+        self.rank = node.rank
+        self.memory: Memory | None = None
+        self.token = 0
+        self.reason = ""
+        self.addresses: list[int] = []
+        self._mappings: list[Mapping] = []
+        self.traces: list[npt.NDArray[np.uint8]] = []
+        handle = np.zeros(4, np.int64)
+        try:
+            self.memory = Memory(node.rank, node.size)
+            handle = self.memory.handle.words()
+        except (OSError, ValueError) as error:
+            self.reason = f"rank {node.rank} of the node gets no shared memory: {error}"
+        handles = node.allgather(handle)
+        if handles.all(axis=1).all():
+            self._open(handles)
+        told = np.array([not self.reason], np.uint8)
+        if node.allreduce(told, op="min")[0]:
+            self.token = int(handles[0, 3])
+        else:
+            self.reason = self.reason or "another rank of the node cannot map this rank's memory"
+
+    def release(self, block: Block) -> None:
+        """Take a block back."""
+        assert self.memory is not None
+        self.memory.release(block)
+
+    def _open(self, handles: Words) -> None:
+        assert self.memory is not None
+        try:
+            for rank, words in enumerate(handles.tolist()):
+                if rank == self.rank:
+                    self.addresses.append(self.memory.address)
+                    self.traces.append(self.memory.trace)
+                else:
+                    self._mappings.append(Mapping(Handle(*words)))
+                    self.addresses.append(self._mappings[-1].address)
+                    self.traces.append(self._mappings[-1].trace)
+        except (OSError, CommError) as error:
+            self.reason = str(error)
+
+
+def patience(num_ranks: int) -> tuple[int, int]:
+    """Return how often a rank spins, and then yields, before it returns to Python.
+
+    It spins where every rank of the node has a core, and yields where they share cores.
+    """
+    return (2000, 20) if num_ranks <= len(os.sched_getaffinity(0)) else (20, 100)
