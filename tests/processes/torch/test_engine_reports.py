@@ -184,7 +184,7 @@ def test_pr18_layers_frozen_and_unfrozen_while_training(comm):
         assert step((1, 5)) == (None, 3.0)
         if two.rank == 1:
             module.a.requires_grad_(True)
-        with pytest.raises(ValueError, match="requires_grad.* a frozen on rank 0; a trainable on"):
+        with pytest.raises(ValueError, match=r"requires_grad.* a frozen on rank 0; a trainable on"):
             step((1, 5))
 
 
