@@ -6,7 +6,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -156,12 +156,21 @@ class Call:
     after: float = 1.0
 
 
-class Waiting:
-    """What a work that waits on a board shows of it: the rank that has not come."""
+class Served(Protocol):
+    """A work that compiled code goes on with: the address of its record, and of the C function."""
 
-    def __init__(self, peer: int, meeting: Meeting) -> None:
+    address: int
+
+    @property
+    def function(self) -> int: ...
+
+
+class Waiting:
+    """What a work in shared memory shows of itself: the rank that it waits for."""
+
+    def __init__(self, peer: int, work: Served) -> None:
         self.peer = peer
-        self.meeting = meeting
+        self.work = work
 
     def done(self) -> bool:
         """Tell nothing: only the work itself can look."""
@@ -169,7 +178,7 @@ class Waiting:
 
 
 class Server:
-    """Goes on with meetings in compiled code, on a thread that holds no interpreter lock."""
+    """Goes on with works in compiled code, on a thread that holds no interpreter lock."""
 
     def __init__(self) -> None:
         self._usleep = ctypes.cast(ctypes.CDLL(None).usleep, ctypes.c_void_p).value or 0
@@ -183,8 +192,10 @@ class Server:
         """Go on with what waits until one work can be finished, a moment at most."""
         from ..kernels.meeting import serve_kernel
 
-        records = np.array([one.meeting.address for one in waiting], np.int64)
-        serve_kernel()(records, self._stop.ctypes.data, self._usleep, _NAP, _NAPS)
+        functions = np.array([one.work.function for one in waiting], np.int64)
+        records = np.array([one.work.address for one in waiting], np.int64)
+        stop = self._stop.ctypes.data
+        serve_kernel()(functions, records, stop, self._usleep, _NAP, _NAPS)
 
 
 class Meeting:
@@ -233,6 +244,13 @@ class Meeting:
 
     def _own(self, entry: int, address: int) -> None:
         self._lists[Where.OWN, entry] = address
+
+    @property
+    def function(self) -> int:
+        """Return the address of the C function that goes on with it."""
+        from ..kernels.meeting import advance_callback
+
+        return advance_callback()
 
     def result_at(self, address: int) -> None:
         """Let the next run write its result to an address."""

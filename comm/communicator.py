@@ -32,6 +32,7 @@ from .work import Prepared, Receipt, Steps, Work
 if TYPE_CHECKING:
     from .board import Board, Meeting
     from .device_operations import DeviceOperations
+    from .mailboxes import Mailboxes
     from .node_memory import NodeMemory
 
 Algorithm = str | Schedule | None
@@ -136,6 +137,7 @@ class Communicator:
         self._tuning: Tuning | None = None
         self._nodes: NodeMemory | None = None
         self._board: Board | None = None
+        self._mail: Mailboxes | None = None
         self.node = (
             self
             if is_node
@@ -184,6 +186,7 @@ class Communicator:
     def _meet(self, nodes: NodeMemory) -> None:
         """Meet in shared memory where all ranks of the group can; collective."""
         from .board import Board
+        from .mailboxes import Mailboxes
 
         if self.node is not self and self.node._nodes is None:
             self.node._meet(nodes)
@@ -191,8 +194,9 @@ class Communicator:
         self._board = Board.open(self, nodes)
         if self._board is not None:
             self._board.note_in(self._ring, self._counter)
+        self._mail = None if self.size == 1 else Mailboxes.open(self, nodes)
         memory = nodes.memory if nodes.token else None
-        self._operations.share(memory, self._board, nodes.reason)
+        self._operations.share(memory, self._board, self._mail, nodes.reason)
 
     def recent(self, last: int = 16) -> tuple[Entry, ...]:
         """Return the last operations of this rank over all of its groups, the oldest first.
@@ -391,17 +395,20 @@ class Communicator:
         self._transport.close()
 
     def _unshare(self) -> None:
-        """Give the board back, once nobody looks at it any more."""
+        """Give board and boxes back, once nobody looks at them any more."""
         board, self._board = self._board, None
-        if board is None:
+        mail, self._mail = self._mail, None
+        if self._nodes is None or self.size == 1:  # the same on all ranks
             return
-        self._operations.share(board.memory, None)
+        self._operations.share(self._nodes.memory, None)
         self._memo.forget()
         try:
             self.barrier()
         except CommError:
             return  # a rank is gone, and those left may still look: its memory ends with the job
-        board.close()
+        for shared in (board, mail):
+            if shared is not None:
+                shared.close()
 
     def __enter__(self) -> Communicator:
         return self

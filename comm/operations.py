@@ -25,6 +25,7 @@ from .collective import COLLECTIVES
 from .dtypes import DTYPES, DType
 from .errors import CommError, ScheduleError
 from .executor import MOVE, NETWORK_WINDOW, WINDOW, Arithmetic, Lane, execute
+from .mailboxes import Mailboxes
 from .meetings import Meetings
 from .memory import Memory, owner_of
 from .program import Op, Program, lower
@@ -62,6 +63,7 @@ class Operations:
         self._proven = lru_cache(maxsize=64)(verify)
         self._memory: Memory | None = None
         self._meetings: Meetings | None = None
+        self._mail: Mailboxes | None = None
         self._lacking = ""
         self._tuning: Tuning | None = None
         self._nodes: Nodes | None = None
@@ -77,14 +79,21 @@ class Operations:
         """From now on, choose by what was measured on this machine."""
         self._tuning = tuning
 
-    def share(self, memory: Memory | None, board: Board | None, lacking: str = "") -> None:
-        """From now on, use this rank's shared memory, and meet on a board where there is one.
+    def share(
+        self,
+        memory: Memory | None,
+        board: Board | None,
+        mail: Mailboxes | None = None,
+        lacking: str = "",
+    ) -> None:
+        """From now on, use this rank's shared memory: meet on the board, and send by the boxes.
 
         lacking: why the node shares no memory, for receipts.
         """
         self._memory = memory
         self._lacking = f"; no shared memory: {lacking}" if lacking else ""
         self._meetings = None if board is None else Meetings(board)
+        self._mail = mail
 
     # -- collectives -------------------------------------------------------------------------
 
@@ -293,12 +302,16 @@ class Operations:
     # -- point to point ----------------------------------------------------------------------
 
     def send(self, x: Any, dst: int, tag: int = 0) -> Prepared:
-        buffer = self._wrap(x, writable=False)
-        return self._message("send", Op.SEND, buffer, self.peer(dst, "dst"), self.tag(tag))
+        buffer, dst, tag = self._wrap(x, writable=False), self.peer(dst, "dst"), self.tag(tag)
+        if self._mail and self._mail.reaches(dst):
+            return self._mail.send(buffer, dst, tag)
+        return self._message("send", Op.SEND, buffer, dst, tag)
 
     def recv(self, x: Any, src: int, tag: int = 0) -> Prepared:
-        buffer = self._wrap(x, writable=True)
-        return self._message("recv", Op.RECV, buffer, self.peer(src, "src"), self.tag(tag))
+        buffer, src, tag = self._wrap(x, writable=True), self.peer(src, "src"), self.tag(tag)
+        if self._mail and self._mail.reaches(src):
+            return self._mail.recv(buffer, src, tag)
+        return self._message("recv", Op.RECV, buffer, src, tag)
 
     def _message(self, name: str, op: Op, buffer: Buffer, peer: int, tag: int) -> Prepared:
         transport = self._transport
@@ -320,7 +333,7 @@ class Operations:
                 buffer.commit()
             return buffer.owner
 
-        receipt = Receipt(name, "message", transport.name, 1, data.size)
+        receipt = Receipt(name, "message", transport.name, 1, data.size, self._lacking[2:])
         signature = Signature(name, "", buffer.dtype.name, buffer.flat.size, peer)
         return Prepared(receipt, Channel.POINT_TO_POINT, run, signature)
 

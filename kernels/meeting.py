@@ -13,7 +13,7 @@ import numpy as np
 from numba import types
 from numba.np.numpy_support import carray
 
-from .compiled import Kernel, compile_kernel, flat
+from .compiled import Kernel, compile_callback, compile_kernel, flat
 from .native import call, copy_bytes, load, nanoseconds, relax, store, try_lock
 from .records import (
     ALL,
@@ -245,24 +245,37 @@ def advance_kernel() -> Kernel:
 
 
 @functools.cache
-def serve_kernel() -> Kernel:
-    """Return the compiled (work records, stop, usleep, microseconds, naps) -> None.
+def advance_callback() -> int:
+    """Return the address of the same as a C function, for `serve_kernel`."""
 
-    It goes on with the works, and naps in between, until one of them has ended, the word at `stop`
-    is not 0, or all naps are taken.
+    def advance_meeting_here(record: Any) -> Any:
+        return _advance_alone(record)
+
+    return compile_callback("advance_meeting_here", advance_meeting_here)
+
+
+@functools.cache
+def serve_kernel() -> Kernel:
+    """Return the compiled (functions, records, stop, usleep, microseconds, naps) -> None.
+
+    It goes on with the works, each by its C function of its record, and naps in between, until one
+    of them has ended, the word at `stop` is not 0, or all naps are taken.
     """
 
-    def serve_meetings(records: Any, stop: Any, usleep: Any, microseconds: Any, naps: Any) -> None:
+    def serve_works(
+        functions: Any, records: Any, stop: Any, usleep: Any, microseconds: Any, naps: Any
+    ) -> None:
         for _ in range(naps):
             if load(stop) != 0:
                 return
             for k in range(records.size):
-                if _advance_alone(records[k]) != _RUNNING:
+                if call(functions[k], records[k]) != _RUNNING:
                     return
             call(usleep, microseconds)
 
     word = types.int64
-    return compile_kernel("serve_meetings", serve_meetings, flat(word), word, word, word, word)
+    words = flat(word)
+    return compile_kernel("serve_works", serve_works, words, words, word, word, word, word)
 
 
 @functools.cache

@@ -1,0 +1,253 @@
+"""Messages between ranks of one node, through memory that they map of each other."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from ..kernels.mailbox import BOX_BYTES, SLOT_BYTES, SLOTS, Letter, Slot
+from ..kernels.records import Status
+from .board import Waiting
+from .buffer import Buffer
+from .errors import MismatchError
+from .memory import Block, Memory
+from .node_memory import NodeMemory, patience
+from .trace import Signature
+from .transport.base import Request
+from .work import Prepared, Receipt, Steps
+
+if TYPE_CHECKING:
+    from .communicator import Communicator
+
+Words = npt.NDArray[np.int64]
+
+BUFFERED_BYTES = 1 << 20
+"""Messages up to here are copied at once, so that their sender can go on."""
+
+OUTSTANDING_BYTES = 64 << 20
+"""Copies that nobody has received yet; above, senders wait for their receivers."""
+
+WINDOW_BYTES = 1 << 19
+PIECE_BYTES = 1 << 17
+"""Larger private messages pass through a window, piece by piece."""
+
+_SPARE_BYTES = 16 << 20
+
+
+class Pool:
+    """Blocks of a rank's memory for what it sends: taken, lent to a message, and used again."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._spare: dict[int, list[npt.NDArray[np.uint8]]] = {}
+        self._spare_bytes = 0
+        self._lent: deque[tuple[Callable[[], bool], npt.NDArray[np.uint8]]] = deque()
+        self.outstanding = 0
+
+    def take(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Return a block of at least nbytes."""
+        self._collect()
+        room = max(1 << (nbytes - 1).bit_length(), 4096) if nbytes else 4096
+        spare = self._spare.get(room)
+        if spare:
+            self._spare_bytes -= room
+            return spare.pop()
+        return self._memory.lend(room)
+
+    def lend(self, block: npt.NDArray[np.uint8], returned: Callable[[], bool]) -> None:
+        """Take the block back some time after `returned` tells so."""
+        self.outstanding += block.size
+        self._lent.append((returned, block))
+
+    def _collect(self) -> None:
+        for _ in range(len(self._lent)):
+            returned, block = self._lent.popleft()
+            if not returned():
+                self._lent.append((returned, block))
+                if self.outstanding < OUTSTANDING_BYTES:
+                    return  # the oldest is the likeliest to have come back
+                continue
+            self.outstanding -= block.size
+            if self._spare_bytes < _SPARE_BYTES:
+                self._spare.setdefault(block.size, []).append(block)
+                self._spare_bytes += block.size
+
+
+@dataclass
+class Box:
+    """The messages of one ordered pair of ranks, as one of them sees it.
+
+    address: of the slots.  base: where the sender's memory begins, in this process.
+    low: a word below which a receiver has finished with every message.
+    """
+
+    address: int
+    base: int
+    low: Words
+    sent: int = 0
+
+
+class Mailboxes:
+    """Send and receive between this rank and those of its group that share its memory."""
+
+    def __init__(self, rank: int, members: Words, nodes: NodeMemory, block: Block) -> None:
+        """members: a row per rank: (node token, node rank, offset of its boxes)."""
+        assert nodes.memory is not None
+        self.rank = rank
+        self._memory = nodes.memory
+        self._block = block
+        self._pool = Pool(nodes.memory)
+        self._inboxes: dict[int, Box] = {}
+        self._outboxes: dict[int, Box] = {}
+        own_base = nodes.addresses[nodes.rank]
+        for peer, (token, node_rank, offset) in enumerate(members.tolist()):
+            if token == nodes.token:
+                base = nodes.addresses[node_rank]
+                slots = base + offset + rank * BOX_BYTES
+                self._inboxes[peer] = Box(slots, base, np.ones(1, np.int64))
+                slots = own_base + block.offset + peer * BOX_BYTES
+                self._outboxes[peer] = Box(slots, own_base, np.ones(1, np.int64))
+        self._ordinals: Counter[tuple[bool, int, int]] = Counter()
+        self._yield = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+        self._patience = patience(len(nodes.addresses))
+
+    @classmethod
+    def open(cls, comm: Communicator, nodes: NodeMemory) -> Mailboxes | None:
+        """Open the boxes of a group; collective. None where this rank shares no memory."""
+        row = np.zeros(3, np.int64)
+        block = None
+        if nodes.token and nodes.memory is not None:
+            block = nodes.memory.allocate(comm.size * BOX_BYTES)
+            row[:] = nodes.token, nodes.rank, block.offset
+        members = comm.allgather(row)
+        return None if block is None else cls(comm.rank, members, nodes, block)
+
+    def reaches(self, peer: int) -> bool:
+        """Tell whether this rank and the peer share memory; both see it alike."""
+        return peer in self._inboxes
+
+    def close(self) -> None:
+        """Give the memory back, which no rank of the group may use any more."""
+        self._memory.release(self._block)
+
+    def send(self, buffer: Buffer, dst: int, tag: int) -> Prepared:
+        """Prepare a message to a rank that this one reaches."""
+        nbytes = buffer.flat.nbytes
+        place = None if buffer.staged else self._memory.place(_address(buffer), nbytes)
+        if nbytes <= BUFFERED_BYTES:
+            reason = "copied for the receiver"
+        elif place is not None:
+            reason = "the receiver reads the buffer"
+        else:
+            reason = "passes through shared memory"
+
+        def run(_: int) -> Steps:
+            buffer.stage()
+            yield from self._post(buffer, dst, tag, place).steps(self._patience)
+            return buffer.owner
+
+        receipt = Receipt("send", "message", "shared", 1, nbytes, reason)
+        return Prepared(receipt, None, run, _signature("send", buffer, dst))
+
+    def recv(self, buffer: Buffer, src: int, tag: int) -> Prepared:
+        """Prepare to receive a message from a rank that this one reaches."""
+
+        def run(_: int) -> Steps:
+            buffer.stage()
+            box = self._inboxes[src]
+            words = self._words(box, False, src, tag, buffer)
+            words[Letter.BASE], words[Letter.LOW] = box.base, box.low.ctypes.data
+            yield from Message(words, self.rank, src, tag, (buffer, box)).steps(self._patience)
+            buffer.commit()
+            return buffer.owner
+
+        receipt = Receipt("recv", "message", "shared", 1, buffer.flat.nbytes)
+        return Prepared(receipt, None, run, _signature("recv", buffer, src))
+
+    def _post(self, buffer: Buffer, dst: int, tag: int, place: int | None) -> Message:
+        box, nbytes = self._outboxes[dst], buffer.flat.nbytes
+        words = self._words(box, True, dst, tag, buffer)
+        box.sent += 1
+        words[Letter.SEQUENCE] = box.sent
+        if nbytes > BUFFERED_BYTES and place is not None:
+            words[Letter.PLACE], words[Letter.WINDOW] = place, nbytes
+            return Message(words, self.rank, dst, tag, buffer)
+        at_once = nbytes <= BUFFERED_BYTES and self._pool.outstanding < OUTSTANDING_BYTES
+        room = nbytes if at_once else min(nbytes, WINDOW_BYTES)
+        if not at_once and nbytes <= WINDOW_BYTES:
+            room = min(PIECE_BYTES, nbytes)
+        window = self._pool.take(room)
+        address = int(window.__array_interface__["data"][0])
+        words[Letter.PLACE] = address - box.base
+        words[Letter.WINDOW_AT], words[Letter.WINDOW] = address, max(room, 1)
+        words[Letter.PIECE] = min(PIECE_BYTES, max(room, 1))
+        self._pool.lend(window, _returned(box, box.sent))
+        return Message(words, self.rank, dst, tag, (buffer, window))
+
+    def _words(self, box: Box, sends: bool, peer: int, tag: int, buffer: Buffer) -> Words:
+        self._ordinals[sends, peer, tag] += 1
+        words = np.zeros(Letter.WORDS, np.int64)
+        words[Letter.SENDS], words[Letter.BOX] = sends, box.address
+        words[Letter.TAG] = tag
+        words[Letter.ORDINAL] = self._ordinals[sends, peer, tag]
+        words[Letter.NBYTES], words[Letter.ADDRESS] = buffer.flat.nbytes, _address(buffer)
+        words[Letter.YIELD] = self._yield
+        return words
+
+
+class Message:
+    """One message under way."""
+
+    def __init__(self, words: Words, rank: int, peer: int, tag: int, keeps: object) -> None:
+        """keeps: what must stay alive until the message has ended."""
+        self._words, self._rank, self._peer, self._tag = words, rank, peer, tag
+        self._keeps = keeps
+        self.address = int(words.ctypes.data)
+
+    @property
+    def function(self) -> int:
+        """Return the address of the C function that goes on with it."""
+        from ..kernels.mailbox import advance_letter_callback
+
+        return advance_letter_callback()
+
+    def steps(self, patience: tuple[int, int]) -> Steps:
+        """Go on until the message has ended; patience: of a rank that waits for nothing else."""
+        from ..kernels.mailbox import abandon_letter_kernel, advance_letter_kernel
+
+        advance = advance_letter_kernel()
+        waits: list[Request] = [Waiting(self._peer, self)]
+        words = self._words
+        try:
+            while (status := advance(self.address)) == Status.RUNNING:
+                patient = yield waits
+                words[Letter.SPINS], words[Letter.YIELDS] = patience if patient else (0, 0)
+        except GeneratorExit:
+            abandon_letter_kernel()(self.address)
+            raise
+        if status == Status.MISMATCH:
+            sides = [(self._rank, words[Letter.NBYTES]), (self._peer, words[Letter.FOUND])]
+            (src, sent), (dst, wanted) = sides if words[Letter.SENDS] else reversed(sides)
+            raise MismatchError(
+                f"rank {src} sends {sent} bytes where rank {dst} expects {wanted} (tag {self._tag})"
+            )
+
+
+def _signature(name: str, buffer: Buffer, peer: int) -> Signature:
+    return Signature(name, "", buffer.dtype.name, buffer.flat.size, peer)
+
+
+def _address(buffer: Buffer) -> int:
+    return int(buffer.flat.__array_interface__["data"][0])
+
+
+def _returned(box: Box, sequence: int) -> Callable[[], bool]:
+    address = box.address + sequence % SLOTS * SLOT_BYTES + 8 * Slot.DONE
+    done = ctypes.c_int64.from_address(address)
+    return lambda: done.value >= sequence

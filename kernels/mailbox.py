@@ -1,0 +1,285 @@
+"""Carry one message between two ranks through memory that both map.
+
+The sender writes what it sends into a slot of its box for the receiver, in the order of its sends;
+the receiver looks for its tag, copies the bytes to their place, and marks the slot as done. Where
+the sender's buffer is mapped by the receiver it is read there, else the bytes pass through a window
+of the sender's: a window as large as the message lets the sender go on at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.np.numpy_support import carray
+
+from .compiled import Kernel, compile_callback, compile_kernel
+from .native import call, copy_bytes, load, relax, store, try_lock
+from .records import LINE_BYTES, Status
+from .scalars import compiled, pointer_to
+
+SLOTS = 256
+"""Messages between two ranks that may be under way; the next waits for the oldest."""
+
+SLOT_BYTES = 3 * LINE_BYTES
+BOX_BYTES = SLOTS * SLOT_BYTES
+
+
+class Slot(IntEnum):
+    """Words of a slot: two cache lines that the sender writes, and one that the receiver does.
+
+    SEQUENCE: the message's number among all of its box, from 1; written last.
+    ORDINAL: its number among those with its tag.
+    PLACE: where its bytes, or its window of WINDOW bytes, lie in the sender's memory.
+    PRODUCED, CONSUMED: bytes that are there, and that were copied; CONSUMED is -1 - n where the
+    receiver refuses the message, since it wants n bytes.
+    DONE: SEQUENCE of the last message here that the receiver has finished with.
+    """
+
+    SEQUENCE = 0
+    TAG = 1
+    ORDINAL = 2
+    NBYTES = 3
+    PLACE = 4
+    WINDOW = 5
+    PRODUCED = 8
+    CONSUMED = 16
+    DONE = 17
+
+
+class Letter(IntEnum):
+    """Words of a rank's record of one message.
+
+    SEQUENCE: as in the slot; for a receiver 0 until it has found it.
+    ADDRESS: of the user's bytes.  BASE: where the sender's memory is mapped at the receiver.
+    WINDOW_AT: address of the sender's window, 0 where its buffer is read in place.
+    PIECE: bytes that it copies at once; WINDOW is a multiple, or as large as the message.
+    LOW: address of a word of the receiver's, below which all messages of the box are done.
+    FOUND: the bytes that the other side has in mind, where the lengths differ.
+    """
+
+    STATUS = 0
+    LOCK = 1
+    SENDS = 2
+    BOX = 3
+    SEQUENCE = 4
+    TAG = 5
+    ORDINAL = 6
+    NBYTES = 7
+    ADDRESS = 8
+    PLACE = 9
+    WINDOW_AT = 10
+    WINDOW = 11
+    PIECE = 12
+    PUBLISHED = 13
+    MOVED = 14
+    BASE = 15
+    LOW = 16
+    FOUND = 17
+    YIELD = 18
+    SPINS = 19
+    YIELDS = 20
+    WORDS = 21
+
+
+_RUNNING, _DONE = np.int64(Status.RUNNING), np.int64(Status.DONE)
+_MISMATCH, _REFUSED = np.int64(Status.MISMATCH), np.int64(Status.REFUSED)
+_S_SEQUENCE, _S_TAG, _S_ORDINAL = int(Slot.SEQUENCE), int(Slot.TAG), int(Slot.ORDINAL)
+_S_NBYTES, _S_PLACE, _S_WINDOW = int(Slot.NBYTES), int(Slot.PLACE), int(Slot.WINDOW)
+_S_PRODUCED, _S_CONSUMED, _S_DONE = 8 * Slot.PRODUCED, 8 * Slot.CONSUMED, 8 * Slot.DONE
+_S_WORDS = SLOT_BYTES // 8
+_STATUS, _LOCK, _SENDS, _BOX = map(int, (Letter.STATUS, Letter.LOCK, Letter.SENDS, Letter.BOX))
+_SEQUENCE, _TAG, _ORDINAL = int(Letter.SEQUENCE), int(Letter.TAG), int(Letter.ORDINAL)
+_NBYTES, _ADDRESS, _PLACE = int(Letter.NBYTES), int(Letter.ADDRESS), int(Letter.PLACE)
+_WINDOW_AT, _WINDOW, _PIECE = int(Letter.WINDOW_AT), int(Letter.WINDOW), int(Letter.PIECE)
+_PUBLISHED, _MOVED, _BASE = int(Letter.PUBLISHED), int(Letter.MOVED), int(Letter.BASE)
+_LOW, _FOUND, _YIELD = int(Letter.LOW), int(Letter.FOUND), int(Letter.YIELD)
+_SPINS, _YIELDS, _WORDS = int(Letter.SPINS), int(Letter.YIELDS), int(Letter.WORDS)
+
+
+@compiled
+def _slot_of(letter: Any, sequence: Any) -> Any:
+    return letter[_BOX] + (sequence % SLOTS) * SLOT_BYTES
+
+
+@compiled
+def _pause(letter: Any, looks: Any) -> Any:
+    """Let a moment pass; tell whether patience is not exhausted yet."""
+    if looks > letter[_SPINS] + letter[_YIELDS]:
+        return False
+    if looks > letter[_SPINS]:
+        call(letter[_YIELD], 0)
+    else:
+        relax()
+    return True
+
+
+@compiled
+def _publish(letter: Any, at: Any) -> Any:
+    slot = carray(pointer_to(at, np.int64), _S_WORDS)
+    nbytes = letter[_NBYTES]
+    slot[_S_TAG] = letter[_TAG]
+    slot[_S_ORDINAL] = letter[_ORDINAL]
+    slot[_S_NBYTES] = nbytes
+    slot[_S_PLACE] = letter[_PLACE]
+    slot[_S_WINDOW] = letter[_WINDOW]
+    store(at + _S_CONSUMED, 0)
+    produced = nbytes
+    if letter[_WINDOW_AT] != 0:
+        produced = min(letter[_WINDOW], nbytes)
+        copy_bytes(letter[_WINDOW_AT], letter[_ADDRESS], produced)
+        letter[_MOVED] = produced
+    store(at + _S_PRODUCED, produced)
+    store(at, letter[_SEQUENCE])
+    letter[_PUBLISHED] = 1
+
+
+@compiled
+def _verdict(letter: Any, consumed: Any) -> Any:
+    if consumed >= 0:
+        return _DONE
+    letter[_FOUND] = -1 - consumed
+    return _MISMATCH
+
+
+@compiled
+def _send(letter: Any) -> Any:
+    at = _slot_of(letter, letter[_SEQUENCE])
+    looks = 0
+    if letter[_PUBLISHED] == 0:
+        while load(at + _S_DONE) < letter[_SEQUENCE] - SLOTS:
+            looks += 1
+            if not _pause(letter, looks):
+                return _RUNNING
+        _publish(letter, at)
+    if letter[_WINDOW_AT] == 0:
+        while load(at + _S_DONE) < letter[_SEQUENCE]:
+            looks += 1
+            if not _pause(letter, looks):
+                return _RUNNING
+        return _verdict(letter, load(at + _S_CONSUMED))
+    while letter[_MOVED] < letter[_NBYTES]:
+        moved = letter[_MOVED]
+        nbytes = min(letter[_PIECE], letter[_NBYTES] - moved)
+        consumed = load(at + _S_CONSUMED)
+        if consumed < 0:
+            return _verdict(letter, consumed)
+        if consumed + letter[_WINDOW] < moved + nbytes:
+            looks += 1
+            if not _pause(letter, looks):
+                return _RUNNING
+            continue
+        looks = 0
+        copy_bytes(letter[_WINDOW_AT] + moved % letter[_WINDOW], letter[_ADDRESS] + moved, nbytes)
+        letter[_MOVED] = moved + nbytes
+        store(at + _S_PRODUCED, moved + nbytes)
+    return _DONE
+
+
+@compiled
+def _find(letter: Any) -> Any:
+    """Return the number of the message that this letter waits for, 0 while it is not there."""
+    low = load(letter[_LOW])
+    sequence = low
+    while True:
+        at = _slot_of(letter, sequence)
+        published = load(at)
+        if published < sequence:
+            break
+        # A slot that holds a later message has long been done with this one.
+        done = published > sequence or load(at + _S_DONE) >= sequence
+        if not done:
+            slot = carray(pointer_to(at, np.int64), _S_WORDS)
+            fits = slot[_S_TAG] == letter[_TAG] and slot[_S_ORDINAL] == letter[_ORDINAL]
+            # Another thread may have taken the message meanwhile, and the slot be in use again.
+            if fits and load(at) == sequence:
+                return sequence
+        elif sequence == low:
+            low += 1
+            store(letter[_LOW], low)
+        sequence += 1
+    return np.int64(0)
+
+
+@compiled
+def _receive(letter: Any) -> Any:
+    looks = 0
+    while letter[_SEQUENCE] == 0:
+        letter[_SEQUENCE] = _find(letter)
+        if letter[_SEQUENCE] == 0:
+            looks += 1
+            if not _pause(letter, looks):
+                return _RUNNING
+    at = _slot_of(letter, letter[_SEQUENCE])
+    slot = carray(pointer_to(at, np.int64), _S_WORDS)
+    if slot[_S_NBYTES] != letter[_NBYTES]:
+        letter[_FOUND] = slot[_S_NBYTES]
+        store(at + _S_CONSUMED, -1 - letter[_NBYTES])
+        store(at + _S_DONE, letter[_SEQUENCE])
+        return _MISMATCH
+    source, window = letter[_BASE] + slot[_S_PLACE], slot[_S_WINDOW]
+    while letter[_MOVED] < letter[_NBYTES]:
+        moved = letter[_MOVED]
+        there = load(at + _S_PRODUCED) - moved
+        if there == 0:
+            looks += 1
+            if not _pause(letter, looks):
+                return _RUNNING
+            continue
+        looks = 0
+        start = moved % window
+        nbytes = min(there, window - start)
+        copy_bytes(letter[_ADDRESS] + moved, source + start, nbytes)
+        letter[_MOVED] = moved + nbytes
+        store(at + _S_CONSUMED, moved + nbytes)
+    store(at + _S_DONE, letter[_SEQUENCE])
+    return _DONE
+
+
+@compiled
+def _advance_alone(record: Any) -> Any:
+    """Go on with a letter unless another thread does so right now."""
+    if try_lock(record + 8 * _LOCK) == 0:
+        return _RUNNING
+    letter = carray(pointer_to(record, np.int64), _WORDS)
+    if letter[_STATUS] == _RUNNING:
+        letter[_STATUS] = _send(letter) if letter[_SENDS] != 0 else _receive(letter)
+    status = letter[_STATUS]
+    store(record + 8 * _LOCK, 0)
+    return status
+
+
+@functools.cache
+def advance_letter_kernel() -> Kernel:
+    """Return the compiled (letter record) -> Status that goes on with a message."""
+
+    def advance_letter(record: Any) -> Any:
+        return _advance_alone(record)
+
+    return compile_kernel("advance_letter", advance_letter, types.int64)
+
+
+@functools.cache
+def advance_letter_callback() -> int:
+    """Return the address of the same as a C function, for `meeting.serve_kernel`."""
+
+    def advance_letter_here(record: Any) -> Any:
+        return _advance_alone(record)
+
+    return compile_callback("advance_letter_here", advance_letter_here)
+
+
+@functools.cache
+def abandon_letter_kernel() -> Kernel:
+    """Return the compiled (letter record) that ends a letter, when no thread is at it any more."""
+
+    def abandon_letter(record: Any) -> None:
+        while try_lock(record + 8 * _LOCK) == 0:
+            relax()
+        store(record + 8 * _STATUS, _REFUSED)
+        store(record + 8 * _LOCK, 0)
+
+    return compile_kernel("abandon_letter", abandon_letter, types.int64)

@@ -1,0 +1,182 @@
+"""Messages through shared memory: order, tags, sizes around every limit, and who waits for whom."""
+
+import time
+
+import numpy as np
+import pytest
+from contract import data
+
+from ringfold import CommTimeout, Communicator, MismatchError
+from ringfold.comm import mailboxes
+from ringfold.comm.mailboxes import BUFFERED_BYTES, PIECE_BYTES, WINDOW_BYTES
+from ringfold.kernels.mailbox import SLOTS
+
+pytestmark = pytest.mark.usefixtures("several")
+
+
+@pytest.fixture
+def several(comm: Communicator) -> None:
+    if comm.size == 1:
+        pytest.skip("one rank sends nothing")
+
+
+def neighbours(comm: Communicator) -> tuple[int, int]:
+    return (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+
+
+COUNTS = sorted(
+    {0, 1, 3, 1023}
+    | {
+        limit // 4 + more
+        for limit in (BUFFERED_BYTES, WINDOW_BYTES, PIECE_BYTES)
+        for more in (-1, 0, 1)
+    }
+    | {3 * WINDOW_BYTES // 4 + 5, 5 * BUFFERED_BYTES // 4}
+)
+
+
+def make(comm: Communicator, kind: str, count: int) -> np.ndarray:
+    if kind == "registered":
+        return comm.empty(count)
+    if kind == "strided":
+        return np.zeros((count, 2), np.float32)[:, 1]
+    return np.zeros(count, np.float32)
+
+
+@pytest.mark.parametrize("there", ["private", "registered", "strided"])
+@pytest.mark.parametrize("here", ["private", "registered", "strided"])
+def test_every_size_from_and_to_every_kind_of_memory(
+    comm: Communicator, here: str, there: str
+) -> None:
+    ahead, behind = neighbours(comm)
+    for count in COUNTS:
+        x, y = make(comm, here, count), make(comm, there, count)
+        x[:] = data(comm.rank, count, np.float32)
+        work = comm.isend(x, ahead, 5)
+        assert comm.recv(y, behind, 5) is y
+        assert work.wait() is x
+        np.testing.assert_array_equal(y, data(behind, count, np.float32))
+        assert work.receipt.transport == "shared"
+
+
+def test_tags_in_any_order_and_one_tag_in_its_own(comm: Communicator) -> None:
+    ahead, behind = neighbours(comm)
+    works = [comm.isend(np.array([tag, k]), ahead, tag) for k in range(3) for tag in (4, 0, 7)]
+    for tag in (7, 0, 4):
+        for k in range(3):
+            assert comm.recv(np.zeros(2, np.int64), behind, tag).tolist() == [tag, k]
+    gets = [comm.irecv(np.zeros(1, np.int64), behind, 3) for _ in range(4)]
+    works += [comm.isend(np.array([k]), ahead, 3) for k in range(4)]
+    for k in (2, 0, 3, 1):  # waited for in another order than they were posted
+        assert gets[k].wait().tolist() == [k]
+    for work in works:
+        work.wait()
+
+
+def test_more_messages_than_slots(comm: Communicator) -> None:
+    ahead, behind = neighbours(comm)
+    works = [comm.isend(np.array([k]), ahead) for k in range(2 * SLOTS + 7)]
+    for k in range(2 * SLOTS + 7):
+        assert comm.recv(np.zeros(1, np.int64), behind)[0] == k
+    for work in works:
+        work.wait()
+
+
+def test_small_messages_let_the_sender_go_on(comm: Communicator) -> None:
+    ahead, behind = neighbours(comm)
+    x = data(comm.rank, BUFFERED_BYTES // 8, np.float64)
+    for _ in range(3):
+        comm.send(x, ahead)  # everybody sends first
+    x[:] = -1
+    comm.barrier()
+    for _ in range(3):
+        y = comm.recv(np.empty_like(x), behind)
+        np.testing.assert_array_equal(y, data(behind, x.size, np.float64))
+
+
+def test_a_sender_far_ahead_waits(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mailboxes, "OUTSTANDING_BYTES", 1 << 20)
+    ahead, behind = neighbours(comm)
+    x = data(comm.rank, 100_001, np.float32)
+    works = [comm.isend(x, ahead) for _ in range(12)]
+    assert not all(work.done() for work in works)
+    comm.barrier()
+    for _ in works:
+        y = comm.recv(np.empty_like(x), behind)
+        np.testing.assert_array_equal(y, data(behind, x.size, np.float32))
+    for work in works:
+        work.wait()
+
+
+def test_many_large_messages_cross_each_other(comm: Communicator) -> None:
+    count, peers = 400_003, [r for r in range(comm.size) if r != comm.rank]
+    gets = [comm.irecv(np.empty(count), peer, tag) for peer in peers for tag in (1, 2)]
+    sends = [
+        comm.isend(data(comm.rank + tag, count, np.float64), peer, tag)
+        for peer in reversed(peers)
+        for tag in (2, 1)
+    ]
+    for work, (peer, tag) in zip(gets, [(p, t) for p in peers for t in (1, 2)], strict=True):
+        np.testing.assert_array_equal(work.wait(), data(peer + tag, count, np.float64))
+    for work in sends:
+        work.wait()
+
+
+def test_a_wrong_length_is_refused_and_the_next_message_is_right(comm: Communicator) -> None:
+    ahead, behind = neighbours(comm)
+    for count, make in ((3, np.empty), (BUFFERED_BYTES, np.empty), (BUFFERED_BYTES, comm.empty)):
+        work = comm.isend(make(count, np.float32), ahead)
+        then = comm.isend(np.array([comm.rank]), ahead)
+        text = f"rank {behind} sends {4 * count} bytes where rank {comm.rank} expects 20"
+        with pytest.raises(MismatchError, match=text):
+            comm.recv(np.zeros(5, np.float32), behind)
+        assert comm.recv(np.zeros(1, np.int64), behind)[0] == behind
+        comm.barrier()
+        then.wait()
+        if count == 3:
+            work.wait()  # it was on its way before anybody looked
+        else:
+            with pytest.raises(MismatchError, match=f"rank {comm.rank} sends .* expects 20"):
+                work.wait()
+
+
+def test_a_receive_that_ran_out_of_time_goes_on(comm: Communicator) -> None:
+    ahead, behind = neighbours(comm)
+    work = comm.irecv(np.zeros(9), behind, 8)
+    with pytest.raises(CommTimeout, match=rf"recv.* for ranks \[{behind}\]"):
+        work.wait(timeout=0.1)
+    comm.barrier()
+    comm.send(np.arange(9.0) + comm.rank, ahead, 8)
+    np.testing.assert_array_equal(work.wait(), np.arange(9.0) + behind)
+
+
+def test_groups_do_not_meet(comm: Communicator) -> None:
+    ahead, behind = neighbours(comm)
+    with comm.split(0, -comm.rank) as other:
+        assert other.rank == comm.size - 1 - comm.rank
+        outer = comm.isend(np.array([1, comm.rank]), ahead, 0)
+        to, from_ = neighbours(other)
+        inner = other.isend(np.array([2, other.rank]), to, 0)
+        assert other.recv(np.zeros(2, np.int64), from_, 0).tolist() == [2, from_]
+        assert comm.recv(np.zeros(2, np.int64), behind, 0).tolist() == [1, behind]
+        outer.wait(), inner.wait()
+
+
+def test_a_message_to_oneself(comm: Communicator) -> None:
+    for count in (5, 700_000):
+        work = comm.isend(data(comm.rank, count, np.float32), comm.rank, 1)
+        y = comm.recv(np.zeros(count, np.float32), comm.rank, 1)
+        np.testing.assert_array_equal(y, data(comm.rank, count, np.float32))
+        work.wait()
+
+
+def test_messages_arrive_while_the_ranks_do_other_things(comm: Communicator) -> None:
+    ahead, behind = neighbours(comm)
+    x, y = data(comm.rank, 900_001, np.float32), np.zeros(900_001, np.float32)
+    get, put = comm.irecv(y, behind), comm.isend(x, ahead)
+    end = time.monotonic() + 20
+    while y[-1] == 0 and time.monotonic() < end:
+        time.sleep(0.01)  # nobody calls done() or wait()
+    assert y[-1] == data(behind, y.size, np.float32)[-1]
+    get.wait(), put.wait()
+    np.testing.assert_array_equal(y, data(behind, y.size, np.float32))
