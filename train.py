@@ -89,7 +89,7 @@ def prepare(comm: ringfold.Communicator, options: Options) -> Training:
     workload = settle(comm, lambda: loaded(options.workload))
     import torch
 
-    from ringfold.workloads import engines, report
+    from ringfold.workloads import devices, engines, report
     from ringfold.workloads.dump import Dump
     from ringfold.workloads.keeper import Keeper
     from ringfold.workloads.workload import Share
@@ -97,6 +97,10 @@ def prepare(comm: ringfold.Communicator, options: Options) -> Training:
     if options.report is not None:
         path = options.report  # rank 0 writes it, and other hosts need not have the folder
         settle(comm, lambda: comm.rank == 0 and report.check_writable(path))
+
+    device, told = devices.assign(comm, settle(comm, lambda: devices.gpus_for(options)))
+    if told and comm.rank == 0:
+        print(told)
 
     # Ranks share the cores: a thread for every core in each of them would only get in the way.
     if "OMP_NUM_THREADS" not in os.environ:
@@ -117,7 +121,7 @@ def prepare(comm: ringfold.Communicator, options: Options) -> Training:
     data = settle(comm, lambda: workload.data(share))
     check_equal(comm, data.fingerprint, "the data")
     num_steps = settle(comm, lambda: count_steps(options, data))
-    engine = engines.make_engine(layers, workload, mesh, options, grid, data)
+    engine = engines.make_engine(layers, workload, mesh, options, grid, data, device)
     # An optimizer refuses to have nothing to do, as on a stage of layers without parameters.
     parameters = [p for _, p in engine.named_parameters()] or [torch.nn.Parameter(torch.zeros(0))]
     optimizer = workload.optimizer(parameters, options.lr)

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from .replicas import dtype_name, real_view
+from .replicas import real_view
+from .transfer import transfer_of
 
-if TYPE_CHECKING:
-    from ..kernels.table import PointerTable
-
-__all__ = ["WIRES", "Flattened", "host_array", "in_place", "wire_of"]
+__all__ = ["WIRES", "Flattened", "in_place", "wire_of"]
 
 # The user's word for the wire to the element that a bucket of each dtype then has. A half is
 # never narrowed to the other half: that would only lose bits.
@@ -39,12 +34,6 @@ def wire_of(dtype: str, wire: str | None) -> str:
         known = ", ".join(WIRES)
         raise ValueError(f"unknown wire dtype {wire!r}, expected None or one of: {known}")
     return WIRES[wire].get(dtype, dtype)
-
-
-def host_array(flat: Tensor) -> NDArray[Any]:
-    """View a flat CPU tensor as NumPy; bfloat16 as its uint16 bits."""
-    bits = flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat
-    return bits.numpy()
 
 
 class Flattened:
@@ -73,8 +62,6 @@ class Flattened:
         A scale of 0 takes no gradient in. Tell whether all are finite; None where some lay there
         already and were not looked at.
         """
-        from ..kernels.pack import pack
-
         if scale == 0.0:
             self._flat.zero_()
             return True
@@ -86,12 +73,12 @@ class Flattened:
                 looked_at = False
                 if scale != 1.0:
                     self._place(i, dense.numel()).mul_(scale)
-        pointed = self._point([i for i, at_home in enumerate(self._at_home) if not at_home])
-        if pointed is None:
+        members = self._members([i for i, at_home in enumerate(self._at_home) if not at_home])
+        if not members:
             return True if looked_at else None
-        table, dtype = pointed
-        finite = pack(table, dtype, host_array(self._flat), dtype_name(self._flat.dtype), scale)
-        return finite.finite if looked_at or not finite.finite else None
+        pack, _ = transfer_of(self._flat)
+        finite = pack(members, self._flat, scale)
+        return None if finite and not looked_at else finite
 
     def unpack(self, used: Sequence[bool], parameters: Sequence[Tensor]) -> None:
         """Make the bucket's values the gradients of the used parameters.
@@ -99,8 +86,6 @@ class Flattened:
         Where the bucket has a parameter's dtype and layout, its gradient becomes a view of the
         bucket; else the values are written into the gradient that it has, or into a new one.
         """
-        from ..kernels.pack import unpack
-
         written = []
         for i, parameter in enumerate(parameters):
             if not used[i]:
@@ -114,11 +99,11 @@ class Flattened:
                         parameter, memory_format=torch.contiguous_format, requires_grad=False
                     )
                     self._dense[i] = real_view(self._gradients[i])  # type: ignore[arg-type]
-        pointed = self._point(written)
-        if pointed is None:
+        members = self._members(written)
+        if not members:
             return
-        table, dtype = pointed
-        unpack(table, dtype, host_array(self._flat), dtype_name(self._flat.dtype))
+        _, unpack = transfer_of(self._flat)
+        unpack(members, self._flat)
         for i in written:
             _bring_back(self._gradients[i], self._dense[i], parameters[i])
 
@@ -137,22 +122,9 @@ class Flattened:
         else:
             _bring_back(gradient, view, parameter)
 
-    def _point(self, chosen: Sequence[int]) -> tuple[PointerTable, str] | None:
-        from ..kernels.table import PointerTable
-
+    def _members(self, chosen: Sequence[int]) -> list[tuple[Tensor, int]]:
         pairs = [(self._dense[i], self._offsets[i]) for i in chosen]
-        present = [(tensor, offset) for tensor, offset in pairs if tensor is not None]
-        if not present:
-            return None
-        first = present[0][0]
-        table = PointerTable(
-            addresses=np.array([tensor.data_ptr() for tensor, _ in present], dtype=np.int64),
-            counts=np.array([tensor.numel() for tensor, _ in present], dtype=np.int64),
-            offsets=np.array([offset for _, offset in present], dtype=np.int64),
-            itemsize=first.element_size(),
-            owners=tuple(tensor for tensor, _ in present),
-        )
-        return table, dtype_name(first.dtype)
+        return [(tensor, offset) for tensor, offset in pairs if tensor is not None]
 
 
 def in_place(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:

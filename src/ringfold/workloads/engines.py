@@ -47,11 +47,17 @@ class Replicas:
     """Hold the whole model on every rank; average gradients while backward goes on."""
 
     def __init__(
-        self, layers: list[nn.Module], workload: Workload, mesh: Mesh, options: Options
+        self,
+        layers: list[nn.Module],
+        workload: Workload,
+        mesh: Mesh,
+        options: Options,
+        device: str = "cpu",
     ) -> None:
         self.loss = workload.loss
+        self.device = torch.device(device)
         self.model = DataParallel(
-            nn.Sequential(*layers),
+            nn.Sequential(*layers).to(self.device),
             mesh.data,
             bucket_bytes=int(options.bucket_mb * 2**20),
             wire=options.wire,
@@ -73,15 +79,15 @@ class Replicas:
 
     def step(self, x: Tensor, y: Tensor) -> float:
         self.model.train()
-        loss = self.loss(self.model(x), y)
+        loss = self.loss(self.model(x.to(self.device)), y.to(self.device))
         loss.backward()  # type: ignore[no-untyped-call]
         return float(loss.detach())
 
     def predict(self, x: Tensor) -> Tensor | None:
         self.model.eval()
         with torch.no_grad():
-            output: Tensor = self.model(x)
-        return output
+            output: Tensor = self.model(x.to(self.device))
+        return output.cpu()
 
 
 class Stages:
@@ -158,14 +164,15 @@ def make_engine(
     options: Options,
     grid: Grid,
     data: Data,
+    device: str = "cpu",
 ) -> Engine:
     """Split the model as the grid says, measuring on a micro-batch of `data` where it says so.
 
-    Collective over the mesh.
+    Collective over the mesh. device: this rank's; a GPU for replicas only, see `devices.lacking`.
     """
     # Keyed dropout asks for its samples, which the pipeline tells it, of one stage too.
     if grid.pipe == 1 and options.reduction == "bucket" and not options.dropout:
-        return Replicas(layers, workload, mesh, options)
+        return Replicas(layers, workload, mesh, options, device)
     sample = None
     if options.balance != "parameters":
         x, _ = next(iter(data.batches(0)))

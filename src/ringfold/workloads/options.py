@@ -48,6 +48,7 @@ class Options:
     every: int
     keep: int
     resume: bool
+    device: str
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         every=100 if found.every is None else found.every,
         keep=3 if found.keep is None else found.keep,
         resume=found.resume,
+        device=found.device,
     )
 
 
@@ -243,6 +245,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--seed", type=_whole(0), default=0, help="of weights and order of samples (default: 0)"
+    )
+    train.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to train; auto: on GPUs where every rank has one and the run can use it, the"
+        " ranks of a node going round its GPUs (default: auto)",
     )
     wire = parser.add_argument_group("communication")
     wire.add_argument(

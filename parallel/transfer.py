@@ -1,0 +1,109 @@
+"""Copy tensors into a bucket and back, by whatever fits the memory that the bucket lies in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .replicas import dtype_name
+
+if TYPE_CHECKING:
+    from ..kernels.table import PointerTable
+
+__all__ = ["Pack", "Unpack", "host_array", "pack_by_torch", "transfer_of", "unpack_by_torch"]
+
+Pack = Callable[[Sequence[tuple[Tensor, int]], Tensor, float], bool | None]
+"""(tensors with their offsets in the bucket, bucket, scale) -> whether all is finite, if known."""
+
+Unpack = Callable[[Sequence[tuple[Tensor, int]], Tensor], None]
+
+
+def host_array(flat: Tensor) -> NDArray[Any]:
+    """View a flat CPU tensor as NumPy; bfloat16 as its uint16 bits."""
+    bits = flat.view(torch.uint16) if flat.dtype == torch.bfloat16 else flat
+    return bits.numpy()
+
+
+def _pack_by_kernel(members: Sequence[tuple[Tensor, int]], flat: Tensor, scale: float) -> bool:
+    from ..kernels.pack import pack
+
+    table, dtype = _point(members)
+    return bool(pack(table, dtype, host_array(flat), dtype_name(flat.dtype), scale).finite)
+
+
+def _unpack_by_kernel(members: Sequence[tuple[Tensor, int]], flat: Tensor) -> None:
+    from ..kernels.pack import unpack
+
+    table, dtype = _point(members)
+    unpack(table, dtype, host_array(flat), dtype_name(flat.dtype))
+
+
+def _point(members: Sequence[tuple[Tensor, int]]) -> tuple[PointerTable, str]:
+    from ..kernels.table import PointerTable
+
+    first = members[0][0]
+    table = PointerTable(
+        addresses=np.array([tensor.data_ptr() for tensor, _ in members], dtype=np.int64),
+        counts=np.array([tensor.numel() for tensor, _ in members], dtype=np.int64),
+        offsets=np.array([offset for _, offset in members], dtype=np.int64),
+        itemsize=first.element_size(),
+        owners=tuple(tensor for tensor, _ in members),
+    )
+    return table, dtype_name(first.dtype)
+
+
+def pack_by_torch(members: Sequence[tuple[Tensor, int]], flat: Tensor, scale: float) -> bool | None:
+    """Do as the kernel does, in torch's own operations, on the caller's stream.
+
+    Does not look whether all is finite, since the host would have to wait for the answer.
+    """
+    for tensor, offset in members:
+        place = flat[offset : offset + tensor.numel()]
+        source = tensor.reshape(-1)
+        if scale != 1.0:
+            source = source.to(_arithmetic(tensor, flat)) * scale
+        place.copy_(_rounded(source, flat))
+    return None
+
+
+def unpack_by_torch(members: Sequence[tuple[Tensor, int]], flat: Tensor) -> None:
+    """Do as the kernel does, in torch's own operations, on the caller's stream."""
+    for tensor, offset in members:
+        piece = flat[offset : offset + tensor.numel()]
+        tensor.copy_(_rounded(piece, tensor).view(tensor.shape))
+
+
+def _arithmetic(tensor: Tensor, flat: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (tensor.dtype, flat.dtype) else torch.float32
+
+
+def _rounded(source: Tensor, target: Tensor) -> Tensor:
+    """From float64 to a half width by way of float32, as the kernels do."""
+    narrow = source.dtype == torch.float64 and target.element_size() == 2
+    return source.to(torch.float32) if narrow else source
+
+
+_BY_DEVICE: Mapping[str, tuple[Pack, Unpack]] = MappingProxyType(
+    {
+        "cpu": (_pack_by_kernel, _unpack_by_kernel),
+        "cuda": (pack_by_torch, unpack_by_torch),
+    }
+)
+
+
+def transfer_of(flat: Tensor) -> tuple[Pack, Unpack]:
+    """Return what packs into and unpacks from a bucket.
+
+    Raises: TypeError for a bucket on a device that gradients cannot be reduced on.
+    """
+    found = _BY_DEVICE.get(flat.device.type)
+    if found is None:
+        known = ", ".join(_BY_DEVICE)
+        raise TypeError(f"gradients on device {flat.device}: expected one of: {known}")
+    return found
