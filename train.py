@@ -167,6 +167,8 @@ def count_steps(options: Options, data: Data) -> int:
 
 def run(comm: ringfold.Communicator, training: Training) -> None:
     """Train, evaluate, report.  Collective."""
+    import numpy as np
+
     from ringfold.workloads.report import Report, weights_sha256, write
 
     options, grid, data, engine = training.options, training.grid, training.data, training.engine
@@ -179,6 +181,7 @@ def run(comm: ringfold.Communicator, training: Training) -> None:
     sums = data.evaluate(engine.predict)
     # The last stage alone sees outputs; where every stage does, each sample counts pipe times.
     metric = data.metric(comm.allreduce(sums))
+    wire_bytes = int(comm.allreduce(np.array([engine.wire_bytes], np.int64))[0])
     digest = weights_sha256(training.mesh, training.whole, engine.named_parameters())
     if comm.rank == 0:
         steps = training.num_steps - training.first_step
@@ -205,6 +208,7 @@ def run(comm: ringfold.Communicator, training: Training) -> None:
                     losses=losses,
                     final_metric=metric,
                     weights_sha256=digest,
+                    wire_bytes=wire_bytes,
                     resumed_at=training.first_step,
                     checkpoints=checkpoints,
                     dump=str(options.dump.absolute()) if options.dump else None,

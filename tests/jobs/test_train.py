@@ -1,12 +1,15 @@
 """train.py as a user starts it: equal losses on every grid, every workload, and clear refusals."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from ringfold.workloads.digits import layers
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 REPORT_KEYS = {
@@ -48,12 +51,28 @@ def test_digits_train_alike_on_every_grid(train: Callable[..., dict[str, Any]]) 
 def test_compressed_gradients_come_to_the_accuracy_of_whole_ones(
     train: Callable[..., dict[str, Any]],
 ) -> None:
-    whole, *compressed = (
-        train(2, "--wire", wire)["final_metric"]["test_accuracy"]
-        for wire in ("fp32", "powersgd:4", "topk:0.01")
-    )
-    assert whole >= 0.97
-    assert min(compressed) >= whole - 0.01
+    shapes = [tuple(p.shape) for layer in layers() for p in layer.parameters()]
+    counts = [math.prod(shape) for shape in shapes]
+    flags = 4 * (len(counts) + 1)  # of every parameter, and of a change
+    low = 0
+    for shape, count in zip(shapes, counts, strict=True):
+        n, m = shape[0], count // shape[0]
+        low += 4 * min(4 * (n + m), count) if min(n, m) > 1 else 4 * count
+    kept = sum(math.ceil(0.01 * count) for count in counts)
+    whole = train(2, "--wire", "fp32")
+    steps = whole["steps"]
+    expected = {
+        "powersgd:4": 10 * 4 * sum(counts) + (steps - 10) * low,
+        "topk:0.01": steps * 8 * kept,
+    }
+    accuracy = whole["final_metric"]["test_accuracy"]
+    assert accuracy >= 0.97
+    assert whole["wire_bytes"] == 2 * steps * (4 * sum(counts) + flags)
+    for wire, nbytes in expected.items():
+        found = train(2, "--wire", wire)
+        assert found["final_metric"]["test_accuracy"] >= accuracy - 0.01
+        assert found["wire_bytes"] == 2 * (nbytes + steps * flags)
+        assert found["wire_bytes"] < whole["wire_bytes"] / 4
 
 
 @pytest.mark.timeout(200)

@@ -25,8 +25,12 @@ class Engine(Protocol):
     the global batch, and returns a loss whose mean over the data ranks is that of the global batch.
     `predict` returns the model's output, or None on a rank without its last layer.
     `named_parameters` yields this rank's part under the names of the unsplit nn.Sequential.
+    `wire_bytes` counts what this rank has put into the reductions of gradients, flags included; not
+    those in a tree.
     `state` is what has this part's parameters and buffers as a state_dict, by the same names.
     """
+
+    wire_bytes: int
 
     @property
     def state(self) -> DataParallel | Pipeline: ...
@@ -54,6 +58,7 @@ class Replicas:
         options: Options,
         device: str = "cpu",
     ) -> None:
+        self.wire_bytes = 0
         self.loss = workload.loss
         self.device = torch.device(device)
         self.model = DataParallel(
@@ -81,6 +86,8 @@ class Replicas:
         self.model.train()
         loss = self.loss(self.model(x.to(self.device)), y.to(self.device))
         loss.backward()  # type: ignore[no-untyped-call]
+        record = self.model.last_step
+        self.wire_bytes += 0 if record is None else record.nbytes
         return float(loss.detach())
 
     def predict(self, x: Tensor) -> Tensor | None:
@@ -102,6 +109,7 @@ class Stages:
         microbatches: int,
         sample: Tensor | None,
     ) -> None:
+        self.wire_bytes = 0
         self.pipeline = Pipeline(
             layers,
             mesh,
@@ -132,7 +140,11 @@ class Stages:
 
     def step(self, x: Tensor, y: Tensor) -> float:
         self.pipeline.train()
-        return float(self.pipeline.step(x, y))
+        loss = float(self.pipeline.step(x, y))
+        record = self.pipeline.last_step
+        if record is not None and record.reduction is not None:
+            self.wire_bytes += record.reduction.nbytes
+        return loss
 
     def predict(self, x: Tensor) -> Tensor | None:
         self.pipeline.eval()

@@ -40,7 +40,8 @@ class Report:
     """Hold the numbers of a run; `losses` has one entry per step, of the global batch.
 
     `seconds` is the time of the steps alone, without set-up and evaluation; a resumed run's are
-    those from `resumed_at` on.
+    those from `resumed_at` on. `wire_bytes` is what all ranks together have put into the reductions
+    of gradients, flags included; 0 with one replica, and those in a tree are not counted.
     """
 
     workload: str
@@ -53,6 +54,7 @@ class Report:
     losses: Sequence[float]
     final_metric: dict[str, float]
     weights_sha256: str
+    wire_bytes: int = 0
     resumed_at: int = 0
     checkpoints: CheckpointTimes | None = None
     dump: str | None = None
