@@ -97,6 +97,9 @@ def prepare(comm: ringfold.Communicator, options: Options) -> Training:
     if options.report is not None:
         path = options.report  # rank 0 writes it, and other hosts need not have the folder
         settle(comm, lambda: comm.rank == 0 and report.check_writable(path))
+    if options.trace is not None:
+        traced = options.trace
+        settle(comm, lambda: comm.rank == 0 and report.check_writable(traced))
 
     device, told = devices.assign(comm, settle(comm, lambda: devices.gpus_for(options)))
     if told and comm.rank == 0:
@@ -176,7 +179,7 @@ def run(comm: ringfold.Communicator, training: Training) -> None:
         print(describe(training), *data.facts, sep="\n", flush=True)
         if training.first_step:
             print(f"going on after step {training.first_step}", flush=True)
-    losses, seconds = fit(comm, training)
+    losses, seconds = traced(comm, training) if options.trace else fit(comm, training)
     checkpoints = training.keeper.finish()
     sums = data.evaluate(engine.predict)
     # The last stage alone sees outputs; where every stage does, each sample counts pipe times.
@@ -214,6 +217,15 @@ def run(comm: ringfold.Communicator, training: Training) -> None:
                     dump=str(options.dump.absolute()) if options.dump else None,
                 ),
             )
+
+
+def traced(comm: ringfold.Communicator, training: Training) -> tuple[list[float], float]:
+    """Fit, and write what every rank did when."""
+    with ringfold.trace(comm, training.options.trace) as found:
+        result = fit(comm, training)
+    if comm.rank == 0:
+        print(found, f"timeline: {training.options.trace}", sep="\n")
+    return result
 
 
 def describe(training: Training) -> str:

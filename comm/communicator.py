@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
@@ -23,6 +24,7 @@ from .operations import Operations
 from .progress import Progress
 from .schedule import Schedule
 from .settings import Settings
+from .timeline import WAIT, Timeline
 from .topology import Nodes
 from .trace import Entry, Sites
 from .transport.base import Channel, Transport
@@ -127,6 +129,8 @@ class Communicator:
         self._process = os.getpid()
         self._sequence = 0
         self._closed = False
+        self._attentive = progress.timeline is not None
+        progress.groups.add(self)
         self._top = False
         self._memo = Memo()
         self._name = name
@@ -204,6 +208,30 @@ class Communicator:
         At most 256 are kept. Not collective.
         """
         return self._ring.entries(last)
+
+    @property
+    def timeline(self) -> Timeline | None:
+        """Return where this rank records what it does, None while nobody traces."""
+        return self._progress.timeline
+
+    def start_timeline(self) -> Timeline:
+        """Record from now on what this rank does, over all of its groups; not collective."""
+        progress = self._progress
+        if progress.timeline is not None:
+            raise CommError(f"rank {self.rank} is traced already")
+        progress.timeline = timeline = Timeline(progress.ring)
+        for group in progress.groups:
+            group._attentive = True
+        return timeline
+
+    def stop_timeline(self) -> None:
+        """Record no longer."""
+        progress = self._progress
+        if progress.timeline is not None:
+            progress.timeline.stop()
+        progress.timeline = None
+        for group in progress.groups:
+            group._attentive = group._closed
 
     @property
     def library(self) -> str:
@@ -385,7 +413,7 @@ class Communicator:
         if self._device_operations is not None:
             self._device_operations.close()
         self._unshare()
-        self._closed = True
+        self._closed = self._attentive = True
         if self.node is not self:
             self.node.close()
         if self._top:
@@ -457,8 +485,10 @@ class Communicator:
 
     def _run(self, meeting: Meeting, receipt: Receipt, owner: Any) -> Any:
         """Run a meeting to its end; at once, without a Work, where nothing is in flight before."""
-        if self._closed or os.getpid() != self._process:
+        start = 0
+        if self._attentive or os.getpid() != self._process:
             self._require_open()
+            start = time.monotonic_ns()
         if not self._progress.works:
             status = meeting.launch()
             if status != _DONE:
@@ -466,6 +496,8 @@ class Communicator:
                 self._advance(lambda: steps, receipt, background=False).wait()
         else:
             self._fly(meeting, receipt, owner).wait()
+        if start and self._progress.timeline is not None:
+            self._progress.timeline.add(WAIT, receipt.operation, start)
         return owner
 
     def _fly(self, meeting: Meeting, receipt: Receipt, owner: Any) -> Work:
@@ -502,7 +534,8 @@ class Communicator:
 
     def note(self, prepared: Prepared) -> int:
         """Tell the ring of operations what is called, and where; return how it refers to that."""
-        call = self._ring.intern(prepared.signature, self._name, self._sites.here())
+        site = self._sites.here()
+        call = self._ring.intern(prepared.signature, self._name, self.size, site)
         if prepared.meeting is not None:
             prepared.meeting.called(call)
         return call

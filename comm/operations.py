@@ -267,7 +267,9 @@ class Operations:
 
         nbytes = 0 if buffer is None else buffer.flat.nbytes
         shown = replace(announce, algorithm=_name(name), reason="scatter announces its shape first")
-        signature = Signature("scatter", "", "" if buffer is None else buffer.dtype.name, 0, root)
+        signature = Signature("scatter", "", "", 0, root)
+        if buffer is not None:
+            signature = Signature("scatter", "", buffer.dtype.name, buffer.flat.size, root)
         return self._prepared(signature, shown, nbytes, run)
 
     def alltoall(self, x: Any, algorithm: str | Schedule | None = None) -> Prepared:

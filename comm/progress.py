@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from .board import Server, Waiting
 from .errors import CommTimeout, PeerLost
+from .timeline import WAIT, Timeline
 from .trace import Ring
 from .transport.base import Request
 from .work import Work
+
+if TYPE_CHECKING:
+    from .communicator import Communicator
 
 _LOOK = 100e-6
 """Seconds between two looks of the background thread while works are in flight."""
@@ -32,6 +38,8 @@ class Progress:
         self._threads = threads
         self.works: list[Work] = []
         self.ring = Ring()
+        self.timeline: Timeline | None = None
+        self.groups: weakref.WeakSet[Communicator] = weakref.WeakSet()
         self._lock = threading.RLock()
         self._wake = threading.Condition(threading.Lock())
         self._waiting = 0
@@ -74,6 +82,13 @@ class Progress:
 
         Raises: CommTimeout when time is up; PeerLost where a peer that is waited for is gone.
         """
+        if self.timeline is None:
+            self._wait(work, timeout)
+            return
+        with self.timeline.span(WAIT, work.receipt.operation):
+            self._wait(work, timeout)
+
+    def _wait(self, work: Work, timeout: float | None) -> None:
         with self._lock:
             self._waiting += 1
             self._server.interrupt(True)

@@ -26,6 +26,7 @@ from ..kernels.records import (
     Outcome,
     RingWord,
 )
+from .dtypes import DTYPES
 from .work import Steps
 
 Bytes = npt.NDArray[np.uint8]
@@ -46,7 +47,7 @@ class Signature(NamedTuple):
     """What a call asks for; of a collective, what all ranks must agree on.
 
     operation: as the method.  op: of the reduction, "" for none.  dtype: its NumPy name.
-    elements: of this rank's x; 0 for scatter, where the root alone knows.
+    elements: of this rank's x; of a scatter the root alone knows them, and the dtype.
     peer: the root; of a message the rank at the other end; -1 for neither.
     """
 
@@ -75,7 +76,7 @@ class Entry:
 
     number: of the rank's operations, from 1.
     sequence: of the group's collectives, from 1, equal on all of its ranks; messages count apart.
-    group: by what was split from what: "world", "world.node", "world.1", ...
+    group, size: by what was split from what: "world", "world.node", "world.1", ...; its ranks.
     site: file:line of the first caller outside ringfold and torch; of a plan, where it was made.
     start, end: nanoseconds of CLOCK_MONOTONIC, which all processes of a node share; end is 0 while
         it runs.
@@ -84,11 +85,18 @@ class Entry:
     number: int
     sequence: int
     group: str
+    size: int
     signature: Signature
     site: str
     start: int
     end: int
     state: State
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of this rank's x."""
+        sig = self.signature
+        return sig.elements * DTYPES[sig.dtype].itemsize if sig.dtype else 0
 
     def __str__(self) -> str:
         sig = self.signature
@@ -99,12 +107,15 @@ class Entry:
         )
 
 
+_Key = tuple[Signature, str, int, str]
+
+
 class Ring:
     """The last RING_ENTRIES operations of one rank, over all of its groups."""
 
     def __init__(self) -> None:
-        self._calls: dict[tuple[Signature, str, str], int] = {}
-        self._keys: list[tuple[Signature, str, str] | None] = [None] * RING_CALLS
+        self._calls: dict[_Key, int] = {}
+        self._keys: list[_Key | None] = [None] * RING_CALLS
         self._interned = 0
         self._place(np.zeros(TRACE_BYTES, np.uint8))
         self._words[RingWord.CLOCK] = (
@@ -122,21 +133,21 @@ class Ring:
         memory[:TRACE_BYTES] = self.memory
         self._place(memory[:TRACE_BYTES])
 
-    def intern(self, signature: Signature, group: str, site: str) -> int:
+    def intern(self, signature: Signature, group: str, size: int, site: str) -> int:
         """Return the number of a call by which entries refer to it, from 1."""
-        key = signature, group, site
+        key = signature, group, size, site
         known = self._calls.get(key)
         return self._describe(key) if known is None else known
 
-    def _describe(self, key: tuple[Signature, str, str]) -> int:
+    def _describe(self, key: _Key) -> int:
         self._interned = call = self._interned + 1
         place = call % RING_CALLS
         old = self._keys[place]
         if old is not None:
             del self._calls[old]
         self._keys[place], self._calls[key] = key, call
-        signature, group, site = key
-        text = "\t".join((*map(str, signature), group, site[-_SITE_CHARACTERS:]))
+        signature, group, size, site = key
+        text = "\t".join((*map(str, signature), group, str(size), site[-_SITE_CHARACTERS:]))
         encoded = text.encode(errors="replace")[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
         low = _CALLS_AT + place * _CALL_BYTES
         self.memory[low : low + 8].view(np.int64)[0] = call
@@ -176,6 +187,15 @@ class Ring:
         finally:
             self.end(number, outcome)
 
+    @property
+    def newest(self) -> int:
+        """Return the number of the newest operation; 0 before the first."""
+        return self._words[0]
+
+    def entry(self, number: int) -> Entry | None:
+        """Return an operation by its number, None where it is no longer kept."""
+        return _read(self.memory, self.memory[:RING_BYTES].view(np.int64), number)
+
     def entries(self, last: int = RING_ENTRIES) -> tuple[Entry, ...]:
         """Return the last operations, the oldest first."""
         return entries_in(self.memory, last)
@@ -202,9 +222,10 @@ def _read(memory: Bytes, words: npt.NDArray[np.int64], number: int) -> Entry | N
     if found != number or known != call:
         return None
     text = memory[low + 8 : low + _CALL_BYTES].tobytes().rstrip(b"\0").decode(errors="replace")
-    operation, op, dtype, count, peer, group, site = text.split("\t")
+    operation, op, dtype, count, peer, group, size, site = text.split("\t")
     signature = Signature(operation, op, dtype, int(count), int(peer))
-    return Entry(number, sequence, group, signature, site, start, end, State(Outcome(outcome)))
+    state = State(Outcome(outcome))
+    return Entry(number, sequence, group, int(size), signature, site, start, end, state)
 
 
 class Sites:

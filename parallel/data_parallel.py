@@ -16,9 +16,11 @@ from .hooks import WireHook
 from .join import even_batches
 from .reducer import START_BYTES, Reducer, ReductionRecord, check_weight
 from .replicas import broadcast_tensors, check_equal, check_root, describe
+from .spans import record_forward
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
+
 
 __all__ = ["DataParallel"]
 
@@ -109,7 +111,10 @@ class DataParallel(nn.Module):
         """Call the module."""
         if self._reducer is not None and self._reducer.active and not _in_backward():
             self._reducer.abandon()
-        return self.module(*args, **kwargs)
+        timeline = None if self.comm is None else self.comm.timeline
+        if timeline is None:
+            return self.module(*args, **kwargs)
+        return record_forward(timeline, self.module, *args, **kwargs)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

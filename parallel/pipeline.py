@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..comm.timeline import STEP, span
 from .actions import Action
 from .balancing import balanced_stages
 from .batch import clone_tensors, global_leaves, join_rows, row_bounds, split_rows
@@ -224,7 +225,8 @@ class Pipeline:
         elif self._reducer.active:
             self._reducer.abandon()
         plan = self._plan(len(bounds))[self.stage]
-        self._worker.train(plan, batch)
+        with span(self.mesh.comm.timeline, STEP, f"step {self.steps_taken}"):
+            self._worker.train(plan, batch)
         weighed = {m: weights[m] * value for m, value in batch.losses.items()}
         reduction = None
         if self._tree is not None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor, nn
 
+from ..comm.timeline import PACK
 from .buckets import Bucket, choose_limit, plan_buckets
 from .flight import Flight, Load, carrier_of
 from .hooks import WireHook, wire_format
@@ -283,7 +284,13 @@ class Reducer:
             share=self._share(current),
             changed=None if current.flights else current.changed,
         )
-        current.flights.append(self._carrier.start(bucket, load))
+        timeline = self._comm.timeline
+        if timeline is None:
+            current.flights.append(self._carrier.start(bucket, load))
+            return
+        label = f"bucket {len(current.flights)}"
+        with timeline.span(PACK, label), timeline.labelled(label):
+            current.flights.append(self._carrier.start(bucket, load))
 
     def _share(self, current: _Pass) -> float | None:
         if current.weight is None or current.total is None:

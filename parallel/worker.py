@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..comm.errors import CommError
+from ..comm.timeline import COMPUTE, span
 from .actions import Action, Kind
 from .messages import Edge, HeaderWriter, Inbox, Outbox, Received, flatten, start_receive
 from .random_keys import show_samples
@@ -126,7 +127,8 @@ class Worker:
                 self._receive(action.microbatch)
             if self.failure is None and action.microbatch not in self._lost:
                 try:
-                    execute[action.kind](action.microbatch, batch)
+                    with span(self._channel.timeline, COMPUTE, str(action)):
+                        execute[action.kind](action.microbatch, batch)
                 except CommError:
                     raise
                 except Exception as error:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .parallel.random_keys import Dropout
     from .parallel.sharded_optimizer import ShardedOptimizer
     from .parallel.stage_error import StageError
+    from .parallel.tracing import trace
 
 _HOMES = {
     "Communicator": "comm.communicator",
@@ -46,6 +47,7 @@ _HOMES = {
     "Mesh": "parallel.mesh",
     "Pipeline": "parallel.pipeline",
     "ShardedOptimizer": "parallel.sharded_optimizer",
+    "trace": "parallel.tracing",
     "StageError": "parallel.stage_error",
 }
 """name -> the module that has it, imported when the name is first used: torch only for engines."""
@@ -74,6 +76,7 @@ __all__ = [
     "load",
     "run_local",
     "save",
+    "trace",
 ]
 
 __version__ = "0.1.0"

@@ -11,7 +11,9 @@ from ringfold.kernels.records import RING_CALLS, RING_ENTRIES, Outcome
 
 
 def note(ring: Ring, count: int) -> int:
-    return ring.begin(ring.intern(Signature("allreduce", "sum", "int8", count), "world", "a:1"), 7)
+    return ring.begin(
+        ring.intern(Signature("allreduce", "sum", "int8", count), "world", 2, "a:1"), 7
+    )
 
 
 def test_a_ring_keeps_the_newest_in_order():
@@ -41,12 +43,12 @@ def test_the_end_of_an_overwritten_operation_changes_no_other():
 
 def test_a_call_that_left_the_table_is_left_out_not_shown_as_another():
     ring = Ring()
-    first = ring.intern(Signature("barrier"), "world", "a:1")
+    first = ring.intern(Signature("barrier"), "world", 2, "a:1")
     ring.begin(first, 1)
     for count in range(RING_CALLS):
-        ring.intern(Signature("send", "", "int8", count, 0), "world", "b:2")
+        ring.intern(Signature("send", "", "int8", count, 0), "world", 2, "b:2")
     assert ring.entries() == ()
-    again = ring.intern(Signature("barrier"), "world", "a:1")
+    again = ring.intern(Signature("barrier"), "world", 2, "a:1")
     assert again != first
     ring.begin(again, 2)
     assert [(entry.sequence, entry.signature.operation) for entry in ring.entries()] == [
@@ -67,7 +69,9 @@ def test_a_ring_moves_with_its_entries_and_an_unwritten_one_is_empty():
 def test_a_long_path_is_cut_at_its_front():
     ring = Ring()
     site = "/" + "\u00e9" * 300 + "/train.py:12"
-    ring.begin(ring.intern(Signature("gather", "", "complex128", 2**62, 2**31), "world", site), 1)
+    ring.begin(
+        ring.intern(Signature("gather", "", "complex128", 2**62, 2**31), "world", 2, site), 1
+    )
     entry = ring.entries()[0]
     assert entry.signature == ("gather", "", "complex128", 2**62, 2**31)
     assert entry.site.startswith("\u00e9")

@@ -44,6 +44,7 @@ class Options:
     dropout: float
     report: Path | None
     dump: Path | None
+    trace: Path | None
     checkpoint: Path | None
     every: int
     keep: int
@@ -97,6 +98,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         dropout=found.dropout,
         report=found.report,
         dump=found.dump,
+        trace=found.trace,
         checkpoint=found.checkpoint,
         every=100 if found.every is None else found.every,
         keep=3 if found.keep is None else found.keep,
@@ -292,6 +294,12 @@ def _parser() -> argparse.ArgumentParser:
         " if there is none",
     )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="write a timeline of all ranks, for ui.perfetto.dev, and print what time went to",
+    )
     parser.add_argument(
         "--dump",
         type=Path,

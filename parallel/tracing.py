@@ -1,0 +1,93 @@
+"""Trace all ranks of a communicator into one file."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from ..comm.clock import measure_offset
+from ..comm.timeline import COMPUTE, Timeline
+from ..comm.trace_file import RankSummary, document, gather, on_one_clock, summarize, table
+
+if TYPE_CHECKING:
+    from ..comm.communicator import Communicator
+
+__all__ = ["Trace", "trace"]
+
+
+class Trace:
+    """What a trace found; filled at rank 0 when it has ended.
+
+    rows: what the time of every rank went to.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[RankSummary] = []
+
+    def __str__(self) -> str:
+        """Return the table of all ranks."""
+        return table(self.rows) if self.rows else "no trace on this rank"
+
+
+@contextmanager
+def trace(comm: Communicator, path: Path | str | None = None) -> Iterator[Trace]:
+    """Record what all ranks do within, on one clock, and write it at the end.
+
+        with ringfold.trace(comm, "trace.json") as found:
+            train()
+        if comm.rank == 0:
+            print(found)
+
+    path: of a file in the trace-event format of Chrome and Perfetto, which rank 0 writes; None for
+    the table alone. Engines record forward, backward, packing and waiting, optimizers their steps;
+    operations of every group of the rank are there in any case.
+
+    Collective, at the beginning and at the end; where the program within raises, nothing is
+    written. CommError where a trace is under way on this rank.
+    """
+    found = Trace()
+    first = measure_offset(comm)
+    timeline = comm.start_timeline()
+    try:
+        with _optimizers(timeline):
+            yield found
+    finally:
+        comm.stop_timeline()
+    traces = gather(comm, on_one_clock(comm.rank, timeline, first, measure_offset(comm)))
+    if traces:
+        found.rows = summarize(traces)
+        if path is not None:
+            Path(path).write_text(document(traces))
+
+
+@contextmanager
+def _optimizers(timeline: Timeline) -> Iterator[None]:
+    """Record the steps of all optimizers of this thread."""
+    started: list[int] = []
+
+    def before(*_: Any) -> None:
+        if threading.get_ident() == timeline.thread:
+            started.append(time.monotonic_ns())
+
+    def after(*_: Any) -> None:
+        if threading.get_ident() == timeline.thread and started:
+            timeline.add(COMPUTE, "optimizer", started.pop())
+
+    handles = (
+        register_optimizer_step_pre_hook(before),
+        register_optimizer_step_post_hook(after),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
