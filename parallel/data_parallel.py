@@ -16,7 +16,9 @@ from .hooks import WireHook
 from .join import even_batches
 from .reducer import START_BYTES, Reducer, ReductionRecord, check_weight
 from .replicas import broadcast_tensors, check_equal, check_root, describe
+from .roster import Roster
 from .spans import record_forward
+from .sparse import sparse_parameters
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -85,16 +87,16 @@ class DataParallel(nn.Module):
         self._weight: float | None = None
         named = list(module.named_parameters())
         buffers = list(module.named_buffers())
+        lines = [*describe(named), *describe(buffers)]
         self._reducer: Reducer | None = Reducer(
             named,
             comm,
             op="mean",
             bucket_bytes=None if bucket_bytes == "auto" else bucket_bytes,
             wire=wire or wire_dtype,
+            sparse=sparse_parameters(module),
         )
-        check_equal(
-            comm, [*describe(named), *describe(buffers)], "parameters or buffers of the module"
-        )
+        check_equal(comm, lines, "parameters or buffers of the module")
         check_equal(
             comm,
             [f"bucket_bytes {bucket_bytes}", f"wire {self._reducer.wire}", f"root {root}"],
@@ -102,6 +104,7 @@ class DataParallel(nn.Module):
         )
         tensors = [tensor for _, tensor in (*named, *buffers)]
         broadcast_tensors(comm, tensors, root, START_BYTES)
+        self._roster = Roster(module) if comm.size > 1 else None
         if comm.size > 1:
             # The hooks must not keep the wrapper alive, nor work for one that is gone.
             wrapper = weakref.ref(self)
@@ -109,8 +112,11 @@ class DataParallel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
-        if self._reducer is not None and self._reducer.active and not _in_backward():
-            self._reducer.abandon()
+        if self._reducer is not None:
+            if self._reducer.active and not _in_backward():
+                self._reducer.abandon()
+            if self._roster is not None and torch.is_grad_enabled():
+                self._roster.check()
         timeline = None if self.comm is None else self.comm.timeline
         if timeline is None:
             return self.module(*args, **kwargs)
@@ -237,7 +243,7 @@ class DataParallel(nn.Module):
         """
         if self._reducer is not None:
             self._reducer.detach()
-        self.comm, self._reducer = None, None
+        self.comm, self._reducer, self._roster = None, None, None
 
     @property
     def last_step(self) -> ReductionRecord | None:
@@ -269,7 +275,7 @@ class DataParallel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Communicators and hooks belong to this process.
-        return {**self.__dict__, "comm": None, "_reducer": None}
+        return {**self.__dict__, "comm": None, "_reducer": None, "_roster": None}
 
     def _ready(self, index: int) -> None:
         reducer = self._reducer

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .replicas import real_view
+from .sparse import as_dense
 from .transfer import transfer_of
 
 __all__ = ["WIRES", "Flattened", "in_place", "wire_of"]
@@ -145,10 +146,7 @@ def _can_move(gradient: Tensor, parameter: Tensor) -> bool:
 
 
 def _dense(gradient: Tensor) -> Tensor:
-    dense = gradient.detach()
-    if dense.layout != torch.strided:
-        dense = dense.to_dense()
-    return real_view(dense).contiguous()
+    return real_view(as_dense(gradient.detach())).contiguous()
 
 
 def _bring_back(gradient: Tensor | None, dense: Tensor | None, parameter: Tensor) -> None:

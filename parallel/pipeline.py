@@ -25,6 +25,7 @@ from .random_keys import Samples, name_layers
 from .reducer import Reducer, ReductionRecord
 from .replicas import broadcast_tensors, check_equal, describe
 from .rows import agree_on_rows, agree_on_rows_of_pipe
+from .sparse import sparse_parameters
 from .stage import Stage
 from .stage_error import raise_together
 from .tree import Tree
@@ -161,6 +162,7 @@ class Pipeline:
             op="mean",
             bucket_bytes=bucket_bytes,
             wire=wire_dtype,
+            sparse=sparse_parameters(self._layers.module),
         )
         in_tree = reduction == "tree"
         tree = TreeGradients(list(self._layers.module.parameters()), mesh.data)

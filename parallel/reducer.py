@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from ..comm.timeline import PACK
@@ -113,6 +114,8 @@ class Reducer:
     bucket_bytes: how much is reduced at once, in bytes of the gradients themselves; None to plan
         it by when the gradients arrived in the first passes, and what reductions cost then.
     wire: how gradients travel, as `hooks.wire_format` reads it.
+    sparse: parameters whose gradient is made sparse on a rank that had none; those that have had a
+        sparse one are known to be.
     """
 
     def __init__(
@@ -123,11 +126,13 @@ class Reducer:
         op: str,
         bucket_bytes: int | None,
         wire: str | WireHook | None,
+        sparse: Iterable[nn.Parameter] = (),
     ) -> None:
         self.wire = wire_format(wire)
         self._carrier = carrier_of(self.wire, comm, op)
         self._names = [name for name, _ in named]
         self._parameters = [parameter for _, parameter in named]
+        self._sparse = set(sparse)
         self._dtypes = [parameter.dtype for _, parameter in named]
         self._comm = comm
         self.bucket_bytes = START_BYTES if bucket_bytes is None else bucket_bytes
@@ -299,7 +304,10 @@ class Reducer:
         return current.weight / total if total else 0.0
 
     def _gradient(self, index: int) -> Tensor | None:
-        gradient = self._parameters[index].grad
+        parameter = self._parameters[index]
+        gradient = parameter.grad
+        if gradient is not None and gradient.layout == torch.sparse_coo:
+            self._sparse.add(parameter)
         if gradient is not None and gradient.dtype != self._dtypes[index]:
             raise TypeError(
                 f"gradient of {self._names[index]}: "
@@ -317,12 +325,20 @@ class Reducer:
         for position, flight in enumerate(current.flights):
             counts = flight.counts()
             flight.land(counts)
+            if self._sparse:
+                self._make_sparse(flight.load)
             if position == 0:
                 changed = counts[-1] > 0
             for name, count in zip(flight.load.names, counts, strict=False):
                 if 0 < count < self._comm.size:
                     current.partial.append(name)
         return changed
+
+    def _make_sparse(self, load: Load) -> None:
+        """Give gradients that came from other ranks only the layout that they have there."""
+        for parameter, gradient in zip(load.parameters, load.gradients, strict=True):
+            if gradient is None and parameter in self._sparse and parameter.grad is not None:
+                parameter.grad = parameter.grad.to_sparse(1)
 
     def _agree_again(self, current: _Pass) -> None:
         """Follow a change of requires_grad, and reduce what has been unfrozen in this same pass."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedTensorMixin
 
 from .buckets import Member, plan_buckets
 
@@ -36,7 +37,11 @@ def real_view(tensor: Tensor) -> Tensor:
 
 
 def describe(named: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Return one line per tensor: name, shape, dtype."""
+    """Return one line per tensor: name, shape, dtype; ValueError for a lazy one, by name."""
+    named = list(named)
+    for name, tensor in named:
+        if isinstance(tensor, UninitializedTensorMixin):
+            raise ValueError(f"{name} has no shape yet: run a forward of its lazy module first")
     return [f"{name} {tuple(t.shape)} {dtype_name(t.dtype)}" for name, t in named]
 
 

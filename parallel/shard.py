@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .buckets import Bucket, plan_buckets
 from .replicas import member_of
+from .sparse import as_dense
 
 __all__ = ["Piece", "Shard", "shards_of"]
 
@@ -112,5 +113,5 @@ def shards_of(
 
 
 def _flat(gradient: Tensor) -> Tensor:
-    dense = gradient if gradient.layout == torch.strided else gradient.to_dense()
+    dense = as_dense(gradient)
     return dense.detach().reshape(-1)

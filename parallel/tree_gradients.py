@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .sparse import as_dense
 from .tree import Tree, frontier, meets_in_pairs
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ class TreeGradients:
         for index in group.indices:
             parameter = self._parameters[index]
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            pieces.append(_real(gradient.to_dense().detach()).reshape(-1))
+            pieces.append(_real(as_dense(gradient.detach())).reshape(-1))
         flags = [float(self._parameters[index].grad is not None) for index in group.indices]
         return torch.cat([*pieces, torch.tensor(flags, dtype=group.dtype)])
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ringfold import DataParallel, run_local
 from ringfold.parallel.buckets import LIMITS
@@ -682,3 +683,161 @@ def test_running_statistics_are_those_of_the_root():
     results = run_local(3, main)
     assert all(torch.equal(found, results[1][1]) for found, _ in results)
     assert not torch.equal(results[0][1], results[1][1])
+
+
+def rows_one(*indices, width=1):
+    """An embedding's gradient by rows, for the sum over looked-up rows."""
+    table = torch.zeros(4, width)
+    for index in indices:
+        table[index] += 1
+    return table
+
+
+class Rows(nn.Module):
+    """An embedding that does not say that it is sparse; known after its first gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 1))
+
+    def forward(self, index):
+        return nn.functional.embedding(index, self.weight, sparse=True)
+
+
+@pytest.mark.parametrize("wire", [None, "bf16", "topk:1.0"])
+@pytest.mark.parametrize("declared", [True, False])
+def test_sparse_gradient_on_one_rank_is_sparse_on_all(wire, declared):
+    """A rank without a row had a dense gradient, which SparseAdam refuses."""
+
+    def main(comm):
+        module = nn.Embedding(4, 1, sparse=True) if declared else Rows()
+        model = DataParallel(module, comm, wire=wire)
+        model(torch.tensor([0])).sum().backward()
+        model.zero_grad()
+        if comm.rank == 0:
+            model(torch.tensor([1, 1, 3])).sum().backward()
+        else:
+            model.reduce_gradients()
+        gradient = module.weight.grad
+        torch.optim.SparseAdam(list(model.parameters())).step()
+        return gradient.layout, gradient.to_dense()
+
+    for layout, gradient in run_local(2, main):
+        assert layout == torch.sparse_coo
+        assert torch.equal(gradient, rows_one(1, 1, 3) / 2)
+
+
+def test_sparse_gradient_of_one_expanded_row():
+    """torch makes zeros of it: what is summed over one row is an expanded single element."""
+
+    def main(comm):
+        module = nn.Embedding(4, 1, sparse=True)
+        model = DataParallel(module, comm)
+        found = []
+        for index in range(3):
+            model.zero_grad(set_to_none=False)
+            model(torch.tensor([index])).sum().backward()
+            found.append(module.weight.grad.coalesce().to_dense() + 0)
+        return found
+
+    for found in run_local(2, main):
+        for index, gradient in enumerate(found):
+            assert torch.equal(gradient, rows_one(index))
+
+
+def test_sparse_gradients_accumulate_and_are_weighted():
+    def main(comm):
+        module = nn.Embedding(4, 2, sparse=True)
+        model = DataParallel(module, comm)
+        with model.no_sync():
+            model(torch.tensor([0, 0])).sum().backward()
+        with model.weighted((1, 3)[comm.rank]):
+            model(torch.tensor([comm.rank + 1])).sum().backward()
+        return module.weight.grad.to_dense()
+
+    expected = rows_one(0, 0, width=2) + rows_one(1, width=2) / 4 + rows_one(2, width=2) * 0.75
+    for gradient in run_local(2, main):
+        assert torch.equal(gradient, expected)
+
+
+def replace(module):
+    module[0].weight = nn.Parameter(torch.ones(1, 1))
+
+
+def append(module):
+    module.append(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(("change", "name"), [(replace, "0.weight"), (append, "1.weight")])
+def test_parameters_that_came_after_wrapping_are_refused_by_name(change, name):
+    """They trained on each rank by themselves, without a word."""
+
+    def main(comm):
+        module = nn.Sequential(nn.Linear(1, 1))
+        model = DataParallel(module, comm)
+        model(torch.ones(1, 1)).sum().backward()
+        change(module)
+        with torch.no_grad():
+            model(torch.ones(1, 1))
+        with pytest.raises(RuntimeError, match=f"parameter {name} was added or replaced"):
+            model(torch.ones(1, 1))
+        return copy.deepcopy(model)(torch.ones(1, 1)).requires_grad
+
+    assert run_local(2, main) == [True, True]
+
+
+def test_layers_without_parameters_may_come_and_parameters_may_go():
+    def main(comm):
+        module = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1), nn.Linear(1, 1))
+        nn.init.ones_(module[0].weight)
+        model = DataParallel(module, comm)
+        module[1] = nn.Identity()
+        del module[2]
+        module[0].bias = None
+        for _ in range(2):
+            model.zero_grad()
+            model(torch.full((1, 1), comm.rank + 1.0)).sum().backward()
+        return module[0].weight.grad.item()
+
+    assert run_local(2, main) == [1.5, 1.5]
+
+
+def test_a_lazy_module_is_refused_by_name():
+    def main(comm):
+        with pytest.raises(ValueError, match=r"0\.weight has no shape yet"):
+            DataParallel(nn.Sequential(nn.LazyLinear(3)), comm)
+        return True
+
+    assert run_local(2, main) == [True, True]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_layers(reentrant):
+    """Re-entrant checkpoints run a backward within the backward."""
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
+    inputs = [torch.full((2, 3), k + 1.0) for k in range(2)]
+    for x in inputs:
+        (whole(x).sum() / 2).backward()
+
+    class Recomputing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = copy.deepcopy(whole)
+            self.layers.zero_grad()
+
+        def forward(self, x):
+            x = x.requires_grad_()
+            hidden = checkpoint(self.layers[0], x, use_reentrant=reentrant)
+            return checkpoint(self.layers[1:], hidden, use_reentrant=reentrant)
+
+    def main(comm):
+        model = DataParallel(Recomputing(), comm, bucket_bytes=1)
+        for _ in range(3):
+            model.zero_grad()
+            model(inputs[comm.rank].clone()).sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    for found in run_local(2, main):
+        for gradient, parameter in zip(found, whole.parameters(), strict=True):
+            torch.testing.assert_close(gradient, parameter.grad)
