@@ -127,22 +127,32 @@ class PointerTable:
         )
 
 
-def check_transfer(
-    table: PointerTable, tensor_dtype: str, bucket: Array, bucket_dtype: str, *, into_bucket: bool
-) -> None:
-    """Refuse a pair of dtypes, a bucket or a table that a transfer would misuse."""
+def check_dtypes(tensor_dtype: str, bucket_dtype: str) -> None:
+    """Refuse a pair of dtypes outside PAIRS."""
     if bucket_dtype not in PAIRS.get(tensor_dtype, ()):
         allowed = listed(f"{name} ({listed(buckets)})" for name, buckets in PAIRS.items())
         raise TypeError(
             f"tensors of {tensor_dtype!r} with a bucket of {bucket_dtype!r}: expected one of the "
             f"tensor dtypes (and their bucket dtypes) {allowed}"
         )
-    check_array(bucket, bucket_dtype, "bucket", writes=into_bucket)
+
+
+def check_pair(table: PointerTable, tensor_dtype: str, bucket_dtype: str) -> None:
+    """Refuse a pair of dtypes outside PAIRS, and a table of other elements."""
+    check_dtypes(tensor_dtype, bucket_dtype)
     itemsize = STORAGE[tensor_dtype].itemsize
     if table.addresses.size and table.itemsize != itemsize:
         raise TypeError(
             f"the table's elements have {table.itemsize} bytes; {tensor_dtype} has {itemsize}"
         )
+
+
+def check_transfer(
+    table: PointerTable, tensor_dtype: str, bucket: Array, bucket_dtype: str, *, into_bucket: bool
+) -> None:
+    """Refuse a pair of dtypes, a bucket or a table that a transfer would misuse."""
+    check_pair(table, tensor_dtype, bucket_dtype)
+    check_array(bucket, bucket_dtype, "bucket", writes=into_bucket)
     if table.extent > bucket.size:
         raise ValueError(
             f"bucket of {bucket.size} elements is too small: the table reaches {table.extent}"

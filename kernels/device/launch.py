@@ -1,0 +1,107 @@
+"""Launch a kernel on a stream, with a grid that fits the device."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .primitives import simulating
+
+BLOCKS_PER_MULTIPROCESSOR = 8
+THREADS = 256
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Where kernels run: a device, a stream, and how large a grid may be.
+
+    device: its ordinal. stream: a CUDA stream handle; 1 is the legacy default stream.
+    blocks: at most so many; None for BLOCKS_PER_MULTIPROCESSOR times the device's multiprocessors.
+    threads: of a block, a power of two.
+    """
+
+    device: int = 0
+    stream: int = 1
+    blocks: int | None = None
+    threads: int = THREADS
+
+    def __post_init__(self) -> None:
+        if self.threads < 1 or self.threads > 1024 or self.threads & (self.threads - 1):
+            raise ValueError(
+                f"threads of a block: expected a power of two up to 1024, got {self.threads}"
+            )
+        if self.blocks is not None and self.blocks < 1:
+            raise ValueError(f"blocks: expected at least 1, got {self.blocks}")
+
+    def grid(self, wanted: int) -> int:
+        """Return the number of blocks for `wanted` of them: all, or as many as the limit says."""
+        return min(wanted, self.max_blocks)
+
+    @property
+    def max_blocks(self) -> int:
+        """Return the largest grid."""
+        if self.blocks is not None:
+            return self.blocks
+        return BLOCKS_PER_MULTIPROCESSOR * multiprocessors(self.device)
+
+    def launch(self, kernel: Any, wanted: int, *arguments: Any) -> bool:
+        """Put a kernel on the stream over `wanted` blocks, and tell whether there was any.
+
+        Zero blocks are nothing to launch: CUDA refuses an empty grid. Returns without waiting.
+
+        Raises: RuntimeError, which names the kernel, where it cannot be compiled or launched.
+        """
+        if wanted < 0:
+            raise ValueError(f"{kernel.__name__}: expected 0 blocks or more, got {wanted}")
+        if wanted == 0:
+            return False
+        from numba import cuda
+
+        grid = self.grid(wanted)
+        try:
+            with cuda.gpus[self.device], warnings.catch_warnings():
+                # A small bucket makes a small grid; Numba would warn of each.
+                warnings.filterwarnings("ignore", message=".*Grid size")
+                stream = stream_of(self.stream)
+                kernel[grid, self.threads, stream](*arguments)
+        except Exception as error:
+            if simulating():
+                raise
+            raise RuntimeError(
+                f"kernel {kernel.__name__} on cuda:{self.device}, {grid} blocks of "
+                f"{self.threads} threads, stream {self.stream:#x}: {error}"
+            ) from error
+        return True
+
+
+def stream_of(handle: int) -> Any:
+    """Return a stream as Numba takes it; the simulator has none."""
+    if simulating():
+        return 0
+    from numba import cuda
+
+    return cuda.external_stream(handle)
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    """Return the number of a device's multiprocessors; 1 in the simulator."""
+    if simulating():
+        return 1
+    from numba import cuda
+
+    return int(cuda.gpus[device].MULTIPROCESSOR_COUNT)
+
+
+def compile_kernel(name: str, function: Callable[..., Any]) -> Any:
+    """Return a CUDA kernel under a name that tells its variant; compiled at its first launch."""
+    from numba import cuda
+
+    function.__name__ = function.__qualname__ = name
+    kernel = cuda.jit(function)
+    if simulating():
+        kernel.__name__ = name
+    return kernel

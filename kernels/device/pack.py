@@ -1,0 +1,377 @@
+"""Move elements between tensors and a bucket, or between two spans, and learn of them on the way.
+
+One launch moves a whole bucket: blocks take tiles in turn, and within a tile threads take vectors,
+so that neighbours touch neighbouring 16 bytes. Where both sides cannot be aligned at once, and at a
+tile's ends, single elements are moved. Squares are added in an order that depends on the grid
+alone, so equal launches give equal norms.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import numpy as np
+from numba import cuda, types
+
+from ..storage import FLOATS, HALVES, check_divisor, storage
+from ..table import check_dtypes
+from .lanes import each, pairs, reader, total, writer
+from .launch import Launcher, compile_kernel
+from .primitives import DeviceElement, Function, element, primitives
+from .table import ROW_WORDS, ByProducts, Span, Tiles
+
+_CHANGES = {"multiply": operator.mul, "divide": operator.truediv}
+
+
+@functools.cache
+def head_of(first_size: int, second_size: int, vector: int) -> Function:
+    """Return (address, address) -> elements before both are aligned to 16 bytes; -1 if never."""
+
+    def head(first: Any, second: Any) -> Any:
+        for skip in range(vector):
+            if ((first + skip * first_size) | (second + skip * second_size)) & 15 == 0:
+                return skip
+        return -1
+
+    return primitives().compiled(head)
+
+
+@functools.cache
+def _mover(source_kind: DeviceElement, target_kind: DeviceElement, real: Any, way: str) -> Function:
+    """Return the device function that moves elements start, start + stride, ... of two spans."""
+    p = primitives()
+    load, store, compiled = p.load, p.store, p.compiled
+    size_in, size_out = source_kind.size, target_kind.size
+    vector = max(source_kind.lanes, target_kind.lanes)
+    widen, narrow, is_finite = source_kind.widen, target_kind.narrow, target_kind.is_finite
+    scalar_in, scalar_out = source_kind.scalar, target_kind.scalar
+    widen_target = target_kind.widen
+    operation = _CHANGES.get(way)
+
+    def change_one(value: Any, factor: Any) -> Any:
+        return operation(real(widen(value)), factor)  # type: ignore[misc]
+
+    def add_one(value: Any, present: Any) -> Any:
+        return real(widen(value)) + real(widen_target(present))
+
+    def narrow_one(value: Any, _more: Any) -> Any:
+        return narrow(value)
+
+    def square_one(value: Any, _more: Any) -> Any:
+        return np.float64(value) * np.float64(value)
+
+    def broken_one(stored: Any, _more: Any) -> Any:
+        return 0 if is_finite(stored) else 1
+
+    change_one, add_one, narrow_one = compiled(change_one), compiled(add_one), compiled(narrow_one)
+    square_one, broken_one = compiled(square_one), compiled(broken_one)
+    read, write = reader(source_kind, vector), writer(target_kind, vector)
+    narrowed = each(narrow_one, vector)
+    squares, breaks = each(square_one, vector), each(broken_one, vector)
+    add_all, any_of = total(operator.add, vector), total(operator.or_, vector)
+    head_between = head_of(size_in, size_out, vector)
+
+    if way == "add":
+        present, summed = reader(target_kind, vector), pairs(add_one, vector)
+
+        def values_of(raw: Any, target: Any, factor: Any) -> Any:
+            return summed(raw, present(target))
+
+        def value_of(raw: Any, target: Any, factor: Any) -> Any:
+            return add_one(raw, load(target, scalar_out))
+
+    else:
+        changed = each(change_one, vector)
+
+        def values_of(raw: Any, target: Any, factor: Any) -> Any:
+            return changed(raw, factor)
+
+        def value_of(raw: Any, target: Any, factor: Any) -> Any:
+            return change_one(raw, factor)
+
+    values_of, value_of = compiled(values_of), compiled(value_of)
+
+    def move(source: Any, target: Any, count: Any, start: Any, stride: Any, factor: Any) -> Any:
+        square, broken = 0.0, 0
+        head = head_between(source, target)
+        vectors = (count - head) // vector if 0 <= head < count else 0
+        skip = head if vectors > 0 else 0
+        i = start
+        while i < vectors:
+            at = skip + i * vector
+            values = values_of(read(source + at * size_in), target + at * size_out, factor)
+            stored = narrowed(values, 0)
+            write(target + at * size_out, stored)
+            square += add_all(squares(values, 0))
+            broken |= any_of(breaks(stored, 0))
+            i += stride
+        i = start
+        while i < count - vectors * vector:
+            at = i if i < skip else i + vectors * vector
+            value = value_of(load(source + at * size_in, scalar_in), target + at * size_out, factor)
+            result = narrow_one(value, 0)
+            store(target + at * size_out, result)
+            square += square_one(value, 0)
+            broken |= broken_one(result, 0)
+            i += stride
+        return square, broken
+
+    return compiled(move)
+
+
+@functools.cache
+def _settler(threads: int) -> Function:
+    """Return the device function by which all blocks of a grid agree on what they learned.
+
+    Every block leaves its sum; the last to take a ticket adds all of them, by block. All threads of
+    a block must call it, since it waits for them.
+    """
+    p = primitives()
+    load_fresh, store, atomic_add = p.load_fresh, p.store, p.atomic_add
+
+    def sum_of_block(square: Any, broken: Any) -> Any:
+        squares = cuda.shared.array(threads, types.float64)
+        breaks = cuda.shared.array(threads, types.int64)
+        me = cuda.threadIdx.x
+        squares[me] = square
+        breaks[me] = broken
+        cuda.syncthreads()
+        width = threads // 2
+        while width > 0:
+            if me < width:
+                squares[me] += squares[me + width]
+                breaks[me] |= breaks[me + width]
+            cuda.syncthreads()
+            width //= 2
+        whole, any_broken = squares[0], breaks[0]
+        cuda.syncthreads()
+        return whole, any_broken
+
+    sum_of_block = p.compiled(sum_of_block)
+
+    def settle(square: Any, broken: Any, learned: Any) -> Any:
+        ticket = cuda.shared.array(1, types.int64)
+        me = cuda.threadIdx.x
+        whole, any_broken = sum_of_block(square, broken)
+        if me == 0:
+            mine = learned + 32 + cuda.blockIdx.x * 16
+            store(mine, np.float64(whole))
+            store(mine + 8, np.float64(any_broken))
+            cuda.threadfence()
+            ticket[0] = atomic_add(learned + 16, np.int64(1))
+        cuda.syncthreads()
+        if ticket[0] == cuda.gridDim.x - 1:
+            # The same branch for all threads of the block: its barriers are reached by all.
+            cuda.threadfence()
+            square, broken = 0.0, 0
+            block = me
+            while block < cuda.gridDim.x:
+                square += load_fresh(learned + 32 + block * 16, np.float64)
+                broken |= int(load_fresh(learned + 40 + block * 16, np.float64))
+                block += threads
+            whole, any_broken = sum_of_block(square, broken)
+            if me == 0:
+                store(learned, np.float64(whole))
+                store(learned + 8, np.float64(1.0 if any_broken == 0 else 0.0))
+                store(learned + 16, np.int64(0))
+
+    return p.compiled(settle)
+
+
+@functools.cache
+def _ender(measure: bool, threads: int) -> Function:
+    if measure:
+        return _settler(threads)
+
+    def nothing(_square: Any, _broken: Any, _learned: Any) -> Any:
+        return None
+
+    return primitives().compiled(nothing)
+
+
+def _real(first: str, second: str) -> Any:
+    return np.float64 if "float64" in (first, second) else np.float32
+
+
+@functools.cache
+def transfer_kernel(
+    tensor_dtype: str, bucket_dtype: str, way: str, threads: int, measure: bool
+) -> Any:
+    """Return the kernel (rows, tiles, bucket, factor, by-products) that moves tiles.
+
+    way: "multiply" and "add" move into the bucket, "divide" out of it.
+    """
+    into = way != "divide"
+    tensor, bucket_kind = element(tensor_dtype), element(bucket_dtype)
+    kinds = (tensor, bucket_kind) if into else (bucket_kind, tensor)
+    move = _mover(*kinds, _real(tensor_dtype, bucket_dtype), way)
+    end, load = _ender(measure, threads), primitives().load
+    size, row_bytes = bucket_kind.size, 8 * ROW_WORDS
+
+    def transfer(rows: Any, num_tiles: Any, bucket: Any, factor: Any, learned: Any) -> None:
+        square, broken = 0.0, 0
+        tile = np.int64(cuda.blockIdx.x)
+        while tile < num_tiles:
+            row = rows + tile * row_bytes
+            tensor_at = load(row, np.int64)
+            bucket_at = bucket + load(row + 8, np.int64) * size
+            count = load(row + 16, np.int64)
+            source, target = (tensor_at, bucket_at) if into else (bucket_at, tensor_at)
+            more, wrong = move(
+                source, target, count, np.int64(cuda.threadIdx.x), np.int64(threads), factor
+            )
+            square += more
+            broken |= wrong
+            tile += cuda.gridDim.x
+        end(square, broken, learned)
+
+    name = f"{way}_{tensor_dtype}_{bucket_dtype}_{threads}{'_measured' if measure else ''}"
+    return compile_kernel(name, transfer)
+
+
+@functools.cache
+def span_kernel(source_dtype: str, target_dtype: str, threads: int, measure: bool) -> Any:
+    """Return the kernel (source, target, count, divisor, by-products) that moves one span."""
+    real = _real(source_dtype, target_dtype)
+    move = _mover(element(source_dtype), element(target_dtype), real, "divide")
+    end = _ender(measure, threads)
+
+    def span(source: Any, target: Any, count: Any, divisor: Any, learned: Any) -> None:
+        start = np.int64(cuda.blockIdx.x) * threads + cuda.threadIdx.x
+        stride = np.int64(cuda.gridDim.x) * threads
+        square, broken = move(source, target, count, start, stride, divisor)
+        end(square, broken, learned)
+
+    name = f"cast_{source_dtype}_{target_dtype}_{threads}{'_measured' if measure else ''}"
+    return compile_kernel(name, span)
+
+
+def _run(
+    tiles: Tiles,
+    bucket: Span,
+    launcher: Launcher,
+    way: str,
+    factor: float,
+    learned: ByProducts | None,
+) -> bool:
+    tiles.check_bucket(bucket)
+    real = _real(tiles.tensor_dtype, tiles.bucket_dtype)
+    kernel = transfer_kernel(
+        tiles.tensor_dtype, tiles.bucket_dtype, way, launcher.threads, learned is not None
+    )
+    return _launch(
+        launcher,
+        learned,
+        kernel,
+        tiles.num_tiles,
+        np.int64(tiles.rows.span.address),
+        np.int64(tiles.num_tiles),
+        np.int64(bucket.address),
+        real(factor),
+    )
+
+
+def _launch(
+    launcher: Launcher, learned: ByProducts | None, kernel: Any, wanted: int, *arguments: Any
+) -> bool:
+    if learned is not None and launcher.max_blocks > learned.max_blocks:
+        raise ValueError(
+            f"by-products of {learned.max_blocks} blocks for a grid of {launcher.max_blocks}"
+        )
+    address = 0 if learned is None else learned.memory.span.address
+    launched = launcher.launch(kernel, wanted, *arguments, np.int64(address))
+    if learned is not None and not launched:
+        learned.clear(launcher)
+    return launched
+
+
+def pack(
+    tiles: Tiles,
+    bucket: Span,
+    launcher: Launcher,
+    *,
+    scale: float = 1.0,
+    learned: ByProducts | None = None,
+) -> bool:
+    """Write every tensor of the table, times `scale`, to its place in the bucket: `pack.pack`.
+
+    `learned` takes finite and square norm. Ordered on the launcher's stream; returns at once, and
+    whether there was anything to launch. Tensors and bucket must not share memory.
+
+    Raises: ValueError for a bucket too small, before anything is launched.
+    """
+    return _run(tiles, bucket, launcher, "multiply", scale, learned)
+
+
+def unpack(
+    tiles: Tiles,
+    bucket: Span,
+    launcher: Launcher,
+    *,
+    divisor: float = 1.0,
+    learned: ByProducts | None = None,
+) -> bool:
+    """Write every tensor of the table from its place in the bucket, over `divisor`: `pack.unpack`.
+
+    As `pack`. Raises: ValueError also for a divisor of zero.
+    """
+    check_divisor(divisor)
+    return _run(tiles, bucket, launcher, "divide", divisor, learned)
+
+
+def pack_add(
+    tiles: Tiles, bucket: Span, launcher: Launcher, *, learned: ByProducts | None = None
+) -> bool:
+    """Add every tensor of the table to its place in the bucket.
+
+    PowerSGD's packing: a bucket of the errors of the step before becomes the matrices to compress
+    (Vogels et al. 2019, Algorithm 2, line 5). As `pack`.
+    """
+    return _run(tiles, bucket, launcher, "add", 1.0, learned)
+
+
+def cast(
+    source: Span,
+    source_dtype: str,
+    target: Span,
+    target_dtype: str,
+    launcher: Launcher,
+    *,
+    divisor: float = 1.0,
+    learned: ByProducts | None = None,
+) -> bool:
+    """Write a span over `divisor` into another of the same number of elements.
+
+    `cast.widen` and `cast.narrow` in one, and `reduce.divide` where both are the same span; spans
+    must not overlap otherwise. With `learned`, and source as target, also the norm of a buffer.
+    """
+    check_divisor(divisor)
+    for dtype in (source_dtype, target_dtype):
+        storage(dtype, (*FLOATS, *HALVES))
+    check_dtypes(*_pair(source_dtype, target_dtype))
+    source.check(source_dtype, "source")
+    target.check(target_dtype, "target")
+    if source.count != target.count:
+        raise ValueError(
+            f"source has {source.count} elements and target has {target.count}; "
+            "expected equal sizes"
+        )
+    kernel = span_kernel(source_dtype, target_dtype, launcher.threads, learned is not None)
+    vector = max(element(source_dtype).lanes, element(target_dtype).lanes)
+    return _launch(
+        launcher,
+        learned,
+        kernel,
+        -(-source.count // (vector * launcher.threads)),
+        np.int64(source.address),
+        np.int64(target.address),
+        np.int64(source.count),
+        _real(source_dtype, target_dtype)(divisor),
+    )
+
+
+def _pair(first: str, second: str) -> tuple[str, str]:
+    wide = max(first, second, key=lambda dtype: storage(dtype).itemsize)
+    return wide, second if wide == first else first
