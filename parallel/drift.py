@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..comm.errors import MismatchError
 from .objects import gather_objects
-from .replicas import real_view
+from .replicas import flat_bytes
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -89,9 +88,9 @@ def report_gradients(comm: Communicator, unused: Sequence[str]) -> GradientRepor
 
 
 def _digest(name: str, tensor: Tensor) -> bytes:
-    plain = real_view(tensor.detach()).cpu().contiguous()
+    plain = flat_bytes(tensor.cpu())
     head = f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode()
-    return hashlib.sha256(head + plain.reshape(-1).view(torch.uint8).numpy().tobytes()).digest()
+    return hashlib.sha256(head + plain.numpy().tobytes()).digest()
 
 
 def _ranks(ranks: Sequence[int]) -> str:

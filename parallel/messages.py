@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .replicas import flat_bytes
 from .structure import Description, TensorSpec, put_together, take_apart
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ def payload_bytes(specs: Sequence[TensorSpec]) -> int:
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """Return the bytes of several tensors as one flat tensor; a single one is not copied."""
-    pieces = [_bytes_of(tensor) for tensor in tensors]
+    pieces = [flat_bytes(tensor) for tensor in tensors]
     if len(pieces) == 1:
         return pieces[0]
     places = _places([TensorSpec.of(tensor) for tensor in tensors])
@@ -239,11 +240,6 @@ def broadcast_value(comm: Communicator, value: Any, root: int, where: str) -> An
     return (
         value if comm.rank == root else put_together(description.skeleton, unflatten(flat, specs))
     )
-
-
-def _bytes_of(tensor: Tensor) -> Tensor:
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    return plain.view(-1).view(torch.uint8)
 
 
 def _nbytes(spec: TensorSpec) -> int:

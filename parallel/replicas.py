@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .buckets import Member, plan_buckets
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
 
-__all__ = ["broadcast_tensors", "check_equal", "describe", "dtype_name", "member_of"]
+__all__ = ["broadcast_tensors", "check_equal", "describe", "dtype_name", "flat_bytes", "member_of"]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -36,11 +36,18 @@ def real_view(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
+def flat_bytes(tensor: Tensor) -> Tensor:
+    """Return a tensor's elements, in their logical order, as flat bytes; copied only if need be."""
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    # One element counts as contiguous whatever its strides, and then has no view as bytes.
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
+
+
 def describe(named: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Return one line per tensor: name, shape, dtype; ValueError for a lazy one, by name."""
     named = list(named)
     for name, tensor in named:
-        if isinstance(tensor, UninitializedTensorMixin):
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
             raise ValueError(f"{name} has no shape yet: run a forward of its lazy module first")
     return [f"{name} {tuple(t.shape)} {dtype_name(t.dtype)}" for name, t in named]
 

@@ -27,9 +27,6 @@ def sparse_parameters(module: nn.Module) -> set[nn.Parameter]:
 
     So a rank that has no gradient of such a weight knows how it is to look.
     """
-    return {
-        layer.weight
-        for layer in module.modules()
-        if getattr(layer, "sparse", None) is True
-        and isinstance(getattr(layer, "weight", None), nn.Parameter)
-    }
+    layers = (layer for layer in module.modules() if getattr(layer, "sparse", None) is True)
+    weights = (getattr(layer, "weight", None) for layer in layers)
+    return {weight for weight in weights if isinstance(weight, nn.Parameter)}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..replicas import flat_bytes
 from .errors import Damaged
 from .manifest import Entry
 
@@ -45,8 +46,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous host tensor."""
     if tensor.numel() == 0:
         return memoryview(b"")
-    plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    flat: Any = plain.reshape(-1).view(torch.uint8).numpy()
+    flat: Any = flat_bytes(tensor).numpy()
     return memoryview(flat)
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from ..parallel.replicas import flat_bytes
 from .options import UsageError
 
 if TYPE_CHECKING:
@@ -111,5 +111,4 @@ def weights_sha256(
 
 
 def _digest(tensor: Tensor) -> bytes:
-    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(plain.numpy().tobytes()).digest()
+    return hashlib.sha256(flat_bytes(tensor.cpu()).numpy().tobytes()).digest()
