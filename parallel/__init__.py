@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .drift import check_replicas
     from .join import even_batches
     from .mesh import Mesh
+    from .metrics import Metrics
     from .optimizer_state import broadcast_optimizer
     from .pipeline import Pipeline
     from .plan import PLANS, PlanError
@@ -28,6 +29,7 @@ __all__ = [
     "Dropout",
     "GlobalBatchSampler",
     "Mesh",
+    "Metrics",
     "Pipeline",
     "PlanError",
     "PowerSGD",
@@ -50,6 +52,7 @@ _HOMES = {
     "Dropout": "random_keys",
     "GlobalBatchSampler": "sampler",
     "Mesh": "mesh",
+    "Metrics": "metrics",
     "Pipeline": "pipeline",
     "PlanError": "plan",
     "PowerSGD": "powersgd",
