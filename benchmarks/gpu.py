@@ -1,10 +1,12 @@
-"""Allreduce of GPU memory: ours, staged, beside gloo with CUDA tensors, and what copies cost.
+"""Allreduce of GPU memory: staged and ipc, beside gloo with CUDA tensors, and what copies cost.
 
     mpirun -n 2 python benchmarks/gpu.py [--sizes 1MiB,16MiB,64MiB] [--peers gloo] [--json FILE]
 
 Ranks go round the GPUs of their node; several on one card is what one card can show. A repetition
-ends when the device has the result. Every result is checked. Rows named copy are of one rank alone:
-device to device, and between pinned host memory and the device, each byte counted once.
+ends when the device has the result. Every result is checked. `registered` is memory from
+comm.empty(device="cuda"), which ranks of a node open; the transport says which way was taken. Rows
+named copy are of one rank alone: device to device, and between pinned host memory and the device,
+each byte counted once.
 """
 
 from __future__ import annotations
@@ -61,30 +63,35 @@ def copies(cupy: Any, nbytes: int) -> dict[str, float]:
 def contenders(comm: ringfold.Communicator, torch: Any, count: int, peers: list[str]) -> Any:
     """Return ours and the peers', over one tensor; the sum is exact in float32."""
     index = torch.arange(count, device="cuda", dtype=torch.float32) % 251
-    x = torch.empty_like(index)
     wanted = index * comm.size + comm.size * (comm.size - 1) // 2
+    places = {
+        "ours": torch.empty_like(index),
+        "ours, registered": comm.empty(count, torch.float32, device="cuda"),
+    }
 
-    def prepare() -> None:
-        torch.add(index, comm.rank, out=x)
-        torch.cuda.synchronize()
+    def contender(impl: str, x: Any, call: Callable[[], Any], transport: str) -> Contender:
+        def prepare() -> None:
+            torch.add(index, comm.rank, out=x)
+            torch.cuda.synchronize()
 
-    def ending(call: Callable[[], Any]) -> Callable[[], Any]:
-        def run() -> Any:
+        def run() -> None:
             call()
             torch.cuda.synchronize()
 
-        return run
+        return Contender(
+            impl, run, prepare, wrong=lambda _: int((x != wanted).sum()), transport=transport
+        )
 
-    def wrong(_: Any) -> int:
-        return int((x != wanted).sum())
-
-    transport = comm.plan("allreduce", x) and comm.allreduce(x, blocking=False)
-    transport.wait()
-    ours = ending(comm.plan("allreduce", x))
-    found = [Contender("ours", ours, prepare, wrong=wrong, transport=transport.receipt.transport)]
+    found = []
+    for impl, x in places.items():
+        work = comm.allreduce(x, blocking=False)
+        work.wait()
+        step = comm.plan("allreduce", x)
+        found.append(contender(impl, x, step, work.receipt.transport))
     if "gloo" in peers:
-        theirs = ending(gloo_run(comm, "allreduce", Buffers(x, None), "sum"))
-        found.append(Contender("gloo", theirs, prepare, wrong=wrong))
+        x = places["ours"]
+        call = gloo_run(comm, "allreduce", Buffers(x, None), "sum")
+        found.append(contender("gloo", x, call, "host"))
     return found
 
 

@@ -8,7 +8,7 @@ recorded behind the write.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,6 +65,11 @@ class Device(Protocol):
 
     name: str
 
+    @property
+    def peering(self) -> Peering | None:
+        """Return what ranks need to share memory; None where the device has no way."""
+        ...
+
     def caller(self, array: DeviceArray) -> Stream:
         """Return the stream that the caller's own work on an array goes to at this moment."""
         ...
@@ -95,6 +100,62 @@ class Device(Protocol):
 
     def like(self, array: DeviceArray, shape: tuple[int, ...]) -> Any:
         """Return a new array of the same library, device and element type, for the caller's use."""
+        ...
+
+
+HANDLE_BYTES = 64
+"""Of memory and of events, as CUDA counts them."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Registered device memory as other processes can open it.
+
+    handle: of the allocation.  token: by which it is known; not 0.  offset: of the array, in bytes.
+    """
+
+    handle: bytes
+    token: int
+    offset: int
+
+
+class Peering(Protocol):
+    """What a device offers to ranks that share memory with others."""
+
+    def export(self, address: int, nbytes: int) -> Exported | None:
+        """Return how others open memory; None for memory that is not registered."""
+        ...
+
+    def open(self, handle: bytes) -> int:
+        """Return the address here of another process's allocation."""
+        ...
+
+    def close(self, address: int) -> None:
+        """Give back what `open` returned."""
+        ...
+
+    def make_event(self) -> tuple[Event, bytes]:
+        """Return an event that other processes can open, and its handle."""
+        ...
+
+    def open_event(self, handle: bytes) -> Event:
+        """Return another process's event."""
+        ...
+
+    def place(self, event: Event, stream: Stream) -> None:
+        """Put an event of `make_event` on a stream, anew."""
+        ...
+
+    def folds(self, op: str, dtype: str) -> bool:
+        """Tell whether `fold` knows an op on a type."""
+        ...
+
+    def fold(self, op: str, dtype: str, addresses: list[int], count: int, stream: Stream) -> None:
+        """Put a kernel on a stream: fold count elements at all addresses, in order, into all."""
+        ...
+
+    def trial(self, count: int) -> tuple[Any, Callable[[int], bool]]:
+        """Return registered ones of float32, and what waits and tells whether all are a number."""
         ...
 
 

@@ -16,11 +16,13 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .device import Device, DeviceArray, Event, Stream, describe
+from .ipc import Ipc, open_ipc
 from .schedule import Schedule
 from .staging import Place, Staging, Typed
 from .trace import Signature
@@ -39,6 +41,9 @@ _LOOKS, _GLANCES = 200, 4
 """How often a rank looks at an event before it does other things, if somebody waits, and if not."""
 
 Algorithm = str | Schedule | None
+
+First = Callable[..., Steps]
+"""A way to try before the windows, as `Ipc.allreduce`."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +94,15 @@ class DeviceOperations:
         self._lanes: dict[str, Lane] = {}
         self._line: deque[_Turn] = deque()
         self._group: Communicator | None = None
+        self._ipc: Ipc | None = None
+        self._no_ipc = ""
 
     def close(self) -> None:
         """Give the group back; collective where a collective was called."""
         group, self._group = self._group, None
+        ipc, self._ipc = self._ipc, None
+        if ipc is not None:
+            ipc.close()
         if group is not None:
             group.close()
 
@@ -103,18 +113,30 @@ class DeviceOperations:
         array.dtype.require(op)
         many = self._comm.size > 1
         windows = elementwise(array.count, self._most(array), sends=many, takes=many)
-        return self._in_place(
-            Signature("allreduce", op, array.dtype.name, array.count),
-            array,
-            windows,
-            lambda host, part: host.allreduce(part, op, algorithm),
+        signature = Signature("allreduce", op, array.dtype.name, array.count)
+
+        def prepare(host: Operations, part: Typed) -> Prepared:
+            return host.allreduce(part, op, algorithm)
+
+        self._copy_of_group(array)
+        ipc = self._ipc if algorithm is None else None
+        if ipc is None:
+            return self._in_place(signature, array, windows, prepare)
+        prepared = self._in_place(signature, array, windows, prepare, partial(ipc.allreduce, op=op))
+        if ipc.offer(array, op).exported is None:
+            return prepared
+        receipt = replace(
+            prepared.receipt,
+            algorithm="pairwise, in place",
+            transport="ipc",
+            reason="registered memory of one node; staged where another rank's is not registered",
         )
+        return replace(prepared, receipt=receipt)
 
     def reduce(
         self, x: Any, root: int = 0, op: str = "sum", algorithm: Algorithm = None
     ) -> Prepared:
-        host = self._host()
-        root = host.root(root)
+        root = self._comm.host_operations.root(root)
         at_root = self._comm.rank == root
         array = describe(x, writable=at_root)
         array.dtype.require(op)
@@ -127,7 +149,7 @@ class DeviceOperations:
         )
 
     def broadcast(self, x: Any, root: int = 0, algorithm: Algorithm = None) -> Prepared:
-        root = self._host().root(root)
+        root = self._comm.host_operations.root(root)
         at_root = self._comm.rank == root
         array = describe(x, writable=not at_root)
         windows = elementwise(array.count, self._most(array), sends=at_root, takes=not at_root)
@@ -166,7 +188,7 @@ class DeviceOperations:
         )
 
     def gather(self, x: Any, root: int = 0, algorithm: Algorithm = None) -> Prepared:
-        root = self._host().root(root)
+        root = self._comm.host_operations.root(root)
         array = describe(x, writable=False)
         size, at_root = self._comm.size, self._comm.rank == root
         windows = gathered(array.count, size, self._most(array), takes=at_root)
@@ -269,16 +291,19 @@ class DeviceOperations:
         array: DeviceArray,
         windows: Sequence[Window],
         prepare: Callable[[Operations, Typed], Prepared],
+        first: First | None = None,
     ) -> Prepared:
         lane = self._lane(array)
 
         def run(tag: int) -> Steps:
             caller = _caller(lane, array)
-            yield from self._staged(lane, tag, array, array.address, caller, windows, prepare)
+            yield from self._staged(
+                lane, tag, array, array.address, caller, windows, prepare, first
+            )
             return array.owner
 
         return Prepared(
-            self._receipt(signature.operation, array.nbytes, windows),
+            self._receipt(signature.operation, array, windows),
             Channel.COLLECTIVE,
             run,
             signature,
@@ -303,7 +328,7 @@ class DeviceOperations:
             return result
 
         return Prepared(
-            self._receipt(signature.operation, array.nbytes, windows),
+            self._receipt(signature.operation, array, windows),
             Channel.COLLECTIVE,
             run,
             signature,
@@ -318,8 +343,12 @@ class DeviceOperations:
         caller: Stream,
         windows: Sequence[Window],
         prepare: Callable[[Operations, Typed], Prepared],
+        first: First | None = None,
     ) -> Steps:
-        """Run the windows from an array to the address `into`; the caller's stream follows."""
+        """Run the windows from an array to the address `into`; the caller's stream follows.
+
+        first: is tried before, and leaves nothing to do where it returns True.
+        """
         device, item = lane.device, array.dtype.itemsize
         # Recorded now, when the caller calls, and behind the making of its result.
         ready = device.record(caller)
@@ -327,6 +356,10 @@ class DeviceOperations:
         with self._in_line() as turn:
             while not turn.done():
                 patient = yield [turn]
+            if first is not None:
+                done = yield from first(array, ready=ready, caller=caller, tag=tag)
+                if done:
+                    return
             device.follow(lane.inward, ready)
             device.follow(lane.outward, ready)
             slots = [_Slot(lane, windows, item) for _ in range(min(2, len(windows)))]
@@ -338,8 +371,9 @@ class DeviceOperations:
                 patient = yield from self._until(fetched.popleft(), patient)
                 slot = slots[index % 2]
                 part = _typed(slot.passed(window), array, window.shape)
-                prepared = prepare(self._host(), part)
-                self._copy_of_group().note(prepared)
+                group = self._copy_of_group(array)
+                prepared = prepare(group.host_operations, part)
+                group.note(prepared)
                 result = yield from prepared.run(tag)
                 slot.deliver(window, result, into)
             # Also where there was nothing to copy out: what comes next may change what was read.
@@ -369,15 +403,16 @@ class DeviceOperations:
         finally:
             self._line.remove(turn)
 
-    def _copy_of_group(self) -> Communicator:
-        """Return this group's own copy, where device operations meet; collective at first."""
+    def _copy_of_group(self, array: DeviceArray) -> Communicator:
+        """Return this group's own copy, where device operations meet; collective at first.
+
+        The ranks also try then whether they can open each other's memory.
+        """
         if self._group is None:
             self._group = self._comm.split(0, self._comm.rank)
-        assert self._group is not None
+            assert self._group is not None
+            self._ipc, self._no_ipc = open_ipc(self._group, self._find(array))
         return self._group
-
-    def _host(self) -> Operations:
-        return self._copy_of_group().host_operations
 
     def _lane(self, array: DeviceArray) -> Lane:
         device = self._find(array)
@@ -391,9 +426,11 @@ class DeviceOperations:
     def _most(self, array: DeviceArray) -> int:
         return max(1, self._window_bytes // array.dtype.itemsize)
 
-    def _receipt(self, name: str, nbytes: int, windows: Sequence[Window]) -> Receipt:
-        way = self._host().way
-        return Receipt(name, f"{len(windows)} windows", f"staged, {way}", 1, nbytes, _REASON)
+    def _receipt(self, name: str, array: DeviceArray, windows: Sequence[Window]) -> Receipt:
+        way = self._copy_of_group(array).host_operations.way
+        why = f"{_REASON}; no ipc: {self._no_ipc}" if self._no_ipc else _REASON
+        count = f"{len(windows)} windows"
+        return Receipt(name, count, f"staged, {way}", 1, array.nbytes, why)
 
 
 _REASON = "device memory passes through pinned host memory"

@@ -267,11 +267,13 @@ def _reused(
 ) -> Tensor:
     flat = flats.get((bucket, length))
     if flat is None:
-        on_host = device.type == "cpu"
-        flat = (
-            comm.empty(length, dtype)
-            if on_host
-            else torch.empty(length, dtype=dtype, device=device)
-        )
-        flats[bucket, length] = flat
+        flat = flats[bucket, length] = _allocate(comm, length, dtype, device)
     return flat
+
+
+def _allocate(comm: Communicator, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return registered memory of a device, or any memory where the communicator has none of it."""
+    if device.type not in ("cpu", "cuda"):
+        return torch.empty(length, dtype=dtype, device=device)
+    flat: Tensor = comm.empty(length, dtype, device=device.type)
+    return flat if flat.device == device else torch.empty(length, dtype=dtype, device=device)

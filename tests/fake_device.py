@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from contract import FOLDS
 
-from ringfold import Communicator
-from ringfold.comm.device import Device, DeviceArray
+from ringfold import CommError, Communicator
+from ringfold.comm.device import Device, DeviceArray, Exported
 from ringfold.comm.device_operations import DeviceOperations
 
 DIRT = 0xEE
@@ -61,14 +62,16 @@ class FakeGpu:
 
     name = "fake:0"
 
-    def __init__(self) -> None:
+    def __init__(self, node: FakeNode | None = None) -> None:
+        self.node = node
+        self.peering = None if node is None else FakePeering(self, node)
         self.log: list[tuple[Any, ...]] = []
         self.pinned: list[tuple[int, int]] = []
         self.arrays: list[FakeArray] = []
         self._unread: list[tuple[int, int]] = []
         self._streams: dict[int, deque[Any]] = {}
         self._events = 0
-        self._lock = threading.RLock()
+        self._lock = threading.RLock() if node is None else node.lock
         self._made = 100
 
     # -- the protocol ------------------------------------------------------------------------
@@ -88,7 +91,12 @@ class FakeGpu:
             self.log.append(("record", stream, event.number))
             return event
 
-    def follow(self, stream: int, event: FakeEvent) -> None:
+    def follow(self, stream: int, event: FakeEvent | SharedEvent) -> None:
+        if isinstance(event, SharedEvent):
+            with self._lock:
+                if event.place is None:
+                    return
+                event = event.place
         self.log.append(("follow", stream, event.stream, event.number))
         self._put(stream, (event,))
 
@@ -160,7 +168,7 @@ class FakeGpu:
         if isinstance(job, FakeEvent):
             job.reached = True
         elif isinstance(job, tuple):
-            self.run_until(job[0])
+            job[0].gpu.run_until(job[0])
         else:
             job()
 
@@ -169,6 +177,95 @@ class FakeGpu:
         assert any(low <= start and end <= high for low, high in self.pinned), (
             "an asynchronous copy of memory that is not pinned"
         )
+
+
+class FakeNode:
+    """What the devices of ranks that share a node have in common; one thread runs all of them."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.events: list[SharedEvent] = []
+        self.gpus: list[FakeGpu] = []
+        self.opened = 0
+
+
+@dataclass
+class SharedEvent:
+    """An event with a place that changes; whoever follows it follows the place of that moment."""
+
+    place: FakeEvent | None = None
+
+    def ended(self) -> bool:
+        return self.place is None or self.place.ended()
+
+
+class FakePeering:
+    """Sharing memory with the other ranks of a FakeNode; handles are numbers."""
+
+    def __init__(self, gpu: FakeGpu, node: FakeNode) -> None:
+        self.gpu, self.node = gpu, node
+        self.refuses = ""
+        self.wrong = False
+        node.gpus.append(gpu)
+
+    def export(self, address: int, nbytes: int) -> Exported | None:
+        for number, array in enumerate(self.gpu.arrays, 1):
+            offset = address - array.address
+            if array.registered and offset >= 0 and offset + nbytes <= array.values.nbytes:
+                return Exported(array.address.to_bytes(8, "little"), number, offset)
+        return None
+
+    def open(self, handle: bytes) -> int:
+        self._refuse("open")
+        self.node.opened += 1
+        return int.from_bytes(handle[:8], "little")
+
+    def close(self, address: int) -> None:
+        self.node.opened -= 1
+
+    def make_event(self) -> tuple[SharedEvent, bytes]:
+        self._refuse("make_event")
+        with self.node.lock:
+            self.node.events.append(SharedEvent())
+            return self.node.events[-1], (len(self.node.events) - 1).to_bytes(8, "little")
+
+    def open_event(self, handle: bytes) -> SharedEvent:
+        self._refuse("open_event")
+        return self.node.events[int.from_bytes(handle[:8], "little")]
+
+    def place(self, event: SharedEvent, stream: int) -> None:
+        event.place = self.gpu.record(stream)
+
+    def folds(self, op: str, dtype: str) -> bool:
+        return dtype == "float32"
+
+    def fold(self, op: str, dtype: str, addresses: list[int], count: int, stream: int) -> None:
+        nbytes = count * 4
+
+        def kernel() -> None:
+            memories = [self._memory(address, nbytes) for address in addresses]
+            total = FOLDS[op](np.stack([m.view(np.float32) for m in memories])).astype(np.float32)
+            for memory in memories:
+                memory.view(np.float32)[:] = total + self.wrong
+
+        self.gpu.launch(stream, kernel)
+
+    def trial(self, count: int) -> tuple[FakeArray, Callable[[int], bool]]:
+        x = FakeArray(self.gpu, np.empty(count, np.float32), registered=True)
+        x.filled_late(np.ones(count, np.float32))
+        return x, lambda number: bool((x.get() == number).all())
+
+    def _memory(self, address: int, nbytes: int) -> np.ndarray:
+        for gpu in self.node.gpus:
+            try:
+                return gpu.memory(address, nbytes)
+            except AssertionError:
+                continue
+        raise AssertionError(f"illegal access of {nbytes} bytes at {address:#x} by a kernel")
+
+    def _refuse(self, call: str) -> None:
+        if self.refuses == call:
+            raise CommError(f"{call} is refused")
 
 
 class FakeArray:
@@ -181,8 +278,10 @@ class FakeArray:
         *,
         stream: int | None = 7,
         dtype: str | None = None,
+        registered: bool = False,
         **other: Any,
     ) -> None:
+        self.registered = registered
         self.gpu, self.values, self.stream = gpu, values, stream
         self.dtype = f"fake.{dtype or values.dtype.name}"
         self.address = values.ctypes.data
@@ -209,9 +308,9 @@ class FakeArray:
         return self
 
 
-def use_fake(comm: Communicator, window_bytes: int = 64) -> FakeGpu:
+def use_fake(comm: Communicator, window_bytes: int = 64, node: FakeNode | None = None) -> FakeGpu:
     """Let a communicator's operations on device memory run on a fake."""
-    gpu = FakeGpu()
+    gpu = FakeGpu(node)
     device: Device = gpu
     comm.use_devices(DeviceOperations(comm, lambda array: device, window_bytes))
     return gpu

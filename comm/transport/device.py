@@ -18,6 +18,7 @@ import numpy as np
 from ..device import LEGACY_STREAM, Bytes, DeviceArray, Event, Stream
 from ..dtypes import dtype_named
 from ..errors import CommError
+from .cuda_ipc import CudaPeering
 
 _CURRENT: Mapping[str, Callable[[Any, int], int]] = MappingProxyType(
     {
@@ -100,6 +101,7 @@ class CudaDevice:
         self._ordinal = ordinal
         self._device = cupy.cuda.Device(ordinal)
         self._streams: list[Any] = []
+        self.peering = CudaPeering(cupy, ordinal, CudaEvent, _handle_of)
 
     def caller(self, array: DeviceArray) -> Stream:
         """Return the stream that the array names, else its library's current one."""
@@ -164,6 +166,11 @@ class CudaDevice:
             return self._cupy.empty(shape, array.dtype.storage)
 
 
+def _handle_of(event: Event) -> int:
+    assert isinstance(event, CudaEvent)
+    return int(event.event.ptr)
+
+
 _PORTABLE = 1
 """cudaHostRegisterPortable: pinned for every device of this process."""
 
@@ -193,10 +200,7 @@ def empty(node_rank: int, shape: tuple[int, ...], dtype: Any) -> Any:
     foreign = dtype_named(name) if family == "torch" else None
     storage = np.dtype(dtype) if foreign is None else foreign.storage
     ordinal = ordinal_of(node_rank, runtime.getDeviceCount())
-    with cupy.cuda.Device(ordinal):
-        nbytes = max(1, int(np.prod(shape, dtype=np.int64)) * storage.itemsize)
-        memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(nbytes), 0)
-        plain = cupy.ndarray(shape, storage, memptr=memory)
+    plain = _opened(ordinal).peering.allocate(shape, storage)
     if foreign is None:
         return plain
     return importlib.import_module(family).from_dlpack(plain).view(dtype)

@@ -1,0 +1,140 @@
+"""CUDA's memory and events as other processes open them, and sums over such memory, by CuPy.
+
+Source: CUDA Runtime API, section Device Management, cudaIpc*. A handle stands for a whole
+allocation, and no process can open its own.
+"""
+
+from __future__ import annotations
+
+import secrets
+import weakref
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from ..device import Event, Exported, Stream
+from ..dtypes import DTYPES
+from ..errors import CommError
+
+_OPS = ("sum", "mean", "min", "max", "prod")
+
+
+class Allocation:
+    """Device memory of its own, given back when nobody refers to it."""
+
+    def __init__(self, runtime: Any, nbytes: int) -> None:
+        self.base, self.nbytes = int(runtime.malloc(nbytes)), nbytes
+        self.token = secrets.randbits(62) | 1
+        weakref.finalize(self, runtime.free, self.base).atexit = False
+
+
+class OpenedEvent:
+    """Another process's event."""
+
+    def __init__(self, ptr: int) -> None:
+        self.ptr = ptr
+
+
+class CudaPeering:
+    """What one GPU of this process offers to other processes."""
+
+    def __init__(
+        self, cupy: Any, ordinal: int, event_of: Callable[[Any], Event], handle_of: Any
+    ) -> None:
+        """event_of: wrap an event as the device does.  handle_of: unwrap it, to CUDA's handle."""
+        self._cupy, self._runtime, self._ordinal = cupy, cupy.cuda.runtime, ordinal
+        self._event_of, self._handle_of = event_of, handle_of
+        self._allocations: weakref.WeakSet[Allocation] = weakref.WeakSet()
+
+    def allocate(self, shape: tuple[int, ...], storage: np.dtype[Any]) -> Any:
+        """Return a CuPy array in registered memory."""
+        nbytes = max(1, int(np.prod(shape, dtype=np.int64)) * storage.itemsize)
+        with self._cupy.cuda.Device(self._ordinal):
+            allocation = Allocation(self._runtime, nbytes)
+        self._allocations.add(allocation)
+        return self._view(allocation.base, shape, storage, allocation)
+
+    def export(self, address: int, nbytes: int) -> Exported | None:
+        """Return how others open memory; None for memory that is not registered."""
+        for one in self._allocations:
+            offset = address - one.base
+            if offset >= 0 and offset + nbytes <= one.nbytes:
+                with self._told("memory cannot be shared"):
+                    handle = self._runtime.ipcGetMemHandle(one.base)
+                return Exported(bytes(handle), one.token, offset)
+        return None
+
+    def open(self, handle: bytes) -> int:
+        """Return the address here of another process's allocation."""
+        with self._told("another rank's memory cannot be opened"):
+            return int(self._runtime.ipcOpenMemHandle(handle))
+
+    def close(self, address: int) -> None:
+        """Give back what `open` returned."""
+        with self._told("another rank's memory cannot be given back"):
+            self._runtime.ipcCloseMemHandle(address)
+
+    def make_event(self) -> tuple[Event, bytes]:
+        """Return an event that other processes can open, and its handle."""
+        with self._told("no event can be shared"):
+            event = self._cupy.cuda.Event(block=False, disable_timing=True, interprocess=True)
+            return self._event_of(event), bytes(self._runtime.ipcGetEventHandle(event.ptr))
+
+    def open_event(self, handle: bytes) -> Event:
+        """Return another process's event."""
+        with self._told("another rank's event cannot be opened"):
+            return self._event_of(OpenedEvent(int(self._runtime.ipcOpenEventHandle(handle))))
+
+    def place(self, event: Event, stream: Stream) -> None:
+        """Put an event of `make_event` on a stream, anew."""
+        with self._cupy.cuda.Device(self._ordinal):
+            self._runtime.eventRecord(self._handle_of(event), stream)
+
+    def folds(self, op: str, dtype: str) -> bool:
+        """Tell whether `fold` knows an op on a type: half widths and bool are the host's."""
+        return op in _OPS and not DTYPES[dtype].wide and DTYPES[dtype].storage.kind in "fiu"
+
+    def fold(self, op: str, dtype: str, addresses: list[int], count: int, stream: Stream) -> None:
+        """Put kernels on a stream: fold count elements at all addresses, in order, into all."""
+        cupy, storage = self._cupy, DTYPES[dtype].storage
+        combine = {
+            "sum": cupy.add,
+            "mean": cupy.add,
+            "prod": cupy.multiply,
+            "min": cupy.minimum,
+            "max": cupy.maximum,
+        }[op]
+        with cupy.cuda.Device(self._ordinal), cupy.cuda.ExternalStream(stream):
+            parts = [self._view(address, (count,), storage, None) for address in addresses]
+            total = parts[0].copy()
+            for one in parts[1:]:
+                combine(total, one, out=total)
+            if op == "mean":
+                cupy.true_divide(total, storage.type(len(parts)), out=total)
+            for one in parts:
+                one[...] = total
+
+    def trial(self, count: int) -> tuple[Any, Callable[[int], bool]]:
+        """Return registered ones of float32, and what waits and tells whether all are a number."""
+        with self._told("no memory can be had"):
+            x = self.allocate((count,), np.dtype(np.float32))
+            with self._cupy.cuda.Device(self._ordinal):
+                x[...] = 1
+        return x, lambda number: bool((x == number).all())
+
+    def _view(
+        self, address: int, shape: tuple[int, ...], storage: np.dtype[Any], owner: Any
+    ) -> Any:
+        nbytes = max(1, int(np.prod(shape, dtype=np.int64)) * storage.itemsize)
+        memory = self._cupy.cuda.UnownedMemory(address, nbytes, owner, self._ordinal)
+        return self._cupy.ndarray(shape, storage, self._cupy.cuda.MemoryPointer(memory, 0))
+
+    @contextmanager
+    def _told(self, what: str) -> Any:
+        try:
+            with self._cupy.cuda.Device(self._ordinal):
+                yield
+        except self._runtime.CUDARuntimeError as error:
+            raise CommError(f"{what}: {error}") from error

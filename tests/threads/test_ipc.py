@@ -1,0 +1,150 @@
+"""Ranks that read each other's device memory, ordered by events; the devices are always late."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from contract import FOLDS, data, expected, lengths
+from fake_device import FakeArray, FakeGpu, FakeNode, SharedEvent, use_fake
+
+from ringfold import Communicator, Settings, run_local
+
+SETTINGS = Settings(timeout=20)
+
+
+def late(gpu: FakeGpu, values: np.ndarray, registered: bool = True) -> FakeArray:
+    return FakeArray(gpu, np.empty_like(values), registered=registered).filled_late(values)
+
+
+def on_node(size: int, main: Callable[[Communicator, FakeGpu], Any]) -> list[Any]:
+    node = FakeNode()
+    found = run_local(size, lambda comm: main(comm, use_fake(comm, node=node)), settings=SETTINGS)
+    assert node.opened == 0
+    return found
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_every_op_and_length(size: int) -> None:
+    def main(comm: Communicator, gpu: FakeGpu) -> None:
+        for count in lengths(size):
+            for op in FOLDS:
+                x = late(gpu, data(comm.rank, count, np.float32))
+                work = comm.allreduce(x, op, blocking=False)
+                assert work.wait() is x
+                assert work.receipt.transport == ("ipc" if count else "staged, local")
+                np.testing.assert_array_equal(x.get(), expected(op, size, count, np.float32))
+
+    on_node(size, main)
+
+
+def test_no_host_waits_and_nothing_is_copied() -> None:
+    """When wait() returns, no kernel has run; the caller's stream is what waits."""
+
+    def main(comm: Communicator, gpu: FakeGpu) -> None:
+        comm.allreduce(late(gpu, np.ones(3, np.float32)))
+        x = late(gpu, np.ones(100, np.float32))
+        before = len(gpu.log)
+        comm.allreduce(x)
+        names = {entry[0] for entry in gpu.log[before:]}
+        assert names == {"record", "follow", "launch"}
+        assert (x.get() == comm.size).all()
+        comm.barrier()
+
+    on_node(3, main)
+
+
+def test_the_same_array_again_and_again_without_reading_it() -> None:
+    def main(comm: Communicator, gpu: FakeGpu) -> None:
+        x = late(gpu, np.ones(50, np.float32))
+        halve = lambda: np.multiply(x.values, 1 / comm.size, out=x.values)  # noqa: E731
+        for _ in range(20):
+            comm.allreduce(x)
+            gpu.launch(7, halve)
+        assert (x.get() == 1).all()
+        comm.barrier()  # a peer's stream may still have to read
+
+    on_node(2, main)
+
+
+def test_a_rank_without_registered_memory_sends_all_the_staged_way() -> None:
+    def main(comm: Communicator, gpu: FakeGpu) -> None:
+        for count in (1, 100):
+            x = late(gpu, data(comm.rank, count, np.float32), registered=comm.rank != 1)
+            comm.allreduce(x)
+            np.testing.assert_array_equal(x.get(), expected("sum", 3, count, np.float32))
+        x = late(gpu, data(comm.rank, 100, np.float64))
+        work = comm.allreduce(x, blocking=False)
+        work.wait()
+        assert work.receipt.transport == "staged, local"
+        np.testing.assert_array_equal(x.get(), expected("sum", 3, 100, np.float64))
+
+    on_node(3, main)
+
+
+def test_a_part_of_registered_memory() -> None:
+    def main(comm: Communicator, gpu: FakeGpu) -> None:
+        whole = np.zeros(40, np.float32)
+        x = FakeArray(gpu, whole, registered=True)
+        y = FakeArray(gpu, whole[10:30]).filled_late(data(comm.rank, 20, np.float32))
+        work = comm.allreduce(y, blocking=False)
+        work.wait()
+        assert work.receipt.transport == "ipc"
+        np.testing.assert_array_equal(y.get(), expected("sum", 2, 20, np.float32))
+        assert (x.values[:10] == 0).all() and (x.values[30:] == 0).all()
+        comm.barrier()
+
+    on_node(2, main)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ("make_event", "make_event is refused"),
+        ("open_event", "open_event is refused"),
+        ("open", "memory cannot be opened"),
+        ("wrong", "a trial gave wrong sums"),
+    ],
+)
+def test_what_one_rank_refuses_no_rank_uses(call: str, words: str) -> None:
+    def main(comm: Communicator, gpu: FakeGpu) -> str:
+        if comm.rank == 1:
+            gpu.peering.refuses, gpu.peering.wrong = call, call == "wrong"
+        x = late(gpu, data(comm.rank, 100, np.float32))
+        work = comm.allreduce(x, blocking=False)
+        work.wait()
+        assert work.receipt.transport == "staged, local"
+        np.testing.assert_array_equal(x.get(), expected("sum", 2, 100, np.float32))
+        return work.receipt.reason
+
+    node = FakeNode()
+    reasons = run_local(2, lambda comm: main(comm, use_fake(comm, node=node)), settings=SETTINGS)
+    assert words in reasons[1] and "no ipc" in reasons[0]
+
+
+@pytest.mark.parametrize("which", ["ready", "done"])
+def test_the_fake_catches_events_that_nobody_follows(which: str) -> None:
+    """Mutation: without the one, a peer is read too early; without the other, a result is.
+
+    Of three ranks, because the one that looks first makes its own and rank 0's kernels run.
+    """
+
+    def main(comm: Communicator, gpu: FakeGpu) -> bool:
+        comm.allreduce(late(gpu, np.ones(3, np.float32)))
+        follow = gpu.follow
+
+        def forgetful(stream: int, event: Any) -> None:
+            if isinstance(event, SharedEvent) and (stream == 7) == (which == "done"):
+                return
+            follow(stream, event)
+
+        gpu.follow = forgetful  # type: ignore[method-assign]
+        x = late(gpu, np.ones(100, np.float32))
+        comm.allreduce(x)
+        right = bool((x.get() == comm.size).all())
+        comm.barrier()
+        return right
+
+    node = FakeNode()
+    found = run_local(3, lambda comm: main(comm, use_fake(comm, node=node)), settings=SETTINGS)
+    assert not all(found)
