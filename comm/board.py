@@ -27,12 +27,13 @@ from .call_codes import describe_code
 from .errors import CommError, MismatchError
 from .memory import Block
 from .node_memory import NodeMemory, patience
+from .notices import DIFFER, MESSAGES, Row, table
+from .trace import Entry, Ring, entries_in
 from .transport.base import Request
 from .work import Steps
 
 if TYPE_CHECKING:
     from .communicator import Communicator
-    from .trace import Ring
 
 Words = npt.NDArray[np.int64]
 
@@ -59,6 +60,7 @@ class Board:
         self.broken = ""
         self._blocks = blocks
         self._bases = np.array([nodes.addresses[row[1]] for row in members.tolist()], np.int64)
+        self._traces = [nodes.traces[row[1]] for row in members.tolist()]
         self._areas = self._bases + members[:, 2]
         control = int(self._bases[0] + members[0, 3])
         self.record = np.zeros(BoardWord.WORDS, np.int64)
@@ -94,6 +96,25 @@ class Board:
         self._ring, self._counter = ring, counter
         self.record[BoardWord.RING] = ring.address
         self.record[BoardWord.COUNTER] = counter.ctypes.data
+
+    def recent(self, rank: int) -> tuple[Entry, ...]:
+        """Return the last operations of a rank of the group."""
+        return entries_in(self._traces[rank])
+
+    def entries(self, group: str, sequence: int) -> list[Entry | None]:
+        """Return what each rank called as number `sequence` of a group, None for unknown."""
+        return [
+            next(
+                (
+                    entry
+                    for entry in reversed(self.recent(rank))
+                    if (entry.group, entry.sequence) == (group, sequence)
+                    and entry.signature.operation not in MESSAGES
+                ),
+                None,
+            )
+            for rank in range(self.size)
+        ]
 
     def lists(self) -> Words:
         """Return the table of addresses that programs name: a row for each Where."""
@@ -309,12 +330,24 @@ class Meeting:
         size = board.size * Note.WORDS
         words = np.array((ctypes.c_int64 * size).from_address(block)[:], np.int64)
         rows = words.reshape(board.size, Note.WORDS)
-        shown = "; ".join(
-            f"rank {rank}: {describe_code(int(row[Note.CALL]))}, {row[Note.COUNT]} elements, "
+        shown = {
+            rank: f"{describe_code(int(row[Note.CALL]))}, {row[Note.COUNT]} elements, "
             f"root {row[Note.ROOT]}"
             for rank, row in enumerate(rows)
-        )
-        return f"the ranks' calls differ: {shown}"
+        }
+        own = self._entry()
+        if own is None:
+            return table(DIFFER, shown)
+        for rank, entry in enumerate(board.entries(own.group, own.sequence)):
+            if entry is not None:
+                shown[rank] = str(Row.of(entry))
+        return table(f"{DIFFER} in {own.group}", shown)
+
+    def _entry(self) -> Entry | None:
+        """Return what this rank's ring of operations says of the present run."""
+        number = int(self._record[WorkWord.ENTRY])
+        found = self._board.recent(self._board.rank)
+        return next((entry for entry in found if entry.number == number), None)
 
 
 def fused_eagerly(call: Call) -> bool:

@@ -18,7 +18,9 @@ from .buffer import allocate, registered
 from .device import on_device
 from .dtypes import dtype_named
 from .errors import CommError
+from .fingerprint import tag_of
 from .guard import Guard
+from .inquiry import Inquiry
 from .memo import Memo
 from .operations import Operations
 from .progress import Progress
@@ -40,9 +42,6 @@ if TYPE_CHECKING:
 Algorithm = str | Schedule | None
 
 _DONE = int(Status.DONE)
-
-_TAGS = 1 << 15
-"""Collectives cycle through this many tags, which every MPI allows."""
 
 
 class Communicator:
@@ -81,6 +80,7 @@ class Communicator:
 
         transport = MpiTransport.open(comm)
         progress = Progress(self._settings.timeout, transport.threads)
+        progress.inquiry = Inquiry(transport, progress.ring)
         guard = Guard(transport, progress) if self._settings.abort and transport.size > 1 else None
         self._open(transport, progress, guard)
         self._top = True
@@ -88,10 +88,17 @@ class Communicator:
         self._read_tuning()
 
     @classmethod
-    def over(cls, transport: Transport, settings: Settings | None = None) -> Communicator:
-        """Open over a transport; collective over its ranks."""
+    def over(
+        cls, transport: Transport, settings: Settings | None = None, *, name: str = "world"
+    ) -> Communicator:
+        """Open over a transport; collective over its ranks.
+
+        name: unlike that of others over a part of the same world.
+        """
         settings = settings or Settings.read()
-        made = cls._make(transport, Progress(settings.timeout, transport.threads), settings)
+        progress = Progress(settings.timeout, transport.threads)
+        progress.inquiry = Inquiry(transport, progress.ring)
+        made = cls._make(transport, progress, settings, name=name)
         made._top = True
         return made
 
@@ -127,7 +134,6 @@ class Communicator:
         self._operations = Operations(transport, self._settings)
         self._device_operations: DeviceOperations | None = None
         self._process = os.getpid()
-        self._sequence = 0
         self._closed = False
         self._attentive = progress.timeline is not None
         progress.groups.add(self)
@@ -397,9 +403,9 @@ class Communicator:
         """
         self._require_open()
         group = self._transport.split(color, key)
+        self._splits += 1
         if group is None:
             return None
-        self._splits += 1
         name = f"{self._name}.{self._splits}"
         made = Communicator._make(group, self._progress, self._settings, self._nodes, name=name)
         made._use(self._tuning)
@@ -505,9 +511,17 @@ class Communicator:
         self._require_open()
         return self._advance(lambda: meeting.steps(meeting.launch(), owner), receipt, True)
 
-    def _advance(self, begin: Callable[[], Steps], receipt: Receipt, background: bool) -> Work:
+    def _advance(
+        self,
+        begin: Callable[[], Steps],
+        receipt: Receipt,
+        background: bool,
+        group: str | None = None,
+    ) -> Work:
+        name = self._name if group is None else group
+
         def make() -> Work:
-            return Work(begin(), receipt, self._transport, self._progress)
+            return Work(begin(), receipt, self._transport, self._progress, name)
 
         return self._progress.start(make, background)
 
@@ -516,20 +530,20 @@ class Communicator:
 
     def _begin(self, prepared: Prepared, blocking: bool, call: int) -> Any:
         self._require_open()
-        if prepared.channel is None:  # a meeting, which notes itself
+        if prepared.meeting is not None:  # it notes itself
             work = self._advance(lambda: prepared.run(0), prepared.receipt, not blocking)
             return work.wait() if blocking else work
-        tag, of_messages = 0, prepared.channel is Channel.POINT_TO_POINT
-        if not of_messages:
-            tag = self._sequence
-            self._sequence = (tag + 1) % _TAGS
+        of_messages = prepared.channel is not Channel.COLLECTIVE
 
         def begin() -> Steps:
             self._counter[int(of_messages)] += 1
-            number = self._ring.begin(call, int(self._counter[int(of_messages)]))
+            sequence = int(self._counter[int(of_messages)])
+            number = self._ring.begin(call, sequence)
+            tag = tag_of(sequence, prepared.mark, self._transport.max_tag)
             return self._ring.noted(prepared.run(tag), number)
 
-        work = self._advance(begin, prepared.receipt, not blocking)
+        group = "" if of_messages else self._name
+        work = self._advance(begin, prepared.receipt, not blocking, group)
         return work.wait() if blocking else work
 
     def note(self, prepared: Prepared) -> int:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .device import Device, DeviceArray, Event, Stream, describe
+from .fingerprint import fingerprint
 from .ipc import Ipc, open_ipc
 from .schedule import Schedule
 from .staging import Place, Staging, Typed
@@ -307,6 +308,7 @@ class DeviceOperations:
             Channel.COLLECTIVE,
             run,
             signature,
+            mark=fingerprint(signature, "staged"),
         )
 
     def _anew(
@@ -332,6 +334,7 @@ class DeviceOperations:
             Channel.COLLECTIVE,
             run,
             signature,
+            mark=fingerprint(signature, "staged"),
         )
 
     def _staged(

@@ -8,7 +8,7 @@ a rank may be sending the very memory that it adds to.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
@@ -73,6 +73,7 @@ class Lane:
 
     segment_bytes: the largest single message; both ends must use the same.
     window: segments of one direction in flight; each end may use its own.
+    abandoned: takes what MPI may still write to after a run was given up.
     """
 
     transport: Transport
@@ -80,6 +81,7 @@ class Lane:
     tag: int
     segment_bytes: int
     window: int = WINDOW
+    abandoned: list[object] = field(default_factory=list)
 
 
 def execute(
@@ -93,6 +95,22 @@ def execute(
 
     Yields the requests that it waits for, whenever it has to wait.
     """
+    flying: list[tuple[list[Request], _Segment | None, Array]] = []
+    try:
+        yield from _rounds(program, lane, source, target, arithmetic, flying)
+    except BaseException:
+        lane.abandoned.append(flying)
+        raise
+
+
+def _rounds(
+    program: Program,
+    lane: Lane,
+    source: Array,
+    target: Array,
+    arithmetic: Arithmetic,
+    flying: list[tuple[list[Request], _Segment | None, Array]],
+) -> Steps:
     segment = max(1, lane.segment_bytes // source.itemsize)
     scratch = _scratch(program, segment, target, lane.window)
     total = target if arithmetic.accumulator is None else arithmetic.accumulator
@@ -100,7 +118,6 @@ def execute(
         _local(rows, target, arithmetic)
         sends = _segments(rows, (Op.SEND,), segment)
         receives = _segments(rows, (Op.RECV, Op.RECV_REDUCE), segment)
-        flying: list[tuple[list[Request], _Segment | None, Array]] = []
         for slot, (send, receive) in enumerate(zip_longest(sends, receives)):
             requests: list[Request] = []
             arrived = scratch
@@ -116,9 +133,11 @@ def execute(
                 requests.append(lane.transport.isend(data, send.peer, lane.tag, lane.channel))
             flying.append((requests, receive, arrived))
             if len(flying) == lane.window:
-                yield from _finish(flying.pop(0), total, arithmetic)
+                yield from _finish(flying[0], total, arithmetic)
+                del flying[0]
         while flying:
-            yield from _finish(flying.pop(0), total, arithmetic)
+            yield from _finish(flying[0], total, arithmetic)
+            del flying[0]
     return None
 
 

@@ -25,6 +25,7 @@ from .collective import COLLECTIVES
 from .dtypes import DTYPES, DType
 from .errors import CommError, ScheduleError
 from .executor import MOVE, NETWORK_WINDOW, WINDOW, Arithmetic, Lane, execute
+from .fingerprint import fingerprint
 from .mailboxes import Mailboxes
 from .meetings import Meetings
 from .memory import Memory, owner_of
@@ -386,7 +387,8 @@ class Operations:
             nbytes,
             chosen.reason + self._lacking,
         )
-        return Prepared(receipt, Channel.COLLECTIVE, run, signature)
+        mark = fingerprint(signature, chosen.algorithm)
+        return Prepared(receipt, Channel.COLLECTIVE, run, signature, mark=mark)
 
     def _executor(
         self,
@@ -405,7 +407,8 @@ class Operations:
         settings = self._settings
         segment = min(settings.segment_bytes, settings.max_message_bytes)
         window = WINDOW if self._nodes is None else NETWORK_WINDOW
-        return Lane(self._transport, Channel.COLLECTIVE, tag, segment, window)
+        kept = self._in_flight.abandoned
+        return Lane(self._transport, Channel.COLLECTIVE, tag, segment, window, kept)
 
     def _wrap(self, x: Any, writable: bool) -> Buffer:
         """View x, and refuse shared memory that is not this communicator's, or used in strides."""

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .board import Server, Waiting
-from .errors import CommTimeout, PeerLost
+from .errors import CommTimeout, MismatchError, PeerLost
+from .inquiry import Inquiry
 from .timeline import WAIT, Timeline
 from .trace import Ring
 from .transport.base import Request
@@ -46,6 +47,7 @@ class Progress:
         self._thread: threading.Thread | None = None
         self._stopped = False
         self._server = Server()
+        self.inquiry: Inquiry | None = None
 
     def start(self, make: Callable[[], Work], background: bool) -> Work:
         """Make a work, which starts it, and look after it until it has ended.
@@ -93,7 +95,7 @@ class Progress:
             self._waiting += 1
             self._server.interrupt(True)
         try:
-            watch = Watch(work, self.timeout if timeout is None else timeout)
+            watch = Watch(work, self.timeout if timeout is None else timeout, self.inquiry)
             while True:
                 with self._lock:
                     self._advance_all(work)
@@ -104,6 +106,13 @@ class Progress:
             # What waits for a lost rank will never end; its buffers may be let go.
             with self._lock:
                 work.fail(error)
+            raise
+        except MismatchError as error:
+            # Ranks that disagree about one call do not agree about those in flight behind it.
+            with self._lock:
+                for one in self.works:
+                    if one.group == work.group:
+                        one.fail(error)
             raise
         finally:
             with self._lock:
@@ -177,8 +186,9 @@ class Progress:
 class Watch:
     """The patience of one waiting rank: pauses, looks for lost peers, and knows when time is up."""
 
-    def __init__(self, work: Work, timeout: float) -> None:
+    def __init__(self, work: Work, timeout: float, inquiry: Inquiry | None) -> None:
         self._work = work
+        self._inquiry = inquiry
         self._timeout = timeout
         self._start = self._checked = time.monotonic()
         self._spins = 0
@@ -207,6 +217,8 @@ class Watch:
             self._suspected, self._checked = True, 0.0
             return
         waited = now - self._start
+        if self._inquiry is not None:
+            self._inquiry.look(self._work, waited)
         if waited >= self._timeout:
             receipt = self._work.receipt
             raise CommTimeout(

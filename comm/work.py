@@ -45,6 +45,7 @@ class Prepared:
     run: given the lane's tag, does it; the generator returns the operation's result.
     signature: what was asked for.
     meeting: where the operation meets on a board.
+    mark: of what was asked for, see fingerprint; part of the tags of a collective's messages.
     plain: it is nothing but this meeting, whose result is `owner`.
     """
 
@@ -55,16 +56,25 @@ class Prepared:
     meeting: Meeting | None = None
     plain: bool = False
     owner: Any = None
+    mark: int = 0
 
 
 class Work:
     """One operation in flight. Keeps every buffer of the operation alive until it is done."""
 
     def __init__(
-        self, steps: Steps, receipt: Receipt, transport: Transport, progress: Progress
+        self,
+        steps: Steps,
+        receipt: Receipt,
+        transport: Transport,
+        progress: Progress,
+        group: str = "",
     ) -> None:
+        """group: the name under which the ranks of a collective compare what they call."""
         self.receipt = receipt
         self.transport = transport
+        self.group = group
+        self.told = False
         self._steps: Steps | None = steps
         self._progress = progress
         self._result: Any = None

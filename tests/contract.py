@@ -5,6 +5,7 @@ Data differs by rank and by element; sums stay exact in every type. `comm` may h
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from ringfold.comm.chunks import bounds
 
 Array = npt.NDArray[Any]
 GUARD = 16
+_AGAIN = itertools.count(1)
 SEVENS = 7
 
 
@@ -63,7 +65,7 @@ def reopened(comm: Communicator, **changes: Any) -> Iterator[Communicator]:
     """Open a communicator of the same ranks with other settings."""
     transport = comm._transport.split(0, comm.rank)
     assert transport is not None
-    with Communicator.over(transport, Settings(**changes)) as other:
+    with Communicator.over(transport, Settings(**changes), name=f"again{next(_AGAIN)}") as other:
         yield other
 
 

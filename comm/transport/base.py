@@ -63,6 +63,7 @@ class Transport(Protocol):
 
     Messages between two ranks with the same channel and tag arrive in the order they were sent.
     threads: several threads of a rank may call at once.
+    world: the members' ranks in the group that everything was split from.
     calls: how compiled code sends; None where it cannot.
     library: what carries the messages, with its version.
     """
@@ -73,6 +74,7 @@ class Transport(Protocol):
     size: int
     max_tag: int
     threads: bool
+    world: tuple[int, ...]
     calls: Calls | None
 
     def isend(self, data: Bytes, dst: int, tag: int, channel: Channel) -> Request:
@@ -89,6 +91,14 @@ class Transport(Protocol):
 
     def check(self, peers: Iterable[int]) -> None:
         """Raise PeerLost where one of the peers is known to have left the job."""
+        ...
+
+    def tell(self, ranks: Iterable[int], data: bytes) -> None:
+        """Send a notice to ranks of the world, beside all messages; never waits."""
+        ...
+
+    def heard(self) -> list[tuple[int, bytes]]:
+        """Return notices that have come, each with its sender's rank in the world."""
         ...
 
     def split(self, color: int | None, key: int) -> Transport | None:

@@ -51,6 +51,7 @@ class World:
         self._sends: dict[_Key, deque[LocalRequest]] = {}
         self._receives: dict[_Key, deque[LocalRequest]] = {}
         self._meetings: dict[Hashable, dict[int, Any]] = {}
+        self.notices: list[deque[tuple[int, bytes]]] = [deque() for _ in range(size)]
 
     def post(self, request: LocalRequest, key: _Key, sending: bool) -> None:
         """Match a send with the oldest receive of the same key, or leave it for one to come."""
@@ -122,6 +123,7 @@ class LocalTransport:
         self.size = len(members)
         self._world = world
         self._members = members
+        self.world = members
         self._context = context
         self._splits = 0
 
@@ -149,6 +151,17 @@ class LocalTransport:
     def check(self, peers: Iterable[int]) -> None:
         """Raise PeerLost where a rank of the group has failed, or a peer has ended."""
         self._world.check([self._members[peer] for peer in peers], self._members)
+
+    def tell(self, ranks: Iterable[int], data: bytes) -> None:
+        """Put a notice into the box of each rank, and wake it."""
+        for rank in ranks:
+            self._world.notices[rank].append((self._members[self.rank], data))
+            self._world.wakes[rank].set()
+
+    def heard(self) -> list[tuple[int, bytes]]:
+        """Empty this rank's box."""
+        box = self._world.notices[self._members[self.rank]]
+        return [box.popleft() for _ in range(len(box))]
 
     def split(self, color: int | None, key: int) -> Transport | None:
         """Return the group of the ranks of the same color."""

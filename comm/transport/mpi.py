@@ -15,6 +15,9 @@ from .mpi_errors import refused, wrong_size
 _LEFT = 1
 """Tag of the notice that a rank leaves, on the control communicator."""
 
+_TOLD = 2
+"""Tag of notices beside all messages, there too."""
+
 _GRACE = 2.0
 """Seconds that data of a rank that left may still be on its way."""
 
@@ -90,6 +93,28 @@ class Departures:
             if rank != control.rank
         ]
 
+    def tell(self, ranks: Iterable[int], data: bytes) -> None:
+        """Send a notice to ranks; what MPI still holds of earlier ones stays alive."""
+        try:
+            self._notices = [notice for notice in self._notices if not notice.Test()]
+            self._notices += [
+                self._control.Isend([data, self._mpi.BYTE], rank, _TOLD) for rank in ranks
+            ]
+        except self._mpi.Exception:  # a dead rank hears nothing
+            return
+
+    def heard(self) -> list[tuple[int, bytes]]:
+        """Return the notices that have come."""
+        status, found = self._mpi.Status(), []
+        try:
+            while message := self._control.Improbe(self._mpi.ANY_SOURCE, _TOLD, status):
+                data = bytearray(status.Get_count(self._mpi.BYTE))
+                message.Recv([data, self._mpi.BYTE])
+                found.append((status.Get_source(), bytes(data)))
+        except self._mpi.Exception:  # only where MPI goes on without a rank, as `check` says
+            return found
+        return found
+
     def check(self, ranks: Iterable[int]) -> None:
         """Raise PeerLost where one of the ranks left, and what it sent has had time to arrive."""
         status = self._mpi.Status()
@@ -127,8 +152,8 @@ class MpiTransport:
         self._control = None if departures else group.Dup()
         self._departures = departures or Departures(mpi, self._control)
         top = self._departures._control.Get_group()
-        self._top_ranks: list[int] = mpi.Group.Translate_ranks(
-            group.Get_group(), list(range(self.size)), top
+        self.world: tuple[int, ...] = tuple(
+            mpi.Group.Translate_ranks(group.Get_group(), list(range(self.size)), top)
         )
         self.library: str = mpi.Get_library_version().split("\n")[0].strip("\0 ")
         self._departures.groups += self._channels.values()
@@ -179,7 +204,15 @@ class MpiTransport:
 
     def check(self, peers: Iterable[int]) -> None:
         """Raise PeerLost where one of the peers has left the job."""
-        self._departures.check(self._top_ranks[peer] for peer in peers)
+        self._departures.check(self.world[peer] for peer in peers)
+
+    def tell(self, ranks: Iterable[int], data: bytes) -> None:
+        """Send a notice on the control communicator."""
+        self._departures.tell(ranks, data)
+
+    def heard(self) -> list[tuple[int, bytes]]:
+        """Return the notices that have come there."""
+        return self._departures.heard()
 
     def split(self, color: int | None, key: int) -> Transport | None:
         """Return the group of the ranks of the same color."""

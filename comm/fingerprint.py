@@ -1,0 +1,40 @@
+"""What all ranks must ask for alike, folded into the tags of their messages.
+
+Calls that differ have other tags, so that no message of one is ever taken for the other's: ranks
+that disagree wait instead of adding what does not belong together, at no cost to those that agree.
+What they called is then compared by `comm.inquiry`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from functools import lru_cache
+
+from .trace import Signature
+
+_MOST_BITS = 30
+
+
+def agreed(signature: Signature) -> tuple[str, str, str, int, int]:
+    """Return what of a collective's signature must be the same on all ranks."""
+    if signature.operation == "scatter":  # the root alone knows what is scattered
+        return ("scatter", "", "", 0, signature.peer)
+    operation, op, dtype, elements, peer = signature
+    return (operation, op, dtype, elements, peer)
+
+
+@lru_cache(maxsize=4096)
+def fingerprint(signature: Signature, algorithm: str) -> int:
+    """Return 32 bits that differ where calls do, but for chance."""
+    return zlib.crc32(repr((agreed(signature), algorithm)).encode())
+
+
+def tag_of(sequence: int, mark: int, max_tag: int) -> int:
+    """Return the tag of a group's collective number `sequence` with a fingerprint.
+
+    Half of the bits that MPI allows tell works in flight at the same time apart, and half of them
+    different calls.
+    """
+    bits = min(max_tag.bit_length() - (max_tag & (max_tag + 1) != 0), _MOST_BITS)
+    low = bits // 2
+    return (mark >> (32 - (bits - low))) << low | (sequence & ((1 << low) - 1))

@@ -1,0 +1,175 @@
+"""Find out why a rank waits: whether the others have called something else.
+
+A rank that has waited for a while in a collective tells the ranks of the group what it called last.
+Whoever waits reads that, and compares call by call. All of it is outside of the way of works that
+go on: nothing is told, or looked at, before somebody has waited for ASK_SECONDS.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable
+
+from .errors import MismatchError
+from .notices import (
+    DIFFER,
+    MESSAGES,
+    Ask,
+    Called,
+    Notice,
+    Report,
+    Row,
+    Verdict,
+    decode,
+    encode,
+    table,
+)
+from .trace import Ring
+from .transport.base import Transport
+from .work import Work
+
+ASK_SECONDS = 0.3
+"""A rank waits for so long before it tells what it waits in."""
+
+_GRACE = 1.5
+"""Seconds that ranks are given to say what they called, once calls are known to differ."""
+
+_ROWS = 6
+_LOOK_BACK = 64
+_EVERYBODY = 64
+"""In larger groups, a rank that waits tells those it waits for, and some others."""
+
+
+class Inquiry:
+    """What one rank has told, and been told, over all of its groups."""
+
+    def __init__(self, transport: Transport, ring: Ring) -> None:
+        """transport: of the group that all others are split from."""
+        self._transport = transport
+        self._ring = ring
+        self._lock = threading.Lock()
+        self._told: dict[tuple[str, int], tuple[Row, ...]] = {}
+        self._verdicts: dict[str, Verdict] = {}
+        self._settled: dict[str, int] = {}
+        self._since: dict[str, tuple[int, float]] = {}
+        self._reports: dict[int, dict[int, str]] = {}
+        self._asked = 0
+        self.answer: Callable[[], str] = lambda: "does not say"
+
+    def rows(self, group: str) -> tuple[Row, ...]:
+        """Return this rank's last collectives in a group, the oldest first."""
+        entries = self._ring.entries(_LOOK_BACK)
+        return tuple(
+            Row.of(entry)
+            for entry in entries
+            if entry.group == group and entry.signature.operation not in MESSAGES
+        )
+
+    def listen(self) -> None:
+        """Read what others have told; any thread may."""
+        with self._lock:
+            for src, data in self._transport.heard():
+                self._take(src, decode(data))
+
+    def _take(self, src: int, notice: Notice) -> None:
+        if isinstance(notice, Called):
+            self._told[notice.group, src] = notice.rows
+            if not notice.answer:
+                own = Called(notice.group, self.rows(notice.group)[-_ROWS:], answer=True)
+                self._transport.tell([src], encode(own))
+        elif isinstance(notice, Verdict):
+            if notice.sequence > self._settled.get(notice.group, 0):
+                self._verdicts[notice.group] = notice
+        elif isinstance(notice, Ask):
+            self._transport.tell([src], encode(Report(notice.number, self.answer())))
+        elif notice.number in self._reports:
+            self._reports[notice.number][src] = notice.text
+
+    def look(self, work: Work, waited: float) -> None:
+        """Listen, and tell what a work waits in where it has waited for long.
+
+        Raises: MismatchError where the ranks of its group have called different things.
+        """
+        self.listen()
+        group = work.group
+        if not group:
+            return
+        if waited >= ASK_SECONDS and not work.told:
+            work.told = True
+            self._tell(work, Called(group, self.rows(group)[-_ROWS:]))
+        self._judge(work)
+
+    def _tell(self, work: Work, notice: Notice) -> None:
+        transport = work.transport
+        near = {request.peer for request in work.pending} | {
+            (transport.rank + step) % transport.size for step in range(_EVERYBODY)
+        }
+        everybody = [transport.world[rank] for rank in sorted(near - {transport.rank})]
+        self._transport.tell(everybody, encode(notice))
+
+    def _judge(self, work: Work) -> None:
+        group, members = work.group, work.transport.world
+        verdict = self._verdicts.get(group) or self._found(group, members)
+        if verdict is None:
+            return
+        self._verdicts.pop(group, None)
+        self._settled[group] = verdict.sequence
+        self._since.pop(group, None)
+        with self._lock:
+            others = [rank for rank in members if rank != self._transport.rank]
+            self._transport.tell(others, encode(verdict))
+        raise MismatchError(verdict.text)
+
+    def _found(self, group: str, members: tuple[int, ...]) -> Verdict | None:
+        """Return what is wrong, once every rank has said what it called, or had time to."""
+        if not any(name == group for name, _ in self._told):
+            return None
+        own = {row.sequence: row for row in self.rows(group)}
+        told = {
+            rank: {row.sequence: row for row in self._told.get((group, rank), ())}
+            for rank in members
+        }
+        told[self._transport.rank] = own
+        wrong = [
+            sequence
+            for rows in told.values()
+            for sequence, row in rows.items()
+            if sequence > self._settled.get(group, 0)
+            and sequence in own
+            and row.differs(own[sequence])
+        ]
+        if not wrong:
+            return None
+        sequence = min(wrong)
+        known = {
+            place: told[rank][sequence]
+            for place, rank in enumerate(members)
+            if sequence in told[rank]
+        }
+        before, since = self._since.get(group, (0, 0.0))
+        if before != sequence:
+            since = time.monotonic()
+            self._since[group] = sequence, since
+        if len(known) < len(members) and time.monotonic() - since < _GRACE:
+            return None
+        shown = {
+            place: str(known[place]) if place in known else "has not said what it called"
+            for place in range(len(members))
+        }
+        return Verdict(group, sequence, table(f"{DIFFER} in {group}", shown))
+
+    def ask(self, ranks: Iterable[int], patience: float) -> dict[int, str]:
+        """Return what ranks of the world are at, those that answer within `patience` seconds."""
+        ranks = [rank for rank in ranks if rank != self._transport.rank]
+        with self._lock:
+            self._asked += 1
+            number = self._asked
+            answers = self._reports[number] = {}
+            self._transport.tell(ranks, encode(Ask(number)))
+        end = time.monotonic() + patience
+        while len(answers) < len(ranks) and time.monotonic() < end:
+            self.listen()
+            time.sleep(0.005)
+        del self._reports[number]
+        return dict(answers)

@@ -1,0 +1,106 @@
+"""What ranks tell each other beside their messages: small, rare, and readable as text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from .fingerprint import agreed
+from .trace import Entry, Signature
+
+
+@dataclass(frozen=True)
+class Row:
+    """One collective that a rank has called, as others need to know it.
+
+    sequence: of the group's collectives.  site: file:line.
+    """
+
+    sequence: int
+    signature: Signature
+    site: str
+
+    @classmethod
+    def of(cls, entry: Entry) -> Row:
+        """Return the row of an operation in the ring."""
+        return cls(entry.sequence, entry.signature, entry.site)
+
+    def differs(self, other: Row) -> bool:
+        """Tell whether two ranks that called these disagree."""
+        return agreed(self.signature) != agreed(other.signature)
+
+    def __str__(self) -> str:
+        sig = self.signature
+        root = f", root {sig.peer}" if sig.peer >= 0 else ""
+        return f"{sig}, {sig.elements} elements{root}, at {self.site} (#{self.sequence})"
+
+
+@dataclass(frozen=True)
+class Called:
+    """The last collectives of a group that a rank has called, the oldest first.
+
+    answer: it does not wait itself, but was told so by the rank that hears this.
+    """
+
+    group: str
+    rows: tuple[Row, ...]
+    answer: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The ranks' calls number `sequence` of a group differ, as `text` says."""
+
+    group: str
+    sequence: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Tell me what you are at; answer with this number."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rank is at: its last operation, and where its threads are."""
+
+    number: int
+    text: str
+
+
+Notice = Called | Verdict | Ask | Report
+
+_KINDS: dict[str, type[Called | Verdict | Ask | Report]] = {
+    kind.__name__: kind for kind in (Called, Verdict, Ask, Report)
+}
+
+
+def encode(notice: Notice) -> bytes:
+    """Return a notice as bytes."""
+    return json.dumps([type(notice).__name__, asdict(notice)]).encode()
+
+
+def decode(data: bytes) -> Notice:
+    """Return the notice of `encode`d bytes."""
+    kind, fields = json.loads(data)
+    if "rows" in fields:
+        fields["rows"] = tuple(
+            Row(row["sequence"], Signature(*row["signature"]), row["site"])
+            for row in fields["rows"]
+        )
+    return _KINDS[kind](**fields)
+
+
+def table(title: str, rows: dict[int, str]) -> str:
+    """Return one text with a row per rank."""
+    shown = (f"rank {rank}: {row}" for rank, row in sorted(rows.items()))
+    return f"{title}: " + "; ".join(shown)
+
+
+DIFFER = "the ranks' calls differ"
+
+MESSAGES = ("send", "recv")
+"""Operations between two ranks, which the ring counts apart."""

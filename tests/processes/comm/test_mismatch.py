@@ -1,0 +1,136 @@
+"""Ranks that call different things: every one of them is told what each called, and where."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from contract import guarded, reopened
+
+from ringfold import Communicator, MismatchError
+
+SECONDS = 5.0
+HERE = Path(__file__).name
+
+
+@pytest.fixture(scope="module", params=["shared", "messages"])
+def group(comm: Communicator, request: pytest.FixtureRequest) -> Iterator[Communicator]:
+    """The ranks over shared memory, and over messages."""
+    if request.param == "shared":
+        yield comm
+    else:
+        with reopened(comm, shared=False) as messages:
+            yield messages
+
+
+def lengths(comm: Communicator, odd: bool) -> None:
+    with guarded(np.ones(5 + odd)) as x:
+        comm.allreduce(x)
+
+
+def lengths_by_little(comm: Communicator, odd: bool) -> None:
+    with guarded(np.ones(100_000 - 2 * odd, np.float32)) as x:
+        comm.allreduce(x)
+
+
+def dtypes(comm: Communicator, odd: bool) -> None:
+    comm.allreduce(np.ones(5, np.int64 if odd else np.float64))
+
+
+def ops(comm: Communicator, odd: bool) -> None:
+    comm.allreduce(np.ones(5), "max" if odd else "sum")
+
+
+def root(comm: Communicator, odd: bool) -> None:
+    comm.reduce(np.ones(5), root=int(odd))
+    comm.barrier()
+
+
+def order(comm: Communicator, odd: bool) -> None:
+    if odd:
+        comm.allgather(np.ones(3))
+    comm.allreduce(np.ones(3))
+    if not odd:
+        comm.allgather(np.ones(3))
+
+
+def missing(comm: Communicator, odd: bool) -> None:
+    if not odd:
+        comm.allreduce(np.ones(3))
+    comm.barrier()
+
+
+def equal_in_all(comm: Communicator, odd: bool) -> None:
+    works = [comm.allreduce(np.ones(n), blocking=False) for n in ((5, 3) if odd else (3, 5))]
+    for work in works:
+        work.wait()
+
+
+CASES: dict[Callable[[Communicator, bool], None], tuple[str, str]] = {
+    lengths: ("allreduce(sum, float64), 5 elements", "allreduce(sum, float64), 6 elements"),
+    lengths_by_little: ("100000 elements", "99998 elements"),
+    dtypes: ("allreduce(sum, float64)", "allreduce(sum, int64)"),
+    ops: ("allreduce(sum, float64)", "allreduce(max, float64)"),
+    root: ("root 0", "root 1"),
+    order: ("allreduce(sum, float64)", "allgather(float64)"),
+    missing: ("allreduce(sum, float64)", "barrier()"),
+    equal_in_all: ("3 elements", "5 elements"),
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_every_rank_is_told_what_each_called(group: Communicator, case) -> None:
+    if group.size == 1:
+        pytest.skip("a rank agrees with itself")
+    part = group.split(0)
+    assert part is not None
+    odd = part.rank == part.size - 1
+    start = time.monotonic()
+    with pytest.raises(MismatchError) as caught:
+        case(part, odd)
+    assert time.monotonic() - start < SECONDS
+    text = str(caught.value)
+    rows = re.findall(rf"rank (\d): ([^;]*), at \S*{HERE}:(\d+)", text)
+    assert [int(rank) for rank, _, _ in rows] == list(range(part.size)), text
+    most, other = CASES[case]
+    assert all(most in row for _, row, _ in rows[:-1]), text
+    assert other in rows[-1][1], text
+    lines = [int(line) for _, _, line in rows]
+    assert all(first == second for first, second in pairwise(lines[:-1])), text
+    # All go on, in a group of their own.
+    fresh = group.split(0)
+    assert fresh is not None
+    assert fresh.allreduce(np.array([1.0]))[0] == group.size
+    fresh.close()
+
+
+def test_a_group_goes_on_after_a_call_that_all_were_told_of(group: Communicator) -> None:
+    if group.size == 1:
+        pytest.skip("a rank agrees with itself")
+    part = group.split(0)
+    assert part is not None
+    for odd_one in range(part.size):
+        with pytest.raises(MismatchError):
+            part.allreduce(np.ones(3 + (part.rank == odd_one)))
+        assert part.allreduce(np.array([1.0]))[0] == part.size
+    part.close()
+
+
+def test_the_texts_are_one(group: Communicator) -> None:
+    if group.size == 1:
+        pytest.skip("a rank agrees with itself")
+    part = group.split(0)
+    assert part is not None
+    with pytest.raises(MismatchError) as caught:
+        part.allreduce(np.ones(3 + part.rank))
+    text = np.zeros(2000, np.uint8)
+    encoded = str(caught.value).encode()
+    text[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    rows = group.allgather(text)
+    assert (rows == rows[0]).all()
+    part.close()
