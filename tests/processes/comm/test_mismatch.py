@@ -22,10 +22,18 @@ HERE = Path(__file__).name
 def group(comm: Communicator, request: pytest.FixtureRequest) -> Iterator[Communicator]:
     """The ranks over shared memory, and over messages."""
     if request.param == "shared":
+        compile_what_is_timed(comm)
         yield comm
     else:
         with reopened(comm, shared=False) as messages:
+            compile_what_is_timed(messages)
             yield messages
+
+
+def compile_what_is_timed(comm: Communicator) -> None:
+    for dtype in (np.float32, np.float64, np.int64):
+        for op in ("sum", "max"):
+            comm.allreduce(np.ones(100_000, dtype), op)
 
 
 def lengths(comm: Communicator, odd: bool) -> None:
