@@ -32,6 +32,9 @@ __all__ = ["LARGE_BYTES", "Carrier", "Flight", "Load", "carrier_of"]
 LARGE_BYTES = 1 << 20
 """From here on a gradient in a bucket of its own is not packed."""
 
+_ROWS = 64
+"""How many patterns of flags a carrier remembers."""
+
 
 @dataclass(frozen=True)
 class Load:
@@ -137,6 +140,7 @@ class DenseCarrier:
         self._op = op
         self._dtype = dtype
         self._flats: dict[tuple[Bucket, int], Tensor] = {}
+        self._rows: dict[tuple[tuple[bool, ...], torch.dtype, torch.device], Tensor] = {}
 
     def start(self, bucket: Bucket, load: Load) -> Flight:
         flags = load.flags
@@ -151,7 +155,7 @@ class DenseCarrier:
         )
         flattened = Flattened(load.gradients, bucket.offsets, flat)
         finite = flattened.pack(load.parameters, scale)
-        flat[bucket.count :] = torch.tensor(flags, dtype=flat.dtype)
+        flat[bucket.count :] = self._row_of(flags, flat)
         work = self._comm.allreduce(flat, op=op, blocking=False)
         size = self._comm.size
         per_flag = size if op == "mean" else 1
@@ -161,8 +165,19 @@ class DenseCarrier:
 
         return Flight(load, size, flattened, finite, Rounds(_one(work)), counts)
 
+    def _row_of(self, flags: list[bool], flat: Tensor) -> Tensor:
+        """Return flags as elements of the bucket; most steps have those of the step before."""
+        key = (tuple(flags), flat.dtype, flat.device)
+        row = self._rows.get(key)
+        if row is None:
+            if len(self._rows) == _ROWS:
+                self._rows.clear()
+            row = self._rows[key] = torch.tensor(flags, dtype=flat.dtype, device=flat.device)
+        return row
+
     def forget(self) -> None:
         self._flats.clear()
+        self._rows.clear()
 
 
 class LargeCarrier:

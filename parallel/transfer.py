@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Pack", "Unpack", "host_array", "pack_by_torch", "transfer_of", "unpack_by_torch"]
 
+# Up to so many elements torch's operations are done before a kernel is called.
+_FEW = 128
+
+# Dtypes of buckets in which torch multiplies and rounds as the kernels do.
+_PLAIN = (torch.float32, torch.float64)
+
 Pack = Callable[[Sequence[tuple[Tensor, int]], Tensor, float], bool | None]
 """(tensors with their offsets in the bucket, bucket, scale) -> whether all is finite, if known."""
 
@@ -31,10 +38,22 @@ def host_array(flat: Tensor) -> NDArray[Any]:
 
 
 def _pack_by_kernel(members: Sequence[tuple[Tensor, int]], flat: Tensor, scale: float) -> bool:
+    plain = flat.dtype in _PLAIN and members[0][0].dtype == flat.dtype
+    if plain and sum(tensor.numel() for tensor, _ in members) <= _FEW:
+        return _pack_few(members, flat, scale)
     from ..kernels.pack import pack
 
     table, dtype = _point(members)
     return bool(pack(table, dtype, host_array(flat), dtype_name(flat.dtype), scale).finite)
+
+
+def _pack_few(members: Sequence[tuple[Tensor, int]], flat: Tensor, scale: float) -> bool:
+    """Do as the kernel does, without the cost of pointing it to every tensor."""
+    places = [flat[offset : offset + tensor.numel()] for tensor, offset in members]
+    torch._foreach_copy_(places, [tensor.view(-1) for tensor, _ in members])
+    if scale != 1.0:
+        torch._foreach_mul_(places, scale)
+    return all(isfinite(value) for place in places for value in place.tolist())
 
 
 def _unpack_by_kernel(members: Sequence[tuple[Tensor, int]], flat: Tensor) -> None:

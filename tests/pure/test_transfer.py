@@ -41,6 +41,25 @@ def test_both_give_the_same_bits(dtype: torch.dtype, flat_dtype: torch.dtype, sc
         assert torch.equal(one, other) and (one != 0).all()
 
 
+@pytest.mark.parametrize("odd", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("scale", [1.0, 1 / 3])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_few_elements_take_no_kernel_and_give_its_bits(
+    dtype: torch.dtype, scale: float, odd: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack, _ = transfer_of(torch.empty(0))
+    found = []
+    for limit in (128, 0):
+        monkeypatch.setattr("ringfold.parallel.transfer._FEW", limit)
+        flat = torch.full((70,), -9.0, dtype=dtype)
+        tensors = members(dtype)
+        tensors[0][0][1] = odd
+        finite = pack(tensors, flat, scale)
+        found.append((finite, flat.numpy().tobytes()))
+    assert found[0] == found[1]
+    assert found[0][0] == (odd == 0.0)
+
+
 def test_a_device_that_nothing_moves_is_refused() -> None:
     with pytest.raises(TypeError, match="gradients on device meta: expected one of: cpu, cuda"):
         transfer_of(torch.empty(3, device="meta"))
