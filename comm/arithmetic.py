@@ -102,6 +102,13 @@ def mean_scales(op: str, size: int) -> tuple[float, float]:
     return before, size / before
 
 
+def divisors(op: str, dtype: DType, size: int) -> tuple[float, float]:
+    """Return what a fold of all ranks' elements divides by, before it adds and afterwards."""
+    if op != "mean":
+        return 1.0, 1.0
+    return mean_scales(op, size) if dtype.wide else (1.0, float(size))
+
+
 def _widened(program: Program, flat: Array, dtype: DType, op: str, size: int) -> Reduction:
     """Send float32: partial sums travel, and rounding them on the way would add up."""
     from ..kernels.cast import narrow, widen

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .arithmetic import mean_scales
+from .arithmetic import divisors
 from .board import Board, Call, Meeting
 from .buffer import Buffer, wrap
 from .call_codes import code_of
@@ -131,8 +131,7 @@ def folding(op: str, dtype: DType, size: int) -> tuple[int, float, float]:
     """Return the compiled fold of an op on a type, and its divisors; see arithmetic.reduction."""
     from ..kernels.fold import fold_callback
 
-    before, after = mean_scales(op, size) if dtype.wide else (1.0, float(size))
-    return fold_callback(op, dtype.name), before, after if op == "mean" else 1.0
+    return fold_callback(op, dtype.name), *divisors(op, dtype, size)
 
 
 def _address(flat: np.ndarray[Any, Any]) -> int:

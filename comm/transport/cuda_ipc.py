@@ -1,4 +1,4 @@
-"""CUDA's memory and events as other processes open them, and sums over such memory, by CuPy.
+"""CUDA's memory and events as other processes open them, and kernels that fold such memory.
 
 Source: CUDA Runtime API, section Device Management, cudaIpc*. A handle stands for a whole
 allocation, and no process can open its own.
@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from ..arithmetic import divisors
 from ..device import Event, Exported, Stream
 from ..dtypes import DTYPES
 from ..errors import CommError
 
-_OPS = ("sum", "mean", "min", "max", "prod")
+_TABLES = 256
+"""Tables of addresses that are kept: one for each buffer that is reduced again and again."""
 
 
 class Allocation:
@@ -46,6 +48,7 @@ class CudaPeering:
         """event_of: wrap an event as the device does.  handle_of: unwrap it, to CUDA's handle."""
         self._cupy, self._runtime, self._ordinal = cupy, cupy.cuda.runtime, ordinal
         self._event_of, self._handle_of = event_of, handle_of
+        self._tables: dict[tuple[tuple[int, ...], Stream], tuple[Any, Any]] = {}
         self._allocations: weakref.WeakSet[Allocation] = weakref.WeakSet()
 
     def allocate(self, shape: tuple[int, ...], storage: np.dtype[Any]) -> Any:
@@ -93,31 +96,39 @@ class CudaPeering:
             self._runtime.eventRecord(self._handle_of(event), stream)
 
     def folds(self, op: str, dtype: str) -> bool:
-        """Tell whether `fold` knows an op on a type: half widths and bool are the host's."""
-        return op in _OPS and not DTYPES[dtype].wide and DTYPES[dtype].storage.kind in "fiu"
+        """Tell whether `fold` knows an op on a type."""
+        return dtype != "bool" and op in DTYPES[dtype].ops
 
     def fold(self, op: str, dtype: str, addresses: list[int], count: int, stream: Stream) -> None:
-        """Put kernels on a stream: fold count elements at all addresses, in order, into all."""
-        cupy, storage = self._cupy, DTYPES[dtype].storage
-        combine = {
-            "sum": cupy.add,
-            "mean": cupy.add,
-            "prod": cupy.multiply,
-            "min": cupy.minimum,
-            "max": cupy.maximum,
-        }[op]
-        with cupy.cuda.Device(self._ordinal), cupy.cuda.ExternalStream(stream):
-            parts = [self._view(address, (count,), storage, None) for address in addresses]
-            total = parts[0].copy()
-            for one in parts[1:]:
-                combine(total, one, out=total)
-            if op == "mean":
-                cupy.true_divide(total, storage.type(len(parts)), out=total)
-            for one in parts:
-                one[...] = total
+        """Put a kernel on a stream: fold count elements at all addresses, in order, into all.
+
+        Half widths are added in float32 and rounded once, as on the host.
+        """
+        from ...kernels.device.fold import fold
+
+        before, after = divisors(op, DTYPES[dtype], len(addresses))
+        peers, launcher = self._placed(tuple(addresses), stream)
+        fold(op, dtype, peers, peers, count, launcher, first=before, last=after)
+
+    def _placed(self, addresses: tuple[int, ...], stream: Stream) -> tuple[Any, Any]:
+        """Return a table of addresses in device memory, which is kept for the next time."""
+        from ...kernels.device.fold import Peers
+        from ...kernels.device.launch import Launcher
+
+        known = self._tables.get((addresses, stream))
+        if known is None:
+            if len(self._tables) >= _TABLES:
+                self._tables.clear()
+            launcher = Launcher(self._ordinal, stream)
+            known = self._tables[addresses, stream] = Peers.of(addresses, launcher), launcher
+        return known
 
     def trial(self, count: int) -> tuple[Any, Callable[[int], bool]]:
         """Return registered ones of float32, and what waits and tells whether all are a number."""
+        try:
+            from ...kernels.device import fold  # noqa: F401
+        except ImportError as error:
+            raise CommError(f"there are no kernels: {error}") from error
         with self._told("no memory can be had"):
             x = self.allocate((count,), np.dtype(np.float32))
             with self._cupy.cuda.Device(self._ordinal):

@@ -1,0 +1,43 @@
+"""What ipc asks of the kernels, in Numba's simulator, where addresses are the host's."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+from types import SimpleNamespace
+import numpy as np
+from ringfold.comm.transport.cuda_ipc import CudaPeering
+
+cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=None))
+peering = CudaPeering(cupy, 0, None, None)
+for count in (1, 3, 37):
+    for op in ("sum", "mean", "min", "max", "prod"):
+        for dtype, storage in (("float32", "f4"), ("float16", "f2"), ("float64", "f8")):
+            assert peering.folds(op, dtype)
+            rows = [((np.arange(count) % 7 + 1) * (r + 1)).astype(storage) for r in range(3)]
+            wanted = {
+                "sum": np.sum, "mean": np.mean, "min": np.min, "max": np.max, "prod": np.prod
+            }[op](np.stack(rows).astype("f8"), axis=0).astype(storage)
+            for turn in range(2):
+                copies = [row.copy() for row in rows]
+                peering.fold(op, dtype, [c.ctypes.data for c in copies], count, 1)
+                for copy in copies:
+                    np.testing.assert_array_equal(copy, wanted)
+assert peering.folds("sum", "int8") and peering.folds("max", "bfloat16")
+assert not peering.folds("mean", "int8")
+assert not peering.folds("max", "bool") and not peering.folds("sum", "complex64")
+assert len(peering._tables) <= 256
+print("right")
+"""
+
+
+def test_folds_in_the_simulator() -> None:
+    pytest.importorskip("numba.cuda")
+    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0 and done.stdout == "right\n", done.stdout + done.stderr
