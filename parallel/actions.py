@@ -31,8 +31,8 @@ class Kind(StrEnum):
 class Action:
     """Name one forward or backward of one micro-batch on one stage.
 
-    The text form leaves the stage out, since a row of a drawing belongs to one stage:
-    `str(Action(Kind.BACKWARD, 3, stage=1)) == "B3"`.
+    The text form leaves the stage out, since a row of a drawing mostly belongs to one stage:
+    `str(Action(Kind.BACKWARD, 3, stage=1)) == "B3"`. Where a rank has several, it is `placed`.
     """
 
     kind: Kind
@@ -41,6 +41,11 @@ class Action:
 
     def __str__(self) -> str:
         return f"{self.kind}{self.microbatch}"
+
+    @property
+    def placed(self) -> str:
+        """Return the text form with the stage: "B3@1"."""
+        return f"{self}@{self.stage}"
 
     @property
     def gives(self) -> Action:
@@ -67,20 +72,23 @@ class Action:
             yield Action(Kind.BACKWARD, self.microbatch, self.stage + 1)
 
 
-_WORD = re.compile(r"([FBIW])(\d+)\Z")
+_WORD = re.compile(r"([FBIW])(\d+)(?:@(\d+))?\Z")
 
 
 def parse_actions(text: str, stage: int) -> tuple[Action, ...]:
-    """Read the actions of one stage from words such as "F0 F1 B0 B1".
+    """Read the actions of one rank from words such as "F0 F1 B0 B1", or "F0@0 F0@2".
 
-    The inverse of `" ".join(map(str, actions))`. ValueError names the word that is no action.
+    stage: of the words that name none. The inverse of `" ".join(map(str, actions))`. ValueError
+    names the word that is no action.
     """
     actions = []
     for position, word in enumerate(text.split()):
         match = _WORD.match(word)
         if match is None:
             raise ValueError(
-                f"stage {stage}, word {position}: expected an action such as F0 or B3, got {word!r}"
+                f"stage {stage}, word {position}: expected an action such as F0, B3 or B3@1, "
+                f"got {word!r}"
             )
-        actions.append(Action(Kind(match[1]), int(match[2]), stage))
+        own = stage if match[3] is None else int(match[3])
+        actions.append(Action(Kind(match[1]), int(match[2]), own))
     return tuple(actions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,17 +20,24 @@ _EPSILON = 1e-6
 
 
 def clip_over_stages(
-    parameters: Iterable[nn.Parameter], pipe: Communicator, max_norm: float, norm_type: float
+    parameters: Iterable[nn.Parameter],
+    pipe: Communicator,
+    max_norm: float,
+    norm_type: float,
+    counted_elsewhere: Container[nn.Parameter] = (),
 ) -> Tensor:
     """Scale this stage's gradients by min(1, max_norm / (norm + 1e-6)); return the norm before.
 
     norm: of the gradients of all ranks of `pipe` together, added in float64. Collective over
-    `pipe`; a stage without gradients joins. norm_type > 0, or infinity.
+    `pipe`; a stage without gradients joins. norm_type > 0, or infinity. counted_elsewhere: whose
+    gradients another rank counts, since both hold them.
     """
     if not norm_type > 0:
         raise ValueError(f"expected norm_type > 0, got {norm_type}")
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = [float(torch.linalg.vector_norm(g, norm_type, dtype=_wide(g))) for g in gradients]
+    pairs = [(p, p.grad) for p in parameters if p.grad is not None]
+    gradients = [gradient for _, gradient in pairs]
+    counted = [gradient for p, gradient in pairs if p not in counted_elsewhere]
+    norms = [float(torch.linalg.vector_norm(g, norm_type, dtype=_wide(g))) for g in counted]
     if math.isinf(norm_type):
         # Whether the greater of a number and NaN is NaN depends on who compares.
         local = np.array([max(norms, default=0.0), any(map(math.isnan, norms))], np.float64)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["StageLayers", "named_layers"]
+__all__ = ["RankLayers", "named_layers"]
 
 Named = list[tuple[str, nn.Module]]
 
@@ -33,17 +33,27 @@ def named_layers(layers: nn.Sequential | nn.ModuleList | Sequence[nn.Module]) ->
     return named
 
 
-class StageLayers:
-    """Hold one stage's layers, under the names of the unsplit model."""
+class RankLayers:
+    """Hold one rank's stages, under the names of the unsplit model.
 
-    def __init__(self, named: Named, stages: Sequence[range], index: int) -> None:
-        _refuse_shared(named, stages)
-        self.module = nn.Sequential(OrderedDict(named[i] for i in stages[index]))
+    stages: the layers of every stage; stage s is on rank s modulo num_ranks.
+
+    Attributes:
+        module: all layers of this rank.  stages: those of each of its stages, by number.
+    """
+
+    def __init__(self, named: Named, stages: Sequence[range], rank: int, num_ranks: int) -> None:
+        _refuse_shared_buffers(named, stages, num_ranks)
+        own = range(rank, len(stages), num_ranks)
+        self.stages = {
+            stage: nn.Sequential(OrderedDict(named[i] for i in stages[stage])) for stage in own
+        }
+        members = [i for stage in own for i in stages[stage]]
+        self.module = nn.Sequential(OrderedDict(named[i] for i in members))
         self._elsewhere = {
             f"{name}.{key}"
-            for stage, members in enumerate(stages)
-            if stage != index
-            for name, layer in (named[i] for i in members)
+            for i, (name, layer) in enumerate(named)
+            if i not in members
             for key in layer.state_dict()
         }
         self._placeholder = nn.Parameter(torch.empty(0))
@@ -52,13 +62,12 @@ class StageLayers:
         """Return all parameters and buffers."""
         return [*self.module.parameters(), *self.module.buffers()]
 
-    def parameters_or_placeholder(self) -> Iterator[nn.Parameter]:
+    def or_placeholder(self, parameters: list[nn.Parameter]) -> Iterator[nn.Parameter]:
         """Yield the parameters; if there is none, one of no elements that is in no state."""
-        parameters = list(self.module.parameters())
         return iter(parameters or [self._placeholder])
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Load this stage's part; ValueError for a name that is in no stage."""
+        """Load this rank's part; ValueError for a name that is in no stage."""
         own = {name: value for name, value in state.items() if name not in self._elsewhere}
         unknown = sorted(own.keys() - self.module.state_dict().keys())
         if unknown:
@@ -66,14 +75,14 @@ class StageLayers:
         self.module.load_state_dict(own)
 
 
-def _refuse_shared(named: Named, stages: Sequence[range]) -> None:
+def _refuse_shared_buffers(named: Named, stages: Sequence[range], num_ranks: int) -> None:
     holder: dict[Tensor, tuple[int, str]] = {}
     for stage, members in enumerate(stages):
         for name, layer in (named[i] for i in members):
-            for key, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+            for key, tensor in layer.named_buffers():
                 first, known = holder.setdefault(tensor, (stage, f"{name}.{key}"))
-                if first != stage:
+                if first % num_ranks != stage % num_ranks:
                     raise ValueError(
                         f"{known} of stage {first} and {name}.{key} of stage {stage} are one and "
-                        "the same tensor: choose boundaries that put both on one stage"
+                        "the same buffer: choose boundaries that put both on one rank"
                     )

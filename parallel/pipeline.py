@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,23 +14,27 @@ from torch import Tensor, nn
 from ..comm.timeline import STEP, span
 from .actions import Action
 from .balancing import balanced_stages
-from .batch import clone_tensors, global_leaves, join_rows, row_bounds, split_rows
+from .batch import clone_tensors, join_rows, row_bounds, split_rows
 from .clip import clip_over_stages
-from .layers import StageLayers, named_layers
+from .layers import RankLayers, named_layers
 from .mesh import Mesh
 from .messages import broadcast_value
-from .partition import cut
-from .plan import PlanFunction, check_plan, plan_named, whole_plan
-from .random_keys import Samples, name_layers
+from .partition import cut, stages_of
+from .plan import PlanFunction, plan_function, whole_plan
+from .plan_check import check_plan, num_stages_of, stage_peaks
+from .random_keys import name_layers
 from .reducer import Reducer, ReductionRecord
 from .replicas import broadcast_tensors, check_equal, describe
 from .rows import agree_on_rows, agree_on_rows_of_pipe
+from .share import share_of
 from .sparse import sparse_parameters
 from .stage import Stage
 from .stage_error import raise_together
-from .tree import Tree
+from .stage_worker import Batch
+from .ties import TiedGradients, untie
+from .tree import sum_in_tree
 from .tree_gradients import TreeGradients
-from .worker import Batch, Worker
+from .worker import Worker
 
 __all__ = ["Pipeline", "StepRecord"]
 
@@ -42,8 +46,8 @@ _REDUCTIONS = ("bucket", "tree")
 class StepRecord:
     """Tell what the last step did on this rank.
 
-    actions: what this stage executed, in order.
-    peak_in_flight: the most micro-batches whose activations it held at once.
+    actions: what this rank executed, in order.
+    peak_in_flight: the most micro-batches whose activations it held at once, on all its stages.
     reduction: the reduction of its gradients over mesh.data in buckets; None with one replica, and
         in a tree.
     """
@@ -56,7 +60,8 @@ class StepRecord:
 class Pipeline:
     """Split layers over mesh.pipe and replicate every stage over mesh.data.
 
-    Each rank of mesh.pipe holds one contiguous stage. `step` cuts this replica's batch into
+    A stage is a contiguous part of the layers. Each rank of mesh.pipe holds one, or several as the
+    schedule says: stage s is on rank s modulo the ranks. `step` cuts this replica's batch into
     micro-batches that follow each other through the stages, and leaves in `.grad` the gradients
     that the unsplit model would have for the loss of the whole global batch, that is of the batches
     of all replicas together. As `loss.backward()` does, it adds to what is there: clear the
@@ -70,10 +75,14 @@ class Pipeline:
         their rows. "sum" if it is a sum over its rows.
     microbatches: at most so many; a batch of fewer rows makes fewer. Their rows may be unequal.
     schedule: a name of `PLANS`, or a plan function; checked before it runs.
+    stages_per_rank: of the schedule "interleaved", by default 2 of it and 1 of others. A plan
+        function says it itself, by the stages it names.
     boundaries: the first layer of every stage but the first.
     balance: without boundaries, what is to be as equal as can be: "parameters"; "time" of forward
         and backward, or "memory" of parameters and kept activations, measured on `sample`.
     sample: a micro-batch, as x of `step`; needed on rank 0 where layers are measured.
+    recompute: True, or the numbers of stages that keep a micro-batch's input alone, and run their
+        layers again before its backward. The gradients are the same to the last bit.
     bucket_bytes, wire_dtype, broadcast_buffers: of the reduction over mesh.data, as in
         DataParallel.
     reduction: "bucket", or "tree" for gradients and losses that are the same to the last bit for
@@ -86,7 +95,8 @@ class Pipeline:
 
     Collective over mesh.comm. Parameters and buffers start as those of replica 0. ValueError on
     every rank for layers or settings that differ between ranks, a stage left without layers, an
-    unknown schedule, or a tensor that two stages share.
+    unknown schedule, or a buffer that two ranks share. A parameter that layers share is one on all
+    ranks (`ties`): the first layer's value counts, and gradients of all uses are added.
     """
 
     def __init__(
@@ -98,6 +108,7 @@ class Pipeline:
         loss_reduction: str = "mean",
         microbatches: int = 8,
         schedule: str | PlanFunction = "1f1b",
+        stages_per_rank: int | None = None,
         boundaries: Sequence[int] | None = None,
         balance: str = "parameters",
         sample: Any = None,
@@ -105,6 +116,7 @@ class Pipeline:
         wire_dtype: str | None = None,
         broadcast_buffers: bool = True,
         reduction: str = "bucket",
+        recompute: bool | Collection[int] = False,
     ) -> None:
         if microbatches < 1:
             raise ValueError(f"expected at least 1 micro-batch, got {microbatches}")
@@ -122,22 +134,21 @@ class Pipeline:
         self._has_loss = loss_fn is not None
         self._loss_reduction = loss_reduction
         self._microbatches = microbatches
-        self._plan_function = plan_named(schedule) if isinstance(schedule, str) else schedule
+        self._plan_function = plan_function(schedule, stages_per_rank)
         self._plans: dict[int, tuple[tuple[Action, ...], ...]] = {}
         self._bucket_bytes = bucket_bytes
         self._broadcast_buffers = broadcast_buffers
 
         named = named_layers(layers)
         plan = self._plan(microbatches)
+        num_stages = num_stages_of(plan)
+        again = stages_of(recompute, num_stages)
         whole = nn.Sequential(OrderedDict(named))
-        name_layers(whole)
         lines = [
-            *(
-                f"plan of stage {stage}: {' '.join(map(str, row))}"
-                for stage, row in enumerate(plan)
-            ),
+            *(f"plan of rank {r}: {' '.join(a.placed for a in row)}" for r, row in enumerate(plan)),
             f"loss_reduction {loss_reduction}",
             f"reduction {reduction}",
+            f"recompute {again}",
             f"boundaries {None if boundaries is None else list(boundaries)}",
             f"balance {balance}",
             f"layers {' '.join(name for name, _ in named)}",
@@ -148,16 +159,23 @@ class Pipeline:
 
         if boundaries is None:
             count = microbatches if reduction == "bucket" else -(-microbatches // mesh.data.size)
-            in_flight = check_plan(self._plan(count), count).peak_activations
-            stages = balanced_stages(named, mesh.comm, balance, in_flight, sample)
+            in_flight = stage_peaks(self._plan(count))
+            self.stages = balanced_stages(named, mesh.comm, balance, in_flight, sample)
         else:
-            stages = cut(len(named), mesh.pipe.size, boundaries)
-        self.stages = stages
-        self._layers = StageLayers(named, stages, mesh.pipe.rank)
-        self._stage = Stage(self._layers.module, mesh.pipe.rank)
+            self.stages = cut(len(named), num_stages, boundaries)
+        named, ties = untie(named)
+        name_layers(nn.Sequential(OrderedDict(named)))
+        pipe = mesh.pipe
+        self._layers = RankLayers(named, self.stages, pipe.rank, pipe.size)
+        self._stages = [Stage(m, s, s in again) for s, m in self._layers.stages.items()]
         broadcast_tensors(mesh.data, self._layers.tensors(), 0, bucket_bytes)
+        ranks = [stage % pipe.size for stage, members in enumerate(self.stages) for _ in members]
+        self._ties = TiedGradients(ties, ranks, pipe)
+        self._ties.equalize()
+        parts = {s: list(m.parameters()) for s, m in self._layers.stages.items()}
+        self._stage_of = [stage for stage, members in parts.items() for _ in members]
         self._reducer = Reducer(
-            list(self.named_parameters()),
+            list(self._layers.module.named_parameters()),
             mesh.data,
             op="mean",
             bucket_bytes=bucket_bytes,
@@ -165,20 +183,24 @@ class Pipeline:
             sparse=sparse_parameters(self._layers.module),
         )
         in_tree = reduction == "tree"
-        tree = TreeGradients(list(self._layers.module.parameters()), mesh.data)
-        self._tree = tree if in_tree else None
+        self._tree = TreeGradients(parts, mesh.data) if in_tree else None
         reducer = self._reducer if mesh.data.size > 1 and not in_tree else None
         if reducer is not None:
             reducer.attach(self._gradient_ready)
-        channel = mesh.pipe.split(0, key=mesh.pipe.rank)
+        channel = pipe.split(0, key=pipe.rank)
         assert channel is not None
         self._channel = channel
-        self._worker = Worker(self._stage, channel, loss_fn, reducer, self._tree)
+        self._worker = Worker(self._stages, num_stages, channel, loss_fn, reducer, self._tree)
 
     @property
     def stage(self) -> int:
-        """Return the index of this rank's stage."""
-        return self._stage.index
+        """Return the number of this rank's stage, of several the first."""
+        return self._stages[0].index
+
+    @property
+    def own_stages(self) -> tuple[int, ...]:
+        """Return the numbers of this rank's stages."""
+        return tuple(stage.index for stage in self._stages)
 
     def step(self, x: Any = None, y: Any = None) -> Tensor:
         """Run forward and backward of one batch and return its loss.
@@ -198,41 +220,40 @@ class Pipeline:
         if not self._has_loss:
             raise ValueError("a pipeline without loss_fn can evaluate, but not train")
         rows = agree_on_rows(self.mesh, x, y)
-        replica, replicas = self.mesh.data.rank, self.mesh.data.size
-        before = sum(rows[:replica])
-        if self._tree is None:
-            bounds = row_bounds(rows[replica], self._microbatches)
-        else:
-            all_bounds, leaves = global_leaves(rows, self._microbatches)
-            mine = all_bounds[leaves[replica].start : leaves[replica].stop]
-            bounds = tuple((first - before, end - before) for first, end in mine)
-        is_mean = self._loss_reduction == "mean"
-        weights = [(end - first) / sum(rows) if is_mean else 1.0 for first, end in bounds]
+        replicas = self.mesh.data.size
+        share = share_of(
+            rows,
+            self.mesh.data.rank,
+            self._microbatches,
+            is_mean=self._loss_reduction == "mean",
+            in_tree=self._tree is not None,
+        )
         # The mean over replicas of gradients that are each multiplied by their number is the
         # sum, and it leaves equal gradients of earlier steps as they are.
         factor = replicas if self._tree is None else 1
         batch = Batch(
-            inputs=split_rows(x, bounds) if self._is_first else [],
-            targets=split_rows(y, bounds) if self._is_last else [],
-            scales=[weight * factor for weight in weights],
-            samples=[
-                Samples(self.steps_taken, before + first, end - first) for first, end in bounds
-            ],
+            inputs=split_rows(x, share.bounds) if self._is_first else [],
+            targets=split_rows(y, share.bounds) if self._is_last else [],
+            scales=[weight * factor for weight in share.weights],
+            samples=share.samples(self.steps_taken),
         )
+        self._ties.begin()
         if self._tree is not None:
+            assert share.leaves is not None
             # Elsewhere a slice begins at another alignment, which matrix products may depend on.
             batch.inputs = [clone_tensors(value) for value in batch.inputs]
             batch.targets = [clone_tensors(value) for value in batch.targets]
-            self._tree.begin(leaves)
+            self._tree.begin(share.leaves)
         elif self._reducer.active:
             self._reducer.abandon()
-        plan = self._plan(len(bounds))[self.stage]
+        plan = self._plan(len(share.bounds))[self.mesh.pipe.rank]
         with span(self.mesh.comm.timeline, STEP, f"step {self.steps_taken}"):
             self._worker.train(plan, batch)
-        weighed = {m: weights[m] * value for m, value in batch.losses.items()}
+        weighed = {m: share.weights[m] * value for m, value in batch.losses.items()}
         reduction = None
         if self._tree is not None:
-            loss, failed = self._add_in_tree(weighed, leaves)
+            assert share.leaves is not None
+            loss, failed = self._add_in_tree(weighed, share.leaves)
             self._tree.finish()
             self._even_buffers()
         else:
@@ -240,10 +261,11 @@ class Pipeline:
             work = self.mesh.comm.allreduce(total, op="sum", blocking=False)
             reduction = self._finish_reduction() if replicas > 1 else None
             loss, failed = map(float, work.wait())
+        self._ties.finish()
         if failed:
             raise_together(self.mesh.comm, self._worker.failure)
         self.steps_taken += 1
-        self.last_step = StepRecord(plan, self._stage.peak_in_flight, reduction)
+        self.last_step = StepRecord(plan, self._worker.peak_in_flight, reduction)
         return torch.tensor(loss, dtype=torch.float64)
 
     def forward(self, x: Any = None) -> Any:
@@ -263,23 +285,28 @@ class Pipeline:
         return broadcast_value(self.mesh.pipe, joined, self.mesh.pipe.size - 1, where)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters of this rank's stage.
+        """Yield the parameters of this rank's stages, a shared one once.
 
-        For a stage without any: one parameter of no elements, which is in no state, so that
+        For a rank without any: one parameter of no elements, which is in no state, so that
         optimizers, which refuse an empty list, can be made alike on every rank.
         """
-        return self._layers.parameters_or_placeholder()
+        return self._layers.or_placeholder([p for _, p in self.named_parameters()])
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters of this rank's stage, by their names in the unsplit model."""
-        return self._layers.module.named_parameters()
+        """Yield the parameters of this rank's stages, by their names in the unsplit model.
+
+        A shared one comes once, by the first of its names, on every rank that holds it.
+        """
+        for name, parameter in self._layers.module.named_parameters():
+            if parameter not in self._ties.others:
+                yield self._ties.names.get(parameter, name), parameter
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the parameters and buffers of this stage, by their names in the unsplit model."""
+        """Return the parameters and buffers of this rank, by their names in the unsplit model."""
         return dict(self._layers.module.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load this stage's part of a state: of the unsplit model's, or of `state_dict`'s.
+        """Load this rank's part of a state: of the unsplit model's, or of `state_dict`'s.
 
         ValueError for a name that is in no stage; RuntimeError, as torch has it, for a missing name
         or a shape that differs. No communication: give every replica the same state.
@@ -287,7 +314,7 @@ class Pipeline:
         self._layers.load(state)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients of this stage's parameters."""
+        """Clear the gradients of this rank's parameters."""
         self._layers.module.zero_grad(set_to_none)
 
     def train(self, mode: bool = True) -> Pipeline:
@@ -306,21 +333,23 @@ class Pipeline:
         once. As in torch, gradients are multiplied by min(1, max_norm / (norm + 1e-6)). Collective
         over mesh.pipe.
         """
-        parameters = self._layers.module.parameters()
-        return clip_over_stages(parameters, self.mesh.pipe, max_norm, norm_type)
+        parameters = [p for _, p in self.named_parameters()]
+        elsewhere = self._ties.counted_elsewhere
+        return clip_over_stages(parameters, self.mesh.pipe, max_norm, norm_type, elsewhere)
 
     def close(self) -> None:
         """Give the engine's own channel back; collective over mesh.pipe. The mesh stays open."""
         self._reducer.detach()
+        self._ties.close()
         self._channel.close()
 
     @property
     def _is_first(self) -> bool:
-        return self.stage == 0
+        return self.mesh.pipe.rank == 0
 
     @property
     def _is_last(self) -> bool:
-        return self.stage == self.mesh.pipe.size - 1
+        return self.mesh.pipe.rank == self.mesh.pipe.size - 1
 
     @property
     def _failed(self) -> bool:
@@ -328,7 +357,7 @@ class Pipeline:
 
     def _gradient_ready(self, index: int) -> None:
         # Only the last micro-batch's backward completes a gradient.
-        if self._reducer.active:
+        if self._stage_of[index] in self._worker.completing and self._reducer.active:
             self._reducer.mark(index)
 
     def _finish_reduction(self) -> ReductionRecord:
@@ -355,10 +384,7 @@ class Pipeline:
         # One rank has each of them, and the others a zero: every order of adding is the same.
         self.mesh.comm.allreduce(values, op="sum")
         *summed, failed = values.tolist()
-        tree: Tree[float] = Tree(len(summed), float.__add__)
-        for leaf, value in enumerate(summed):
-            tree.put((0, leaf), value)
-        return tree.total, failed
+        return sum_in_tree(summed), failed
 
     def _plan(self, num_microbatches: int) -> tuple[tuple[Action, ...], ...]:
         plan = self._plans.get(num_microbatches)

@@ -1,16 +1,18 @@
 """Pipeline plans as data: who computes what, in which order.
 
-A plan function maps (stage, num_stages, num_microbatches) to the actions of that stage. All
-plans here run the backwards in the order of the micro-batches, so that a stage adds its
-gradients in one order whichever plan is used, and the results agree to the last bit.
+A plan function maps (rank, num_ranks, num_microbatches) to the actions of that rank. With one
+stage a rank, that is the stage of the same number; with several, rank r of P has stages r, r + P,
+r + 2 P, ... All plans here run a stage's backwards in the order of the micro-batches, so that it
+adds its gradients in one order whichever plan is used, and the results agree to the last bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from .actions import Action, Kind
+from .plan_check import Placed, PlanError, PlanReport, check_plan, draw
 
 __all__ = [
     "PLANS",
@@ -21,18 +23,16 @@ __all__ = [
     "check_plan",
     "draw",
     "gpipe",
+    "interleaved",
     "naive",
     "one_f_one_b",
+    "plan_function",
     "plan_named",
     "whole_plan",
     "zero_bubble",
 ]
 
 PlanFunction = Callable[[int, int, int], tuple[Action, ...]]
-
-
-class PlanError(ValueError):
-    """Refuse a plan that cannot run, or does not compute every gradient exactly once."""
 
 
 def naive(stage: int, num_stages: int, num_microbatches: int) -> tuple[Action, ...]:
@@ -113,125 +113,80 @@ def zero_bubble(stage: int, num_stages: int, num_microbatches: int) -> tuple[Act
     return tuple(actions)
 
 
+def interleaved(
+    rank: int, num_ranks: int, num_microbatches: int, *, stages_per_rank: int = 2
+) -> tuple[Action, ...]:
+    """Give every rank several stages, and take the micro-batches through them in groups of
+    num_ranks (Narayanan et al. 2021, Megatron-LM, section 2.2).
+
+    1F1B of stages a stages_per_rank-th as long, and so is the bubble: (P - 1) / (v M + P - 1) for P
+    ranks, v stages on each and M micro-batches, a multiple of P. For another M it is the plan of
+    the next multiple, without the micro-batches that are not there. Drawn for 2 ranks, 2 stages a
+    rank, 2 micro-batches, a backward as long as a forward:
+
+        rank 0 | F0@0 F1@0 F0@2 F1@2 .    B0@2 .    B1@2 B0@0 B1@0
+        rank 1 | .    F0@1 F1@1 F0@3 B0@3 F1@3 B1@3 B0@1 B1@1 .
+    """
+    _check_place(rank, num_ranks, num_microbatches)
+    if stages_per_rank < 1:
+        raise ValueError(f"expected stages_per_rank >= 1, got {stages_per_rank}")
+    own = [rank + num_ranks * part for part in range(stages_per_rank)]
+    groups = [range(m, m + num_ranks) for m in range(0, num_microbatches, num_ranks)]
+    forwards = [Action(Kind.FORWARD, m, s) for group in groups for s in own for m in group]
+    backwards = [Action(Kind.BACKWARD, m, s) for group in groups for s in own[::-1] for m in group]
+    warmup = 2 * (num_ranks - 1 - rank) + (stages_per_rank - 1) * num_ranks
+    warmup = min(warmup, len(forwards))
+    actions = forwards[:warmup]
+    for forward, backward in zip(forwards[warmup:], backwards, strict=False):
+        actions += (forward, backward)
+    actions += backwards[len(forwards) - warmup :]
+    return tuple(action for action in actions if action.microbatch < num_microbatches)
+
+
 PLANS: Mapping[str, PlanFunction] = {
     "naive": naive,
     "gpipe": gpipe,
     "1f1b": one_f_one_b,
+    "interleaved": interleaved,
     "zero-bubble": zero_bubble,
 }
 
 
-def plan_named(name: str) -> PlanFunction:
-    """Return the plan function of that name; ValueError lists the names there are."""
-    try:
-        return PLANS[name]
-    except KeyError:
+def plan_function(schedule: str | PlanFunction, stages_per_rank: int | None = None) -> PlanFunction:
+    """Return a schedule that may be a name as a function; None stands for the name's own number.
+
+    ValueError as `plan_named` has it, or for a function together with stages_per_rank.
+    """
+    if isinstance(schedule, str):
+        number = 2 if schedule == "interleaved" else 1
+        return plan_named(schedule, number if stages_per_rank is None else stages_per_rank)
+    if stages_per_rank is not None:
+        raise ValueError("a plan function says itself which stages a rank has: no stages_per_rank")
+    return schedule
+
+
+def plan_named(name: str, stages_per_rank: int = 1) -> PlanFunction:
+    """Return the plan function of that name; ValueError lists the names there are.
+
+    ValueError too for a plan of one stage a rank that is asked for several.
+    """
+    if name not in PLANS:
         known = ", ".join(sorted(PLANS))
-        raise ValueError(f"unknown pipeline schedule {name!r}, expected one of: {known}") from None
+        raise ValueError(f"unknown pipeline schedule {name!r}, expected one of: {known}")
+    if name == "interleaved":
+        return partial(interleaved, stages_per_rank=stages_per_rank)
+    if stages_per_rank != 1:
+        raise ValueError(
+            f"the schedule {name!r} has one stage a rank, not {stages_per_rank}: choose interleaved"
+        )
+    return PLANS[name]
 
 
 def whole_plan(
-    function: PlanFunction, num_stages: int, num_microbatches: int
+    function: PlanFunction, num_ranks: int, num_microbatches: int
 ) -> tuple[tuple[Action, ...], ...]:
-    """Evaluate a plan function at every stage."""
-    return tuple(function(stage, num_stages, num_microbatches) for stage in range(num_stages))
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """Put an action on the time axis: [start, end) in the units of the costs."""
-
-    action: Action
-    start: float
-    end: float
-
-
-@dataclass(frozen=True, slots=True)
-class PlanReport:
-    """Hold what a simulated plan costs.
-
-    `timeline` and `peak_activations` have one entry per stage; `peak_activations` counts the
-    micro-batches whose forward has started and whose backward has not ended.
-    """
-
-    timeline: tuple[tuple[Placed, ...], ...]
-    peak_activations: tuple[int, ...]
-    makespan: float
-
-    @property
-    def bubble(self) -> float:
-        """Return the idle share of all stages' time, between 0 and 1."""
-        busy = sum(placed.end - placed.start for row in self.timeline for placed in row)
-        total = self.makespan * len(self.timeline)
-        return 1.0 - busy / total if total else 0.0
-
-
-def check_plan(
-    stages: Sequence[Sequence[Action]],
-    num_microbatches: int,
-    *,
-    forward_cost: float = 1.0,
-    backward_cost: float = 1.0,
-    weight_cost: float | None = None,
-) -> PlanReport:
-    """Simulate all stages together, messages taking no time, and report times and activations.
-
-    `stages[s]` lists the actions of stage s in order. weight_cost: the part of backward_cost that a
-    split backward spends on weights, by default half. PlanError names the stage and the action
-    that is missing, doubled or foreign; on a deadlock it names the stuck action of every stage
-    and what that action waits for.
-    """
-    for stage, actions in enumerate(stages):
-        _check_complete(stage, actions, num_microbatches)
-    weights = backward_cost / 2 if weight_cost is None else weight_cost
-    cost = {
-        Kind.FORWARD: forward_cost,
-        Kind.BACKWARD: backward_cost,
-        Kind.INPUT: backward_cost - weights,
-        Kind.WEIGHT: weights,
-    }
-    ended: dict[Action, float] = {}
-    rows: list[list[Placed]] = [[] for _ in stages]
-    moved = True
-    while moved:
-        moved = False
-        for row, actions in zip(rows, stages, strict=True):
-            while len(row) < len(actions):
-                action = actions[len(row)]
-                needs = tuple(action.needs(len(stages)))
-                if not all(need in ended for need in needs):
-                    break
-                free = row[-1].end if row else 0.0
-                start = max([free, *(ended[need] for need in needs)])
-                end = ended[action.gives] = start + cost[action.kind]
-                row.append(Placed(action, start, end))
-                moved = True
-    if any(len(row) < len(actions) for row, actions in zip(rows, stages, strict=True)):
-        raise PlanError(_describe_deadlock(stages, rows, ended))
-    return PlanReport(
-        timeline=tuple(tuple(row) for row in rows),
-        peak_activations=tuple(_peak(actions) for actions in stages),
-        makespan=max((row[-1].end for row in rows if row), default=0.0),
-    )
-
-
-def draw(report: PlanReport) -> str:
-    """Print one row per stage on a time axis of whole units.
-
-    An action stands where it starts and "-" where it goes on; "." is idle. The costs given to
-    `check_plan` must be whole numbers, else ValueError.
-    """
-    labels = [str(placed.action) for row in report.timeline for placed in row]
-    width = max((len(label) for label in labels), default=1)
-    lines = []
-    for stage, row in enumerate(report.timeline):
-        cells = ["."] * _whole(report.makespan)
-        for placed in row:
-            start, end = _whole(placed.start), _whole(placed.end)
-            cells[start:end] = [str(placed.action), *["-"] * (end - start - 1)][: end - start]
-        text = " ".join(cell.ljust(width) for cell in cells).rstrip()
-        lines.append(f"stage {stage} | {text}")
-    return "\n".join(lines)
+    """Evaluate a plan function at every rank."""
+    return tuple(function(rank, num_ranks, num_microbatches) for rank in range(num_ranks))
 
 
 def _check_place(stage: int, num_stages: int, num_microbatches: int) -> None:
@@ -239,64 +194,3 @@ def _check_place(stage: int, num_stages: int, num_microbatches: int) -> None:
         raise ValueError(f"expected 0 <= stage < num_stages, got stage {stage} of {num_stages}")
     if num_microbatches < 0:
         raise ValueError(f"expected num_microbatches >= 0, got {num_microbatches}")
-
-
-def _check_complete(stage: int, actions: Sequence[Action], num_microbatches: int) -> None:
-    split = {a.microbatch for a in actions if a.kind in (Kind.INPUT, Kind.WEIGHT)}
-    expected = {
-        Action(kind, m, stage)
-        for m in range(num_microbatches)
-        for kind in (_SPLIT if m in split else _WHOLE)
-    }
-    seen: set[Action] = set()
-    for position, action in enumerate(actions):
-        where = f"stage {stage}, position {position}"
-        if action.stage != stage:
-            raise PlanError(f"{where}: {action} belongs to stage {action.stage}")
-        if action not in expected:
-            if action.microbatch < num_microbatches:
-                raise PlanError(f"{where}: {action} doubles a backward that is split")
-            raise PlanError(f"{where}: {action} is beyond the {num_microbatches} micro-batches")
-        if action in seen:
-            raise PlanError(f"{where}: {action} is doubled")
-        seen.add(action)
-    if missing := sorted(expected - seen, key=lambda action: (action.kind, action.microbatch)):
-        raise PlanError(f"stage {stage}: missing {' '.join(map(str, missing))}")
-
-
-def _describe_deadlock(
-    stages: Sequence[Sequence[Action]],
-    rows: Sequence[Sequence[Placed]],
-    ended: Mapping[Action, float],
-) -> str:
-    stuck = []
-    for stage, (row, actions) in enumerate(zip(rows, stages, strict=True)):
-        if len(row) == len(actions):
-            stuck.append(f"stage {stage} has ended")
-            continue
-        action = actions[len(row)]
-        waits = next(need for need in action.needs(len(stages)) if need not in ended)
-        stuck.append(
-            f"stage {stage} is stuck at {action}, waiting for {waits} of stage {waits.stage}"
-        )
-    return "deadlock: " + "; ".join(stuck)
-
-
-_WHOLE = (Kind.FORWARD, Kind.BACKWARD)
-_SPLIT = (Kind.FORWARD, Kind.INPUT, Kind.WEIGHT)
-# What an action does to the number of micro-batches whose activations are kept.
-_LIVE = {Kind.FORWARD: 1, Kind.BACKWARD: -1, Kind.INPUT: 0, Kind.WEIGHT: -1}
-
-
-def _peak(actions: Sequence[Action]) -> int:
-    live = peak = 0
-    for action in actions:
-        live += _LIVE[action.kind]
-        peak = max(peak, live)
-    return peak
-
-
-def _whole(time: float) -> int:
-    if time != int(time):
-        raise ValueError(f"expected times in whole units to draw, got {time}")
-    return int(time)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .recompute import Replay
+from .split_backward import SplitBackward
 from .structure import Description, TensorSpec, put_together, take_apart
+
+if TYPE_CHECKING:
+    from .random_keys import Samples
 
 __all__ = ["Stage"]
 
@@ -39,6 +44,7 @@ class _Door:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = list(tensors)
         self.anchor: Tensor | None = None
+        self.node: Any = None
         self.specs = [(tensor.shape, tensor.dtype) for tensor in tensors]
         self.gradients: list[Tensor | None] = [None] * len(self.tensors)
 
@@ -49,6 +55,8 @@ class _Door:
         self.anchor = torch.empty(0, requires_grad=True)
         entered = _Entry.apply(self.anchor, self)  # type: ignore[no-untyped-call]
         self.tensors = []
+        # Noted now: layers may change an entered tensor in place, which gives it another node.
+        self.node = entered[0].grad_fn
         return list(entered)
 
     def leave(self) -> list[Tensor]:
@@ -59,40 +67,62 @@ class _Door:
 
 @dataclass
 class _InFlight:
-    """What a micro-batch leaves behind between its forward and its backward."""
+    """What a micro-batch leaves behind between its forward and its backward.
+
+    replay: how to make the graph again, and until then there is none.
+    after: where the outputs entered the graph of the loss, which is then one of its own.
+    """
 
     door: _Door
     roots: list[Tensor]
     specs: tuple[TensorSpec, ...]
-    gradients: list[Tensor] | None = None
+    replay: Replay | None = None
+    after: _Door | None = None
+    split: SplitBackward | None = None
+    rest: tuple[list[Tensor], list[Tensor]] | None = None
 
 
 class Stage:
-    """Hold the layers of one stage, and the activations of the micro-batches in flight."""
+    """Hold the layers of one stage, and the activations of the micro-batches in flight.
 
-    def __init__(self, module: nn.Module, index: int) -> None:
+    recompute: keep what comes in alone, and run the layers again before the backward.
+    """
+
+    def __init__(self, module: nn.Module, index: int, recompute: bool = False) -> None:
         self.module = module
         self.index = index
-        self.peak_in_flight = 0
+        self.recompute = recompute
         self._in_flight: dict[int, _InFlight] = {}
 
     def forward(
-        self, microbatch: int, description: Description, tensors: Sequence[Tensor]
+        self,
+        microbatch: int,
+        description: Description,
+        tensors: Sequence[Tensor],
+        samples: Samples | None = None,
     ) -> tuple[Any, Description, list[Tensor]]:
         """Run the layers, keeping what backward needs; return the output, whole and taken apart.
 
-        Gradients will be kept for the tensors of `description` that need one.
+        Gradients will be kept for the tensors of `description` that need one. samples: what random
+        layers were shown.
         """
-        specs = description.tensors
-        door = _Door([t for t, spec in zip(tensors, specs, strict=True) if spec.needs_grad])
-        entered = iter(door.enter())
-        inputs = [next(entered) if s.needs_grad else t for t, s in zip(tensors, specs, strict=True)]
-        output = self.module(put_together(description.skeleton, inputs))
+        replay = None
+        if self.recompute:
+            replay = Replay(self.module, description, list(tensors), samples)
+            tensors = [tensor.clone() for tensor in tensors]  # layers may change them in place
+        output, door = self._run(description, tensors)
         out, outputs = take_apart(output, f"output of stage {self.index}")
         roots = [tensor for tensor in outputs if tensor.requires_grad]
         needed = tuple(spec for spec in out.tensors if spec.needs_grad)
-        self._in_flight[microbatch] = _InFlight(door, roots, needed)
-        self.peak_in_flight = max(self.peak_in_flight, len(self._in_flight))
+        flight = _InFlight(door, roots, needed, replay)
+        if replay is not None:
+            outputs = [tensor.detach() for tensor in outputs]
+            flight.door, flight.roots = _Door([]), []
+            flight.after = _Door(
+                [t for t, s in zip(outputs, out.tensors, strict=True) if s.needs_grad]
+            )
+            output = put_together(out.skeleton, _enter(flight.after, outputs, out.tensors))
+        self._in_flight[microbatch] = flight
         return output, out, outputs
 
     def evaluate(self, description: Description, tensors: Sequence[Tensor]) -> Any:
@@ -103,12 +133,21 @@ class Stage:
         """Let backward begin at `root`, such as a loss, instead of at the stage's outputs."""
         self._in_flight[microbatch].roots = [root] if root.requires_grad else []
 
+    def end_at_outputs(self, microbatch: int) -> None:
+        """Let backward begin at the stage's outputs, with gradients that others will send."""
+        self._in_flight[microbatch].after = None
+
+    @property
+    def num_in_flight(self) -> int:
+        """Return the number of micro-batches between their forward and their backward."""
+        return len(self._in_flight)
+
     def holds(self, microbatch: int) -> bool:
         """Tell whether a micro-batch is between its forward and its backward."""
         return microbatch in self._in_flight
 
     def roots(self, microbatch: int) -> list[Tensor]:
-        """Return the tensors at which backward begins."""
+        """Return the tensors at which backward begins, on the stage that has a loss."""
         return self._in_flight[microbatch].roots
 
     def expected_gradients(self, microbatch: int) -> tuple[TensorSpec, ...]:
@@ -118,31 +157,29 @@ class Stage:
     def backward(self, microbatch: int, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Accumulate the parameters' gradients and return those of the tensors that came in."""
         flight = self._in_flight.pop(microbatch)
-        if flight.roots:
-            torch.autograd.backward(flight.roots, list(gradients))
+        roots, gradients = self._graph(flight, list(gradients))
+        if roots:
+            torch.autograd.backward(roots, gradients)
         return flight.door.leave()
 
     def backward_input(self, microbatch: int, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """Return the gradients of the tensors that came in; the graph is kept for the weights."""
+        """Return the gradients of the tensors that came in; what the weights need is kept."""
         flight = self._in_flight[microbatch]
-        flight.gradients = list(gradients)
-        anchor = flight.door.anchor
-        if flight.roots and anchor is not None:
-            torch.autograd.backward(
-                flight.roots, flight.gradients, retain_graph=True, inputs=[anchor]
-            )
+        roots, gradients = self._graph(flight, list(gradients))
+        if roots and flight.door.anchor is not None:
+            flight.split = SplitBackward(roots, gradients, flight.door.node, flight.door.anchor)
+            flight.split.to_input()
+        else:
+            flight.rest = roots, gradients
         return flight.door.leave()
 
     def backward_weight(self, microbatch: int) -> None:
-        """Accumulate the parameters' gradients, after `backward_input`.
-
-        Gradients between the layers are computed a second time, since torch drops them.
-        """
+        """Accumulate the parameters' gradients, after `backward_input`."""
         flight = self._in_flight.pop(microbatch)
-        assert flight.gradients is not None
-        inputs = [p for p in self.module.parameters() if p.requires_grad]
-        if flight.roots and inputs:
-            torch.autograd.backward(flight.roots, flight.gradients, inputs=inputs)
+        if flight.split is not None:
+            flight.split.to_weights([p for p in self.module.parameters() if p.requires_grad])
+        elif flight.rest is not None and flight.rest[0]:
+            torch.autograd.backward(*flight.rest)
 
     def drop(self, microbatch: int) -> None:
         """Forget a micro-batch that is not to be computed any further."""
@@ -151,4 +188,34 @@ class Stage:
     def forget(self) -> None:
         """Drop what a failed step has left in flight."""
         self._in_flight.clear()
-        self.peak_in_flight = 0
+
+    def _run(self, description: Description, tensors: Sequence[Tensor]) -> tuple[Any, _Door]:
+        specs = description.tensors
+        door = _Door([t for t, spec in zip(tensors, specs, strict=True) if spec.needs_grad])
+        inputs = _enter(door, tensors, specs)
+        return self.module(put_together(description.skeleton, inputs)), door
+
+    def _graph(
+        self, flight: _InFlight, gradients: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Return where backward begins in the graph of the layers, made again if need be."""
+        replay, flight.replay = flight.replay, None
+        if replay is None:
+            return flight.roots, gradients
+        found: list[Tensor | None] = [*gradients]
+        if flight.after is not None:
+            if flight.roots:
+                torch.autograd.backward(flight.roots, gradients)
+            found = flight.after.gradients
+        with replay.again():
+            output, flight.door = self._run(replay.description, replay.tensors)
+        _, outputs = take_apart(output, f"output of stage {self.index}")
+        roots = [tensor for tensor in outputs if tensor.requires_grad]
+        pairs = [(r, g) for r, g in zip(roots, found, strict=True) if g is not None]
+        return [root for root, _ in pairs], [gradient for _, gradient in pairs]
+
+
+def _enter(door: _Door, tensors: Sequence[Tensor], specs: Sequence[TensorSpec]) -> list[Tensor]:
+    """Return the tensors, with those that need a gradient as members of a graph."""
+    entered = iter(door.enter())
+    return [next(entered) if s.needs_grad else t for t, s in zip(tensors, specs, strict=True)]

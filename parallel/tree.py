@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
-__all__ = ["Node", "Tree", "frontier", "meets_in_pairs"]
+__all__ = ["Node", "Tree", "frontier", "meets_in_pairs", "sum_in_tree"]
 
 Node = tuple[int, int]
 T = TypeVar("T")
@@ -58,6 +58,14 @@ class Tree(Generic[T]):
                 f"the tree of {self._num_leaves} leaves is incomplete: it has {sorted(self.nodes)}"
             )
         return next(iter(self.nodes.values()))
+
+
+def sum_in_tree(values: Sequence[float]) -> float:
+    """Return the sum of at least one value, in the brackets of the tree."""
+    tree: Tree[float] = Tree(len(values), float.__add__)
+    for leaf, value in enumerate(values):
+        tree.put((0, leaf), value)
+    return tree.total
 
 
 def frontier(num_leaves: int, first: int, end: int) -> tuple[Node, ...]:

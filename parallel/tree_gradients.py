@@ -7,8 +7,8 @@ replicas, in the same brackets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +29,9 @@ _IN_PAIRS = "recursive_doubling"
 
 @dataclass(frozen=True)
 class _Group:
-    """The parameters of one real dtype: together they are one vector, then a flag for each."""
+    """The parameters of one part and real dtype: one vector together, then a flag for each."""
 
+    part: int
     dtype: torch.dtype
     indices: tuple[int, ...]
 
@@ -42,8 +43,8 @@ class _Pass:
     leaves: tuple[range, ...]
     trees: list[Tree[Tensor]]
     before: list[Tensor | None]
-    taken: int = 0
-    works: list[tuple[Work, Tensor]] | None = None
+    taken: dict[int, int]
+    works: list[tuple[Work, Tensor]] = field(default_factory=list)
 
     @property
     def num_leaves(self) -> int:
@@ -53,19 +54,27 @@ class _Pass:
 class TreeGradients:
     """Take every micro-batch's gradients off the parameters, and bring back their sum.
 
-    Per step: `begin`, `take` after each backward, `finish`. The reduction between replicas starts
-    with the last `take`. Collective over `comm`, one rank per replica. A parameter without a
+    parts: of the parameters, such as the stages of this rank, each of which has backwards of its
+        own; the same numbers on every rank of `comm`.
+
+    Per step: `begin`, `take` after each backward, `finish`. The reduction of a part between
+    replicas starts with its last `take`, and after that of the parts of higher numbers: in one
+    order on every replica. Collective over `comm`, one rank per replica. A parameter without a
     gradient in all micro-batches of all replicas keeps what it had.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], comm: Communicator) -> None:
-        self._parameters = list(parameters)
+    def __init__(self, parts: Mapping[int, Sequence[nn.Parameter]], comm: Communicator) -> None:
         self._comm = comm
-        members: dict[torch.dtype, list[int]] = {}
-        for index, parameter in enumerate(self._parameters):
-            if parameter.is_floating_point() or parameter.is_complex():
-                members.setdefault(parameter.dtype.to_real(), []).append(index)
-        self._groups = [_Group(dtype, tuple(indices)) for dtype, indices in members.items()]
+        self._parts = sorted(parts, reverse=True)
+        self._parameters: list[nn.Parameter] = []
+        members: dict[tuple[int, torch.dtype], list[int]] = {}
+        for part in self._parts:
+            for parameter in parts[part]:
+                if parameter.is_floating_point() or parameter.is_complex():
+                    key = part, parameter.dtype.to_real()
+                    members.setdefault(key, []).append(len(self._parameters))
+                self._parameters.append(parameter)
+        self._groups = [_Group(*key, tuple(indices)) for key, indices in members.items()]
         self._pass: _Pass | None = None
 
     def begin(self, leaves: Sequence[range]) -> None:
@@ -77,28 +86,27 @@ class TreeGradients:
         self.abandon()
         num_leaves = leaves[-1].stop
         trees = [Tree(num_leaves, lambda a, b: a.add_(b)) for _ in self._groups]
-        self._pass = _Pass(tuple(leaves), trees, [p.grad for p in self._parameters])
-        self._clear()
+        taken = dict.fromkeys(self._parts, 0)
+        self._pass = _Pass(tuple(leaves), trees, [p.grad for p in self._parameters], taken)
+        self._clear(range(len(self._parameters)))
 
-    def take(self, microbatch: int) -> None:
-        """Take the gradients of this replica's micro-batch off the parameters."""
+    def take(self, microbatch: int, part: int) -> None:
+        """Take the gradients of this replica's micro-batch off the parameters of one part."""
         current = self._pass
         assert current is not None
         mine = current.leaves[self._comm.rank]
         for group, tree in zip(self._groups, current.trees, strict=True):
-            tree.put((0, mine[microbatch]), self._pack(group))
-        self._clear()
-        current.taken += 1
-        if current.taken == len(mine):
-            self._start(current)
+            if group.part == part:
+                tree.put((0, mine[microbatch]), self._pack(group))
+                self._clear(group.indices)
+        current.taken[part] += 1
+        self._start_complete(current)
 
     def finish(self) -> None:
         """Wait for the sums and add them to the gradients that were there before the step."""
         current = self._pass
-        assert current is not None and current.taken == len(current.leaves[self._comm.rank])
-        if current.works is None:  # no rows here, but the other replicas count on this one
-            self._start(current)
-        assert current.works is not None
+        assert current is not None
+        self._start_complete(current)  # no rows here, but the other replicas count on this one
         in_pairs = meets_in_pairs(self._frontiers(current))
         for place, (work, array) in enumerate(current.works):
             result = work.wait()
@@ -115,29 +123,36 @@ class TreeGradients:
                 parameter.grad = gradient
             self._pass = None
 
-    def _clear(self) -> None:
-        for parameter in self._parameters:
-            parameter.grad = None
+    def _clear(self, indices: Iterable[int]) -> None:
+        for index in indices:
+            self._parameters[index].grad = None
 
     def _frontiers(self, current: _Pass) -> list[tuple[tuple[int, int], ...]]:
         return [frontier(current.num_leaves, own.start, own.stop) for own in current.leaves]
 
-    def _start(self, current: _Pass) -> None:
+    def _start_complete(self, current: _Pass) -> None:
+        """Start the reductions of all complete groups whose turn has come."""
+        wanted = len(current.leaves[self._comm.rank])
+        while len(current.works) < len(self._groups):
+            place = len(current.works)
+            if current.taken[self._groups[place].part] < wanted:
+                return
+            current.works.append(self._start(current, place))
+
+    def _start(self, current: _Pass, place: int) -> tuple[Work, Tensor]:
+        group, tree = self._groups[place], current.trees[place]
         frontiers = self._frontiers(current)
         mine = frontiers[self._comm.rank]
-        in_pairs = meets_in_pairs(frontiers)
-        width = max(len(nodes) for nodes in frontiers)
-        current.works = []
-        for group, tree in zip(self._groups, current.trees, strict=True):
-            if in_pairs:
-                array = tree.nodes[mine[0]]
-                work = self._comm.allreduce(array, op="sum", algorithm=_IN_PAIRS, blocking=False)
-            else:
-                array = torch.zeros(width, self._length(group), dtype=group.dtype)
-                for row, node in enumerate(mine):
-                    array[row] = tree.nodes[node]
-                work = self._comm.allgather(array, blocking=False)
-            current.works.append((work, array))
+        if meets_in_pairs(frontiers):
+            array = tree.nodes[mine[0]]
+            work = self._comm.allreduce(array, op="sum", algorithm=_IN_PAIRS, blocking=False)
+        else:
+            width = max(len(nodes) for nodes in frontiers)
+            array = torch.zeros(width, self._length(group), dtype=group.dtype)
+            for row, node in enumerate(mine):
+                array[row] = tree.nodes[node]
+            work = self._comm.allgather(array, blocking=False)
+        return work, array
 
     def _complete(self, current: _Pass, gathered: Any) -> Tensor:
         tree: Tree[Tensor] = Tree(current.num_leaves, lambda a, b: a + b)

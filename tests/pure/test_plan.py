@@ -14,6 +14,7 @@ from ringfold.parallel.plan import (
     check_plan,
     draw,
     gpipe,
+    interleaved,
     naive,
     one_f_one_b,
     plan_named,
@@ -49,7 +50,7 @@ def test_gpipe_of_any_stage():
 
 @pytest.mark.parametrize(
     ("function", "num_microbatches"),
-    [(naive, 2), (gpipe, 3), (one_f_one_b, 3), (zero_bubble, 3)],
+    [(naive, 2), (gpipe, 3), (one_f_one_b, 3), (interleaved, 2), (zero_bubble, 3)],
 )
 def test_docstring_drawing(function, num_microbatches):
     lines = inspect.getdoc(function).splitlines()
@@ -98,8 +99,9 @@ def test_closed_forms(name, num_stages, num_microbatches, costs):
 def test_backwards_keep_the_order_of_the_microbatches(name):
     for actions in whole_plan(PLANS[name], 3, 5):
         for kind in Kind:
-            order = [a.microbatch for a in actions if a.kind is kind]
-            assert order == sorted(order)
+            for stage in {a.stage for a in actions}:
+                order = [a.microbatch for a in actions if (a.kind, a.stage) == (kind, stage)]
+                assert order == sorted(order)
 
 
 @pytest.mark.parametrize(("num_stages", "num_microbatches"), SIZES)
@@ -119,6 +121,58 @@ def test_closed_form_of_zero_bubble(num_stages, num_microbatches):
     held = min(num_stages, num_microbatches)
     assert report.makespan == 3 * num_microbatches + 2 * (num_stages - 1) - (held - 1)
     assert report.peak_activations == (held,) * num_stages
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("stages_per_rank", [1, 2, 3, 4])
+def test_closed_form_of_interleaved(num_ranks, stages_per_rank):
+    """Every M runs; for multiples of the ranks the bubble is a stages_per_rank-th of 1F1B's."""
+    function = plan_named("interleaved", stages_per_rank)
+    for num_microbatches in range(17):
+        rows = whole_plan(function, num_ranks, num_microbatches)
+        report = check_plan(rows, num_microbatches, forward_cost=1, backward_cost=2)
+        work = 3 * stages_per_rank * num_microbatches
+        if num_microbatches and num_microbatches % num_ranks == 0:
+            assert report.makespan == work + 3 * (num_ranks - 1)
+            assert report.bubble == pytest.approx(3 * (num_ranks - 1) / report.makespan)
+            held = [
+                min((stages_per_rank - 1) * num_ranks + 2 * (num_ranks - 1 - rank) + 1, work // 3)
+                for rank in range(num_ranks)
+            ]
+            assert report.peak_activations == tuple(held)
+        else:
+            assert report.makespan >= work
+
+
+def test_interleaved_of_one_stage_a_rank_has_the_bubble_of_1f1b():
+    plan = whole_plan(plan_named("interleaved", 1), 3, 6)
+    assert check_plan(plan, 6).bubble == check_plan(whole_plan(one_f_one_b, 3, 6), 6).bubble
+
+
+def test_a_stage_on_the_wrong_rank_is_refused():
+    rows = [parse_actions("F0@0 F0@1 B0@1 B0@0", 0), parse_actions("F0@2 B0@2", 1)]
+    with pytest.raises(PlanError, match="rank 0, position 1: F0@1 belongs to rank 1"):
+        check_plan(rows, 1)
+    rows = [parse_actions("F0@0 F0@2 B0@2 B0@0", 0), parse_actions("F0@1 B0@1 F0@3", 1)]
+    with pytest.raises(PlanError, match="rank 1: missing B0@3"):
+        check_plan(rows, 1)
+
+
+def test_deadlock_of_several_stages_a_rank():
+    rows = [parse_actions("F0@2 F0@0 B0@2 B0@0", 0), parse_actions("F0@1 F0@3 B0@3 B0@1", 1)]
+    with pytest.raises(PlanError) as caught:
+        check_plan(rows, 1)
+    assert str(caught.value) == (
+        "deadlock: rank 0 is stuck at F0@2, waiting for F0 of stage 1; "
+        "rank 1 is stuck at F0@1, waiting for F0 of stage 0"
+    )
+
+
+def test_several_stages_a_rank_are_refused_where_the_plan_has_one():
+    with pytest.raises(ValueError, match="'1f1b' has one stage a rank, not 2: choose interleaved"):
+        plan_named("1f1b", 2)
+    with pytest.raises(ValueError, match="stages_per_rank >= 1, got 0"):
+        interleaved(0, 1, 1, stages_per_rank=0)
 
 
 def test_weights_may_take_another_part_of_a_backward():

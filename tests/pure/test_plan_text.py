@@ -24,6 +24,16 @@ def test_text_is_what_one_would_write():
     check_plan(written.rows, 2)
 
 
+def test_several_stages_on_a_rank_are_written_out():
+    text = "rank 0: F0@0 F0@2 B0@2 B0@0\nrank 1: F0@1 F0@3 B0@3 B0@1\n"
+    written = parse_plan(text)
+    assert print_plan(written.rows) == text
+    assert [action.stage for action in written.rows[1]] == [1, 3, 3, 1]
+    check_plan(written.rows, 1)
+    with pytest.raises(PlanError, match="for 2 ranks and 1 micro-batches, not for 3 and 1"):
+        whole_plan(written, 3, 1)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -53,5 +63,7 @@ def test_schedule_file_of_train(tmp_path):
     path.write_text("stage 0: F0 B0\nstage 1: B0 F0\n")
     with pytest.raises(UsageError, match=r"deadlock: .*stage 1 is stuck at B0"):
         grid_of(parse(["--pipe", "2", "--microbatches", "1", "--schedule", str(path)]), 2)
-    with pytest.raises(UsageError, match="a file, or one of: 1f1b, gpipe, naive, zero-bubble"):
+    with pytest.raises(
+        UsageError, match="a file, or one of: 1f1b, gpipe, interleaved, naive, zero-bubble"
+    ):
         parse(["--schedule", "2f2b"])

@@ -13,6 +13,7 @@ from ringfold import Mesh, Pipeline, StageError, run_local
 from ringfold.parallel.actions import parse_actions
 from ringfold.parallel.plan import PLANS, PlanError
 
+ONE_STAGE_A_RANK = [name for name in PLANS if name != "interleaved"]
 GRIDS = [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (1, 4), (4, 1)]
 LOCK = threading.Lock()  # torch's seed is one for all threads
 ROWS = 24
@@ -29,6 +30,8 @@ def network(seed=0):
                 norm=nn.LayerNorm(7),
                 # In place, on what another stage may have sent.
                 relu=nn.ReLU(inplace=True),
+                more=nn.Linear(7, 7),
+                smooth=nn.GELU(),
                 last=nn.Linear(7, 2),
             )
         )
@@ -107,12 +110,15 @@ def test_plans_agree_to_the_last_bit():
             network(), Mesh(comm, pipe=3), loss_fn=nn.functional.mse_loss, schedule=schedule
         )
         engine.step(*data())
-        return [p.grad for p in engine.parameters()]
+        return {name: p.grad for name, p in engine.named_parameters()}
 
-    runs = [run_local(3, lambda comm, s=schedule: main(comm, s)) for schedule in PLANS]
-    for grads in zip(*runs, strict=True):
-        for same in zip(*grads, strict=True):
-            assert all(torch.equal(same[0], other) for other in same)
+    runs = []
+    for schedule in PLANS:
+        parts = run_local(3, lambda comm, s=schedule: main(comm, s))
+        runs.append({name: grad for part in parts for name, grad in part.items()})
+    for other in runs[1:]:
+        assert other.keys() == runs[0].keys()
+        assert all(torch.equal(runs[0][name], grad) for name, grad in other.items())
 
 
 @pytest.mark.parametrize("schedule", PLANS)
@@ -132,6 +138,7 @@ def test_activations_in_flight_are_the_plans(schedule):
         "naive": [1, 1, 1],
         "gpipe": [6, 6, 6],
         "1f1b": [3, 2, 1],
+        "interleaved": [8, 6, 4],
         "zero-bubble": [3, 3, 3],
     }
     assert run_local(3, main) == expected[schedule]
@@ -171,7 +178,7 @@ def grad(engine):
     return {name: p.grad.tolist() for name, p in engine.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("schedule", PLANS)
+@pytest.mark.parametrize("schedule", ONE_STAGE_A_RANK)
 def test_pr22_last_microbatch_smaller(schedule):
     """The mean of the micro-batches' means counted rows of the short one more."""
 
@@ -514,13 +521,14 @@ def test_layers_that_differ_between_ranks_are_refused_on_every_rank():
     )
 
 
-def test_a_tensor_shared_by_two_stages_is_refused():
+def test_a_buffer_shared_by_two_ranks_is_refused():
     def layers(_):
-        first, last = Times(1), Times(1)
-        last.w = first.w
+        first, last = nn.BatchNorm1d(1), nn.BatchNorm1d(1)
+        last.running_var = first.running_var
         return [first, last]
 
-    engine_error(2, "0.w of stage 0 and 1.w of stage 1 are one and the same", layers=layers)
+    message = "0.running_var of stage 0 and 1.running_var of stage 1 are one and the same buffer"
+    engine_error(2, message, layers=layers)
 
 
 def test_a_plan_that_would_deadlock_is_refused_before_the_first_message():

@@ -17,7 +17,7 @@ def network():
         torch.manual_seed(3)
         return nn.Sequential(
             nn.Linear(5, 9), Dropout(0.3, seed=5), nn.GELU(), nn.Linear(9, 9), Dropout(0.3, seed=5),
-            nn.LayerNorm(9), nn.Linear(9, 3),
+            nn.LayerNorm(9), nn.Tanh(), nn.Linear(9, 3),
         )  # fmt: skip
 
 

@@ -7,6 +7,8 @@ from torch import nn
 from ringfold import CommError, Mesh, Pipeline, StageError, run_local
 from ringfold.parallel.plan import PLANS
 
+ONE_STAGE_A_RANK = [name for name in PLANS if name != "interleaved"]
+
 
 class Spoiled(torch.autograd.Function):
     """Fail in backward."""
@@ -67,7 +69,7 @@ def attempts(size, make, *, num_data=1, target=None, raises=StageError, **option
 
 
 @pytest.mark.parametrize("reduction", ["bucket", "tree"])
-@pytest.mark.parametrize("schedule", PLANS)
+@pytest.mark.parametrize("schedule", ONE_STAGE_A_RANK)
 def test_an_output_that_does_not_fit_names_stages_microbatch_shapes_and_dtypes(schedule, reduction):
     def layers(_):
         return [nn.Linear(5, 3), nn.Linear(4, 2)]
@@ -88,7 +90,7 @@ def test_dtypes_that_do_not_fit():
 
 
 @pytest.mark.parametrize("reduction", ["bucket", "tree"])
-@pytest.mark.parametrize("schedule", PLANS)
+@pytest.mark.parametrize("schedule", ONE_STAGE_A_RANK)
 @pytest.mark.parametrize("error", [ValueError("no third\nadvice"), None])
 def test_a_failure_of_one_replica_reaches_all_ranks_and_the_next_step_runs(
     schedule, reduction, error
@@ -108,6 +110,24 @@ def test_a_failure_of_one_replica_reaches_all_ranks_and_the_next_step_runs(
     assert text.startswith(f"rank 4 of 6: stage 1 failed in the {what}")
     assert f"of micro-batch {call}: ValueError: " in text and "advice" not in text
     assert "input from stage 0: float32 (" in text
+
+
+@pytest.mark.parametrize("reduction", ["bucket", "tree"])
+@pytest.mark.parametrize("error", [ValueError("no third"), None])
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_rank_of_several_stages_goes_hollow_on_all(failing, error, reduction):
+    def layers(_):
+        made = [nn.Linear(5, 3), nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 1)]
+        made[failing] = Fails(1, error=error)
+        return made
+
+    options = {"schedule": "interleaved", "reduction": reduction}
+    for text, *later in attempts(2, layers, **options):
+        what = "backward" if error is None else "forward"
+        assert text.startswith(
+            f"rank {failing % 2} of 2: stage {failing} failed in the {what} of micro-batch 1: "
+        )
+        assert later == [None, None]
 
 
 def test_the_cause_is_on_the_rank_where_it_happened():

@@ -1,0 +1,64 @@
+"""Run a forward a second time as it was the first time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .random_keys import show_samples
+from .structure import Description
+
+if TYPE_CHECKING:
+    from .random_keys import Samples
+
+__all__ = ["Replay"]
+
+
+class Replay:
+    """Hold what a forward of `module` depends on, from just before it runs.
+
+    That is its input, the samples that keyed layers were shown, the state of torch's generator, and
+    the buffers, such as running statistics, of which copies are kept.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        description: Description,
+        tensors: list[Tensor],
+        samples: Samples | None,
+    ) -> None:
+        self.description = description
+        self.tensors = tensors
+        self._module = module
+        self._samples = samples
+        self._generator = torch.get_rng_state()
+        self._buffers = {b: b.clone() for b in module.buffers()}
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Let a forward within this context be the same, and leave no trace on state.
+
+        Buffers change on copies, so that running statistics count a micro-batch once.
+        """
+        kept = [
+            (place, name, buffer)
+            for place in self._module.modules()
+            for name, buffer in place._buffers.items()
+            if buffer is not None
+        ]
+        generator = torch.get_rng_state()
+        show_samples(self._module, self._samples)
+        torch.set_rng_state(self._generator)
+        for place, name, buffer in kept:
+            place._buffers[name] = self._buffers[buffer]
+        try:
+            yield
+        finally:
+            for place, name, buffer in kept:
+                place._buffers[name] = buffer
+            torch.set_rng_state(generator)

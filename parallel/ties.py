@@ -1,0 +1,199 @@
+"""Weights that several layers share, on whichever stages those are.
+
+Every layer that shares a tensor with one before it gets a parameter of its own over the same
+memory, a *use*. So each use has a gradient of its own, whether its layer is on the stage, or the
+rank, of the others or not, and after the reduction over replicas the uses' gradients are added in
+the order of the layers. That order is the same for every split, and so is every bit of the sum.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .sparse import as_dense
+
+if TYPE_CHECKING:
+    from ..comm.communicator import Communicator
+
+__all__ = ["Tie", "TiedGradients", "untie"]
+
+Named = list[tuple[str, nn.Module]]
+
+
+@dataclass(frozen=True)
+class Tie:
+    """One shared parameter: its name, and for each layer that uses it, in order, its own part.
+
+    name: the first of its full names in the unsplit model.
+    """
+
+    name: str
+    layers: tuple[int, ...]
+    uses: tuple[nn.Parameter, ...]
+
+
+def untie(named: Named) -> tuple[Named, list[Tie]]:
+    """Give every layer parameters of its own over the shared memory, and return what was shared.
+
+    The layers are changed in place; a module that occurs again among them is copied. Buffers stay
+    shared.
+    """
+    holders: dict[nn.Parameter, tuple[str, list[int], list[nn.Parameter]]] = {}
+    originals: dict[nn.Parameter, nn.Parameter] = {}
+    made: Named = []
+    seen: set[nn.Module] = set()
+    for place, (name, layer) in enumerate(named):
+        if layer in seen:
+            kept: list[Tensor] = [*layer.parameters(), *layer.buffers()]
+            layer = copy.deepcopy(layer, {id(tensor): tensor for tensor in kept})
+        seen.add(layer)
+        made.append((name, layer))
+        for parameter, sites in _sites(layer).items():
+            original = originals.get(parameter, parameter)
+            if original not in holders:
+                holders[original] = f"{name}.{sites[0].path}", [place], [original]
+                continue
+            own = nn.Parameter(original.detach(), requires_grad=original.requires_grad)
+            originals[own] = original
+            for site in sites:
+                site.module._parameters[site.attribute] = own
+            _, layers, uses = holders[original]
+            layers.append(place)
+            uses.append(own)
+    return made, [
+        Tie(name, tuple(layers), tuple(uses))
+        for name, layers, uses in holders.values()
+        if len(uses) > 1
+    ]
+
+
+class TiedGradients:
+    """Keep shared parameters equal on all ranks of `pipe` that hold them.
+
+    ranks: the rank of every layer. Per step: `begin`, and `finish` once the gradients of each use
+    have been reduced over replicas: then the first use on a rank has the sum of all. Collective
+    over `pipe`, all but `begin`.
+    """
+
+    def __init__(self, ties: Sequence[Tie], ranks: Sequence[int], pipe: Communicator) -> None:
+        self._channels: dict[tuple[int, ...], Communicator | None] = {}
+        self._shared: list[_Shared] = []
+        self.names: dict[nn.Parameter, str] = {}
+        self.counted_elsewhere: set[nn.Parameter] = set()
+        for tie in ties:
+            users = [ranks[layer] for layer in tie.layers]
+            holders = tuple(sorted(set(users)))
+            if len(holders) > 1 and holders not in self._channels:
+                color = 0 if pipe.rank in holders else None
+                self._channels[holders] = pipe.split(color, key=pipe.rank)
+            own = tuple(u for u, r in zip(tie.uses, users, strict=True) if r == pipe.rank)
+            if not own:
+                continue
+            places = tuple(holders.index(rank) for rank in users)
+            self._shared.append(_Shared(own, places, self._channels.get(holders)))
+            self.names[own[0]] = tie.name
+            if users[0] != pipe.rank:
+                self.counted_elsewhere.add(own[0])
+        self.others = {use for shared in self._shared for use in shared.uses[1:]}
+        self._before: list[Tensor | None] = []
+
+    def equalize(self) -> None:
+        """Let the first holder's value count for all."""
+        for shared in self._shared:
+            if shared.channel is not None:
+                flat = shared.uses[0].detach().contiguous()
+                shared.channel.broadcast(flat, root=shared.places[0])
+                with torch.no_grad():
+                    shared.uses[0].copy_(flat)
+
+    def begin(self) -> None:
+        """Set aside the gradients that are there; `finish` adds to them, as backward does."""
+        self._before = [shared.uses[0].grad for shared in self._shared]
+        for shared in self._shared:
+            for use in shared.uses:
+                use.grad = None
+
+    def finish(self) -> None:
+        """Add the uses' gradients in the order of the layers, the same on every holder."""
+        for shared, before in zip(self._shared, self._before, strict=True):
+            total: Tensor | None = None
+            for gradient in shared.gradients():
+                if gradient is not None:
+                    total = gradient.clone() if total is None else total.add_(gradient)
+            for use in shared.uses:
+                use.grad = None
+            shared.uses[0].grad = _sum(before, total)
+
+    def close(self) -> None:
+        """Give the channels back."""
+        for channel in self._channels.values():
+            if channel is not None:
+                channel.close()
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """The uses of one parameter on this rank, and for all uses the holder, as a rank of channel."""
+
+    uses: tuple[nn.Parameter, ...]
+    places: tuple[int, ...]
+    channel: Communicator | None
+
+    def gradients(self) -> list[Tensor | None]:
+        """Return the gradients of all uses, those on other ranks too, in the order of layers."""
+        own = [None if u.grad is None else as_dense(u.grad.detach()) for u in self.uses]
+        if self.channel is None:
+            return own
+        like = _real(self.uses[0].detach())
+        width = max(map(self.places.count, self.places))
+        rows = torch.zeros(width, like.numel() + 1, dtype=like.dtype)
+        for row, gradient in zip(rows, own, strict=False):
+            if gradient is not None:
+                row[:-1] = _real(gradient).reshape(-1)
+                row[-1] = 1.0
+        table = torch.as_tensor(self.channel.allgather(rows))
+        found: list[Tensor | None] = []
+        used = dict.fromkeys(self.places, 0)
+        for place in self.places:
+            row = table[place][used[place]]
+            used[place] += 1
+            found.append(self._shaped(row[:-1].view(like.shape)) if row[-1] else None)
+        return found
+
+    def _shaped(self, real: Tensor) -> Tensor:
+        return torch.view_as_complex(real) if self.uses[0].is_complex() else real
+
+
+@dataclass(frozen=True)
+class _Site:
+    """Where in a layer a parameter is."""
+
+    module: nn.Module
+    attribute: str
+    path: str
+
+
+def _sites(layer: nn.Module) -> dict[nn.Parameter, list[_Site]]:
+    found: dict[nn.Parameter, list[_Site]] = {}
+    for prefix, module in layer.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                path = f"{prefix}.{attribute}" if prefix else attribute
+                found.setdefault(parameter, []).append(_Site(module, attribute, path))
+    return found
+
+
+def _sum(before: Tensor | None, total: Tensor | None) -> Tensor | None:
+    if before is None or total is None:
+        return total if before is None else before
+    return before.add_(total)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.contiguous()) if tensor.is_complex() else tensor

@@ -1,0 +1,197 @@
+"""Weights that layers share: one value and one gradient, on whichever stages the layers are."""
+
+import pytest
+import torch
+from torch import nn
+
+from ringfold import Mesh, Pipeline, ShardedOptimizer, run_local
+
+
+class Times(nn.Module):
+    """Multiply by one parameter."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(float(value)))
+
+    def forward(self, x):
+        return x * self.w
+
+
+def mean_output(output, _):
+    return output.mean()
+
+
+@pytest.mark.parametrize("reduction", ["bucket", "tree"])
+@pytest.mark.parametrize("num_data", [1, 2])
+@pytest.mark.parametrize("pipe", [1, 2])
+def test_pr25_copies_are_one_weight(num_data, pipe, reduction):
+    """Each stage stepped on its own gradient, and the copies drifted apart."""
+
+    def main(comm):
+        mesh = Mesh(comm, data=num_data, pipe=pipe)
+        first, last = Times(3 if comm.rank == 0 else 5), Times(7)
+        last.w = first.w
+        engine = Pipeline(
+            [first, last], mesh, loss_fn=mean_output, microbatches=num_data, reduction=reduction
+        )
+        optimizer = torch.optim.SGD(engine.parameters(), lr=0.1)
+        loss = engine.step(torch.tensor([2.0 + 2 * mesh.data.rank])).item()
+        ((name, parameter),) = engine.named_parameters()
+        gradient = parameter.grad.item()
+        norm = engine.clip_grad_norm_(1e6).item()
+        optimizer.step()
+        state = {key: value.item() for key, value in engine.state_dict().items()}
+        return loss, name, gradient, norm, parameter.item(), state
+
+    expected = 12.0 if num_data == 1 else 18.0
+    results = run_local(num_data * pipe, main)
+    for loss, name, gradient, norm, value, state in results:
+        assert loss == (18.0 if num_data == 1 else 27.0)
+        assert (name, gradient, norm) == ("0.w", expected, expected)
+        assert value == pytest.approx(3 - 0.1 * expected, rel=1e-6)
+        assert value == results[0][4]
+        assert set(state.values()) == {value}
+    names = {name for *_, state in results for name in state}
+    assert names == {"0.w", "1.w"}
+
+
+class Embed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(11, 6, generator=torch.Generator().manual_seed(3)))
+
+    def forward(self, x):
+        return self.weight[x]
+
+
+class Project(nn.Module):
+    """Use the embedding twice: as the output's weights, and once more as a bias."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x):
+        return x @ self.weight.t() + self.weight.sum(1)
+
+
+def tied_network():
+    generator = torch.Generator().manual_seed(5)
+    embed = Embed()
+    middle = [nn.Linear(6, 6) for _ in range(3)]
+    for layer in middle:
+        nn.init.normal_(layer.weight, generator=generator)
+        nn.init.zeros_(layer.bias)
+    middle[2].weight = middle[0].weight
+    again = nn.LayerNorm(6)
+    return [embed, middle[0], again, nn.Tanh(), middle[1], again, middle[2], Project(embed.weight)]
+
+
+def train(num_data, pipe, sharded=False, **options):
+    generator = torch.Generator().manual_seed(9)
+    x = torch.randint(0, 11, (16,), generator=generator)
+    y = torch.randint(0, 11, (16,), generator=generator)
+
+    def main(comm):
+        mesh = Mesh(comm, data=num_data, pipe=pipe)
+        engine = Pipeline(
+            tied_network(),
+            mesh,
+            loss_fn=nn.functional.cross_entropy,
+            microbatches=8,
+            **{"reduction": "tree", **options},
+        )
+        if sharded:
+            optimizer = ShardedOptimizer(
+                engine.named_parameters(), mesh.data, torch.optim.AdamW, lr=0.01
+            )
+        else:
+            optimizer = torch.optim.AdamW(engine.parameters(), lr=0.01)
+        share = 16 // num_data
+        mine = slice(mesh.data.rank * share, (mesh.data.rank + 1) * share)
+        losses, norms = [], []
+        for _ in range(3):
+            engine.zero_grad()
+            engine.step(x[mine], y[mine])
+            losses.append(engine.step(x[mine], y[mine]).item())  # gradients accumulate
+            norms.append(engine.clip_grad_norm_(1e9).item())
+            optimizer.step()
+        return losses, norms, engine.state_dict(), dict(engine.named_parameters())
+
+    results = run_local(num_data * pipe, main)
+    state: dict = {}
+    for losses, norms, own, _ in results:
+        assert (losses, norms) == results[0][:2]
+        for name, value in own.items():
+            assert torch.equal(state.setdefault(name, value), value)
+    parameters: dict = {}
+    for *_, own in results:
+        for name, value in own.items():
+            assert torch.equal(parameters.setdefault(name, value), value)
+    return results[0][0], results[0][1], state, parameters
+
+
+GRIDS = [(1, 2), (1, 3), (2, 2), (4, 1), (1, 4)]
+TIED = [("0.weight", "7.weight"), ("1.weight", "6.weight"), ("2.bias", "5.bias")]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zero-bubble"])
+def test_shared_weights_are_the_same_bits_on_every_grid(schedule):
+    losses, norms, state, parameters = train(1, 1)
+    module = nn.Sequential(*tied_network())
+    assert parameters.keys() == dict(module.named_parameters()).keys()
+    assert state.keys() == module.state_dict().keys()
+    for one, other in TIED:
+        assert torch.equal(state[one], state[other])
+    for grid in GRIDS:
+        found = train(*grid, schedule=schedule)
+        assert found[0] == losses
+        assert found[1] == pytest.approx(norms, rel=1e-12)
+        for expected, got in ((state, found[2]), (parameters, found[3])):
+            assert got.keys() == expected.keys()
+            assert [n for n, v in expected.items() if not torch.equal(got[n], v)] == []
+
+
+def test_equal_to_the_unsplit_model():
+    """Without the tree and on one rank, as plain autograd has it."""
+    module = nn.Sequential(*tied_network())
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
+    generator = torch.Generator().manual_seed(9)
+    x = torch.randint(0, 11, (16,), generator=generator)
+    y = torch.randint(0, 11, (16,), generator=generator)
+    for _ in range(3):
+        optimizer.zero_grad()
+        for _ in range(2):
+            nn.functional.cross_entropy(module(x), y).backward()
+        norm = nn.utils.clip_grad_norm_(module.parameters(), 1e9)
+        optimizer.step()
+    for grid in [(1, 1), *GRIDS]:
+        _, norms, state, _ = train(*grid, reduction="bucket")
+        assert norms[-1] == pytest.approx(norm.item(), rel=1e-3)
+        for name, value in module.state_dict().items():
+            torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_sharded_optimizer_keeps_copies_equal():
+    plain = train(2, 2)
+    found = train(2, 2, sharded=True)
+    for name, value in plain[3].items():
+        torch.testing.assert_close(found[3][name], value, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("pipe", [1, 2])
+def test_frozen_and_unused_shared_weights(pipe):
+    def main(comm):
+        first, last = Times(3), Times(3)
+        last.w = first.w
+        first.w.requires_grad_(False)
+        engine = Pipeline(
+            [first, Times(2), last, Times(2)], Mesh(comm, pipe=pipe), loss_fn=mean_output
+        )
+        loss = engine.step(torch.tensor([2.0])).item()
+        return loss, {n: p.grad for n, p in engine.named_parameters() if p.grad is not None}
+
+    for loss, grads in run_local(pipe, main):
+        assert loss == 72.0
+        assert {n: g.item() for n, g in grads.items()}.items() <= {"1.w": 36.0, "3.w": 36.0}.items()
