@@ -13,6 +13,8 @@ from ringfold import DataParallel, Mesh, Pipeline, StageError
 from ringfold.parallel import broadcast_optimizer
 from ringfold.parallel.plan import PLANS
 
+ONE_STAGE_A_RANK = [name for name in PLANS if name != "interleaved"]
+
 
 @contextmanager
 def first(comm, count) -> Iterator:
@@ -280,7 +282,7 @@ def pipe_of(group, layers, data=1, **options):
     return Pipeline(layers, mesh, **options)
 
 
-@pytest.mark.parametrize("schedule", PLANS)
+@pytest.mark.parametrize("schedule", ONE_STAGE_A_RANK)
 def test_pr22_last_microbatch_smaller(comm, schedule):
     with first(comm, 2) as two:
         if two is None:
@@ -418,7 +420,7 @@ def test_unequal_replicas_are_refused_by_the_first_difference_and_the_ranks(
 
 
 @pytest.mark.parametrize("reduction", ["bucket", "tree"])
-@pytest.mark.parametrize("schedule", PLANS)
+@pytest.mark.parametrize("schedule", ONE_STAGE_A_RANK)
 def test_a_misfit_between_stages_is_an_error_on_every_rank(comm, schedule, reduction):
     if comm.size == 1:
         pytest.skip("needs 2 ranks")
