@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from harness import Contender, contest, table, verdict, write_json
-from options import parser_of, read_peers
+from options import parser_of, read_peers, read_sizes
 from peers import gloo
 from plots import plot_bars
 from torch import nn
-from training import Alone, Trainer, differing, repeated
+from training import Alone, Trainer, differing, repeated, wrapped
 
 import ringfold
 from ringfold.workloads.linear import NUM_COLUMNS, Linear
@@ -47,13 +47,15 @@ def compare(comm: ringfold.Communicator, alone: Alone, arguments: Any) -> list[d
         return repeated(stepper(trainer, rank, size), arguments.steps)
 
     loss = nn.functional.mse_loss
-    ours = Trainer(ringfold.DataParallel(fresh(), comm), loss)
     lined = [
         alone.contender(window(Trainer(fresh(), loss), 0, 1)),
-        Contender(
-            "ours",
-            window(ours, comm.rank, comm.size),
-            wrong=lambda _: differing(comm, ours.model),
+        *(
+            Contender(
+                name,
+                window(trainer, comm.rank, comm.size),
+                wrong=lambda _, trainer=trainer: differing(comm, trainer.model),  # type: ignore[misc]
+            )
+            for name, trainer in wrapped(fresh, comm, loss, arguments.sizes)
         ),
     ]
     if "gloo" in arguments.peers:
@@ -99,10 +101,11 @@ COLUMNS = {
 
 def main() -> int:
     """Run the benchmark; status 1 where replicas have come to differ."""
-    parser = parser_of(__doc__, peers=True, budget=10.0)
+    parser = parser_of(__doc__, sizes="", of="bytes of a bucket", peers=True, budget=10.0)
     parser.add_argument("--steps", type=int, default=50, help="in a repetition")
     arguments = parser.parse_args()
     arguments.peers = read_peers(parser, arguments.peers)
+    arguments.sizes = read_sizes(parser, arguments.sizes)
     torch.set_num_threads(1)
     with ringfold.Communicator() as comm:
         alone = Alone(comm)

@@ -11,15 +11,20 @@ from ringfold.cli import units
 
 
 def parser_of(
-    description: str | None, *, sizes: str | None = None, peers: bool = False, budget: float = 2.0
+    description: str | None,
+    *,
+    sizes: str | None = None,
+    of: str = "bytes",
+    peers: bool = False,
+    budget: float = 2.0,
 ) -> argparse.ArgumentParser:
-    """Return a parser; sizes: the default of --sizes, None without that option."""
+    """Return a parser; sizes: the default of --sizes, None without that option; of: their sense."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     if sizes is not None:
         parser.add_argument(
-            "--sizes", default=sizes, help="bytes: 4,64KiB,1MiB (default: %(default)s)"
+            "--sizes", default=sizes, help=f"{of}: 4,64KiB,1MiB (default: {sizes or 'its own'})"
         )
     if peers:
         parser.add_argument("--peers", help="of mpi,gloo (default: all that import); '' for none")
@@ -47,6 +52,6 @@ def read_peers(parser: argparse.ArgumentParser, text: str | None) -> list[str]:
 def read_sizes(parser: argparse.ArgumentParser, text: str) -> list[int]:
     """Read numbers of bytes."""
     try:
-        return [units.read_nbytes(part) for part in text.split(",")]
+        return [units.read_nbytes(part) for part in text.split(",") if part]
     except ValueError as error:
         parser.error(f"--sizes: {error}")

@@ -1,7 +1,7 @@
 """The time of a training step: alone, with our reduction, with torch's DDP on gloo, and without.
 
-    mpirun -n 2 python benchmarks/train_step.py [--models mlp,transformer] [--peers gloo]
-        [--json FILE] [--plot FILE]
+    mpirun -n 2 python benchmarks/train_step.py [--models mlp,transformer] [--sizes 4MiB]
+        [--peers gloo] [--json FILE] [--plot FILE]
 
 alone: one process while the others sleep.  no_sync: all ranks at once, without any reduction; what
 it takes more than alone is what ranks lose by sharing the memory and the cores.  ours: with
@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 from harness import Contender, contest, measure, table, verdict, write_json
-from options import parser_of, read_peers
+from options import parser_of, read_peers, read_sizes
 from peers import gloo
 from plots import plot_bars
 from torch import Tensor, nn
-from training import Alone, Trainer, differing
+from training import Alone, Trainer, differing, wrapped
 
 import ringfold
 from ringfold.parallel.hooks import Rounds
@@ -162,7 +162,7 @@ def compare(
         return model.make(arguments.scale)
 
     single = Trainer(fresh(), model.loss)
-    ours = Trainer(ringfold.DataParallel(fresh(), comm), model.loss)
+    ours = wrapped(fresh, comm, model.loss, arguments.sizes)
     free = Trainer(ringfold.DataParallel(fresh(), comm), model.loss)
 
     def unsynchronised() -> None:
@@ -172,7 +172,14 @@ def compare(
     lined = [
         alone.contender(lambda: single.step(x, y)),
         Contender("no_sync", unsynchronised),
-        Contender("ours", lambda: ours.step(x, y), wrong=lambda _: differing(comm, ours.model)),
+        *(
+            Contender(
+                name,
+                lambda trainer=trainer: trainer.step(x, y),  # type: ignore[misc]
+                wrong=lambda _, trainer=trainer: differing(comm, trainer.model),  # type: ignore[misc]
+            )
+            for name, trainer in ours
+        ),
     ]
     if "gloo" in arguments.peers:
         ddp = Trainer(nn.parallel.DistributedDataParallel(fresh()), model.loss)
@@ -196,7 +203,7 @@ def compare(
                 "samples_per_second": ranks * len(x) / median,
                 "efficiency": medians["alone"] / median,
                 "exposed_us": (median - medians["no_sync"]) * 1e6
-                if impl in ("ours", "ddp")
+                if impl not in ("alone", "no_sync")
                 else 0.0,
                 "wrong": outcome.wrong,
                 "repeats": outcome.timing.repeats,
@@ -232,11 +239,12 @@ BUCKET_COLUMNS = {
 
 def main() -> int:
     """Run the benchmark; status 1 where replicas have come to differ."""
-    parser = parser_of(__doc__, peers=True, budget=15.0)
+    parser = parser_of(__doc__, sizes="", of="bytes of a bucket", peers=True, budget=15.0)
     parser.add_argument("--models", default=",".join(MODELS), help="(default: %(default)s)")
     parser.add_argument("--scale", type=int, default=1, help="divide the models' widths")
     arguments = parser.parse_args()
     arguments.peers = read_peers(parser, arguments.peers)
+    arguments.sizes = read_sizes(parser, arguments.sizes)
     names = arguments.models.split(",")
     if unknown := [name for name in names if name not in MODELS]:
         parser.error(f"--models: unknown {', '.join(unknown)}, expected: {', '.join(MODELS)}")

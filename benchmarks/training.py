@@ -74,6 +74,21 @@ def differing(comm: ringfold.Communicator, model: nn.Module) -> int:
     return int((comm.allreduce(flat.clone(), "max") != flat).sum())
 
 
+def wrapped(
+    fresh: Callable[[], nn.Module], comm: ringfold.Communicator, loss: Any, sizes: Sequence[int]
+) -> list[tuple[str, Trainer]]:
+    """Return trainers of replicas: "ours", or one for each size of buckets in bytes."""
+    if not sizes:
+        return [("ours", Trainer(ringfold.DataParallel(fresh(), comm), loss))]
+    return [
+        (
+            f"ours-{nbytes}",
+            Trainer(ringfold.DataParallel(fresh(), comm, bucket_bytes=nbytes), loss),
+        )
+        for nbytes in sizes
+    ]
+
+
 def repeated(step: Callable[[], object], times: int) -> Callable[[], None]:
     """Return a function that takes so many steps."""
 
