@@ -52,7 +52,7 @@ class Goal:
 def faster(
     impl: str, peer: str, low: int, high: int, ranks: Sequence[int] = (2, 4)
 ) -> Callable[[Sequence[Row]], Iterator[Measured]]:
-    """Find peer's time / impl's of an fp32 allreduce at every size from low to high."""
+    """Find peer's time / impl's of an fp32 allreduce on one node, at every size in low..high."""
 
     def find(rows: Sequence[Row]) -> Iterator[Measured]:
         times = allreduces(rows, "float32")
@@ -76,7 +76,9 @@ def allreduces(rows: Sequence[Row], dtype: str) -> dict[tuple[str, int, int], Ro
     return {
         (row["impl"], row["nbytes"], row["ranks"]): row
         for row in rows
-        if row.get("collective") == "allreduce" and row["dtype"] == dtype
+        if row.get("collective") == "allreduce"
+        and row["dtype"] == dtype
+        and row.get("nodes", 1) == 1
     }
 
 
@@ -89,6 +91,14 @@ def value(key: str, **where: Any) -> Callable[[Sequence[Row]], Iterator[Measured
                 yield Measured(row[key], place(row))
 
     return find
+
+
+def share_of_link(rows: Sequence[Row]) -> Iterator[Measured]:
+    """Find the bandwidth between two hosts at 16 MiB, as a share of the link's one-way rate."""
+    for row in rows:
+        chosen = row.get("nodes", 1) == 2 and "(chosen)" in row["algorithm"]
+        if chosen and row["nbytes"] == 16 * MIB:
+            yield Measured(row["share"], place(row))
 
 
 def steps_beside_ddp(rows: Sequence[Row]) -> Iterator[Measured]:
@@ -141,6 +151,12 @@ GOALS = (
         aim=0.85,
     ),
     Goal("bf16 against fp32, registered, >= 16 MiB, in GB/s", 0.8, halves, unit=""),
+    Goal(
+        "two hosts, 1 Gbit/s, 16 MiB, 1 and 2 ranks a host, busbw / the link's one-way rate",
+        0.85,
+        share_of_link,
+        unit="",
+    ),
     Goal(
         "MLP of 16.8 M parameters, 2 ranks, step time alone / with sync",
         0.93,
@@ -199,8 +215,7 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
 def document(records: Iterable[Mapping[str, Any]]) -> str:
     """Return the whole README of the results."""
     records = list(records)
-    # Goals within one node are not decided by what two hosts measured.
-    rows = [row for record in records for row in record["rows"] if row.get("nodes", 1) == 1]
+    rows = [row for record in records for row in record["rows"]]
     machines = dict.fromkeys(
         f"- {record['machine']['cpu']}, {record['machine']['cores']} cores; "
         f"{record['machine']['mpi']}; Python {record['machine']['python']}, "

@@ -25,6 +25,9 @@ WINDOW = 4
 NETWORK_WINDOW = 8
 """The same between nodes: with fewer, a link with traffic both ways is idle while ranks answer."""
 
+NETWORK_MOVING = 32
+"""The same where nothing is added, so that more of them take no memory."""
+
 Array = npt.NDArray[Any]
 Combine = Callable[[Array, Array], None]
 """target, incoming: target[:] = target op incoming."""
@@ -73,6 +76,7 @@ class Lane:
 
     segment_bytes: the largest single message; both ends must use the same.
     window: segments of one direction in flight; each end may use its own.
+    moving: the same in a round that adds nothing, if that is more.
     abandoned: takes what MPI may still write to after a run was given up.
     """
 
@@ -81,6 +85,7 @@ class Lane:
     tag: int
     segment_bytes: int
     window: int = WINDOW
+    moving: int = 0
     abandoned: list[object] = field(default_factory=list)
 
 
@@ -118,6 +123,8 @@ def _rounds(
         _local(rows, target, arithmetic)
         sends = _segments(rows, (Op.SEND,), segment)
         receives = _segments(rows, (Op.RECV, Op.RECV_REDUCE), segment)
+        adds = any(op == Op.RECV_REDUCE for op, *_ in rows)
+        limit = lane.window if adds else max(lane.window, lane.moving)
         for slot, (send, receive) in enumerate(zip_longest(sends, receives)):
             requests: list[Request] = []
             arrived = scratch
@@ -132,7 +139,7 @@ def _rounds(
                 data = source[send.offset : send.offset + send.count].view(np.uint8)
                 requests.append(lane.transport.isend(data, send.peer, lane.tag, lane.channel))
             flying.append((requests, receive, arrived))
-            if len(flying) == lane.window:
+            if len(flying) == limit:
                 yield from _finish(flying[0], total, arithmetic)
                 del flying[0]
         while flying:

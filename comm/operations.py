@@ -24,7 +24,7 @@ from .chunks import bounds
 from .collective import COLLECTIVES
 from .dtypes import DTYPES, DType
 from .errors import CommError, ScheduleError
-from .executor import MOVE, NETWORK_WINDOW, WINDOW, Arithmetic, Lane, execute
+from .executor import MOVE, NETWORK_MOVING, NETWORK_WINDOW, WINDOW, Arithmetic, Lane, execute
 from .fingerprint import fingerprint
 from .mailboxes import Mailboxes
 from .meetings import Meetings
@@ -406,9 +406,9 @@ class Operations:
     def _lane(self, tag: int) -> Lane:
         settings = self._settings
         segment = min(settings.segment_bytes, settings.max_message_bytes)
-        window = WINDOW if self._nodes is None else NETWORK_WINDOW
+        windows = (WINDOW, WINDOW) if self._nodes is None else (NETWORK_WINDOW, NETWORK_MOVING)
         kept = self._in_flight.abandoned
-        return Lane(self._transport, Channel.COLLECTIVE, tag, segment, window, kept)
+        return Lane(self._transport, Channel.COLLECTIVE, tag, segment, *windows, kept)
 
     def _wrap(self, x: Any, writable: bool) -> Buffer:
         """View x, and refuse shared memory that is not this communicator's, or used in strides."""

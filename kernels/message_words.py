@@ -15,6 +15,7 @@ class Word(IntEnum):
     SCRATCH: where they arrive, SLOT_BYTES for each slot.
     ADD, WIDEN, NARROW: functions of `kernels.pieces`, and their divisors as float64 bits.
     SEGMENT: elements of the largest message.  WINDOW: how many slots there are.
+    ADDING: how many of them have scratch.  LIMIT: how many may be in flight in this round.
     SLOTS: address of their records.  STATUS_AT: room for an MPI_Status.
     TAG: of this run.
     FIRST, END: rows of the current round.  SEND_ROW, SEND_LOW, RECV_ROW, RECV_LOW: what is next.
@@ -61,8 +62,10 @@ class Word(IntEnum):
     FAILED_CODE = 35
     FAILED_WANTED = 36
     FAILED_GOT = 37
-    FLAG = 38
-    PIECE = 39
+    ADDING = 38
+    LIMIT = 39
+    FLAG = 40
+    PIECE = 41
     WORDS = PIECE + 4
 
 

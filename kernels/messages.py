@@ -38,6 +38,7 @@ _SCRATCH, _SLOT_BYTES, _SEGMENT = map(int, (Word.SCRATCH, Word.SLOT_BYTES, Word.
 _ADD, _WIDEN, _NARROW = map(int, (Word.ADD, Word.WIDEN, Word.NARROW))
 _BEFORE, _AFTER, _PIECE = map(int, (Word.BEFORE, Word.AFTER, Word.PIECE))
 _WINDOW, _SLOTS, _STATUS_AT = map(int, (Word.WINDOW, Word.SLOTS, Word.STATUS_AT))
+_ADDING, _LIMIT = int(Word.ADDING), int(Word.LIMIT)
 _TAG, _HEAD, _TAIL, _FLAG = map(int, (Word.TAG, Word.HEAD, Word.TAIL, Word.FLAG))
 _SEND_ROW, _SEND_LOW = int(Word.SEND_ROW), int(Word.SEND_LOW)
 _RECV_ROW, _RECV_LOW = int(Word.RECV_ROW), int(Word.RECV_LOW)
@@ -86,9 +87,12 @@ def _open_round(record: Any, work: Any, rows: Any) -> Any:
     first = work[_END]
     end = first
     item, wide = work[_ITEM_BYTES], work[_TOTAL_BYTES]
+    work[_LIMIT] = work[_WINDOW]
     while end < work[_NUM_ROWS] and rows[end * ROW_WORDS] == rows[first * ROW_WORDS]:
         op = rows[end * ROW_WORDS + 1]
         offset, count = rows[end * ROW_WORDS + 3], rows[end * ROW_WORDS + 4]
+        if op == _REDUCE_OP:
+            work[_LIMIT] = work[_ADDING]
         if op >= _WIDEN_OP:
             narrow_at = work[_TARGET] + offset * item
             wide_at = work[_TOTAL] + offset * wide
@@ -118,7 +122,7 @@ def _post_receive(work: Any, rows: Any, slot: Any, at: Any) -> Any:
     slot[_ARRIVES] = work[_TARGET] + offset * work[_ITEM_BYTES]
     if op == _REDUCE_OP:
         slot[_INTO] = work[_TOTAL] + offset * work[_TOTAL_BYTES]
-        slot[_ARRIVES] = work[_SCRATCH] + work[_HEAD] % work[_WINDOW] * work[_SLOT_BYTES]
+        slot[_ARRIVES] = work[_SCRATCH] + work[_HEAD] % work[_ADDING] * work[_SLOT_BYTES]
     nbytes = count * work[_ITEM_BYTES]
     code = call_post(
         work[_IRECV],
@@ -235,7 +239,7 @@ def _advance(record: Any, looks: Any) -> Any:
     while True:
         end = work[_END]
         more = work[_SEND_ROW] < end or work[_RECV_ROW] < end
-        if more and work[_HEAD] - work[_TAIL] < work[_WINDOW]:
+        if more and work[_HEAD] - work[_TAIL] < work[_LIMIT]:
             at = _slot_at(work, work[_HEAD])
             slot = _words(at, _SLOT_WORDS)
             slot[_SENDING], slot[_RECEIVING], slot[_INTO] = 0, 0, 0

@@ -102,7 +102,8 @@ class Compiled:
         # Slots do not start at the same place of a page: their loads and stores would collide.
         slot_bytes += -slot_bytes % 64 + (64 if slot_bytes % 4096 == 0 and slot_bytes else 0)
         self._scratch_bytes = lane.window * slot_bytes
-        self._slots = np.zeros(lane.window * Slot.WORDS, np.int64)
+        slots = max(lane.window, lane.moving)
+        self._slots = np.zeros(slots * Slot.WORDS, np.int64)
         self._status = np.zeros(calls.status_bytes // 8 + 1, np.int64)
         self._record = record = np.zeros(Word.WORDS, np.int64)
         record[Word.ISEND : Word.BYTE + 1] = (
@@ -132,10 +133,11 @@ class Compiled:
         record[Word.BEFORE : Word.SEGMENT].view(np.float64)[:] = native.before, native.after
         record[Word.SEGMENT : Word.TAG] = (
             segment,
-            lane.window,
+            slots,
             _address(self._slots),
             _address(self._status),
         )
+        record[Word.ADDING] = lane.window
         self._at = _address(record)
 
     def run(self, tag: int) -> Steps:

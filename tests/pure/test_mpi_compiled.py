@@ -96,8 +96,8 @@ def program(*rows: tuple[int, Op, int, int]) -> Program:
     return Program(np.array([(r, op, 0, at, n) for r, op, at, n in rows], np.int64).reshape(-1, 5))
 
 
-def lane(mpi: Loopback, segment_bytes: int = 64, window: int = 4) -> Lane:
-    return Lane(mpi, Channel.COLLECTIVE, 7, segment_bytes, window)  # type: ignore[arg-type]
+def lane(mpi: Loopback, segment_bytes: int = 64, window: int = 4, moving: int = 0) -> Lane:
+    return Lane(mpi, Channel.COLLECTIVE, 7, segment_bytes, window, moving)  # type: ignore[arg-type]
 
 
 def finish(steps: Any) -> int:
@@ -130,6 +130,18 @@ def test_segments_travel_in_order_and_a_window_at_a_time(window: int) -> None:
     sizes = [64, 64, 64, 8]
     assert mpi.log == [(kind, 0, 7, n) for n in sizes for kind in ("recv", "send")]
     assert mpi.most_in_flight == 2 * min(window, 4)
+
+
+def test_more_segments_fly_where_nothing_is_added() -> None:
+    mpi = Loopback(patience=3)
+    x = np.arange(100, dtype=np.int32)
+    add = program((0, Op.SEND, 0, 50), (0, Op.RECV_REDUCE, 50, 50))
+    finish(execute_compiled(add, lane(mpi, 64, 2, moving=3), x, x, adding()))
+    assert mpi.most_in_flight == 4
+    assert (x[50:] == np.arange(50, 100) + np.arange(50)).all()
+    finish(execute_compiled(SWAP, lane(mpi, 64, 2, moving=3), x, x))
+    assert mpi.most_in_flight == 6
+    assert (x[50:] == np.arange(50)).all()
 
 
 def test_rounds_run_one_after_the_other_and_empty_rows_send_nothing() -> None:
