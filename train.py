@@ -66,6 +66,11 @@ def main() -> int:
                 print(f"train.py: error: {error}", file=sys.stderr, flush=True)
             comm.barrier()  # the first rank that ends with a failure makes mpirun end the others
             return 2
+        except ringfold.NotFinite as error:  # the same on every rank
+            if comm.rank == 0:
+                print(f"train.py: {error}", file=sys.stderr, flush=True)
+            comm.barrier()
+            return 1
     return 0
 
 

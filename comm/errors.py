@@ -19,6 +19,20 @@ class PeerLost(CommError):
     """Raise when a rank that is waited for has left the job or failed."""
 
 
+class NotFinite(CommError, FloatingPointError):
+    """Raise on every rank where a gradient of one rank is infinite or NaN.
+
+    rank, parameter, step, microbatch: of the first.
+    """
+
+    def __init__(
+        self, message: str, *, rank: int, parameter: str, step: int, microbatch: int
+    ) -> None:
+        super().__init__(message)
+        self.rank, self.parameter = rank, parameter
+        self.step, self.microbatch = step, microbatch
+
+
 class ScheduleError(CommError, ValueError):
     """Refuse a schedule, with the first place where it breaks its collective's promise.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .drift import GradientReport, check_replicas, report_gradients
+from .finite import FiniteCheck
 from .hooks import WireHook
 from .join import even_batches
 from .reducer import START_BYTES, Reducer, ReductionRecord, check_weight
@@ -58,6 +59,9 @@ class DataParallel(nn.Module):
         inside); "powersgd:RANK"; "topk:RATIO"; or a hook, a function from (bucket, comm) to work,
         see `hooks`. With one rank nothing travels, and nothing is compressed.
     wire_dtype: the same, under an older name.
+    check_finite: look at every gradient before it leaves: backward raises NotFinite on every rank,
+        with the first rank, parameter, step and micro-batch (backwards since the last synchronised
+        one) where one is infinite or NaN; the other ranks have not added it.
     root: the rank of `comm` whose parameters and buffers all ranks start from.
 
     Collective over `comm`. ValueError on every rank, before anything is overwritten, if the modules
@@ -74,6 +78,7 @@ class DataParallel(nn.Module):
         wire_dtype: str | None = None,
         root: int = 0,
         broadcast_buffers: bool = True,
+        check_finite: bool = False,
     ) -> None:
         super().__init__()
         check_root(comm, root)
@@ -88,6 +93,8 @@ class DataParallel(nn.Module):
         named = list(module.named_parameters())
         buffers = list(module.named_buffers())
         lines = [*describe(named), *describe(buffers)]
+        self._finite = FiniteCheck(comm) if check_finite else None
+        self._looking = False
         self._reducer: Reducer | None = Reducer(
             named,
             comm,
@@ -95,17 +102,23 @@ class DataParallel(nn.Module):
             bucket_bytes=None if bucket_bytes == "auto" else bucket_bytes,
             wire=wire or wire_dtype,
             sparse=sparse_parameters(module),
+            finite=self._finite,
         )
         check_equal(comm, lines, "parameters or buffers of the module")
         check_equal(
             comm,
-            [f"bucket_bytes {bucket_bytes}", f"wire {self._reducer.wire}", f"root {root}"],
+            [
+                f"bucket_bytes {bucket_bytes}",
+                f"wire {self._reducer.wire}",
+                f"root {root}",
+                f"check_finite {check_finite}",
+            ],
             "settings of DataParallel",
         )
         tensors = [tensor for _, tensor in (*named, *buffers)]
         broadcast_tensors(comm, tensors, root, START_BYTES)
         self._roster = Roster(module) if comm.size > 1 else None
-        if comm.size > 1:
+        if comm.size > 1 or check_finite:
             # The hooks must not keep the wrapper alive, nor work for one that is gone.
             wrapper = weakref.ref(self)
             self._reducer.attach(lambda index: _forward_to(wrapper(), index))
@@ -275,16 +288,33 @@ class DataParallel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Communicators and hooks belong to this process.
-        return {**self.__dict__, "comm": None, "_reducer": None, "_roster": None}
+        gone = ("comm", "_reducer", "_roster", "_finite")
+        return {**self.__dict__, **dict.fromkeys(gone)}
 
     def _ready(self, index: int) -> None:
         reducer = self._reducer
-        if reducer is None or not self.synchronize:
+        if reducer is None:
+            return
+        alone = reducer.single or not self.synchronize
+        if self._finite is not None and alone and not self._looking:
+            self._looking = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._look)
+        if alone:
             return
         if not reducer.active:
             reducer.begin(self._weight)
             torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
         reducer.mark(index)
+
+    def _look(self) -> None:
+        """Look at what a backward has left here that is not reduced yet, or never is."""
+        self._looking = False
+        if self._finite is None:
+            return
+        self._finite.look_at(self.module)
+        self._finite.microbatch += 1
+        if self.synchronize:
+            self._finite.agree()
 
     def _end_of_backward(self) -> None:
         # With re-entrant checkpointing there is one of these per nested backward: what they reduce
@@ -292,6 +322,8 @@ class DataParallel(nn.Module):
         assert self._reducer is not None and self.comm is not None
         self._reducer.flush()
         self._reducer.finish()
+        if self._finite is not None:
+            self._finite.agree()
         if self._broadcast_buffers:
             buffers = (buffer for _, buffer in self.module.named_buffers())
             broadcast_tensors(self.comm, buffers, self._root, START_BYTES)

@@ -16,6 +16,7 @@ from .actions import Action
 from .balancing import balanced_stages
 from .batch import clone_tensors, join_rows, row_bounds, split_rows
 from .clip import clip_over_stages
+from .finite import FiniteCheck
 from .layers import RankLayers, named_layers
 from .mesh import Mesh
 from .messages import broadcast_value
@@ -88,6 +89,9 @@ class Pipeline:
     reduction: "bucket", or "tree" for gradients and losses that are the same to the last bit for
         every (data, pipe). `microbatches` are those of the global batch then, dealt to the
         replicas in order, and they are added in one fixed binary tree, in the gradients' own dtype.
+    check_finite: look at the gradients after every backward of a micro-batch: `step` raises
+        NotFinite on every rank, with the first rank of mesh.comm, parameter, step and micro-batch
+        of that replica where one is infinite or NaN; in buckets, no replica has added it.
 
     Attributes:
         stages: the layers of every stage, as ranges.
@@ -117,6 +121,7 @@ class Pipeline:
         broadcast_buffers: bool = True,
         reduction: str = "bucket",
         recompute: bool | Collection[int] = False,
+        check_finite: bool = False,
     ) -> None:
         if microbatches < 1:
             raise ValueError(f"expected at least 1 micro-batch, got {microbatches}")
@@ -143,6 +148,7 @@ class Pipeline:
         plan = self._plan(microbatches)
         num_stages = num_stages_of(plan)
         again = stages_of(recompute, num_stages)
+        self._finite = FiniteCheck(mesh.comm, num_stages) if check_finite else None
         whole = nn.Sequential(OrderedDict(named))
         lines = [
             *(f"plan of rank {r}: {' '.join(a.placed for a in row)}" for r, row in enumerate(plan)),
@@ -181,6 +187,7 @@ class Pipeline:
             bucket_bytes=bucket_bytes,
             wire=wire_dtype,
             sparse=sparse_parameters(self._layers.module),
+            finite=self._finite,
         )
         in_tree = reduction == "tree"
         self._tree = TreeGradients(parts, mesh.data) if in_tree else None
@@ -190,7 +197,9 @@ class Pipeline:
         channel = pipe.split(0, key=pipe.rank)
         assert channel is not None
         self._channel = channel
-        self._worker = Worker(self._stages, num_stages, channel, loss_fn, reducer, self._tree)
+        self._worker = Worker(
+            self._stages, num_stages, channel, loss_fn, reducer, self._tree, self._finite
+        )
 
     @property
     def stage(self) -> int:
@@ -264,6 +273,9 @@ class Pipeline:
         self._ties.finish()
         if failed:
             raise_together(self.mesh.comm, self._worker.failure)
+        if self._finite is not None:
+            self._finite.step = self.steps_taken
+            self._finite.agree()
         self.steps_taken += 1
         self.last_step = StepRecord(plan, self._worker.peak_in_flight, reduction)
         return torch.tensor(loss, dtype=torch.float64)

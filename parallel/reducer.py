@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..comm.timeline import PACK
 from .buckets import Bucket, choose_limit, plan_buckets
+from .finite import FiniteCheck
 from .flight import Flight, Load, carrier_of
 from .hooks import WireHook, wire_format
 from .pace import measure_pace
@@ -116,6 +117,7 @@ class Reducer:
     wire: how gradients travel, as `hooks.wire_format` reads it.
     sparse: parameters whose gradient is made sparse on a rank that had none; those that have had a
         sparse one are known to be.
+    finite: what looks at gradients before they leave; the bad ones stay here.
     """
 
     def __init__(
@@ -127,7 +129,9 @@ class Reducer:
         bucket_bytes: int | None,
         wire: str | WireHook | None,
         sparse: Iterable[nn.Parameter] = (),
+        finite: FiniteCheck | None = None,
     ) -> None:
+        self._finite = finite
         self.wire = wire_format(wire)
         self._carrier = carrier_of(self.wire, comm, op)
         self._names = [name for name, _ in named]
@@ -282,10 +286,14 @@ class Reducer:
         )
 
     def _start(self, current: _Pass, bucket: Bucket) -> None:
+        names = tuple(self._names[index] for index in bucket.indices)
+        gradients = [self._gradient(index) for index in bucket.indices]
+        if self._finite is not None:
+            gradients = self._finite.look(names, gradients)
         load = Load(
-            names=tuple(self._names[index] for index in bucket.indices),
+            names=names,
             parameters=[self._parameters[index] for index in bucket.indices],
-            gradients=[self._gradient(index) for index in bucket.indices],
+            gradients=gradients,
             share=self._share(current),
             changed=None if current.flights else current.changed,
         )

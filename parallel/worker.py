@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..comm.communicator import Communicator
+    from .finite import FiniteCheck
     from .reducer import Reducer
     from .stage import Stage
     from .tree_gradients import TreeGradients
@@ -39,6 +40,8 @@ class Worker:
         other stages still work; whoever runs the plan finishes it.
     tree: given every micro-batch's gradients by themselves, stage by stage; begun and finished by
         whoever runs the plan.
+    finite: looks at a stage's gradients after each of its backwards; whoever runs the plan lets it
+        agree.
 
     Attributes:
         failure: what made this rank go on hollow in the last run, as `stage_error` has it.
@@ -54,6 +57,7 @@ class Worker:
         loss_fn: Callable[[Any, Any], Tensor] | None,
         reducer: Reducer | None,
         tree: TreeGradients | None = None,
+        finite: FiniteCheck | None = None,
     ) -> None:
         self._channel = channel
         self._outbox = Outbox(channel)
@@ -63,6 +67,9 @@ class Worker:
         }
         self._reducer = reducer
         self._tree = tree
+        self._finite = finite
+        self._modules = {stage.index: stage.module for stage in stages}
+        self._last_stage = num_stages - 1
         self.failure: Failure | None = None
         self.peak_in_flight = 0
         self.completing: set[int] = set()
@@ -78,7 +85,12 @@ class Worker:
                 if self._reducer is not None and not self._reducer.active:
                     self._reducer.begin()
             stage = self._stages[action.stage]
+            if self._finite is not None:
+                self._finite.microbatch = action.microbatch
+                self._finite.place = self._last_stage - action.stage
             self._attempt(action, batch, stage.execute)
+            if self._finite is not None and action.kind in (Kind.BACKWARD, Kind.WEIGHT):
+                self._finite.look_at(self._modules[action.stage])
             self.peak_in_flight = max(
                 self.peak_in_flight, sum(s.num_in_flight for s in self._stages.values())
             )

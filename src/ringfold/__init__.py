@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .comm.communicator import Communicator
     from .comm.elastic import Elastic
-    from .comm.errors import CommError, CommTimeout, MismatchError, PeerLost, ScheduleError
+    from .comm.errors import (
+        CommError,
+        CommTimeout,
+        MismatchError,
+        NotFinite,
+        PeerLost,
+        ScheduleError,
+    )
     from .comm.launch import run_local
     from .comm.schedule import Round, Schedule
     from .comm.settings import Settings
@@ -35,6 +42,7 @@ _HOMES = {
     "CommError": "comm.errors",
     "CommTimeout": "comm.errors",
     "MismatchError": "comm.errors",
+    "NotFinite": "comm.errors",
     "PeerLost": "comm.errors",
     "ScheduleError": "comm.errors",
     "CheckpointError": "parallel.checkpoint.errors",
@@ -63,6 +71,7 @@ __all__ = [
     "Elastic",
     "Mesh",
     "MismatchError",
+    "NotFinite",
     "PeerLost",
     "Pipeline",
     "RandomStreams",

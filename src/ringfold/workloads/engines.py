@@ -66,6 +66,7 @@ class Replicas:
             mesh.data,
             bucket_bytes=int(options.bucket_mb * 2**20),
             wire=options.wire,
+            check_finite=options.check_finite,
         )
 
     @property
@@ -119,6 +120,7 @@ class Stages:
             bucket_bytes=int(options.bucket_mb * 2**20),
             wire_dtype=options.wire,
             reduction=options.reduction,
+            check_finite=options.check_finite,
             balance=options.balance,
             sample=sample,
         )

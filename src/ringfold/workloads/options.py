@@ -45,6 +45,7 @@ class Options:
     report: Path | None
     dump: Path | None
     trace: Path | None
+    check_finite: bool
     checkpoint: Path | None
     every: int
     keep: int
@@ -99,6 +100,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         report=found.report,
         dump=found.dump,
         trace=found.trace,
+        check_finite=found.check_finite,
         checkpoint=found.checkpoint,
         every=100 if found.every is None else found.every,
         keep=3 if found.keep is None else found.keep,
@@ -273,6 +275,11 @@ def _parser() -> argparse.ArgumentParser:
         type=_wire,
         metavar="FORMAT",
         help="how gradients travel: a type as above, powersgd:RANK or topk:RATIO",
+    )
+    train.add_argument(
+        "--check-finite",
+        action="store_true",
+        help="end at the first gradient that is infinite or NaN, and say whose it is",
     )
     store = parser.add_argument_group("checkpoints")
     store.add_argument(
