@@ -213,6 +213,57 @@ def unpack(
     )
 
 
+def pack_add(table: PointerTable, source_dtype: str, bucket: Array, bucket_dtype: str) -> Packed:
+    """Define `device.pack.pack_add`."""
+    check_transfer(table, source_dtype, bucket, bucket_dtype, into_bucket=True)
+    parts = []
+    for start, tensor in zip(table.offsets.tolist(), _tensors(table, source_dtype), strict=True):
+        present = bucket[start : start + tensor.size].copy()
+        wide = present if bucket_dtype == "float64" else to_float32(present, bucket_dtype)
+
+        def add(values: Array, _factor: Any, wide: Array = wide) -> Array:
+            return np.add(values, wide, dtype=values.dtype)
+
+        target = bucket[start : start + tensor.size]
+        parts.append(_transfer(tensor, source_dtype, target, bucket_dtype, add, 1.0))
+    return _total(parts)
+
+
+def fold(
+    op: str,
+    dtype: str,
+    sources: list[Array],
+    targets: list[Array],
+    first: float = 1.0,
+    last: float = 1.0,
+) -> None:
+    """Define `fold.fold_callback` and `device.fold.fold`: equally long arrays, in their order."""
+    mean, half = op == "mean", dtype in HALVES
+    operation = _OPS["sum" if mean else op]
+    with np.errstate(all="ignore"):
+        values = [to_float32(source, dtype) if half else source for source in sources]
+        if mean and half:
+            values = [value / np.float32(first) for value in values]
+        total = values[0].copy()
+        for value in values[1:]:
+            total = operation(total, value)
+        if mean:
+            total = total / total.dtype.type(last)
+        result = from_float32(total, dtype) if half else total
+    for target in targets:
+        target[:] = result
+
+
+def threshold(source: Array, dtype: str, wanted: int) -> tuple[float, int]:
+    """Define `device.threshold.threshold`: the wanted-th largest magnitude, and how many are above.
+
+    By the bits of the magnitudes, so that NaN comes before infinity.
+    """
+    bits = np.sort(to_float32(source, dtype).view(np.uint32) & 0x7FFFFFFF)[::-1]
+    found = bits[wanted - 1 : wanted]
+    return float(found.view(np.float32)[0]), int((bits > found[0]).sum())
+
+
 def norm_tolerance(num_elements: int) -> float:
     """Bound the relative difference of two orders of adding `num_elements` squares in float64.
 

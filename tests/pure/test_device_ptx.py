@@ -1,0 +1,119 @@
+"""Device kernels compiled to PTX for four generations of GPUs, none of which need be here.
+
+In a process of its own: Numba asks the driver which GPU it compiles inner functions for, and NVRTC,
+a large library that is needed for nothing else, for the names of architectures; both answers are
+put in place there. PTX is not machine code; the driver's assembler does the rest.
+"""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+TARGETS = ((7, 5), (8, 0), (9, 0), (10, 0))
+MISSING = [name for name in ("numba_cuda", "nvidia") if importlib.util.find_spec(name) is None]
+pytestmark = pytest.mark.skipif(
+    bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (extra gpu-test)"
+)
+
+COMPILE = """
+import json, sys
+from types import SimpleNamespace
+from numba import cuda, types
+from numba.cuda import cuda_paths, dispatcher
+from numba.cuda.cudadrv import nvrtc
+from ringfold.kernels.device import fold, pack, threshold
+
+i, f = types.int64, types.float32
+peers = (i,) * 7 + (f, f, i)
+kernels = {
+    "pack": (pack.transfer_kernel("float32", "bfloat16", "multiply", 256, True), (i, i, i, f, i)),
+    "unpack": (pack.transfer_kernel("float32", "float16", "divide", 256, False), (i, i, i, f, i)),
+    "add": (pack.transfer_kernel("float32", "float32", "add", 256, False), (i, i, i, f, i)),
+    "combine": (fold.combine_kernel("sum", "float32", "float32"), (i,) * 4),
+    "fold": (fold.fold_kernel("mean", "bfloat16"), peers),
+    "digit": (threshold.digit_kernel("float32", 20, 11, 256), (i,) * 3),
+}
+cuda_paths._get_nvrtc_path = lambda: None
+nvrtc.get_arch_option = lambda major, minor, suffix="": f"compute_{major}{minor}{suffix}"
+found = []
+for target in map(tuple, json.loads(sys.argv[1])):
+    dispatcher.get_current_device = lambda target=target: SimpleNamespace(compute_capability=target)
+    found.append({
+        name: cuda.compile(
+            kernel.py_func, types.void(*kinds), cc=target, device=False, abi="numba"
+        )[0]
+        for name, (kernel, kinds) in kernels.items()
+    })
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def every_target():
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILE, json.dumps(TARGETS)],
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert result.returncode == 0, result.stderr
+    return dict(zip(TARGETS, json.loads(result.stdout), strict=True))
+
+
+@pytest.fixture(params=TARGETS, ids=lambda target: "sm_{}{}".format(*target))
+def compiled(request, every_target):
+    return request.param, every_target[request.param]
+
+
+def instructions(ptx):
+    """The lines that do something: no names of symbols, which contain anything."""
+    return [line.strip() for line in ptx.splitlines() if line[:1] in "\t @" and "_ZN" not in line]
+
+
+def count(ptx, pattern):
+    return sum(bool(re.search(pattern, line)) for line in instructions(ptx))
+
+
+LOAD, STORE = r"^(@.* )?ld\.global\.v4\.[bfu]32", r"^(@.* )?st\.global\.v4\.[bfu]32"
+
+
+def test_kernels_move_sixteen_bytes_at_a_time(compiled):
+    _, kernels = compiled
+    assert len(kernels) == 6
+    for name, ptx in kernels.items():
+        loads, stores = count(ptx, LOAD), count(ptx, STORE)
+        if name == "digit":
+            continue  # its time goes into the histogram
+        assert loads and stores, name
+        # A vector of 8 elements is one access of the half width and two of float32.
+        ratio = {"pack": 2, "add": 2, "combine": 2, "unpack": 0.5}.get(name)
+        if ratio:
+            assert loads == ratio * stores, name
+
+
+def test_kernels_use_no_local_memory_and_call_nothing(compiled):
+    for name, ptx in compiled[1].items():
+        assert not re.search(r"\.local\b", ptx), name
+        assert count(ptx, r"\bcall\b") == 0, name
+
+
+def test_addresses_have_sixty_four_bits(compiled):
+    target, kernels = compiled
+    for name, ptx in kernels.items():
+        assert f".target sm_{target[0]}{target[1]}" in ptx, name
+        assert ".address_size 64" in ptx, name
+        access = r"(ld|st|atom)\S*\.global\S*"
+        assert count(ptx, access) == count(ptx, access + r"[^\[]*\[%rd\d+") > 0, name
+
+
+def test_floats_are_not_made_inexact(compiled):
+    """No flush to zero, no approximate division, and no multiplication fused into an addition."""
+    _, kernels = compiled
+    for name, ptx in kernels.items():
+        assert count(ptx, r"\.ftz\b|\bdiv\.(approx|full)") == 0, name
+        assert count(ptx, r"\bfma\S*\.f32") == 0, name
+    assert count(kernels["unpack"], r"\bdiv\.rn\.f32") > 0
