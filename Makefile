@@ -41,7 +41,7 @@ IMPI_VENV   := $(VENV)-impi
 IMPI_READY  := $(IMPI_VENV)/ringfold.stamp
 INPUTS      := pyproject.toml setup.py constraints.txt tools/setup_venv.py
 
-.PHONY: help setup train test test-main test-processes test-mpich test-impi test-hosts test-fast fuzz lint format bench bench-hosts clean python-version
+.PHONY: help setup train test test-main test-simulator test-processes test-mpich test-impi test-hosts test-fast fuzz lint format bench bench-hosts clean python-version
 
 help:
 	@echo 'make train       train on NP ranks: make train NP=4 ARGS="--workload text --pipe 2"'
@@ -49,6 +49,7 @@ help:
 	@echo 'make test-fast   the tests that start no job'
 	@echo 'make test-impi   the communicator on Intel MPI (not part of make test)'
 	@echo 'make test-hosts  the communicator over two hosts made on this machine (part of make test)'
+	@echo 'make test-simulator  the kernels for GPUs in Numba CUDA'"'"'s simulator (part of make test)'
 	@echo 'make fuzz        10,000 random sequences of operations against NumPy, on 2 to 4 ranks'
 	@echo 'make lint        ruff check, ruff format --check, mypy --strict on the installed package'
 	@echo 'make format      let ruff rewrite the sources'
@@ -65,7 +66,7 @@ help:
 setup: $(READY)
 
 $(READY): $(INPUTS) | python-version
-	@$(PYTHON) tools/setup_venv.py $(VENV) --extras train,test,bench,dev --mpi $(MPI)
+	@$(PYTHON) tools/setup_venv.py $(VENV) --extras train,test,bench,dev,gpu-test --mpi $(MPI)
 
 $(MPICH_READY): $(INPUTS) | python-version
 	@$(PYTHON) tools/setup_venv.py $(MPICH_VENV) --extras test --mpi mpich
@@ -81,11 +82,15 @@ python-version:
 train: $(READY)
 	mpirun -n $(NP) python train.py $(ARGS)
 
-test: test-main test-processes test-mpich
+test: test-main test-simulator test-processes test-mpich
 
 # Proofs and formulas, ranks as threads, and whole jobs: one process that starts what it needs.
 test-main: $(READY)
-	python -m pytest tests --ignore=tests/processes
+	python -m pytest tests --ignore=tests/processes --ignore=tests/simulator
+
+# Kernels for GPUs, run as Python on host memory. Numba reads the variable when it is imported.
+test-simulator: $(READY)
+	NUMBA_ENABLE_CUDASIM=1 python -m pytest tests/simulator
 
 # Real transports and engines; the ranks share one verdict (tests/processes/conftest.py).
 test-processes: $(READY)
@@ -112,7 +117,8 @@ test-hosts: $(READY)
 	python -m pytest tests/hosts
 
 test-fast: $(READY)
-	python -m pytest tests --ignore=tests/processes --ignore=tests/jobs --ignore=tests/hosts
+	python -m pytest tests --ignore=tests/processes --ignore=tests/jobs --ignore=tests/hosts \
+	  --ignore=tests/simulator
 
 # Sequences of operations known by their seed, on shared memory, messages, and the plain executor.
 FUZZ ?= 1112

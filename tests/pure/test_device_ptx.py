@@ -15,9 +15,13 @@ import pytest
 
 TARGETS = ((7, 5), (8, 0), (9, 0), (10, 0))
 MISSING = [name for name in ("numba_cuda", "nvidia") if importlib.util.find_spec(name) is None]
-pytestmark = pytest.mark.skipif(
-    bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (extra gpu-test)"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (extra gpu-test)"
+    ),
+    pytest.mark.timeout(300),
+]
+
 
 COMPILE = """
 import json, sys
@@ -58,7 +62,7 @@ def every_target():
         [sys.executable, "-c", COMPILE, json.dumps(TARGETS)],
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=280,
     )
     assert result.returncode == 0, result.stderr
     return dict(zip(TARGETS, json.loads(result.stdout), strict=True))
