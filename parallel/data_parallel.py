@@ -319,13 +319,12 @@ class DataParallel(nn.Module):
     def _end_of_backward(self) -> None:
         # With re-entrant checkpointing there is one of these per nested backward: what they reduce
         # again is equal on all ranks by then, and stays as it is.
-        assert self._reducer is not None and self.comm is not None
+        assert self._reducer is not None and self.comm is not None and self._roster is not None
         self._reducer.flush()
         self._reducer.finish()
         if self._finite is not None:
             self._finite.agree()
-        if self._broadcast_buffers:
-            buffers = (buffer for _, buffer in self.module.named_buffers())
+        if self._broadcast_buffers and (buffers := self._roster.buffers()):
             broadcast_tensors(self.comm, buffers, self._root, START_BYTES)
 
 

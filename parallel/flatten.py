@@ -91,7 +91,7 @@ class Flattened:
         for i, parameter in enumerate(parameters):
             if not used[i]:
                 continue
-            if real_view(parameter.detach()).dtype == self._flat.dtype:
+            if _real_dtype(parameter) == self._flat.dtype:
                 self._settle(i, parameter)
             else:
                 written.append(i)
@@ -116,8 +116,9 @@ class Flattened:
         if self._at_home[i]:
             return
         gradient = self._gradients[i]
-        shape = real_view(parameter.detach()).shape
-        view = self._place(i, shape.numel()).view(shape)
+        shape, strides = _plain_place(parameter)
+        start = self._flat.storage_offset() + self._offsets[i]
+        view = self._flat.as_strided(shape, strides, start)
         if gradient is None or _can_move(gradient, parameter):
             parameter.grad = torch.view_as_complex(view) if parameter.is_complex() else view
         else:
@@ -126,6 +127,19 @@ class Flattened:
     def _members(self, chosen: Sequence[int]) -> list[tuple[Tensor, int]]:
         pairs = [(self._dense[i], self._offsets[i]) for i in chosen]
         return [(tensor, offset) for tensor, offset in pairs if tensor is not None]
+
+
+def _real_dtype(parameter: Tensor) -> torch.dtype:
+    return parameter.dtype.to_real() if parameter.is_complex() else parameter.dtype
+
+
+def _plain_place(parameter: Tensor) -> tuple[Sequence[int], Sequence[int]]:
+    """Return shape and strides of the parameter's real elements, end to end."""
+    if not parameter.is_complex() and parameter.is_contiguous():
+        return parameter.shape, parameter.stride()
+    plain = torch.empty_like(parameter, device="meta", memory_format=torch.contiguous_format)
+    real = real_view(plain.detach())
+    return real.shape, real.stride()
 
 
 def in_place(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["Roster"]
 
@@ -36,7 +36,13 @@ class Roster:
     def _note(self) -> None:
         layers = list(self._module.modules())
         self._rows = [row for layer in layers for row in (layer._parameters, layer._modules)]
+        self._buffer_rows = [layer._buffers for layer in layers]
         self._seen = self._look()
+
+    def buffers(self) -> list[Tensor]:
+        """Return the module's buffers, as they are now, in the order of its layers."""
+        rows = self._buffer_rows
+        return [buffer for row in rows for buffer in row.values() if buffer is not None]
 
     def _look(self) -> list[int]:
         return list(map(id, chain.from_iterable(row.values() for row in self._rows)))
