@@ -18,6 +18,7 @@ from .batch import clone_tensors, join_rows, row_bounds, split_rows
 from .clip import clip_over_stages
 from .finite import FiniteCheck
 from .layers import RankLayers, named_layers
+from .loss_scale import LossScaler
 from .mesh import Mesh
 from .messages import broadcast_value
 from .partition import cut, stages_of
@@ -89,6 +90,7 @@ class Pipeline:
     reduction: "bucket", or "tree" for gradients and losses that are the same to the last bit for
         every (data, pipe). `microbatches` are those of the global batch then, dealt to the
         replicas in order, and they are added in one fixed binary tree, in the gradients' own dtype.
+    loss_scaler: scales what backward starts from; the loss that `step` returns is as it is.
     check_finite: look at the gradients after every backward of a micro-batch: `step` raises
         NotFinite on every rank, with the first rank of mesh.comm, parameter, step and micro-batch
         of that replica where one is infinite or NaN; in buckets, no replica has added it.
@@ -122,6 +124,7 @@ class Pipeline:
         reduction: str = "bucket",
         recompute: bool | Collection[int] = False,
         check_finite: bool = False,
+        loss_scaler: LossScaler | None = None,
     ) -> None:
         if microbatches < 1:
             raise ValueError(f"expected at least 1 micro-batch, got {microbatches}")
@@ -136,6 +139,7 @@ class Pipeline:
         self.mesh = mesh
         self.last_step: StepRecord | None = None
         self.steps_taken = 0
+        self._loss_scaler = loss_scaler
         self._has_loss = loss_fn is not None
         self._loss_reduction = loss_reduction
         self._microbatches = microbatches
@@ -239,7 +243,9 @@ class Pipeline:
         )
         # The mean over replicas of gradients that are each multiplied by their number is the
         # sum, and it leaves equal gradients of earlier steps as they are.
-        factor = replicas if self._tree is None else 1
+        factor = float(replicas if self._tree is None else 1)
+        if self._loss_scaler is not None:
+            factor *= self._loss_scaler.factor
         batch = Batch(
             inputs=split_rows(x, share.bounds) if self._is_first else [],
             targets=split_rows(y, share.bounds) if self._is_last else [],

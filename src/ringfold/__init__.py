@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .parallel.checkpoint.session import Checkpoints, load, save
     from .parallel.checkpoint.streams import RandomStreams
     from .parallel.data_parallel import DataParallel
+    from .parallel.loss_scale import LossScaler
     from .parallel.mesh import Mesh
     from .parallel.pipeline import Pipeline
     from .parallel.random_keys import Dropout
@@ -52,6 +53,7 @@ _HOMES = {
     "save": "parallel.checkpoint.session",
     "DataParallel": "parallel.data_parallel",
     "Dropout": "parallel.random_keys",
+    "LossScaler": "parallel.loss_scale",
     "Mesh": "parallel.mesh",
     "Pipeline": "parallel.pipeline",
     "ShardedOptimizer": "parallel.sharded_optimizer",
@@ -69,6 +71,7 @@ __all__ = [
     "DataParallel",
     "Dropout",
     "Elastic",
+    "LossScaler",
     "Mesh",
     "MismatchError",
     "NotFinite",

@@ -1,0 +1,158 @@
+"""One factor for all ranks: what overflows on one is skipped on all; else nothing changes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import ringfold
+from ringfold import Communicator, LossScaler, run_local
+
+
+def layer(width: int = 4) -> nn.Linear:
+    made = nn.Linear(width, width)
+    with torch.no_grad():
+        made.weight.copy_(torch.linspace(-1, 1, width * width).view(width, width))
+        made.bias.zero_()
+    return made
+
+
+def weights(parameters) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in parameters]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_scaled_training_is_training(size: int, sharded: bool) -> None:
+    def main(comm: Communicator):
+        found = []
+        for scaled in (False, True):
+            model = ringfold.DataParallel(layer(), comm)
+            optimizer = (
+                ringfold.ShardedOptimizer(model.named_parameters(), comm, torch.optim.Adam, lr=0.1)
+                if sharded
+                else torch.optim.Adam(model.parameters(), lr=0.1)
+            )
+            scaler = LossScaler(comm, interval=2)
+            for step in range(4):
+                optimizer.zero_grad()
+                loss = model(torch.full((2, 4), comm.rank + step + 1.0)).square().sum()
+                if scaled:
+                    scaler.scale(loss).backward()
+                    scaler.unscale_(optimizer)
+                    scaler.unscale_(optimizer)  # once is enough
+                else:
+                    loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                assert scaler.step(optimizer) if scaled else optimizer.step() is None
+            found.append(weights(model.parameters()))
+        assert scaler.factor == 2.0**18 and scaler.skipped == 0
+        # Powers of two are exact: not a bit differs.
+        return all(map(torch.equal, *found))
+
+    assert all(run_local(size, main))
+
+
+@pytest.mark.parametrize("reduce", [False, True])
+def test_an_overflow_on_one_rank_is_skipped_by_all(reduce: bool) -> None:
+    def main(comm: Communicator):
+        inner = layer()
+        for p in inner.parameters():
+            comm.broadcast(p.detach())
+        optimizer = ringfold.ShardedOptimizer(
+            inner.named_parameters(), comm, torch.optim.SGD, reduce=reduce, lr=0.1
+        )
+        scaler = LossScaler(comm, 1024.0, interval=3)
+        history = []
+        for step in range(6):
+            before = weights(inner.parameters())
+            optimizer.zero_grad()
+            scaler.scale(inner(torch.ones(1, 4)).sum()).backward()
+            if step == 2 and comm.rank == comm.size - 1:
+                inner.weight.grad[0, 0] = float("inf")
+            taken = scaler.step(optimizer)
+            same = all(map(torch.equal, before, inner.parameters()))
+            assert taken != same
+            history.append((taken, scaler.factor))
+        assert scaler.skipped == 1
+        return history
+
+    expected = [
+        (True, 1024.0),
+        (True, 1024.0),
+        (False, 512.0),
+        (True, 512.0),
+        (True, 512.0),
+        (True, 1024.0),
+    ]
+    assert run_local(3, main) == [expected] * 3
+
+
+@pytest.mark.parametrize(("data", "pipe"), [(1, 2), (2, 1), (2, 2)])
+def test_stages_scale_and_skip_together(data: int, pipe: int) -> None:
+    def main(comm: Communicator):
+        mesh = ringfold.Mesh(comm, data=data, pipe=pipe)
+        found = []
+        for scaled in (False, True):
+            scaler = LossScaler(comm, 4096.0)
+            engine = ringfold.Pipeline(
+                [layer(), nn.Tanh(), layer()],
+                mesh,
+                loss_fn=nn.functional.mse_loss,
+                microbatches=2,
+                loss_scaler=scaler if scaled else None,
+            )
+            optimizer = torch.optim.SGD(engine.parameters(), lr=0.5)
+            losses = []
+            for step in range(3):
+                optimizer.zero_grad()
+                losses.append(engine.step(torch.ones(4, 4), torch.zeros(4, 4)).item())
+                if scaled:
+                    if step == 1 and comm.rank == 0:
+                        next(engine.parameters()).grad.fill_(float("nan"))
+                    scaler.unscale_(optimizer)
+                engine.clip_grad_norm_(1.0)
+                if not scaled and step == 1:
+                    continue  # the scaled run skips this one
+                taken = scaler.step(optimizer) if scaled else optimizer.step() is None
+                assert taken == (step != 1 or not scaled)
+            found.append((losses, weights(engine.parameters())))
+            engine.close()
+        assert scaler.factor == 2048.0
+        return found[0][0] == found[1][0] and all(map(torch.equal, found[0][1], found[1][1]))
+
+    assert all(run_local(data * pipe, main))
+
+
+def test_the_state_is_in_checkpoints(tmp_path: Path) -> None:
+    def main(comm: Communicator):
+        scaler = LossScaler(comm, 64.0)
+        inner = layer()
+        optimizer = torch.optim.SGD(inner.parameters(), lr=0.1)
+        inner.weight.grad = torch.full((4, 4), float("nan"))
+        assert not scaler.step(optimizer)
+        ringfold.save(tmp_path, {"scaler": scaler.state_dict()}, comm)
+        other = LossScaler(comm)
+        other.load_state_dict(ringfold.load(tmp_path, {"scaler": None}, comm).values["scaler"])
+        return other.state_dict()
+
+    assert run_local(2, main) == [{"factor": 32.0, "good": 0, "skipped": 1}] * 2
+
+
+def test_bounds_hold_and_bad_settings_are_refused() -> None:
+    def main(comm: Communicator) -> None:
+        scaler = LossScaler(comm, 2.0, least=1.0, most=4.0, interval=1)
+        inner = layer()
+        optimizer = torch.optim.SGD(inner.parameters(), lr=0.0)
+        factors = []
+        for bad in (True, True, True, False, False, False):
+            inner.weight.grad = torch.full((4, 4), float("inf") if bad else 1.0)
+            scaler.step(optimizer)
+            factors.append(scaler.factor)
+        assert factors == [1.0, 1.0, 1.0, 2.0, 4.0, 4.0]
+        for settings in ({"factor": 0.0}, {"growth": 0.5}, {"backoff": 1.0}, {"interval": 0}):
+            with pytest.raises(ValueError, match="expected"):
+                LossScaler(comm, **settings)
+
+    run_local(1, main)
