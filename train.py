@@ -123,7 +123,7 @@ def prepare(comm: ringfold.Communicator, options: Options) -> Training:
     torch.manual_seed(options.seed)
     layers = settle(comm, lambda: engines.layers_of(workload, options))
     whole = list(torch.nn.Sequential(*layers).named_parameters())
-    settle(comm, lambda: engines.check_stages(layers, grid.pipe))
+    settle(comm, lambda: engines.check_stages(layers, grid.stages))
     mesh = ringfold.Mesh(comm, data=grid.data, pipe=grid.pipe)
     share = Share(options.batch_size, mesh.data.rank, mesh.data.size, options.seed)
     data = settle(comm, lambda: workload.data(share))

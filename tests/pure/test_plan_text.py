@@ -67,3 +67,16 @@ def test_schedule_file_of_train(tmp_path):
         UsageError, match="a file, or one of: 1f1b, gpipe, interleaved, naive, zero-bubble"
     ):
         parse(["--schedule", "2f2b"])
+
+
+def test_stages_per_rank_of_train():
+    options = parse(["--pipe", "2", "--schedule", "interleaved", "--microbatches", "4"])
+    assert grid_of(options, 2).stages == 4
+    options = parse(["--stages-per-rank", "3", "--schedule", "interleaved"])
+    assert grid_of(options, 1).stages == 3
+    assert grid_of(parse(["--recompute"]), 2).stages == 1
+    options = parse(["--pipe", "2", "--stages-per-rank", "3"])
+    with pytest.raises(
+        UsageError, match=r"--stages-per-rank: .*'1f1b' has one stage a rank, not 3"
+    ):
+        grid_of(options, 2)

@@ -12,7 +12,7 @@ from ..parallel.data_parallel import DataParallel
 from ..parallel.mesh import Mesh
 from ..parallel.partition import balance
 from ..parallel.pipeline import Pipeline
-from .options import Grid, Options, UsageError, plan_of
+from .options import Grid, Options, UsageError, needs_stages, plan_of
 from .workload import Data, Workload
 
 __all__ = ["Engine", "Replicas", "Stages", "check_stages", "layers_of", "make_engine"]
@@ -116,7 +116,8 @@ class Stages:
             mesh,
             loss_fn=workload.loss,
             microbatches=microbatches,
-            schedule=plan_of(options.schedule),
+            schedule=plan_of(options),
+            recompute=options.recompute,
             bucket_bytes=int(options.bucket_mb * 2**20),
             wire_dtype=options.wire,
             reduction=options.reduction,
@@ -154,12 +155,12 @@ class Stages:
         return output
 
 
-def check_stages(layers: list[nn.Module], pipe: int) -> None:
+def check_stages(layers: list[nn.Module], stages: int) -> None:
     """Raise UsageError, before anything is split, if a stage would be left without layers."""
     try:
-        balance([sum(p.numel() for p in layer.parameters()) for layer in layers], pipe)
+        balance([sum(p.numel() for p in layer.parameters()) for layer in layers], stages)
     except ValueError as error:
-        raise UsageError(f"--pipe {pipe}: {error}") from None
+        raise UsageError(f"--pipe: {stages} stages: {error}") from None
 
 
 def layers_of(workload: Workload, options: Options) -> list[nn.Module]:
@@ -185,7 +186,8 @@ def make_engine(
     Collective over the mesh. device: this rank's; a GPU for replicas only, see `devices.lacking`.
     """
     # Keyed dropout asks for its samples, which the pipeline tells it, of one stage too.
-    if grid.pipe == 1 and options.reduction == "bucket" and not options.dropout:
+    pipeline = grid.pipe > 1 or needs_stages(options)
+    if not pipeline and options.reduction == "bucket" and not options.dropout:
         return Replicas(layers, workload, mesh, options, device)
     sample = None
     if options.balance != "parameters":

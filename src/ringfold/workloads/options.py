@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
-from ..parallel.plan import PLANS, PlanError, PlanFunction, check_plan, whole_plan
+from ..parallel.plan import PLANS, PlanFunction, plan_function, whole_plan
+from ..parallel.plan_check import PlanError, check_plan, num_stages_of
 from ..parallel.plan_text import parse_plan
 from . import WORKLOADS
 
-__all__ = ["Grid", "Options", "UsageError", "grid_of", "parse", "plan_of"]
+__all__ = ["Grid", "Options", "UsageError", "grid_of", "needs_stages", "parse", "plan_of"]
 
 WIRE_DTYPES = ("fp32", "bf16", "fp16")
 TREE_MICROBATCHES = 8
@@ -31,6 +32,8 @@ class Options:
     data: int | None
     pipe: int
     schedule: str
+    stages_per_rank: int | None
+    recompute: bool
     microbatches: int | None
     epochs: int
     steps: int | None
@@ -55,11 +58,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Grid:
-    """Say how ranks and global batch are split: data x pipe ranks, micro-batches per step."""
+    """Say how ranks and global batch are split: data x pipe ranks, micro-batches per step.
+
+    stages: of layers, over the pipe ranks.
+    """
 
     data: int
     pipe: int
     microbatches: int
+    stages: int = 1
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,6 +93,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         data=found.data,
         pipe=found.pipe,
         schedule=found.schedule,
+        stages_per_rank=found.stages_per_rank,
+        recompute=found.recompute,
         microbatches=found.microbatches,
         epochs=defaults.epochs if found.epochs is None else found.epochs,
         steps=found.steps,
@@ -113,14 +122,24 @@ def grid_of(options: Options, num_ranks: int) -> Grid:
     """Split num_ranks ranks and the global batch as the options say, or raise UsageError."""
     grid = _grid_of(options, num_ranks)
     in_tree = options.reduction == "tree"
-    if grid.pipe > 1 or in_tree:
+    try:
+        function = plan_of(options)
+        if grid.pipe == 1 and not in_tree and not needs_stages(options):
+            return grid
         microbatches = grid.microbatches // grid.data if in_tree else grid.microbatches
-        try:
-            plan = whole_plan(plan_of(options.schedule), grid.pipe, microbatches)
-            check_plan(plan, microbatches)
-        except PlanError as error:
-            raise UsageError(f"--schedule {options.schedule}: {error}") from None
-    return grid
+        plan = whole_plan(function, grid.pipe, microbatches)
+        check_plan(plan, microbatches)
+    except PlanError as error:
+        raise UsageError(f"--schedule {options.schedule}: {error}") from None
+    except ValueError as error:
+        raise UsageError(f"--stages-per-rank: {error}") from None
+    return replace(grid, stages=num_stages_of(plan))
+
+
+def needs_stages(options: Options) -> bool:
+    """Tell whether a single rank, too, is to train as a pipeline."""
+    several = options.stages_per_rank is not None and options.stages_per_rank > 1
+    return several or options.recompute
 
 
 def _grid_of(options: Options, num_ranks: int) -> Grid:
@@ -194,6 +213,17 @@ def _parser() -> argparse.ArgumentParser:
         default="1f1b",
         metavar="PLAN",
         help=f"of the pipe: {', '.join(PLANS)}, or a file with a plan (default: 1f1b)",
+    )
+    split.add_argument(
+        "--stages-per-rank",
+        type=_whole(1),
+        metavar="V",
+        help="stages on each rank of the pipe, of the plan interleaved (default: 2 of it)",
+    )
+    split.add_argument(
+        "--recompute",
+        action="store_true",
+        help="keep the inputs of stages alone, and compute the rest again for the backward",
     )
     split.add_argument(
         "--microbatches",
@@ -316,9 +346,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def plan_of(schedule: str) -> PlanFunction:
-    """Return the plan of that name, or the one that is written in the file."""
-    return PLANS[schedule] if schedule in PLANS else parse_plan(Path(schedule).read_text())
+def plan_of(options: Options) -> PlanFunction:
+    """Return the plan that the options name, or that is written in the file they name."""
+    named = options.schedule in PLANS
+    return plan_function(
+        options.schedule if named else _written(options.schedule), options.stages_per_rank
+    )
+
+
+def _written(path: str) -> PlanFunction:
+    return parse_plan(Path(path).read_text())
 
 
 def _schedule(text: str) -> str:
@@ -326,7 +363,8 @@ def _schedule(text: str) -> str:
         known = ", ".join(sorted(PLANS))
         raise argparse.ArgumentTypeError(f"expected a file, or one of: {known}; got {text!r}")
     try:
-        plan_of(text)
+        if text not in PLANS:
+            _written(text)
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from None
     return text
