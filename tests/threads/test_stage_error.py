@@ -170,3 +170,24 @@ def test_nested_inputs_are_shown():
     ((text, *_), _) = attempts(2, lambda _: [Pair(), Bad()])
     shown = "{'h': float32 (2, 5), 'rest': (bool (2, 5), None, [3])}"
     assert f"KeyError: 'missing'; input from stage 0: {shown}" in text
+
+
+@pytest.mark.parametrize("reduction", ["bucket", "tree"])
+@pytest.mark.parametrize("error", [ValueError("no third"), None])
+@pytest.mark.parametrize("failing", [0, 1, 2, 3])
+def test_a_failure_on_a_rank_of_several_stages(failing, error, reduction):
+    """The rank's other stage has messages to take and to send as well."""
+    # A stage of a replica has two of the tree's four micro-batches.
+    call = 2 if reduction == "bucket" else 1
+
+    def layers(replica):
+        module = Fails(call if replica == 0 else 100, error=error)
+        return [module if stage == failing else nn.Linear(5, 5) for stage in range(4)]
+
+    options = {"schedule": "interleaved", "stages_per_rank": 2, "reduction": reduction}
+    results = attempts(4, layers, num_data=2, **options)
+    assert all(found == results[0] for found in results)
+    text, *later = results[0]
+    assert later == [None, None]
+    what = "backward" if error is None else "forward"
+    assert text.startswith(f"rank {failing % 2} of 4: stage {failing} failed in the {what}")
