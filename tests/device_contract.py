@@ -167,7 +167,10 @@ def test_one_element_that_is_not_finite_is_told_and_then_forgotten(
 
 
 def test_what_is_learned_of_nothing(kernels, launcher):
-    """An empty bucket after a full one: nothing is launched, and nothing old is read."""
+    """A launch of no blocks is illegal, and an empty tensor's pointer is null (PR-13).
+
+    After a full bucket an empty one launches nothing, and nothing old is read.
+    """
     full = Bucket(kernels, launcher, ("float32", "float32"), [5])
     kernels.pack.pack(full.tiles, full.bucket.span, launcher, learned=full.learned)
     assert full.learned.read(launcher).square_norm > 0
@@ -252,6 +255,21 @@ def test_fold_of_several_ranks_copies(kernels, launcher, op, dtype, ranks):
         )
     for memory, copy in zip(memories, copies, strict=True):
         assert same(memory.read(), copy, dtype)
+
+
+def test_fold_into_targets_that_are_aligned_unlike(kernels, launcher):
+    copies = [noise(41, "float32", rank) for rank in range(4)]
+    memories = [
+        Memory(kernels, launcher, copy, shift=4 * (rank > 1)) for rank, copy in enumerate(copies)
+    ]
+    addresses = [memory.address for memory in memories]
+    sources = kernels.fold.Peers.of(tuple(addresses[:2]), launcher)
+    for first, last in ((2, 4), (1, 3)):
+        targets = kernels.fold.Peers.of(tuple(addresses[first:last]), launcher)
+        kernels.fold.fold("sum", "float32", sources, targets, 41, launcher)
+        reference.fold("sum", "float32", copies[:2], copies[first:last])
+    for memory, copy in zip(memories, copies, strict=True):
+        assert same(memory.read(), copy, "float32")
 
 
 def test_fold_where_peers_are_aligned_unlike(kernels, launcher):

@@ -62,9 +62,7 @@ class Launcher:
 
         grid = self.grid(wanted)
         try:
-            with cuda.gpus[self.device], warnings.catch_warnings():
-                # A small bucket makes a small grid; Numba would warn of each.
-                warnings.filterwarnings("ignore", message=".*Grid size")
+            with cuda.gpus[self.device]:
                 stream = stream_of(self.stream)
                 kernel[grid, self.threads, stream](*arguments)
         except Exception as error:
@@ -100,6 +98,9 @@ def compile_kernel(name: str, function: Callable[..., Any]) -> Any:
     """Return a CUDA kernel under a name that tells its variant; compiled at its first launch."""
     from numba import cuda
 
+    # A small bucket makes a small grid. Not by catch_warnings around a launch: launches come from
+    # several threads, and it would restore what another has set.
+    warnings.filterwarnings("ignore", message="Grid size .* low occupancy")
     function.__name__ = function.__qualname__ = name
     kernel = cuda.jit(function)
     if simulating():
