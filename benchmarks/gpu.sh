@@ -90,7 +90,7 @@ step() {
   timeout "$limit" "$@" || { echo "gpu.sh: failed with $?: $*" >&2; failed=1; }
 }
 step 60 mpirun -n 2 python -m ringfold doctor
-step 150 python -m pytest -q -p no:cacheprovider -m gpu tests/gpu
+step 200 python -m pytest -q -p no:cacheprovider -m gpu tests/gpu
 for ranks in 2 4; do
   step 100 mpirun -n "$ranks" python benchmarks/gpu.py --budget 1 --json "$out/gpu-$ranks.json"
 done

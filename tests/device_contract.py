@@ -167,7 +167,7 @@ def test_one_element_that_is_not_finite_is_told_and_then_forgotten(
 
 
 def test_what_is_learned_of_nothing(kernels, launcher):
-    """A launch of no blocks is illegal, and an empty tensor's pointer is null (PR-13).
+    """A launch of no blocks is illegal, and an empty tensor's pointer is null.
 
     After a full bucket an empty one launches nothing, and nothing old is read.
     """

@@ -14,9 +14,10 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(params=["small", "default"])
 def launcher(request):
+    """A small grid and the default one, of equal blocks, so that each kernel compiles once."""
     from ringfold.kernels.device.launch import Launcher
 
-    return Launcher(blocks=3, threads=32) if request.param == "small" else Launcher()
+    return Launcher(blocks=3) if request.param == "small" else Launcher()
 
 
 @pytest.mark.parametrize("bucket_dtype", PAIRS["float32"])
