@@ -1,0 +1,39 @@
+"""train.py --trace and --check-finite as a user starts them."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TRAIN = Path(__file__).parents[2] / "train.py"
+
+
+@pytest.mark.timeout(200)
+def test_a_trace_of_a_pipeline_has_every_rank_and_action(
+    job: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "trace.json"
+    options = ("--workload", "digits", "--pipe", 2, "--microbatches", 2, "--steps", 3)
+    done = job(2, TRAIN, *options, "--trace", path, timeout=120)
+    assert done.returncode == 0, done.output
+    assert "exposed" in done.stdout and "bubble" in done.stdout
+    found = json.loads(path.read_text())
+    events = [event for event in found["traceEvents"] if event["ph"] == "X"]
+    for rank in range(2):
+        compute = [e["name"] for e in events if e["pid"] == rank and e["cat"] == "compute"]
+        assert compute.count("optimizer") == 3
+        assert sorted(name for name in compute if name != "optimizer") == sorted(
+            ["F0", "F1", "B0", "B1"] * 3
+        )
+    assert found["otherData"]["lost_operations"] == 0
+
+
+@pytest.mark.timeout(200)
+def test_a_run_that_blows_up_says_once_where(job: Callable[..., Any]) -> None:
+    options = ("--workload", "digits", "--steps", 5, "--lr", "1e30", "--check-finite")
+    done = job(2, TRAIN, *options, timeout=120)
+    assert done.returncode == 1, done.output
+    assert done.output.count("the gradient of") == 1
+    assert "step 1, micro-batch 0, rank 0: the gradient of" in done.stderr
