@@ -52,16 +52,16 @@ class Placed:
 
     def read(self) -> Array:
         """Copy it to the host, and wait for that. Not ordered behind non-blocking streams."""
-        if simulating():
+        if isinstance(self.owner, np.ndarray):
             return np.array(self.owner)
         host: Array = self.owner.copy_to_host()
         return host
 
 
 def place(array: Array, launcher: Launcher) -> Placed:
-    """Copy a host array to new device memory, on the launcher's stream."""
+    """Copy a host array to new device memory, on the launcher's stream; none for no elements."""
     host = np.ascontiguousarray(array)
-    if simulating():
+    if simulating() or not host.size:
         owner = host.copy()
         return Placed(Span(owner.ctypes.data if owner.size else 0, owner.size), owner)
     from numba import cuda
