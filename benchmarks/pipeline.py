@@ -3,7 +3,8 @@
     mpirun -n 2 python benchmarks/pipeline.py [--microbatches 8] [--width 1024] [--peers gloo]
         [--json FILE] [--plot FILE]
 
-As many equal stages as ranks, each of some square layers; a step is a batch's forward and backward.
+As many equal stages as ranks, each of some square layers; by the interleaved plan twice as many of
+half the layers, if these are an even number. A step is a batch's forward and backward.
 alone: one process with the whole model, one micro-batch after the other, while the others sleep.
 busy: every rank runs its stage for all micro-batches at once with all others, and nobody waits for
 anybody.  ours: ringfold.Pipeline by each plan of ringfold.parallel.PLANS.  torch: the same plans of
@@ -31,7 +32,8 @@ from training import Alone
 
 import ringfold
 from ringfold.parallel import PLANS
-from ringfold.parallel.plan import check_plan, whole_plan
+from ringfold.parallel.plan import whole_plan
+from ringfold.parallel.plan_check import check_plan, num_stages_of
 
 TORCH = {"gpipe": "ScheduleGPipe", "1f1b": "Schedule1F1B"}
 """Plan -> the class of torch.distributed.pipelining that follows it with one stage a rank."""
@@ -40,6 +42,11 @@ BACKWARD_COST = 2.0
 """Of a forward: a backward multiplies twice, for the input's and for the weight's gradient."""
 
 loss_fn = nn.functional.mse_loss
+
+
+def stages_per_rank(plan: str) -> int:
+    """Return how many stages a rank has by this plan."""
+    return num_stages_of(whole_plan(PLANS[plan], 1, 1))
 
 
 class Work:
@@ -68,8 +75,14 @@ class Work:
             *(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(count))
         )
 
-    def boundaries(self) -> list[int]:
-        return [stage * self.per_stage for stage in range(1, self.num_stages)]
+    def boundaries(self, stages_per_rank: int) -> list[int]:
+        """Return the first layer of every stage but the first."""
+        per_stage = self.per_stage // stages_per_rank
+        return [stage * per_stage for stage in range(1, self.num_stages * stages_per_rank)]
+
+    def plans(self) -> list[str]:
+        """Return the names of the plans into whose equal stages the layers can be cut."""
+        return [plan for plan in PLANS if self.per_stage % stages_per_rank(plan) == 0]
 
     def stage(self, index: int) -> nn.Sequential:
         """Return the layers of one stage, under their names in the whole model."""
@@ -105,7 +118,7 @@ def ours(comm: ringfold.Communicator, mesh: ringfold.Mesh, work: Work, plan: str
         loss_fn=loss_fn,
         microbatches=work.microbatches,
         schedule=plan,
-        boundaries=work.boundaries(),
+        boundaries=work.boundaries(stages_per_rank(plan)),
     )
     return Contender(
         "ours",
@@ -154,7 +167,7 @@ def compare(
     lined = [
         alone.contender(lambda: in_turn(work.whole, work.x, work.y, count)),
         Contender("busy", lambda: in_turn(stage, inputs, work.y, count)),
-        *(ours(comm, mesh, work, plan) for plan in PLANS),
+        *(ours(comm, mesh, work, plan) for plan in work.plans()),
     ]
     if "gloo" in arguments.peers and comm.size > 1:
         lined += [torchs(comm, work, plan) for plan in TORCH if plan in PLANS]
