@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +18,9 @@ from .settings import Settings, survives_failures
 
 __all__ = ["Elastic", "Loss"]
 
+_FINE, _FINISHED = 1, 2
+"""Flags that living ranks agree on; a rank that has met a loss gives none."""
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -24,6 +29,7 @@ class Loss:
     ranks: those that died, as they were numbered before.  size: the ranks that go on.
     done: what the rank that was furthest had done.  root: that rank, as numbered now.
     seconds: from `recover` until this rank could go on.
+    joined: how many of the last ranks are new.
     """
 
     ranks: tuple[int, ...]
@@ -31,6 +37,7 @@ class Loss:
     done: int
     root: int
     seconds: float
+    joined: int = 0
 
 
 class Elastic:
@@ -49,16 +56,23 @@ class Elastic:
 
     Where a rank dies, every other one gets PeerLost from what it does over `comm`, or over a group
     made of it, and must call `recover`, which is collective over the living. `comm` is another one
-    afterwards, with ranks numbered anew in the old order; the old one, and what was made of it, is
-    of no use any more. Where a rank has died, leaving the block revokes MPI.COMM_WORLD, too.
-    Messages travel over MPI only, since a rank that dies in shared memory leaves no word there.
+    afterwards, with ranks numbered anew in the old order; the old one, and what was made of it
+    (groups, plans, registered memory), is of no use any more, and its works have ended in PeerLost.
 
-    Collective. CommError unless the job was started so that MPI goes on: mpirun --with-ft ulfm.
+    command: with it, `recover` starts this command, program first, as often as ranks have died: the
+    newcomers are the last ranks of the new `comm`. In them the same program opens Elastic with the
+    same arguments, `joined` is set, and `losses` holds the recovery that they are part of.
+
+    Open it before anything imports mpi4py.MPI: where a rank has died, MPI_Finalize may wait for
+    it for ever, and is left out then. Collective. CommError unless the job was started so that MPI
+    goes on: mpirun --with-ft ulfm.
     """
 
     comm: Communicator
 
-    def __init__(self, *, settings: Settings | None = None) -> None:
+    def __init__(
+        self, *, settings: Settings | None = None, command: Sequence[str] | None = None
+    ) -> None:
         if not survives_failures():
             raise CommError(
                 "MPI ends this job when a rank dies: start it by mpirun --with-ft ulfm, of Open "
@@ -66,19 +80,32 @@ class Elastic:
             )
         from .transport.mpi import Survivors
 
-        found = settings or Settings.read()
-        self._settings = replace(found, shared=False, compiled=False)
+        self._settings = settings or Settings.read()
+        self._command = command
         self._survivors = Survivors()
         self._kept: list[Any] = []
         self._known = False
+        self.joined = self._survivors.joined
         self.losses: list[Loss] = []
         self._open()
+        self._wanted = self.comm.size
+        if self.joined:
+            done, root, joined = self._progress(-1, True)
+            self.losses.append(Loss((), self.comm.size, done, root, 0.0, joined))
 
     def _open(self) -> None:
         self._transport = self._survivors.open()
         self.comm = Communicator.over(self._transport, self._settings)
+        self.comm._share()
+        self.comm._read_tuning()
         if self._settings.abort:
             self.comm._guard = Guard(self._transport, self.comm._progress)
+
+    def _progress(self, done: int, joined: bool) -> tuple[int, int, int]:
+        """Return what has been done at most, on which rank, and how many ranks are new."""
+        rows = self.comm.allgather(np.array([done, joined], np.int64))
+        root = int(rows[:, 0].argmax())
+        return int(rows[root, 0]), root, int(rows[:, 1].sum())
 
     def recover(self, done: int) -> Loss:
         """Go on without the dead; return who they were, and which rank is furthest.
@@ -88,38 +115,56 @@ class Elastic:
         """
         start = time.perf_counter()
         self._leave_old()
+        dead: list[int] = []
+        places = list(range(self.comm.size))
         while True:
             self._transport.revoke()
             if not self._known:
-                self._survivors.agree(False)
+                self._survivors.agree(0)
             self._known = False
-            dead = self._survivors.shrink()
+            lost = self._survivors.shrink()
+            dead += [places[rank] for rank in lost if rank < len(places)]
+            places = [place for rank, place in enumerate(places) if rank not in lost]
             try:
+                missing = self._wanted - self._survivors.size
+                if self._command is not None and missing:
+                    self._survivors.grow(missing, self._command)
                 self._open()
-                progress = self.comm.allgather(np.array([done], np.int64))[:, 0]
+                furthest, root, joined = self._progress(done, False)
                 break
-            except CommError:  # one more has died
+            except PeerLost:  # one more has died
                 self._leave_old()
-        root = int(progress.argmax())
-        loss = Loss(
-            tuple(dead), self.comm.size, int(progress[root]), root, time.perf_counter() - start
-        )
+        seconds = time.perf_counter() - start
+        loss = Loss(tuple(dead), self.comm.size, furthest, root, seconds, joined)
         self.losses.append(loss)
         return loss
 
-    def finished(self) -> bool:
-        """Return True once all living ranks ask this; collective with `recover`.
+    def commit(self) -> None:
+        """Return once all living ranks ask this, and all of them alike; collective.
 
-        PeerLost, on all of them, if one has died or is recovering: then recover, too.
+        PeerLost, on all of them, if one has died or is recovering: then recover, too. So either
+        all living ranks take what comes next as done, such as a step of the optimizer, or none.
         """
-        if self._survivors.agree(True):
-            return True
-        self._known = True
-        raise PeerLost("a rank has died while this one had nothing left to do")
+        self._agree(_FINE)
+
+    def finished(self) -> bool:
+        """Return True once all living ranks ask this; False where others `commit` meanwhile.
+
+        Collective with `commit` and `recover`, and PeerLost as of `commit`.
+        """
+        return self._agree(_FINE | _FINISHED) == _FINE | _FINISHED
+
+    def _agree(self, flags: int) -> int:
+        agreed = self._survivors.agree(flags)
+        if not agreed & _FINE:
+            self._known = True
+            raise PeerLost("a rank has died, or has met the death of one")
+        return agreed
 
     def _leave_old(self) -> None:
         error = PeerLost("this communicator is given up: a rank of it has died")
-        self._kept += self.comm._progress.abandon(error)
+        # MPI may still write to what is under way.
+        self._kept += [self.comm, *self.comm._progress.abandon(error)]
         if self.comm._guard is not None:
             self.comm._guard.release()
         self.comm._closed = True
@@ -134,5 +179,6 @@ class Elastic:
         traceback: TracebackType | None,
     ) -> None:
         if kind is None:
-            self.comm.close()
+            with suppress(PeerLost):  # all have done what there was to do
+                self.comm.close()
             self._survivors.leave()

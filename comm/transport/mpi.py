@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..errors import CommError, PeerLost
 from .base import Bytes, Channel, Transport
 from .mpi_abi import find_calls
-from .mpi_errors import refused, wrong_size
+from .mpi_errors import raising, refused, wrong_size
+from .mpi_exit import say_goodbye
 
 _LEFT = 1
 """Tag of the notice that a rank leaves, on the control communicator."""
@@ -141,7 +144,9 @@ class MpiTransport:
     def __init__(self, mpi: Any, group: Any, departures: Departures | None = None) -> None:
         """Duplicate `group`, an MPI communicator; collective over it."""
         self._mpi = mpi
-        self._channels = {channel: group.Dup() for channel in Channel}
+        with raising(mpi, "opening a group"):
+            self._channels = {channel: group.Dup() for channel in Channel}
+            self._control = None if departures else group.Dup()
         for duplicate in self._channels.values():
             duplicate.Set_errhandler(mpi.ERRORS_RETURN)
         self.rank: int = group.Get_rank()
@@ -149,7 +154,6 @@ class MpiTransport:
         self.max_tag: int = mpi.COMM_WORLD.Get_attr(mpi.TAG_UB)
         self.calls = find_calls(mpi, self._channels[Channel.COLLECTIVE])
         self.threads = mpi.Query_thread() == mpi.THREAD_MULTIPLE
-        self._control = None if departures else group.Dup()
         self._departures = departures or Departures(mpi, self._control)
         top = self._departures._control.Get_group()
         self.world: tuple[int, ...] = tuple(
@@ -217,12 +221,16 @@ class MpiTransport:
     def split(self, color: int | None, key: int) -> Transport | None:
         """Return the group of the ranks of the same color."""
         base = self._channels[Channel.COLLECTIVE]
-        return self._group(base.Split(self._mpi.UNDEFINED if color is None else color, key))
+        with raising(self._mpi, "splitting a group"):
+            made = base.Split(self._mpi.UNDEFINED if color is None else color, key)
+        return self._group(made)
 
     def node(self) -> Transport:
         """Return the group of the ranks that can share memory with this one."""
         base = self._channels[Channel.COLLECTIVE]
-        group = self._group(base.Split_type(self._mpi.COMM_TYPE_SHARED, self.rank))
+        with raising(self._mpi, "finding the ranks of this node"):
+            made = base.Split_type(self._mpi.COMM_TYPE_SHARED, self.rank)
+        group = self._group(made)
         assert group is not None
         return group
 
@@ -255,24 +263,44 @@ class MpiTransport:
 
 
 class Survivors:
-    """The MPI processes of this job that live, on a communicator that nothing else uses."""
+    """The MPI processes of this job that live, on a communicator that nothing else uses.
+
+    joined: whether this process was started by `grow` of others, which it has met then.
+    """
 
     def __init__(self) -> None:
-        """Start with all of them; collective."""
+        """Start with all of the job, or with those that have started this process; collective."""
+        if "mpi4py.MPI" not in sys.modules:
+            # MPI_Finalize of Open MPI 5.0 may wait for the dead for ever: `leave` says when to
+            # call it. Whoever has imported mpi4py.MPI before has left that to mpi4py.
+            import mpi4py
+
+            mpi4py.rc.finalize = False
+            atexit.register(self._finalize)
         self._mpi = load_mpi()
-        self._base = self._mpi.COMM_WORLD.Dup()
+        self._clean = False
+        self._whole = True
+        parent = self._mpi.Comm.Get_parent()
+        self.joined = bool(parent != self._mpi.COMM_NULL)
+        with raising(self._mpi, "meeting the other ranks"):
+            self._base = parent.Merge(True) if self.joined else self._mpi.COMM_WORLD.Dup()
         self._base.Set_errhandler(self._mpi.ERRORS_RETURN)
+
+    @property
+    def size(self) -> int:
+        """Return how many there are."""
+        return int(self._base.Get_size())
 
     def open(self) -> MpiTransport:
         """Open a transport over them; collective."""
         return MpiTransport(self._mpi, self._base)
 
-    def agree(self, fine: bool) -> bool:
-        """Tell, alike on all of them, whether all are fine and none has died; collective."""
+    def agree(self, flags: int) -> int:
+        """Return the flags that all of them give, alike on all; 0 if one has died; collective."""
         try:
-            return bool(self._base.Agree(int(fine)))
+            return int(self._base.Agree(flags))
         except self._mpi.Exception:
-            return False
+            return 0
 
     def shrink(self) -> list[int]:
         """Go on without the dead, and return their ranks; collective over the living."""
@@ -282,16 +310,32 @@ class Survivors:
         old, new = before.Get_group(), after.Get_group()
         ranks = list(range(old.Get_size()))
         places = self._mpi.Group.Translate_ranks(old, ranks, new)
-        self._base = after
+        self._base, self._whole = after, False
         return [rank for rank, place in zip(ranks, places, strict=True) if place < 0]
 
-    def leave(self) -> None:
-        """Prepare for MPI's own end where ranks have died; collective over the living.
+    def grow(self, count: int, command: Sequence[str]) -> None:
+        """Start so many processes more, which come behind the others; collective.
 
-        Open MPI 5.0 may wait for the dead in MPI_Finalize for ever unless its world is revoked.
+        Raises: CommError where they cannot be started; PeerLost where one of these has died.
         """
-        if self._base.Get_size() == self._mpi.COMM_WORLD.Get_size():
+        with raising(self._mpi, f"starting {count} processes"):
+            both = self._base.Spawn(command[0], list(command[1:]), maxprocs=count, root=0)
+            both.Set_errhandler(self._mpi.ERRORS_RETURN)
+            self._base = both.Merge(False)
+        self._base.Set_errhandler(self._mpi.ERRORS_RETURN)
+
+    def leave(self) -> None:
+        """Prepare for the end of this process; collective over the living."""
+        self._clean = self.agree(1) == 1 and self._whole and not self.joined
+
+    def _finalize(self) -> None:
+        """End MPI as it wants to be ended, but where ranks have died end without it.
+
+        The processes of a job that goes on without ranks may do that: mpirun's status is theirs.
+        """
+        if self._mpi.Is_finalized():
             return
-        self.agree(True)
-        self._mpi.COMM_WORLD.Set_errhandler(self._mpi.ERRORS_RETURN)
-        self._mpi.COMM_WORLD.Revoke()
+        if self._clean:
+            self._mpi.Finalize()
+        elif self.joined:
+            say_goodbye()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import CommError, MismatchError, PeerLost
@@ -17,10 +19,24 @@ def refused(mpi: Any, code: int, peer: int, wanted: int | None) -> CommError:
 
     wanted: the bytes expected from it; None for a message to it.
     """
-    # An mpi4py or an MPI without failure mitigation has no such classes.
-    lost = [getattr(mpi, name, None) for name in ("ERR_PROC_FAILED", "ERR_REVOKED")]
-    if mpi.Get_error_class(code) in lost:
+    if _is_loss(mpi, code):
         return PeerLost(f"message with rank {peer}: {mpi.Get_error_string(code)}")
     if wanted is not None and mpi.Get_error_class(code) == mpi.ERR_TRUNCATE:
         return MismatchError(f"rank {peer} sends more than the {wanted} bytes expected")
     return CommError(f"MPI failed on a message with rank {peer}: {mpi.Get_error_string(code)}")
+
+
+@contextmanager
+def raising(mpi: Any, what: str) -> Iterator[None]:
+    """Turn an MPI failure within into PeerLost where a rank has died, else into CommError."""
+    try:
+        yield
+    except mpi.Exception as error:
+        kind = PeerLost if _is_loss(mpi, error.Get_error_code()) else CommError
+        raise kind(f"{what}: {error}") from error
+
+
+def _is_loss(mpi: Any, code: int) -> bool:
+    # An mpi4py or an MPI without failure mitigation has no such classes.
+    names = ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED")
+    return mpi.Get_error_class(code) in [getattr(mpi, name, None) for name in names]

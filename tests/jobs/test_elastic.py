@@ -1,8 +1,10 @@
 """Training goes on without ranks that were killed, and comes to what their absence makes of it."""
 
 import copy
+import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,10 +99,9 @@ def expected(sizes: list[int]) -> str:
     return str(space["digest"](model))
 
 
-@pytest.mark.timeout(150)
-# Not part of make test yet: now and then mpirun ends with status 1 though all survivors ended well.
+@pytest.mark.timeout(3000)
 @pytest.mark.slow
-@pytest.mark.parametrize("runs", [1, 50])
+@pytest.mark.parametrize("runs", [50])
 def test_two_of_four_ranks_die_and_the_weights_are_those_of_the_same_membership(
     job: Callable[..., Any], tmp_path: Any, runs: int
 ) -> None:
@@ -111,7 +112,7 @@ def test_two_of_four_ranks_die_and_the_weights_are_those_of_the_same_membership(
         first, second = sorted(draw.sample(range(1, 30), 2))
         dying = draw.sample(range(4), 2)
         deaths = [f"{rank}:{step}" for rank, step in zip(dying, (first, second), strict=True)]
-        done = job(4, tmp_path / "elastic.py", *deaths, timeout=60, ft=True)
+        done = job(4, tmp_path / "elastic.py", *deaths, timeout=100, ft=True)
         assert done.returncode == 0 and not done.leftovers, (deaths, done.output)
         lines = done.stdout.splitlines()
         ends = {line for line in lines if line.startswith("END")}
@@ -124,3 +125,123 @@ def test_two_of_four_ranks_die_and_the_weights_are_those_of_the_same_membership(
 def test_without_fault_tolerance_an_error_at_the_start_says_so(job: Callable[..., Any]) -> None:
     done = job(1, "import ringfold; ringfold.Elastic()")
     assert done.returncode != 0 and "mpirun --with-ft ulfm" in done.stderr
+
+
+TRAIN = Path(__file__).parents[2] / "train.py"
+
+# Ranks of the first world are killed as by `kill -9` in a step: before it, or with its gradients.
+KILLED = f"""
+import os, runpy, signal, sys
+from ringfold.workloads import engines
+
+deaths, size, *sys.argv[1:] = sys.argv[1:]
+deaths = {{tuple(pair.split(":")) for pair in deaths.split(",")}}
+# Those that are started later have a world of their own.
+me = os.environ["OMPI_COMM_WORLD_RANK"] if os.environ["OMPI_COMM_WORLD_SIZE"] == size else "none"
+
+def dying(cls):
+    begin_at, step = cls.begin_at, cls.step
+
+    def begin(self, number):
+        self.number = number
+        begin_at(self, number)
+
+    def die(self, place):
+        if (me, str(self.number), place) in deaths:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def one(self, x, y):
+        die(self, "before")
+        loss = step(self, x, y)
+        die(self, "after")
+        self.number += 1
+        return loss
+
+    cls.begin_at, cls.step = begin, one
+
+dying(engines.Replicas)
+dying(engines.Stages)
+sys.argv[0] = {str(TRAIN)!r}
+runpy.run_path({str(TRAIN)!r}, run_name="__main__")
+"""
+
+
+@pytest.fixture
+def killed(job: Callable[..., Any], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Run train.py --elastic on four ranks, some of which die, and return its report."""
+
+    def run(deaths: str, *options: object, env: Any = None) -> dict[str, Any]:
+        path = tmp_path / "report.json"
+        arguments = (deaths, 4, "--steps", 24, "--report", path, *options)
+        done = job(4, KILLED, *arguments, ft=True, timeout=110, env=env)
+        assert done.returncode == 0 and not done.leftovers, (deaths, done.output)
+        report: dict[str, Any] = json.loads(path.read_text())
+        assert len(report["losses"]) == report["steps"] == 24
+        return report
+
+    return run
+
+
+def planned(job: Callable[..., Any], tmp_path: Path, departures: str, *options: object) -> Any:
+    """Run train.py with the same membership by schedule, and return its report."""
+    path = tmp_path / "planned.json"
+    done = job(
+        4, TRAIN, "--steps", 24, "--membership", departures, "--report", path, *options, timeout=110
+    )
+    assert done.returncode == 0 and not done.leftovers, done.output
+    return json.loads(path.read_text())
+
+
+SETTINGS: tuple[dict[str, str], ...] = (
+    {},
+    {"RINGFOLD_SHARED": "0"},
+    {"RINGFOLD_SHARED": "0", "RINGFOLD_COMPILED": "0"},
+)
+
+
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("runs", [1, pytest.param(50, marks=pytest.mark.slow)])
+def test_training_goes_on_without_two_of_four_ranks(
+    job: Callable[..., Any], killed: Callable[..., Any], tmp_path: Path, runs: int
+) -> None:
+    draw = random.SystemRandom()
+    for number in range(runs):
+        first, second = sorted(draw.sample(range(1, 24), 2))
+        one, other = draw.sample(range(4), 2)
+        place = draw.choice(("before", "after"))
+        deaths = f"{one}:{first}:{place},{other}:{second}:before"
+        found = killed(deaths, "--elastic", env=SETTINGS[number % len(SETTINGS)])
+        expected = planned(job, tmp_path, f"{one}:{first},{other}:{second}")
+        assert found["weights_sha256"] == expected["weights_sha256"], deaths
+        assert found["losses"] == expected["losses"], deaths
+        shown = [(event["event"], event["rank"], event["step"]) for event in found["events"]]
+        assert shown == [("died", one, first), ("died", other, second)]
+        assert all(event["host"] and event["seconds"] > 0 for event in found["events"])
+        assert found["ranks"] == 2
+
+
+@pytest.mark.timeout(250)
+def test_a_pipeline_goes_on_from_the_living_replica_and_takes_in_a_new_rank(
+    killed: Callable[..., Any],
+) -> None:
+    # The digest of the weights is refused where replicas differ.
+    found = killed("1:7:after", "--pipe", 2, "--elastic", "grow")
+    assert (found["ranks"], found["data"], found["pipe"]) == (4, 2, 2)
+    shown = [(event["event"], event["rank"], event["step"]) for event in found["events"]]
+    assert shown == [("died", 1, 7), ("joined", 4, 7)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_a_pipeline_goes_on_with_fewer_ranks_or_from_its_checkpoint(
+    job: Callable[..., Any], killed: Callable[..., Any], tmp_path: Path
+) -> None:
+    found = killed("2:7:before", "--pipe", 2, "--elastic")
+    expected = planned(job, tmp_path, "2:7", "--pipe", 2)
+    assert (found["data"], found["pipe"]) == (1, 2)
+    assert found["weights_sha256"] == expected["weights_sha256"]
+    # Both replicas of the second stage die: what it held is on the disk only.
+    store = ("--checkpoint", tmp_path / "store", "--every", 5)
+    found = killed("1:12:before,3:12:before", "--pipe", 2, "--elastic", *store)
+    assert (found["data"], found["pipe"]) == (1, 2)
+    assert found["events"][0]["lost"] == "all since the checkpoint of step 10"

@@ -45,6 +45,8 @@ def lacking(options: Options) -> str:
         "--dropout" if options.dropout else "",
         f"--wire {options.wire}" if options.wire and ":" in options.wire else "",
         "--checkpoint" if options.checkpoint is not None else "",
+        "--elastic" if options.elastic is not None else "",
+        "--membership" if options.membership else "",
     ]
     return ", ".join(filter(None, found))
 

@@ -57,7 +57,7 @@ class Digits:
         self.test = torch.from_numpy(pixels[test]), torch.from_numpy(labels[test])
         self.share = share
         self.sampler = GlobalBatchSampler(
-            len(train), share.batch_size, share.rank, share.size, seed=share.seed
+            len(train), share.batch_size, share.rank, share.size, seed=share.seed, uneven=True
         )
         self.fingerprint = hashlib.sha256(pixels.tobytes() + labels.tobytes()).hexdigest()
 

@@ -27,13 +27,15 @@ class Dump:
     Data rank 0 of each stage writes; the folder must be the same on all their hosts.
     """
 
-    def __init__(self, folder: Path, mesh: Mesh, engine: Engine) -> None:
+    def __init__(self, folder: Path, mesh: Mesh, engine: Engine, again: bool = False) -> None:
         """Make the folder.
+
+        again: the run goes on, and the dump with it.
 
         Raises: UsageError where it cannot be made, or holds a dump already.
         """
         self.folder, self.mesh, self.engine = folder, mesh, engine
-        if mesh.data.rank == 0 and mesh.pipe.rank == 0:
+        if mesh.data.rank == 0 and mesh.pipe.rank == 0 and not again:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:

@@ -50,6 +50,7 @@ class Keeper:
         self.options = options
         self.losses = losses
         self.checkpoints: Checkpoints | None = None
+        self.past = CheckpointTimes(0, 0.0, 0.0)
         if options.checkpoint is not None:
             self.checkpoints = Checkpoints(options.checkpoint, comm, keep=options.keep)
         # What makes a batch what it is: with another one, no step would be the step that it was.
@@ -94,6 +95,24 @@ class Keeper:
         self.saved = loaded.step
         return loaded.step
 
+    def reload(self) -> int:
+        """Return how many steps the newest checkpoint holds, after loading it.
+
+        CheckpointError where there is none.
+        """
+        if self.checkpoints is None:
+            raise CheckpointError("no checkpoint to go on from: --checkpoint DIR keeps some")
+        return self._load(self.checkpoints)
+
+    def follow(self, before: Keeper) -> None:
+        """Count on from an earlier keeper of this run; not collective."""
+        self.past = before._times()
+
+    def give_up(self) -> None:
+        """Stop what is being written; not collective."""
+        if self.checkpoints is not None:
+            self.checkpoints.give_up()
+
     def after(self, step: int, last: bool) -> None:
         """Write a checkpoint if it is time for one, `step` steps being done."""
         if self.checkpoints is None or step == self.saved:
@@ -110,5 +129,14 @@ class Keeper:
         if self.checkpoints is None:
             return None
         self.checkpoints.wait()
-        found = self.checkpoints
-        return CheckpointTimes(found.count, found.stood_still, found.writing)
+        return self._times()
+
+    def _times(self) -> CheckpointTimes:
+        found, past = self.checkpoints, self.past
+        if found is None:
+            return past
+        return CheckpointTimes(
+            past.count + found.count,
+            past.stood_still_seconds + found.stood_still,
+            past.writing_seconds + found.writing,
+        )

@@ -17,7 +17,7 @@ class GlobalLosses:
     """Average losses over the data ranks, `every` steps at a time.
 
     One message for many steps: alone, a loss of four bytes costs as much as a small model's
-    gradients.  All shares hold equally many samples, so the mean over ranks is that over samples.
+    gradients.  The mean over data ranks is that over samples, as `Engine.step` has it.
     """
 
     def __init__(self, comm: Communicator, every: int = 16) -> None:

@@ -14,7 +14,16 @@ from ..parallel.plan_check import PlanError, check_plan, num_stages_of
 from ..parallel.plan_text import parse_plan
 from . import WORKLOADS
 
-__all__ = ["Grid", "Options", "UsageError", "grid_of", "needs_stages", "parse", "plan_of"]
+__all__ = [
+    "Grid",
+    "Options",
+    "UsageError",
+    "grid_of",
+    "grid_of_some",
+    "needs_stages",
+    "parse",
+    "plan_of",
+]
 
 WIRE_DTYPES = ("fp32", "bf16", "fp16")
 TREE_MICROBATCHES = 8
@@ -54,6 +63,13 @@ class Options:
     keep: int
     resume: bool
     device: str
+    elastic: str | None
+    membership: tuple[tuple[int, int], ...]
+
+    @property
+    def uneven(self) -> bool:
+        """Tell whether data ranks may have unequal shares of a batch."""
+        return self.elastic is not None or bool(self.membership)
 
 
 @dataclass(frozen=True)
@@ -87,6 +103,10 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
             raise UsageError(f"{given[0]} needs --checkpoint DIR")
     if found.reduction == "tree" and (found.wire or found.wire_dtype):
         raise UsageError("--reduction tree adds gradients as they are: leave --wire out")
+    if found.elastic is not None and found.membership:
+        raise UsageError("--elastic follows what happens, --membership what is planned: take one")
+    if found.trace is not None and (found.elastic is not None or found.membership):
+        raise UsageError("--trace is of ranks that stay: leave out --elastic and --membership")
     defaults = WORKLOADS[found.workload]
     return Options(
         workload=found.workload,
@@ -115,6 +135,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         keep=3 if found.keep is None else found.keep,
         resume=found.resume,
         device=found.device,
+        elastic=found.elastic,
+        membership=found.membership,
     )
 
 
@@ -142,6 +164,19 @@ def needs_stages(options: Options) -> bool:
     return several or options.recompute
 
 
+def grid_of_some(options: Options, num_ranks: int) -> Grid:
+    """Split what is left of a run's ranks: as many as fit the pipe and the batch, the first ones.
+
+    The pipe keeps its stages as long as there are ranks for them; the others are spare.
+    """
+    pipe = min(options.pipe, num_ranks)
+    data = min(num_ranks // pipe, options.batch_size)
+    if options.reduction == "tree":
+        microbatches = options.microbatches or TREE_MICROBATCHES
+        data = _largest_divisor(microbatches, at_most=data)
+    return grid_of(replace(options, data=data, pipe=pipe), data * pipe)
+
+
 def _grid_of(options: Options, num_ranks: int) -> Grid:
     pipe = options.pipe
     if options.data is None and num_ranks % pipe:
@@ -152,7 +187,7 @@ def _grid_of(options: Options, num_ranks: int) -> Grid:
             f"--data {data} times --pipe {pipe} makes {data * pipe} ranks, but this job has"
             f" {num_ranks}: start it by mpirun -n {data * pipe}, or change the split"
         )
-    if options.batch_size % data:
+    if options.batch_size < data or (options.batch_size % data and not options.uneven):
         raise UsageError(
             f"--batch-size {options.batch_size}, the global batch, is not divisible by the {data}"
             " data ranks"
@@ -163,7 +198,7 @@ def _grid_of(options: Options, num_ranks: int) -> Grid:
     microbatches = options.microbatches
     if microbatches is None:
         microbatches = _largest_divisor(share, at_most=2 * pipe) if pipe > 1 else 1
-    if share % microbatches:
+    if share % microbatches and not options.uneven:
         raise UsageError(
             f"--microbatches {microbatches} does not divide the {share} samples that each data rank"
             f" holds of a global batch of {options.batch_size}"
@@ -330,6 +365,22 @@ def _parser() -> argparse.ArgumentParser:
         help="go on from the newest whole checkpoint in DIR, on any number of ranks; from the start"
         " if there is none",
     )
+    living = parser.add_argument_group("ranks that die")
+    living.add_argument(
+        "--elastic",
+        nargs="?",
+        const="shrink",
+        choices=("shrink", "grow"),
+        help="go on without ranks that die; grow: start others in their place. Under mpirun"
+        " --with-ft ulfm, of Open MPI 5 or newer",
+    )
+    living.add_argument(
+        "--membership",
+        type=_departures,
+        default=(),
+        metavar="RANK:STEP,...",
+        help="let ranks leave before these steps, to compare an elastic run with",
+    )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
     parser.add_argument(
         "--trace",
@@ -401,6 +452,17 @@ def _probability(text: str) -> float:
     if not 0 <= number < 1:
         raise argparse.ArgumentTypeError(f"expected a probability below 1, got {text}")
     return number
+
+
+def _departures(text: str) -> tuple[tuple[int, int], ...]:
+    whole = _whole(0)
+    found = []
+    for pair in text.split(","):
+        rank, colon, step = pair.partition(":")
+        if not colon:
+            raise argparse.ArgumentTypeError(f"expected RANK:STEP,..., got {text!r}")
+        found.append((whole(rank), whole(step)))
+    return tuple(found)
 
 
 def _wire(text: str) -> str:

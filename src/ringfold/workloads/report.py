@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -42,6 +42,7 @@ class Report:
     `seconds` is the time of the steps alone, without set-up and evaluation; a resumed run's are
     those from `resumed_at` on. `wire_bytes` is what all ranks together have put into the reductions
     of gradients, flags included; 0 with one replica, and those in a tree are not counted.
+    `events`: ranks that died or joined, of an elastic run.
     """
 
     workload: str
@@ -58,6 +59,7 @@ class Report:
     resumed_at: int = 0
     checkpoints: CheckpointTimes | None = None
     dump: str | None = None
+    events: Sequence[dict[str, Any]] = ()
 
 
 def check_writable(path: Path) -> None:

@@ -143,7 +143,12 @@ class Text:
         self.train = torch.from_numpy(data[:cut].astype(np.int64))
         self.validation = torch.from_numpy(data[cut:].astype(np.int64))
         self.sampler = GlobalBatchSampler(
-            num_windows(self.train), share.batch_size, share.rank, share.size, seed=share.seed
+            num_windows(self.train),
+            share.batch_size,
+            share.rank,
+            share.size,
+            seed=share.seed,
+            uneven=True,
         )
         self.fingerprint = hashlib.sha256(data.tobytes()).hexdigest()
 
