@@ -64,6 +64,7 @@ class Replicas:
         self.device = torch.device(device)
         self.batch_size = options.batch_size
         self.size = mesh.data.size
+        self.uneven = options.uneven
         self.model = DataParallel(
             nn.Sequential(*layers).to(self.device),
             mesh.data,
@@ -88,8 +89,9 @@ class Replicas:
 
     def step(self, x: Tensor, y: Tensor) -> float:
         self.model.train()
-        # Equal shares need no weights, and one message less.
-        even = self.batch_size % self.size == 0
+        # Equal shares need no weights. Where they may become unequal, what weights need is compiled
+        # in the first step, not while others wait for a rank that has died.
+        even = not self.uneven
         with nullcontext() if even else self.model.weighted(len(x)):
             loss = self.loss(self.model(x.to(self.device)), y.to(self.device))
             loss.backward()  # type: ignore[no-untyped-call]
