@@ -114,7 +114,7 @@ def test_text_beats_the_single_bytes(train: Callable[..., dict[str, Any]], pipe:
         (2, "--pipe 3", "--pipe 3 does not divide the 2 ranks"),
         (2, "--batch-size 7", "not divisible by the 2 data ranks"),
         (2, "--pipe 2 --microbatches 3", "--microbatches 3 does not divide the 64 samples"),
-        (2, "--schedule gpip", "expected a file, or one of: 1f1b, gpipe, interleaved, naive, zero-bubble"),
+        (2, "--schedule gpip", "expected a file, or one of: 1f1b, gpipe, interleaved, naive"),
         (2, "--workload digit", "invalid choice: 'digit'"),
         (2, "--wire-dtype fp8", "invalid choice: 'fp8'"),
         (2, "--wire topk:1.5", "expected a ratio of at most 1"),
