@@ -15,6 +15,7 @@ import numpy as np
 
 from ..kernels.records import Status
 from .buffer import allocate, registered
+from .deaths import Deaths, Process
 from .device import on_device
 from .dtypes import dtype_named
 from .errors import CommError
@@ -28,9 +29,10 @@ from .schedule import Schedule
 from .settings import Settings
 from .timeline import WAIT, Timeline
 from .topology import Nodes
-from .trace import Entry, Sites
+from .trace import Entry, Sites, entries_in
 from .transport.base import Channel, Transport
 from .tune import Tuning, parse, share_text
+from .watchdog import Watchdog
 from .work import Prepared, Receipt, Steps, Work
 
 if TYPE_CHECKING:
@@ -86,6 +88,8 @@ class Communicator:
         self._top = True
         self._share()
         self._read_tuning()
+        if self._settings.watch and self.size > 1:
+            self._watch()
 
     @classmethod
     def over(
@@ -135,6 +139,7 @@ class Communicator:
         self._device_operations: DeviceOperations | None = None
         self._process = os.getpid()
         self._closed = False
+        self._watchdog: Watchdog | None = None
         self._attentive = progress.timeline is not None
         progress.groups.add(self)
         self._top = False
@@ -162,6 +167,31 @@ class Communicator:
         """Tell every rank which ranks share a node; collective."""
         lowest = self.node.broadcast(np.array([self.rank]))
         return Nodes.labelled(self.allgather(lowest).ravel().tolist())
+
+    def _watch(self) -> None:
+        """Start the watchdog, and tell it of the other ranks of this node; collective."""
+        inquiry = self._progress.inquiry
+        assert inquiry is not None
+        own = Process.own()
+        mine = np.array([self.rank, own.pid, own.started])
+        node = self.node.allgather(mine).tolist()
+        known = {rank: Process(pid, started) for rank, pid, started in node if rank != self.rank}
+        self._progress.deaths = Deaths(known, self._last_of([row[0] for row in node]))
+        watchdog = Watchdog(inquiry, self._transport, self._progress.deaths, self._settings.abort)
+        files = self.node.allgather(np.array([watchdog.file])).ravel().tolist()
+        of = dict(zip([row[0] for row in node], files, strict=True))
+        watchdog.start({rank: (process, of[rank]) for rank, process in known.items()})
+        self._watchdog = watchdog
+
+    def _last_of(self, ranks: list[int]) -> Callable[[int], str]:
+        """Return what tells the last operation of one of the node's ranks, from its memory."""
+        traces = self._nodes.traces if self._nodes is not None and self._nodes.token else []
+
+        def last(rank: int) -> str:
+            entries = entries_in(traces[ranks.index(rank)], 1) if traces else ()
+            return str(entries[-1]) if entries else "unknown"
+
+        return last
 
     def _share(self) -> None:
         """Map the memory of the ranks on this node; collective."""
@@ -424,6 +454,9 @@ class Communicator:
             self.node.close()
         if self._top:
             self._progress.stop()
+        if self._watchdog is not None:
+            self._progress.deaths = None
+            self._watchdog.stop()
         if self._guard is not None:
             self._guard.release()
         self._transport.close()

@@ -7,6 +7,7 @@ go on: nothing is told, or looked at, before somebody has waited for ASK_SECONDS
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -27,6 +28,7 @@ from .notices import (
 )
 from .trace import Ring
 from .transport.base import Transport
+from .where import state
 from .work import Work
 
 ASK_SECONDS = 0.3
@@ -55,7 +57,9 @@ class Inquiry:
         self._since: dict[str, tuple[int, float]] = {}
         self._reports: dict[int, dict[int, str]] = {}
         self._asked = 0
-        self.answer: Callable[[], str] = lambda: "does not say"
+        self._heard_ask = -math.inf
+        self.answer: Callable[[], str] = lambda: state(ring)
+        self.force: Callable[[int], str | None] = lambda rank: None
 
     def rows(self, group: str) -> tuple[Row, ...]:
         """Return this rank's last collectives in a group, the oldest first."""
@@ -82,6 +86,7 @@ class Inquiry:
             if notice.sequence > self._settled.get(notice.group, 0):
                 self._verdicts[notice.group] = notice
         elif isinstance(notice, Ask):
+            self._heard_ask = time.monotonic()
             self._transport.tell([src], encode(Report(notice.number, self.answer())))
         elif notice.number in self._reports:
             self._reports[notice.number][src] = notice.text
@@ -172,4 +177,18 @@ class Inquiry:
             self.listen()
             time.sleep(0.005)
         del self._reports[number]
-        return dict(answers)
+        silent = {rank: self.force(rank) for rank in ranks if rank not in answers}
+        return {**answers, **{rank: text for rank, text in silent.items() if text is not None}}
+
+    def was_asked(self, seconds: float) -> bool:
+        """Tell whether a peer has asked within the last seconds."""
+        self.listen()
+        return time.monotonic() - self._heard_ask < seconds
+
+    def around(self, work: Work, patience: float) -> str:
+        """Return what the ranks of a work's group are at, as rows of a text."""
+        members = work.transport.world
+        told = self.ask(members, patience)
+        told[self._transport.rank] = self.answer()
+        rows = {place: told.get(rank, "does not answer") for place, rank in enumerate(members)}
+        return table("where the ranks are", rows)

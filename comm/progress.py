@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .board import Server, Waiting
+from .deaths import Deaths
 from .errors import CommTimeout, MismatchError, PeerLost
 from .inquiry import Inquiry
 from .timeline import WAIT, Timeline
@@ -28,6 +29,10 @@ _LOOK = 100e-6
 
 _CHECK = 0.05
 """Seconds between two checks for lost peers and for the deadline while waiting."""
+
+
+_ANSWERS = 1.5
+"""Seconds that the others have to say where they are, when time is up."""
 
 
 class Progress:
@@ -48,6 +53,7 @@ class Progress:
         self._stopped = False
         self._server = Server()
         self.inquiry: Inquiry | None = None
+        self.deaths: Deaths | None = None
 
     def start(self, make: Callable[[], Work], background: bool) -> Work:
         """Make a work, which starts it, and look after it until it has ended.
@@ -95,7 +101,8 @@ class Progress:
             self._waiting += 1
             self._server.interrupt(True)
         try:
-            watch = Watch(work, self.timeout if timeout is None else timeout, self.inquiry)
+            patience = self.timeout if timeout is None else timeout
+            watch = Watch(work, patience, self.inquiry, self.deaths)
             while True:
                 with self._lock:
                     self._advance_all(work)
@@ -186,8 +193,11 @@ class Progress:
 class Watch:
     """The patience of one waiting rank: pauses, looks for lost peers, and knows when time is up."""
 
-    def __init__(self, work: Work, timeout: float, inquiry: Inquiry | None) -> None:
+    def __init__(
+        self, work: Work, timeout: float, inquiry: Inquiry | None, deaths: Deaths | None
+    ) -> None:
         self._work = work
+        self._deaths = deaths
         self._inquiry = inquiry
         self._timeout = timeout
         self._start = self._checked = time.monotonic()
@@ -208,6 +218,8 @@ class Watch:
         self._checked = now
         peers = sorted({request.peer for request in self._work.pending})
         try:
+            if self._deaths is not None:
+                self._deaths.check(transport.world)
             transport.check(peers)
             self._suspected = False
         except PeerLost:
@@ -220,8 +232,11 @@ class Watch:
         if self._inquiry is not None:
             self._inquiry.look(self._work, waited)
         if waited >= self._timeout:
-            receipt = self._work.receipt
+            receipt, around = self._work.receipt, ""
+            if self._inquiry is not None:
+                patience = min(_ANSWERS, self._timeout / 2)
+                around = "; " + self._inquiry.around(self._work, patience)
             raise CommTimeout(
                 f"rank {transport.rank} waited {waited:.1f} s in {receipt.operation} "
-                f"({receipt.algorithm}, {receipt.nbytes} bytes) for ranks {peers}"
+                f"({receipt.algorithm}, {receipt.nbytes} bytes) for ranks {peers}{around}"
             )

@@ -20,6 +20,8 @@ class Settings:
     compiled: messages are sent and added in compiled code where the transport has a way; the
         results are the same.  RINGFOLD_COMPILED (0 or 1)
     shared: ranks of one node meet in shared memory.  RINGFOLD_SHARED (0 or 1)
+    watch: a thread of every rank says where it is when others ask, or when SIGUSR1 comes, and looks
+        for ranks that have died.
     tuning: file of `ringfold tune`, None for none; where rank 0 has it, all ranks follow.  Lies in
         ringfold/ under XDG_CACHE_HOME, or under .cache in HOME.
     """
@@ -31,6 +33,7 @@ class Settings:
     compiled: bool = True
     shared: bool = True
     tuning: Path | None = None
+    watch: bool = True
 
     def __post_init__(self) -> None:
         if not self.timeout > 0:

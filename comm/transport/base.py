@@ -101,6 +101,10 @@ class Transport(Protocol):
         """Return notices that have come, each with its sender's rank in the world."""
         ...
 
+    def departed(self) -> set[int]:
+        """Return the ranks of the world that are known to have left in good order."""
+        ...
+
     def split(self, color: int | None, key: int) -> Transport | None:
         """Return the transport of the ranks of the same color, ordered by key; collective."""
         ...

@@ -163,6 +163,10 @@ class LocalTransport:
         box = self._world.notices[self._members[self.rank]]
         return [box.popleft() for _ in range(len(box))]
 
+    def departed(self) -> set[int]:
+        """Return nobody: the world itself knows who is lost."""
+        return set()
+
     def split(self, color: int | None, key: int) -> Transport | None:
         """Return the group of the ranks of the same color."""
         self._splits += 1

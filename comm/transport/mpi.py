@@ -83,7 +83,7 @@ class Departures:
     def __init__(self, mpi: Any, control: Any) -> None:
         self._mpi = mpi
         self._control = control
-        self._left: dict[int, float] = {}
+        self.left: dict[int, float] = {}
         self._notices: list[Any] = []
         self.groups: list[Any] = [control]
 
@@ -122,14 +122,15 @@ class Departures:
         """Raise PeerLost where one of the ranks left, and what it sent has had time to arrive."""
         status = self._mpi.Status()
         try:
-            while self._control.Iprobe(self._mpi.ANY_SOURCE, _LEFT, status):
+            # Matched at once: the watchdog may look at the same time.
+            while message := self._control.Improbe(self._mpi.ANY_SOURCE, _LEFT, status):
                 src = status.Get_source()
-                self._control.Recv([bytearray(), self._mpi.BYTE], src, _LEFT)
-                self._left[src] = time.monotonic()
+                message.Recv([bytearray(), self._mpi.BYTE])
+                self.left[src] = time.monotonic()
         except self._mpi.Exception as error:  # only where MPI goes on without a rank
             raise PeerLost(f"a rank of the job has died: {error}") from error
         for rank in ranks:
-            if rank in self._left and time.monotonic() - self._left[rank] > _GRACE:
+            if rank in self.left and time.monotonic() - self.left[rank] > _GRACE:
                 raise PeerLost(
                     f"rank {rank} has left the job (its program ended) while rank "
                     f"{self._control.rank} waits for it"
@@ -217,6 +218,10 @@ class MpiTransport:
     def heard(self) -> list[tuple[int, bytes]]:
         """Return the notices that have come there."""
         return self._departures.heard()
+
+    def departed(self) -> set[int]:
+        """Return who has said that it leaves."""
+        return set(self._departures.left)
 
     def split(self, color: int | None, key: int) -> Transport | None:
         """Return the group of the ranks of the same color."""

@@ -1,0 +1,137 @@
+"""A thread that says where this rank is, when the rank itself cannot, and looks for the dead.
+
+It needs nothing of the main thread: it answers peers that ask, writes a report of all ranks when
+the process gets SIGUSR1, and ends the job where a rank has died and this one does not come to
+notice. A rank that holds the interpreter lock in native code answers to nobody; its peers on the
+node then send it SIGUSR1, at which faulthandler writes its stacks into a file that they can read.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+
+from .deaths import Deaths, Process
+from .errors import PeerLost
+from .inquiry import Inquiry
+from .transport.base import Transport
+
+_LOOK = 0.15
+_PATIENCE = 1.5
+_GIVE_UP = 8.0
+"""Seconds after a death until a rank that has not come to notice it ends the job."""
+
+_SIGNAL = signal.SIGUSR1
+
+
+class Watchdog:
+    """The thread, its signal, and what it knows of the other ranks of the node."""
+
+    def __init__(
+        self,
+        inquiry: Inquiry,
+        transport: Transport,
+        deaths: Deaths,
+        abort: bool,
+    ) -> None:
+        """Start; `files` tells later where peers write.  abort: end the job after a death."""
+        self._inquiry, self._transport = inquiry, transport
+        self._deaths, self._abort = deaths, abort
+        self._process = os.getpid()
+        self._stop = threading.Event()
+        self._said: set[int] = set()
+        self._peers: dict[int, tuple[Process, int]] = {}
+        self.file = os.memfd_create("ringfold-stacks", os.MFD_CLOEXEC)
+        self._written = 0
+        before = signal.getsignal(_SIGNAL)
+        self._chained = callable(before)
+        faulthandler.register(_SIGNAL, file=self.file, all_threads=True, chain=self._chained)
+        self._thread = threading.Thread(target=self._run, name="ringfold-watchdog", daemon=True)
+
+    def start(self, peers: dict[int, tuple[Process, int]]) -> None:
+        """Begin.  peers: of this node, each with its file descriptor for stacks."""
+        self._peers = peers
+        self._inquiry.force = self.force
+        atexit.register(self.stop)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.wait(_LOOK):
+            if self._transport.threads:
+                self._inquiry.listen()
+            size = os.fstat(self.file).st_size
+            if size > self._written:
+                self._written = size
+                if not self._inquiry.was_asked(5.0):
+                    self._report()
+            self._mourn()
+
+    def _report(self) -> None:
+        """Write where all ranks are."""
+        size, rank = self._transport.size, self._transport.rank
+        told = self._inquiry.ask(range(size), _PATIENCE)
+        told[rank] = self._inquiry.answer()
+        rows = (f"  rank {one}: {told.get(one, 'does not answer')}" for one in range(size))
+        text = f"ringfold: where the ranks are (SIGUSR1 at rank {rank}):\n" + "\n".join(rows)
+        print(text, file=sys.stderr, flush=True)
+
+    def _mourn(self) -> None:
+        """Say who has died, once, on one rank; end the job where this rank does not notice."""
+        self._deaths.look()
+        if not self._deaths.dead:
+            return
+        if self._transport.threads:
+            with contextlib.suppress(PeerLost):
+                self._transport.check(())  # reads who has left in good order
+        left = self._transport.departed()
+        now = time.monotonic()
+        for rank, since in list(self._deaths.dead.items()):
+            if rank in left:
+                continue
+            alive = [one for one in self._peers if one not in self._deaths.dead]
+            if rank not in self._said and all(self._transport.rank < one for one in alive):
+                print(f"ringfold: {self._deaths.told(rank)}", file=sys.stderr, flush=True)
+            self._said.add(rank)
+            if self._abort and self._transport.threads and now - since > _GIVE_UP:
+                self._transport.abort(1)
+
+    def force(self, rank: int) -> str | None:
+        """Return the stacks of a rank of this node that does not answer; None for no way."""
+        if rank not in self._peers:
+            return None
+        process, descriptor = self._peers[rank]
+        try:
+            # Open before it is asked: what it writes can be read even if it ends at that.
+            with open(f"/proc/{process.pid}/fd/{descriptor}", "rb") as file:
+                if not process.lives:
+                    return "has died"
+                before = os.fstat(file.fileno()).st_size
+                os.kill(process.pid, _SIGNAL)
+                end = time.monotonic() + 1.0
+                while os.fstat(file.fileno()).st_size == before and time.monotonic() < end:
+                    time.sleep(0.01)
+                time.sleep(0.05)
+                file.seek(before)
+                stacks = file.read().decode(errors="replace")
+        except OSError as error:
+            return f"cannot be asked: {error}"
+        lines = [line.strip() for line in stacks.splitlines() if line.strip()]
+        return "does not answer; its stacks: " + " | ".join(lines) if lines else None
+
+    def stop(self) -> None:
+        """End the thread and give the signal back; idempotent."""
+        if self._stop.is_set() or os.getpid() != self._process:
+            return
+        self._stop.set()
+        atexit.unregister(self.stop)
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join(5)
+        faulthandler.unregister(_SIGNAL)
+        self._deaths.close()
+        os.close(self.file)

@@ -1,0 +1,86 @@
+"""Hangs and deaths in whole jobs: who, what and where is said, and nobody waits for ever."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+START = """
+import ctypes, os, signal, sys, threading, time
+import numpy as np
+import ringfold
+
+def stuck_in_python():
+    time.sleep(20)
+
+def stuck_in_native_code():  # keeps the interpreter lock; a signal does not wake it
+    mutex = ctypes.create_string_buffer(64)
+    libc = ctypes.PyDLL(None)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
+
+comm = ringfold.Communicator(settings=ringfold.Settings(timeout={timeout}, shared={shared}))
+comm.allreduce(np.ones(3))
+"""
+
+
+@pytest.mark.parametrize(
+    "shared, stuck",
+    [(True, "stuck_in_python"), (False, "stuck_in_python"), (True, "stuck_in_native_code")],
+)
+def test_a_deadline_names_who_did_not_come_and_where_it_is(
+    job: Callable[..., Any], shared: bool, stuck: str
+) -> None:
+    script = START.format(timeout=1, shared=shared) + f"{stuck}() if comm.rank == 1 else None\n"
+    done = job(2, script + "comm.barrier()\n", timeout=40)
+    assert not done.timed_out and done.returncode != 0
+    assert "CommTimeout: rank 0 waited" in done.stderr and "for ranks [1]" in done.stderr
+    assert "rank 0: world #" in done.stderr and "barrier()" in done.stderr
+    line = "line 1" if "native" in stuck else f"in {stuck}"
+    assert line in done.stderr.partition("rank 1:")[2], done.stderr
+    assert not done.leftovers
+
+
+def test_sigusr1_tells_where_all_ranks_are_and_the_job_goes_on(job: Callable[..., Any]) -> None:
+    script = (
+        START.format(timeout=60, shared=True)
+        + """
+def ask():
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+if comm.rank == 0:
+    threading.Timer(0.5, ask).start()
+else:
+    time.sleep(4)
+assert comm.allreduce(np.ones(1))[0] == comm.size
+comm.close()
+assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+"""
+    )
+    done = job(3, script, timeout=60)
+    assert done.returncode == 0, done.output
+    report = done.stderr.partition("where the ranks are (SIGUSR1 at rank 0)")[2]
+    for rank in range(3):
+        assert f"rank {rank}: world #" in report, done.stderr
+    assert "running" in report
+
+
+@pytest.mark.parametrize(
+    "death",
+    ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(0)", "os.kill(os.getpid(), signal.SIGSTOP)"],
+    ids=["killed", "exits", "stopped"],
+)
+def test_a_death_ends_the_job_and_is_named(job: Callable[..., Any], death: str) -> None:
+    script = (
+        START.format(timeout=60, shared=True)
+        + f"""
+if comm.rank == 1:
+    {death}
+while True:
+    comm.allreduce(np.ones(3))
+"""
+    )
+    done = job(3, script, timeout=40)
+    assert not done.timed_out and done.returncode != 0
+    assert "rank 1" in done.stderr, done.stderr
+    assert not done.leftovers
