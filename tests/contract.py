@@ -16,6 +16,8 @@ import numpy.typing as npt
 from ringfold import Communicator, Settings
 from ringfold.comm.algorithms import BUILDERS
 from ringfold.comm.chunks import bounds
+from ringfold.comm.transport.base import Channel
+from ringfold.comm.transport.mpi import MpiTransport
 
 Array = npt.NDArray[Any]
 GUARD = 16
@@ -63,7 +65,11 @@ def guarded(values: Array) -> Iterator[Array]:
 @contextmanager
 def reopened(comm: Communicator, **changes: Any) -> Iterator[Communicator]:
     """Open a communicator of the same ranks with other settings."""
-    transport = comm._transport.split(0, comm.rank)
+    transport: Any = comm._transport
+    if isinstance(transport, MpiTransport):  # with notices of its own
+        transport = MpiTransport(transport._mpi, transport._channels[Channel.COLLECTIVE])
+    else:
+        transport = transport.split(0, comm.rank)
     assert transport is not None
     with Communicator.over(transport, Settings(**changes), name=f"again{next(_AGAIN)}") as other:
         yield other
