@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import faulthandler
+import functools
 import os
 import signal
 import sys
@@ -47,11 +48,12 @@ class Watchdog:
         self._stop = threading.Event()
         self._said: set[int] = set()
         self._peers: dict[int, tuple[Process, int]] = {}
-        self.file = os.memfd_create("ringfold-stacks", os.MFD_CLOEXEC)
-        self._written = 0
-        before = signal.getsignal(_SIGNAL)
-        self._chained = callable(before)
-        faulthandler.register(_SIGNAL, file=self.file, all_threads=True, chain=self._chained)
+        self.file = _stacks_file()
+        self._written = os.fstat(self.file).st_size
+        if not _ALIVE:
+            chain = callable(signal.getsignal(_SIGNAL))
+            faulthandler.register(_SIGNAL, file=self.file, all_threads=True, chain=chain)
+        _ALIVE.append(self)
         self._thread = threading.Thread(target=self._run, name="ringfold-watchdog", daemon=True)
 
     def start(self, peers: dict[int, tuple[Process, int]]) -> None:
@@ -68,7 +70,7 @@ class Watchdog:
             size = os.fstat(self.file).st_size
             if size > self._written:
                 self._written = size
-                if not self._inquiry.was_asked(5.0):
+                if self is _ALIVE[0] and not self._inquiry.was_asked(5.0):
                     self._report()
             self._mourn()
 
@@ -111,6 +113,8 @@ class Watchdog:
             with open(f"/proc/{process.pid}/fd/{descriptor}", "rb") as file:
                 if not process.lives:
                     return "has died"
+                if not _catches(process.pid):
+                    return "does not answer, and does not listen to signals any more"
                 before = os.fstat(file.fileno()).st_size
                 os.kill(process.pid, _SIGNAL)
                 end = time.monotonic() + 1.0
@@ -132,6 +136,23 @@ class Watchdog:
         atexit.unregister(self.stop)
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(5)
-        faulthandler.unregister(_SIGNAL)
+        _ALIVE.remove(self)
+        if not _ALIVE:
+            faulthandler.unregister(_SIGNAL)
         self._deaths.close()
-        os.close(self.file)
+
+
+_ALIVE: list[Watchdog] = []
+"""Those of this process: they share its signal, which is given back with the last of them."""
+
+
+@functools.cache
+def _stacks_file() -> int:
+    return os.memfd_create("ringfold-stacks", os.MFD_CLOEXEC)
+
+
+def _catches(pid: int) -> bool:
+    """Tell whether a process has a handler for the signal, which would end it otherwise."""
+    with open(f"/proc/{pid}/status") as file:
+        masks = dict(line.split(":", 1) for line in file if line.startswith("Sig"))
+    return bool(int(masks["SigCgt"], 16) >> (_SIGNAL - 1) & 1)

@@ -1,0 +1,33 @@
+"""What ranks may do to each other to learn where they are."""
+
+import os
+import subprocess
+
+import pytest
+from contract import reopened
+
+from ringfold import Communicator
+from ringfold.comm.watchdog import _catches
+
+
+def test_a_second_communicator_leaves_the_signal_to_the_first(comm: Communicator) -> None:
+    """A rank whose handler was gone died of its peer's question."""
+    if comm.size == 1:
+        pytest.skip("one rank asks nobody")
+    with reopened(comm) as other:
+        other.barrier()
+    comm.barrier()
+    assert _catches(os.getpid())
+    assert comm._watchdog is not None
+    told = comm._watchdog.force((comm.rank + 1) % comm.size)
+    comm.barrier()
+    assert told is not None and "its stacks: " in told, told
+
+
+def test_a_process_without_a_handler_is_known_as_such() -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        assert not _catches(child.pid)
+    finally:
+        child.kill()
+        child.wait()
