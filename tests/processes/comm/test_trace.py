@@ -42,13 +42,13 @@ def test_works_in_flight_are_running_until_they_end(comm: ringfold.Communicator)
         pytest.skip("one rank waits for nobody")
     comm.barrier()
     if comm.rank == 0:
-        comm.recv(np.zeros(1), comm.size - 1)  # the others come later than rank 0 looks
+        for peer in range(1, comm.size):
+            comm.recv(np.zeros(1), peer)  # rank 0 comes when all others have looked
     works = []
     if comm.rank:
         works = [comm.allreduce(np.ones(7), blocking=False) for _ in range(3)]
         assert [entry.state for entry in comm.recent(3)] == [State.RUNNING] * 3
-        if comm.rank == comm.size - 1:
-            comm.send(np.zeros(1), 0)
+        comm.send(np.zeros(1), 0)
     else:
         works = [comm.allreduce(np.ones(7), blocking=False) for _ in range(3)]
     for work in works:
