@@ -108,6 +108,8 @@ class Work:
             self._end(None, error)
 
     def _end(self, result: Any, error: BaseException | None) -> None:
+        if error is not None:
+            self.transport.soiled = True
         self._steps, self._result, self._error, self.pending = None, result, error, []
 
     @property

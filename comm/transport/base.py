@@ -66,6 +66,7 @@ class Transport(Protocol):
     world: the members' ranks in the group that everything was split from.
     calls: how compiled code sends; None where it cannot.
     library: what carries the messages, with its version.
+    soiled: an operation has ended in an error, so that messages of it may be left.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Transport(Protocol):
     threads: bool
     world: tuple[int, ...]
     calls: Calls | None
+    soiled: bool
 
     def isend(self, data: Bytes, dst: int, tag: int, channel: Channel) -> Request:
         """Start to send 1-D contiguous bytes."""

@@ -115,6 +115,7 @@ class LocalTransport:
     max_tag = (1 << 31) - 1
     threads = True
     calls: Calls | None = None
+    soiled = False
 
     def __init__(
         self, world: World, members: tuple[int, ...], rank: int, context: Hashable = ()

@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from ..errors import CommError, PeerLost
 from .base import Bytes, Channel, Transport
 from .mpi_abi import find_calls
@@ -20,6 +22,9 @@ _LEFT = 1
 
 _TOLD = 2
 """Tag of notices beside all messages, there too."""
+
+_DRAIN = 5.0
+"""Seconds that a closing rank waits for the others, and for notices on their way."""
 
 _GRACE = 2.0
 """Seconds that data of a rank that left may still be on its way."""
@@ -85,6 +90,8 @@ class Departures:
         self._control = control
         self.left: dict[int, float] = {}
         self._notices: list[Any] = []
+        self._sent = np.zeros(control.size, np.int64)
+        self._received = np.zeros(control.size, np.int64)
         self.groups: list[Any] = [control]
 
     def announce(self) -> None:
@@ -95,14 +102,15 @@ class Departures:
             for rank in range(control.size)
             if rank != control.rank
         ]
+        self._sent[np.arange(control.size) != control.rank] += 1
 
     def tell(self, ranks: Iterable[int], data: bytes) -> None:
         """Send a notice to ranks; what MPI still holds of earlier ones stays alive."""
         try:
             self._notices = [notice for notice in self._notices if not notice.Test()]
-            self._notices += [
-                self._control.Isend([data, self._mpi.BYTE], rank, _TOLD) for rank in ranks
-            ]
+            for rank in ranks:
+                self._notices.append(self._control.Isend([data, self._mpi.BYTE], rank, _TOLD))
+                self._sent[rank] += 1
         except self._mpi.Exception:  # a dead rank hears nothing
             return
 
@@ -113,6 +121,7 @@ class Departures:
             while message := self._control.Improbe(self._mpi.ANY_SOURCE, _TOLD, status):
                 data = bytearray(status.Get_count(self._mpi.BYTE))
                 message.Recv([data, self._mpi.BYTE])
+                self._received[status.Get_source()] += 1
                 found.append((status.Get_source(), bytes(data)))
         except self._mpi.Exception:  # only where MPI goes on without a rank, as `check` says
             return found
@@ -126,6 +135,7 @@ class Departures:
             while message := self._control.Improbe(self._mpi.ANY_SOURCE, _LEFT, status):
                 src = status.Get_source()
                 message.Recv([bytearray(), self._mpi.BYTE])
+                self._received[src] += 1
                 self.left[src] = time.monotonic()
         except self._mpi.Exception as error:  # only where MPI goes on without a rank
             raise PeerLost(f"a rank of the job has died: {error}") from error
@@ -135,6 +145,25 @@ class Departures:
                     f"rank {rank} has left the job (its program ended) while rank "
                     f"{self._control.rank} waits for it"
                 )
+
+    def drained(self) -> bool:
+        """Receive every notice that was sent; tell whether all came. Collective.
+
+        What is left in a communicator may meet receives of another one that MPI makes later.
+        """
+        due = np.zeros_like(self._sent)
+        end = time.monotonic() + _DRAIN
+        try:
+            told = self._control.Ialltoall(self._sent.copy(), due)
+            while not told.Test() or (self._received < due).any():
+                self.heard()
+                self.check(())
+                if time.monotonic() > end:
+                    return False
+                time.sleep(1e-4)
+        except (self._mpi.Exception, PeerLost):
+            return False
+        return all(notice.Test() for notice in self._notices)
 
 
 class MpiTransport:
@@ -162,6 +191,7 @@ class MpiTransport:
         )
         self.library: str = mpi.Get_library_version().split("\n")[0].strip("\0 ")
         self._departures.groups += self._channels.values()
+        self.soiled = False
         self._closed = False
 
     def revoke(self) -> None:
@@ -256,14 +286,15 @@ class MpiTransport:
         self._mpi.COMM_WORLD.Abort(status)
 
     def close(self) -> None:
-        """Free the communicators."""
+        """Free the communicators, but those in which messages may be left."""
         if self._closed or self._mpi.Is_finalized():
             return
         self._closed = True
         for duplicate in self._channels.values():
             self._departures.groups.remove(duplicate)
-            duplicate.Free()
-        if self._control is not None:
+            if not self.soiled:
+                duplicate.Free()
+        if self._control is not None and self._departures.drained():
             self._control.Free()
 
 
