@@ -35,18 +35,25 @@ def train(job: Callable[..., Any], tmp_path: Path) -> Callable[..., dict[str, An
     return run
 
 
+EVERY = ((4, 1), (2, 2), (1, 4))
+
+
 @pytest.mark.timeout(300)
-def test_digits_train_alike_on_every_grid(train: Callable[..., dict[str, Any]]) -> None:
+@pytest.mark.parametrize("grids", [((2, 2),), pytest.param(EVERY, marks=pytest.mark.slow)])
+def test_digits_train_alike_on_every_grid(
+    train: Callable[..., dict[str, Any]], grids: tuple[tuple[int, int], ...]
+) -> None:
     alone = train(1)
     assert alone["workload"] == "digits" and alone["steps"] >= 50
     assert alone["final_metric"]["test_accuracy"] >= 0.97
-    for data, pipe in ((4, 1), (2, 2), (1, 4)):
+    for data, pipe in grids:
         split = train(4, "--data", data, "--pipe", pipe)
         np.testing.assert_allclose(split["losses"][:50], alone["losses"][:50], rtol=1e-4)
         accuracies = split["final_metric"]["test_accuracy"], alone["final_metric"]["test_accuracy"]
         assert abs(accuracies[0] - accuracies[1]) <= 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_compressed_gradients_come_to_the_accuracy_of_whole_ones(
     train: Callable[..., dict[str, Any]],
@@ -87,6 +94,7 @@ def test_added_in_a_tree_the_weights_are_equal_on_every_grid(
         assert split["weights_sha256"] == alone["weights_sha256"]
 
 
+@pytest.mark.slow  # equal weights on every grid say it too
 def test_the_same_run_gives_the_same_weights(train: Callable[..., dict[str, Any]]) -> None:
     one, two, other = (
         train(2, "--steps", 20, "--seed", seed)["weights_sha256"] for seed in (3, 3, 4)
@@ -100,7 +108,7 @@ def test_linear_learns(train: Callable[..., dict[str, Any]]) -> None:
     assert report["losses"][0] > 10 * report["losses"][-1]
 
 
-@pytest.mark.parametrize("pipe", [1, 2])
+@pytest.mark.parametrize("pipe", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_text_beats_the_single_bytes(train: Callable[..., dict[str, Any]], pipe: int) -> None:
     report = train(2, "--workload", "text", "--pipe", pipe, "--steps", 120)
     metric = report["final_metric"]
