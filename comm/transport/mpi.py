@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -89,6 +90,8 @@ class Departures:
         self._mpi = mpi
         self._control = control
         self.left: dict[int, float] = {}
+        # The rank and its watchdog both tell and hear.
+        self._lock = threading.RLock()
         self._notices: list[Any] = []
         self._sent = np.zeros(control.size, np.int64)
         self._received = np.zeros(control.size, np.int64)
@@ -107,10 +110,11 @@ class Departures:
     def tell(self, ranks: Iterable[int], data: bytes) -> None:
         """Send a notice to ranks; what MPI still holds of earlier ones stays alive."""
         try:
-            self._notices = [notice for notice in self._notices if not notice.Test()]
-            for rank in ranks:
-                self._notices.append(self._control.Isend([data, self._mpi.BYTE], rank, _TOLD))
-                self._sent[rank] += 1
+            with self._lock:
+                self._notices = [notice for notice in self._notices if not notice.Test()]
+                for rank in ranks:
+                    self._notices.append(self._control.Isend([data, self._mpi.BYTE], rank, _TOLD))
+                    self._sent[rank] += 1
         except self._mpi.Exception:  # a dead rank hears nothing
             return
 
@@ -121,7 +125,8 @@ class Departures:
             while message := self._control.Improbe(self._mpi.ANY_SOURCE, _TOLD, status):
                 data = bytearray(status.Get_count(self._mpi.BYTE))
                 message.Recv([data, self._mpi.BYTE])
-                self._received[status.Get_source()] += 1
+                with self._lock:
+                    self._received[status.Get_source()] += 1
                 found.append((status.Get_source(), bytes(data)))
         except self._mpi.Exception:  # only where MPI goes on without a rank, as `check` says
             return found
@@ -135,7 +140,8 @@ class Departures:
             while message := self._control.Improbe(self._mpi.ANY_SOURCE, _LEFT, status):
                 src = status.Get_source()
                 message.Recv([bytearray(), self._mpi.BYTE])
-                self._received[src] += 1
+                with self._lock:
+                    self._received[src] += 1
                 self.left[src] = time.monotonic()
         except self._mpi.Exception as error:  # only where MPI goes on without a rank
             raise PeerLost(f"a rank of the job has died: {error}") from error

@@ -14,7 +14,6 @@ WAYS = {
 }
 
 
-@pytest.mark.limit(300)  # every fold of every type is compiled here, where nobody has before
 @pytest.mark.limit(200)  # on a new machine it compiles a kernel per type and operation
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("way", WAYS)
