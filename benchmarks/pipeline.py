@@ -166,7 +166,7 @@ def compare(
     inputs = work.x.clone().requires_grad_(comm.rank > 0)
     lined = [
         alone.contender(lambda: in_turn(work.whole, work.x, work.y, count)),
-        Contender("busy", lambda: in_turn(stage, inputs, work.y, count)),
+        Contender("busy", lambda: in_turn(stage, inputs, work.y, count), prepare=stage.zero_grad),
         *(ours(comm, mesh, work, plan) for plan in work.plans()),
     ]
     if "gloo" in arguments.peers and comm.size > 1:
@@ -225,7 +225,7 @@ def main() -> int:
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--width", type=int, default=1024, help="of the layers")
     parser.add_argument("--layers", type=int, default=2, help="of a stage")
-    parser.add_argument("--rows", type=int, default=64, help="of a micro-batch")
+    parser.add_argument("--rows", type=int, default=256, help="of a micro-batch")
     arguments = parser.parse_args()
     arguments.peers = read_peers(parser, arguments.peers)
     torch.set_num_threads(1)

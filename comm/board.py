@@ -41,10 +41,8 @@ STAGE_BYTES = 1 << 18
 """Of one staging place; two of them and two results of a part fit the second-level cache."""
 
 
-_NAP = 30
-"""Microseconds between two looks of the background thread."""
-
-_NAPS = 300
+_SLEEPS = 50
+"""Of the background thread, before it lets Python see to what else there is."""
 
 
 class Board:
@@ -62,6 +60,8 @@ class Board:
         self._bases = np.array([nodes.addresses[row[1]] for row in members.tolist()], np.int64)
         self._traces = [nodes.traces[row[1]] for row in members.tolist()]
         self._areas = self._bases + members[:, 2]
+        self._bell = nodes.bell
+        self._bells = np.array([nodes.bell_of(row[1]) for row in members.tolist()], np.int64)
         control = int(self._bases[0] + members[0, 3])
         self.record = np.zeros(BoardWord.WORDS, np.int64)
         self.record[BoardWord.FLAGS] = control
@@ -72,6 +72,8 @@ class Board:
         self.record[BoardWord.YIELD] = ctypes.cast(yielding, ctypes.c_void_p).value or 0
         spins, yields = patience(len(nodes.addresses))
         self.record[BoardWord.SPINS], self.record[BoardWord.YIELDS] = spins, yields
+        self.record[BoardWord.BELL] = self._bell.ctypes.data
+        self.record[BoardWord.BELLS] = self._bells.ctypes.data
         self.stage_bytes = STAGE_BYTES
 
     @classmethod
@@ -178,9 +180,13 @@ class Call:
 
 
 class Served(Protocol):
-    """A work that compiled code goes on with: the address of its record, and of the C function."""
+    """A work that compiled code goes on with: the address of its record, and of the C function.
+
+    bell: address of the rank's BellWord record.
+    """
 
     address: int
+    bell: int
 
     @property
     def function(self) -> int: ...
@@ -202,21 +208,25 @@ class Server:
     """Goes on with works in compiled code, on a thread that holds no interpreter lock."""
 
     def __init__(self) -> None:
-        self._usleep = ctypes.cast(ctypes.CDLL(None).usleep, ctypes.c_void_p).value or 0
-        self._stop = np.zeros(1, np.int64)
+        self._turn = np.zeros(1, np.int64)
 
-    def interrupt(self, stop: bool) -> None:
-        """Let serve() return at once, or no longer."""
-        self._stop[0] = stop
+    @property
+    def turn(self) -> int:
+        """Return what `serve` wants to know of when the works to serve were listed."""
+        return int(self._turn[0])
 
-    def serve(self, waiting: list[Waiting]) -> None:
+    def interrupt(self) -> None:
+        """Let what `serve` was told be out of date: it returns when it next looks."""
+        self._turn[0] += 1
+
+    def serve(self, waiting: list[Waiting], turn: int) -> None:
         """Go on with what waits until one work can be finished, a moment at most."""
         from ..kernels.meeting import serve_kernel
 
-        functions = np.array([one.work.function for one in waiting], np.int64)
-        records = np.array([one.work.address for one in waiting], np.int64)
-        stop = self._stop.ctypes.data
-        serve_kernel()(functions, records, stop, self._usleep, _NAP, _NAPS)
+        works = [one.work for one in waiting]
+        functions = np.array([work.function for work in works], np.int64)
+        records = np.array([work.address for work in works], np.int64)
+        serve_kernel()(functions, records, self._turn.ctypes.data, turn, works[0].bell, _SLEEPS)
 
 
 class Meeting:
@@ -233,6 +243,7 @@ class Meeting:
         self._scratch = np.zeros(SCRATCH_BYTES if call.fold else 0, np.uint8)
         self._record = record = np.zeros(WorkWord.WORDS, np.int64)
         self.address = int(record.ctypes.data)
+        self.bell = int(board.record[BoardWord.BELL])
         # Starts; returns the Status at which this rank has to wait, or has ended.
         self.launch: Callable[[], int] = functools.partial(launch_kernel(), self.address)
         record[WorkWord.BOARD] = board.record.ctypes.data

@@ -576,7 +576,8 @@ class Communicator:
             return self._ring.noted(prepared.run(tag), number)
 
         group = "" if of_messages else self._name
-        work = self._advance(begin, prepared.receipt, not blocking, group)
+        background = prepared.background and not blocking
+        work = self._advance(begin, prepared.receipt, background, group)
         return work.wait() if blocking else work
 
     def note(self, prepared: Prepared) -> int:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 Words = npt.NDArray[np.int64]
 
 BUFFERED_BYTES = 1 << 20
-"""Messages up to here are copied at once, so that their sender can go on."""
+"""Messages up to here are copied at once, so that their sender can go on. Nobody is woken for them,
+which would cost more than the copy: the receiver takes them when it waits or looks."""
 
 OUTSTANDING_BYTES = 64 << 20
 """Copies that nobody has received yet; above, senders wait for their receivers."""
@@ -85,11 +86,13 @@ class Box:
 
     address: of the slots.  base: where the sender's memory begins, in this process.
     low: a word below which a receiver has finished with every message.
+    bell: address of the other side's bell.
     """
 
     address: int
     base: int
     low: Words
+    bell: int
     sent: int = 0
 
 
@@ -110,9 +113,11 @@ class Mailboxes:
             if token == nodes.token:
                 base = nodes.addresses[node_rank]
                 slots = base + offset + rank * BOX_BYTES
-                self._inboxes[peer] = Box(slots, base, np.ones(1, np.int64))
+                bell = nodes.bell_of(node_rank)
+                self._inboxes[peer] = Box(slots, base, np.ones(1, np.int64), bell)
                 slots = own_base + block.offset + peer * BOX_BYTES
-                self._outboxes[peer] = Box(slots, own_base, np.ones(1, np.int64))
+                self._outboxes[peer] = Box(slots, own_base, np.ones(1, np.int64), bell)
+        self._bell = nodes.bell
         self._ordinals: Counter[tuple[bool, int, int]] = Counter()
         self._yield = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
         self._patience = patience(len(nodes.addresses))
@@ -168,7 +173,8 @@ class Mailboxes:
             return buffer.owner
 
         receipt = Receipt("recv", "message", "shared", 1, buffer.flat.nbytes)
-        return Prepared(receipt, None, run, _signature("recv", buffer, src))
+        large = buffer.flat.nbytes > BUFFERED_BYTES
+        return Prepared(receipt, None, run, _signature("recv", buffer, src), background=large)
 
     def _post(self, buffer: Buffer, dst: int, tag: int, place: int | None) -> Message:
         box, nbytes = self._outboxes[dst], buffer.flat.nbytes
@@ -198,6 +204,9 @@ class Mailboxes:
         words[Letter.ORDINAL] = self._ordinals[sends, peer, tag]
         words[Letter.NBYTES], words[Letter.ADDRESS] = buffer.flat.nbytes, _address(buffer)
         words[Letter.YIELD] = self._yield
+        words[Letter.BELL] = self._bell.ctypes.data
+        if buffer.flat.nbytes > BUFFERED_BYTES:
+            words[Letter.PEER_BELL] = box.bell
         return words
 
 
@@ -209,6 +218,7 @@ class Message:
         self._words, self._rank, self._peer, self._tag = words, rank, peer, tag
         self._keeps = keeps
         self.address = int(words.ctypes.data)
+        self.bell = int(words[Letter.BELL])
 
     @property
     def function(self) -> int:

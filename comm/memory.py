@@ -21,6 +21,8 @@ from .errors import CommError
 from .trace import TRACE_BYTES
 
 _PAGE = mmap.PAGESIZE
+BELL_AT = 64
+"""Where the rank's bell lies, see kernels.bell; a cache line of its own behind the token's."""
 _TRACE_AT = _PAGE
 _HEAD = 4 * _PAGE + -(-TRACE_BYTES // _PAGE) * _PAGE
 _STAGGER = 2048

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from ..kernels.records import BellWord
 from .errors import CommError
-from .memory import Block, Handle, Mapping, Memory
+from .memory import BELL_AT, Block, Handle, Mapping, Memory
 
 if TYPE_CHECKING:
     from .communicator import Communicator
 
 Words = npt.NDArray[np.int64]
+
+_SLEEP = 2_000_000
+"""Nanoseconds that a thread sleeps without looking whether something else is to be done."""
+
+_FUTEX = {"x86_64": 202, "ppc64le": 221, "s390x": 238}
+_FUTEX_ELSEWHERE = 98
+"""The number of futex(2), by machine: Linux' tables of system calls; newer machines share one."""
 
 
 class NodeMemory:
@@ -23,6 +33,7 @@ class NodeMemory:
     token: what the ranks of one node agree on; 0 without shared memory.
     reason: why there is none.
     traces: every rank's ring of operations, for trace.entries_in.
+    bell: this rank's BellWord record.
     """
 
     def __init__(self, node: Communicator) -> None:
@@ -32,6 +43,7 @@ class NodeMemory:
         self.token = 0
         self.reason = ""
         self.addresses: list[int] = []
+        self.bell = np.zeros(BellWord.WORDS, np.int64)
         self._mappings: list[Mapping] = []
         self.traces: list[npt.NDArray[np.uint8]] = []
         handle = np.zeros(4, np.int64)
@@ -46,8 +58,13 @@ class NodeMemory:
         told = np.array([not self.reason], np.uint8)
         if node.allreduce(told, op="min")[0]:
             self.token = int(handles[0, 3])
+            _equip(self.bell, self.bell_of(self.rank))
         else:
             self.reason = self.reason or "another rank of the node cannot map this rank's memory"
+
+    def bell_of(self, node_rank: int) -> int:
+        """Return the address of a rank's bell."""
+        return self.addresses[node_rank] + BELL_AT
 
     def release(self, block: Block) -> None:
         """Take a block back."""
@@ -67,6 +84,15 @@ class NodeMemory:
                     self.traces.append(self._mappings[-1].trace)
         except (OSError, CommError) as error:
             self.reason = str(error)
+
+
+def _equip(bell: Words, own: int) -> None:
+    """Fill in a rank's record of how to sleep and to wake others."""
+    library = ctypes.CDLL(None)
+    bell[BellWord.OWN] = own
+    bell[BellWord.SYSTEM_CALL] = ctypes.cast(library.syscall, ctypes.c_void_p).value or 0
+    bell[BellWord.FUTEX] = _FUTEX.get(platform.machine(), _FUTEX_ELSEWHERE)
+    bell[BellWord.SECONDS], bell[BellWord.NANOSECONDS] = 0, _SLEEP
 
 
 def patience(num_ranks: int) -> tuple[int, int]:

@@ -24,8 +24,9 @@ from .work import Work
 if TYPE_CHECKING:
     from .communicator import Communicator
 
-_LOOK = 100e-6
-"""Seconds between two looks of the background thread while works are in flight."""
+_LOOK, _LONGEST_LOOK = 100e-6, 1e-3
+"""Seconds between two looks of the background thread where nobody rings it, at first and in the
+end: on a virtual machine each one costs about 20 us of the core, which a computation may need."""
 
 _CHECK = 0.05
 """Seconds between two checks for lost peers and for the deadline while waiting."""
@@ -52,6 +53,7 @@ class Progress:
         self._thread: threading.Thread | None = None
         self._stopped = False
         self._server = Server()
+        self._nap = _LOOK
         self.inquiry: Inquiry | None = None
         self.deaths: Deaths | None = None
 
@@ -64,10 +66,18 @@ class Progress:
             self._advance_all()
             work = make()
             if not work.ended:
+                work.background = background
                 self.works.append(work)
-        if background and not work.ended and self._threads and not self._stopped:
+                self._server.interrupt()
+                self._nap = _LOOK
+        if self._deserted and self._threads and not self._stopped:
             self._notify()
         return work
+
+    @property
+    def _deserted(self) -> bool:
+        """Tell whether a work is in flight that is to advance while nobody waits."""
+        return any(work.background for work in self.works)
 
     @property
     def idle(self) -> bool:
@@ -99,7 +109,7 @@ class Progress:
     def _wait(self, work: Work, timeout: float | None) -> None:
         with self._lock:
             self._waiting += 1
-            self._server.interrupt(True)
+            self._server.interrupt()
         try:
             patience = self.timeout if timeout is None else timeout
             watch = Watch(work, patience, self.inquiry, self.deaths)
@@ -124,8 +134,7 @@ class Progress:
         finally:
             with self._lock:
                 self._waiting -= 1
-                self._server.interrupt(self._waiting > 0)
-            if not self.idle and self._thread is not None:
+            if self._deserted and self._thread is not None:
                 self._notify()
 
     def drain(self, timeout: float) -> None:
@@ -151,7 +160,7 @@ class Progress:
     def stop(self) -> None:
         """End the background thread; works go on advancing in wait() and done()."""
         self._stopped = True
-        self._server.interrupt(True)
+        self._server.interrupt()
         thread = self._thread
         if thread is not None:
             with self._wake:
@@ -170,22 +179,24 @@ class Progress:
 
     def _background(self) -> None:
         while not self._stopped:
-            if self.idle or self._waiting:
+            turn = self._server.turn
+            if self._waiting or not self._deserted:
                 with self._wake:
-                    if not self._stopped and (self.idle or self._waiting):
+                    if not self._stopped and (self._waiting or not self._deserted):
                         self._wake.wait(0.5)
                 continue
             waiting = self._look()
             if waiting:
-                self._server.serve(waiting)
+                self._server.serve(waiting, turn)
             else:
-                time.sleep(_LOOK)
+                time.sleep(self._nap)
+                self._nap = min(2 * self._nap, _LONGEST_LOOK)
 
     def _look(self) -> list[Waiting]:
         """Advance all works once; return them where compiled code can go on with all of them."""
         with self._lock:
             self._advance_all()
-            pending = [request for work in self.works for request in work.pending]
+            pending = [r for work in self.works if work.background for r in work.pending]
         waiting = [request for request in pending if isinstance(request, Waiting)]
         return waiting if len(waiting) == len(pending) else []
 

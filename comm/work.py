@@ -45,6 +45,7 @@ class Prepared:
     run: given the lane's tag, does it; the generator returns the operation's result.
     signature: what was asked for.
     meeting: where the operation meets on a board.
+    background: somebody else may wait for it, so that it goes on also while nobody waits here.
     mark: of what was asked for, see fingerprint; part of the tags of a collective's messages.
     plain: it is nothing but this meeting, whose result is `owner`.
     """
@@ -57,6 +58,7 @@ class Prepared:
     plain: bool = False
     owner: Any = None
     mark: int = 0
+    background: bool = True
 
 
 class Work:
@@ -74,6 +76,7 @@ class Work:
         self.receipt = receipt
         self.transport = transport
         self.group = group
+        self.background = False
         self.told = False
         self._steps: Steps | None = steps
         self._progress = progress

@@ -16,8 +16,9 @@ import numpy as np
 from numba import types
 from numba.np.numpy_support import carray
 
+from .bell import ring_bell
 from .compiled import Kernel, compile_callback, compile_kernel
-from .native import call, copy_bytes, load, relax, store, try_lock
+from .native import call, copy_bytes, fence, load, relax, store, try_lock
 from .records import LINE_BYTES, Status
 from .scalars import compiled, pointer_to
 
@@ -59,6 +60,8 @@ class Letter(IntEnum):
     PIECE: bytes that it copies at once; WINDOW is a multiple, or as large as the message.
     LOW: address of a word of the receiver's, below which all messages of the box are done.
     FOUND: the bytes that the other side has in mind, where the lengths differ.
+    BELL: address of the rank's BellWord record.  PEER_BELL: address of the other's bell,
+    0 where it need not be woken.
     """
 
     STATUS = 0
@@ -82,7 +85,9 @@ class Letter(IntEnum):
     YIELD = 18
     SPINS = 19
     YIELDS = 20
-    WORDS = 21
+    BELL = 21
+    PEER_BELL = 22
+    WORDS = 23
 
 
 _RUNNING, _DONE = np.int64(Status.RUNNING), np.int64(Status.DONE)
@@ -98,6 +103,7 @@ _WINDOW_AT, _WINDOW, _PIECE = int(Letter.WINDOW_AT), int(Letter.WINDOW), int(Let
 _PUBLISHED, _MOVED, _BASE = int(Letter.PUBLISHED), int(Letter.MOVED), int(Letter.BASE)
 _LOW, _FOUND, _YIELD = int(Letter.LOW), int(Letter.FOUND), int(Letter.YIELD)
 _SPINS, _YIELDS, _WORDS = int(Letter.SPINS), int(Letter.YIELDS), int(Letter.WORDS)
+_BELL, _PEER_BELL = int(Letter.BELL), int(Letter.PEER_BELL)
 
 
 @compiled
@@ -118,6 +124,15 @@ def _pause(letter: Any, looks: Any) -> Any:
 
 
 @compiled
+def _tell(letter: Any, at: Any, value: Any) -> Any:
+    """Store a word that the other side may wait for."""
+    store(at, value)
+    if letter[_PEER_BELL] != 0:
+        fence()
+        ring_bell(letter[_BELL], letter[_PEER_BELL])
+
+
+@compiled
 def _publish(letter: Any, at: Any) -> Any:
     slot = carray(pointer_to(at, np.int64), _S_WORDS)
     nbytes = letter[_NBYTES]
@@ -133,7 +148,7 @@ def _publish(letter: Any, at: Any) -> Any:
         copy_bytes(letter[_WINDOW_AT], letter[_ADDRESS], produced)
         letter[_MOVED] = produced
     store(at + _S_PRODUCED, produced)
-    store(at, letter[_SEQUENCE])
+    _tell(letter, at, letter[_SEQUENCE])
     letter[_PUBLISHED] = 1
 
 
@@ -175,7 +190,7 @@ def _send(letter: Any) -> Any:
         looks = 0
         copy_bytes(letter[_WINDOW_AT] + moved % letter[_WINDOW], letter[_ADDRESS] + moved, nbytes)
         letter[_MOVED] = moved + nbytes
-        store(at + _S_PRODUCED, moved + nbytes)
+        _tell(letter, at + _S_PRODUCED, moved + nbytes)
     return _DONE
 
 
@@ -218,7 +233,7 @@ def _receive(letter: Any) -> Any:
     if slot[_S_NBYTES] != letter[_NBYTES]:
         letter[_FOUND] = slot[_S_NBYTES]
         store(at + _S_CONSUMED, -1 - letter[_NBYTES])
-        store(at + _S_DONE, letter[_SEQUENCE])
+        _tell(letter, at + _S_DONE, letter[_SEQUENCE])
         return _MISMATCH
     source, window = letter[_BASE] + slot[_S_PLACE], slot[_S_WINDOW]
     while letter[_MOVED] < letter[_NBYTES]:
@@ -234,8 +249,8 @@ def _receive(letter: Any) -> Any:
         nbytes = min(there, window - start)
         copy_bytes(letter[_ADDRESS] + moved, source + start, nbytes)
         letter[_MOVED] = moved + nbytes
-        store(at + _S_CONSUMED, moved + nbytes)
-    store(at + _S_DONE, letter[_SEQUENCE])
+        _tell(letter, at + _S_CONSUMED, moved + nbytes)
+    _tell(letter, at + _S_DONE, letter[_SEQUENCE])
     return _DONE
 
 

@@ -13,8 +13,9 @@ import numpy as np
 from numba import types
 from numba.np.numpy_support import carray
 
+from .bell import ring_bell, set_bell, sleep_by_bell
 from .compiled import Kernel, compile_callback, compile_kernel, flat
-from .native import call, copy_bytes, load, nanoseconds, relax, store, try_lock
+from .native import call, copy_bytes, fence, load, nanoseconds, relax, store, try_lock
 from .records import (
     ALL,
     FOLD_WORDS,
@@ -43,7 +44,7 @@ _MEET, _COPY, _POINT = np.int64(Row.MEET), np.int64(Row.COPY), np.int64(Row.POIN
 _FLAGS, _NOTES, _BASES = int(BoardWord.FLAGS), int(BoardWord.NOTES), int(BoardWord.BASES)
 _RANK, _SIZE, _ARRIVED = int(BoardWord.RANK), int(BoardWord.SIZE), int(BoardWord.ARRIVED)
 _TICKETS, _TURN, _YIELD = int(BoardWord.TICKET), int(BoardWord.TURN), int(BoardWord.YIELD)
-_BOARD_WORDS = int(BoardWord.WORDS)
+_BELL, _BELLS, _BOARD_WORDS = int(BoardWord.BELL), int(BoardWord.BELLS), int(BoardWord.WORDS)
 _PLACE, _CALL, _ROOT, _NOTE_WORDS = int(Note.PLACE), int(Note.CALL), int(Note.ROOT), int(Note.WORDS)
 _PRIVATE = int(Place.PRIVATE)
 _EAGER = int(Where.EAGER)
@@ -135,8 +136,20 @@ def _address(work: Any, which: Any, index: Any, offset: Any) -> Any:
 
 
 @compiled
-def _meet(work: Any, board: Any) -> Any:
-    """Arrive once, then look for the others as long as patience lasts; tell whether all came."""
+def _wake_others(board: Any) -> Any:
+    fence()
+    bells = _words(board[_BELLS], board[_SIZE])
+    for r in range(board[_SIZE]):
+        if r != board[_RANK]:
+            ring_bell(board[_BELL], bells[r])
+
+
+@compiled
+def _meet(work: Any, board: Any, awaited: Any) -> Any:
+    """Arrive once, then look for the others as long as patience lasts; tell whether all came.
+
+    Where nobody waits for the work there is none at first, as the others may be far from here.
+    """
     size = board[_SIZE]
     if work[_ARRIVED_AT] == 0:
         if work[_NOTED] == 0:
@@ -147,8 +160,9 @@ def _meet(work: Any, board: Any) -> Any:
         board[_ARRIVED] += 1
         work[_ARRIVED_AT] = board[_ARRIVED]
         store(board[_FLAGS] + board[_RANK] * LINE_BYTES, board[_ARRIVED])
+        _wake_others(board)
     looks, spins = 0, board[_SPINS]
-    patience = spins + board[_YIELDS]
+    patience = spins + board[_YIELDS] if awaited or work[_NOTED] != 0 else 0
     for r in range(size):
         flag = board[_FLAGS] + r * LINE_BYTES
         while load(flag) < work[_ARRIVED_AT]:
@@ -174,7 +188,7 @@ def _end(work: Any, board: Any, status: Any) -> Any:
 
 
 @compiled
-def _advance(record: Any) -> Any:
+def _advance(record: Any, awaited: Any) -> Any:
     work = _words(record, _WORK_WORDS)
     if work[_STATUS] != _RUNNING:
         return work[_STATUS]
@@ -184,7 +198,7 @@ def _advance(record: Any) -> Any:
     while work[_ROW] < work[_NUM_ROWS]:
         row = _words(work[_ROWS] + work[_ROW] * (8 * ROW_WORDS), ROW_WORDS)
         if row[0] == _MEET:
-            if not _meet(work, board):
+            if not _meet(work, board, awaited):
                 return _RUNNING
             if work[_NOTED] == 0:
                 work[_NOTED] = 1
@@ -222,11 +236,11 @@ def _advance(record: Any) -> Any:
 
 
 @compiled
-def _advance_alone(record: Any) -> Any:
+def _advance_alone(record: Any, awaited: Any) -> Any:
     """Go on with a work unless another thread does so right now."""
     if try_lock(record + 8 * _LOCK) == 0:
         return _RUNNING
-    status = _advance(record)
+    status = _advance(record, awaited)
     store(record + 8 * _LOCK, 0)
     return status
 
@@ -239,7 +253,7 @@ def advance_kernel() -> Kernel:
     """
 
     def advance_meeting(record: Any) -> Any:
-        return _advance_alone(record)
+        return _advance_alone(record, True)
 
     return compile_kernel("advance_meeting", advance_meeting, types.int64)
 
@@ -249,29 +263,30 @@ def advance_callback() -> int:
     """Return the address of the same as a C function, for `serve_kernel`."""
 
     def advance_meeting_here(record: Any) -> Any:
-        return _advance_alone(record)
+        return _advance_alone(record, False)
 
     return compile_callback("advance_meeting_here", advance_meeting_here)
 
 
 @functools.cache
 def serve_kernel() -> Kernel:
-    """Return the compiled (functions, records, stop, usleep, microseconds, naps) -> None.
+    """Return the compiled (functions, records, turn, expected, bell, sleeps) -> None.
 
-    It goes on with the works, each by its C function of its record, and naps in between, until one
-    of them has ended, the word at `stop` is not 0, or all naps are taken.
+    It goes on with the works, each by its C function of its record, and sleeps in between, until
+    one of them has ended, the word at `turn` is not `expected`, or all sleeps are taken.
     """
 
     def serve_works(
-        functions: Any, records: Any, stop: Any, usleep: Any, microseconds: Any, naps: Any
+        functions: Any, records: Any, turn: Any, expected: Any, bell: Any, sleeps: Any
     ) -> None:
-        for _ in range(naps):
-            if load(stop) != 0:
+        for _ in range(sleeps):
+            set_bell(bell)
+            if load(turn) != expected:
                 return
             for k in range(records.size):
                 if call(functions[k], records[k]) != _RUNNING:
                     return
-            call(usleep, microseconds)
+            sleep_by_bell(bell)
 
     word = types.int64
     words = flat(word)
@@ -311,6 +326,6 @@ def launch_kernel() -> Kernel:
         work[_NOTED] = 0
         board[_TICKETS] += 1
         _note_start(work, board)
-        return _advance(record)
+        return _advance(record, True)
 
     return compile_kernel("launch_meeting", launch_meeting, types.int64)

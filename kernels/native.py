@@ -81,6 +81,30 @@ def call(_context: Any, function: Any, first: Any) -> Any:
 
 
 @builtin
+def fence(_context: Any) -> Any:
+    """Let nothing that follows be done before what precedes, a load after a store included."""
+
+    def generate(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@builtin
+def system_call(
+    _context: Any, function: Any, number: Any, first: Any, second: Any, third: Any, fourth: Any
+) -> Any:
+    """Call syscall(2), whose address is given, with four arguments."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(_WORD, [_WORD] * 5)
+        return builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
+
+    return types.int64(*[types.int64] * 6), generate
+
+
+@builtin
 def nanoseconds(_context: Any, function: Any, clock: Any) -> Any:
     """Return the time of a clock, given the address of clock_gettime."""
 

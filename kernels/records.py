@@ -51,6 +51,8 @@ class BoardWord(IntEnum):
     BROKEN: not 0 where a work was given up halfway.
     RING: address of the rank's ring of operations.
     COUNTER: address of the number of collectives that the group has begun.
+    BELL: address of the rank's BellWord record.
+    BELLS: address of a table of the addresses of all ranks' bells.
     """
 
     FLAGS = 0
@@ -67,7 +69,25 @@ class BoardWord(IntEnum):
     BROKEN = 11
     RING = 12
     COUNTER = 13
-    WORDS = 14
+    BELL = 14
+    BELLS = 15
+    WORDS = 16
+
+
+class BellWord(IntEnum):
+    """Words of a rank's record of how it sleeps and wakes others.
+
+    OWN: address of the rank's own bell, an int64 that is not 0 while a thread sleeps.
+    SYSTEM_CALL, FUTEX: address of syscall(2) of the C library, and its number of futex(2).
+    SECONDS, NANOSECONDS: that a sleep lasts at most.
+    """
+
+    OWN = 0
+    SYSTEM_CALL = 1
+    FUTEX = 2
+    SECONDS = 3
+    NANOSECONDS = 4
+    WORDS = 5
 
 
 class Note(IntEnum):

@@ -1,0 +1,89 @@
+"""The background thread: works end while their ranks do something else, woken by who they wait for.
+
+Sleeps last a minute here, so a work that nobody is rung for would not end in time.
+"""
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from contract import data
+
+from ringfold import Communicator
+from ringfold.comm.mailboxes import BUFFERED_BYTES
+from ringfold.comm.work import Work
+from ringfold.kernels.records import BellWord
+
+LIMIT = 20.0
+
+
+@pytest.fixture
+def sleepers(comm: Communicator) -> Iterator[Communicator]:
+    nodes = comm._nodes
+    if comm.size == 1 or nodes is None or not nodes.token:
+        pytest.skip("nobody meets in shared memory")
+    before = nodes.bell.copy()
+    nodes.bell[BellWord.SECONDS] = 60
+    yield comm
+    nodes.bell[:] = before
+    comm.barrier()
+
+
+def ends_by_itself(work: Work) -> bool:
+    """Tell whether a work ends though this thread never looks after it."""
+    end = time.monotonic() + LIMIT
+    while not work.ended and time.monotonic() < end:
+        time.sleep(1e-3)
+    return work.ended
+
+
+@pytest.mark.parametrize("kind", ["registered", "ordinary"])
+def test_a_collective_ends_when_the_last_rank_has_come(sleepers: Communicator, kind: str) -> None:
+    comm, count = sleepers, 300_001
+    for turn in range(8):
+        x = comm.empty(count) if kind == "registered" else np.empty(count, np.float32)
+        x[:] = data(comm.rank, count, "float32")
+        if turn % comm.size == comm.rank:
+            time.sleep(0.02)  # the others sleep by now
+        work = comm.allreduce(x, blocking=False)
+        assert ends_by_itself(work)
+        assert np.array_equal(work.wait(), sum(data(r, count, "float32") for r in range(comm.size)))
+        comm.barrier()
+
+
+def test_works_that_were_started_later_end_too(sleepers: Communicator) -> None:
+    comm, count = sleepers, 100_000
+    for turn in range(4):
+        late = turn % comm.size == comm.rank
+        works = []
+        for place in range(4):
+            if late:
+                time.sleep(0.01)
+            x = data(comm.rank, count + place, "float32")
+            works.append(comm.allreduce(x, blocking=False))
+        assert all(ends_by_itself(work) for work in works)
+        for place, work in enumerate(works):
+            right = sum(data(r, count + place, "float32") for r in range(comm.size))
+            assert np.array_equal(work.wait(), right)
+        comm.barrier()
+
+
+@pytest.mark.parametrize("late", ["sender", "receiver"])
+def test_a_large_message_arrives(sleepers: Communicator, late: str) -> None:
+    comm, nbytes = sleepers, 3 * BUFFERED_BYTES + 5
+    sent, got = data(comm.rank, nbytes, "uint8"), np.zeros(nbytes, np.uint8)
+    before, after = (comm.rank - 1) % comm.size, (comm.rank + 1) % comm.size
+    for _ in range(3):
+        if late == "sender":
+            receiving = comm.irecv(got, before)
+            time.sleep(0.02)
+            sending = comm.isend(sent, after)
+        else:
+            sending = comm.isend(sent, after)
+            time.sleep(0.02)
+            receiving = comm.irecv(got, before)
+        assert ends_by_itself(receiving)
+        assert ends_by_itself(sending)
+        assert np.array_equal(got, data(before, nbytes, "uint8"))
+        comm.barrier()
