@@ -37,7 +37,7 @@ from .work import Prepared, Receipt, Steps, Work
 
 if TYPE_CHECKING:
     from .board import Board, Meeting
-    from .device_operations import DeviceOperations
+    from .device_ways import DeviceWays
     from .mailboxes import Mailboxes
     from .node_memory import NodeMemory
 
@@ -136,7 +136,7 @@ class Communicator:
         self._progress = progress
         self._guard = guard
         self._operations = Operations(transport, self._settings)
-        self._device_operations: DeviceOperations | None = None
+        self._device_operations: DeviceWays | None = None
         self._process = os.getpid()
         self._closed = False
         self._watchdog: Watchdog | None = None
@@ -497,19 +497,18 @@ class Communicator:
         """Return what prepares operations on host memory; for the package's own use."""
         return self._operations
 
-    def use_devices(self, operations: DeviceOperations) -> None:
+    def use_devices(self, operations: DeviceWays) -> None:
         """Let these prepare operations on device memory, before the first of them."""
         self._device_operations = operations
 
-    def _side(self, x: Any) -> Operations | DeviceOperations:
+    def _side(self, x: Any) -> Operations | DeviceWays:
         """Return what prepares operations on memory such as x's."""
         if not on_device(x):
             return self._operations
         if self._device_operations is None:
-            from .device_operations import DeviceOperations
-            from .transport.device import device_of
+            from .transport.gpu_aware import cuda_ways
 
-            self.use_devices(DeviceOperations(self, device_of))
+            self.use_devices(cuda_ways(self))
         assert self._device_operations is not None
         return self._device_operations
 

@@ -70,6 +70,11 @@ class Device(Protocol):
         """Return what ranks need to share memory; None where the device has no way."""
         ...
 
+    @property
+    def arithmetic(self) -> DeviceArithmetic | None:
+        """Return what computes in device memory; None where nothing does."""
+        ...
+
     def caller(self, array: DeviceArray) -> Stream:
         """Return the stream that the caller's own work on an array goes to at this moment."""
         ...
@@ -100,6 +105,44 @@ class Device(Protocol):
 
     def like(self, array: DeviceArray, shape: tuple[int, ...]) -> Any:
         """Return a new array of the same library, device and element type, for the caller's use."""
+        ...
+
+
+class DeviceArithmetic(Protocol):
+    """Kernels that a device runs on memory of its own; addresses are of aligned elements.
+
+    Everything is put on a stream, and of no elements nothing is.
+    """
+
+    def knows(self, op: str, dtype: str) -> bool:
+        """Tell whether `combine` knows an op on a type; dtype "" for moving alone."""
+        ...
+
+    def allocate(self, nbytes: int) -> tuple[int, Any]:
+        """Return the address of new memory, and what owns it."""
+        ...
+
+    def copy(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
+        """Copy within the device."""
+        ...
+
+    def combine(
+        self, op: str, dtype: str, target: int, incoming: int, count: int, stream: Stream
+    ) -> None:
+        """Let target = target op incoming, elementwise; in the type's own width."""
+        ...
+
+    def convert(
+        self,
+        source: int,
+        source_dtype: str,
+        target: int,
+        target_dtype: str,
+        count: int,
+        divisor: float,
+        stream: Stream,
+    ) -> None:
+        """Let target = source / divisor, in another float type or in place."""
         ...
 
 

@@ -417,6 +417,14 @@ class DeviceOperations:
             self._ipc, self._no_ipc = open_ipc(self._group, self._find(array))
         return self._group
 
+    def open(self, array: DeviceArray) -> tuple[Communicator, bool]:
+        """Return this group's own copy, and whether its ranks open each other's memory; collective.
+
+        The same answer on all ranks.
+        """
+        group = self._copy_of_group(array)
+        return group, self._ipc is not None
+
     def _lane(self, array: DeviceArray) -> Lane:
         device = self._find(array)
         lane = self._lanes.get(device.name)

@@ -100,7 +100,7 @@ def execute(
 
     Yields the requests that it waits for, whenever it has to wait.
     """
-    flying: list[tuple[list[Request], _Segment | None, Array]] = []
+    flying: list[tuple[list[Request], Segment | None, Array]] = []
     try:
         yield from _rounds(program, lane, source, target, arithmetic, flying)
     except BaseException:
@@ -114,15 +114,15 @@ def _rounds(
     source: Array,
     target: Array,
     arithmetic: Arithmetic,
-    flying: list[tuple[list[Request], _Segment | None, Array]],
+    flying: list[tuple[list[Request], Segment | None, Array]],
 ) -> Steps:
     segment = max(1, lane.segment_bytes // source.itemsize)
     scratch = _scratch(program, segment, target, lane.window)
     total = target if arithmetic.accumulator is None else arithmetic.accumulator
     for rows in program.rounds():
         _local(rows, target, arithmetic)
-        sends = _segments(rows, (Op.SEND,), segment)
-        receives = _segments(rows, (Op.RECV, Op.RECV_REDUCE), segment)
+        sends = segments(rows, (Op.SEND,), segment)
+        receives = segments(rows, (Op.RECV, Op.RECV_REDUCE), segment)
         adds = any(op == Op.RECV_REDUCE for op, *_ in rows)
         limit = lane.window if adds else max(lane.window, lane.moving)
         for slot, (send, receive) in enumerate(zip_longest(sends, receives)):
@@ -149,20 +149,23 @@ def _rounds(
 
 
 @dataclass(frozen=True, slots=True)
-class _Segment:
+class Segment:
+    """One message of a round, in elements."""
+
     op: Op
     peer: int
     offset: int
     count: int
 
 
-def _segments(
+def segments(
     rows: list[tuple[Op, int, int, int]], ops: tuple[Op, ...], segment: int
-) -> Iterator[_Segment]:
+) -> Iterator[Segment]:
+    """Cut a round's rows of these ops into messages of at most `segment` elements."""
     for op, peer, offset, count in rows:
         if op in ops:
             for low in range(0, count, segment):
-                yield _Segment(op, peer, offset + low, min(segment, count - low))
+                yield Segment(op, peer, offset + low, min(segment, count - low))
 
 
 def _scratch(program: Program, segment: int, target: Array, window: int) -> Array:
@@ -172,7 +175,7 @@ def _scratch(program: Program, segment: int, target: Array, window: int) -> Arra
     return np.empty(window * largest, target.dtype)
 
 
-def _landing(receive: _Segment, target: Array, scratch: Array, slot: int, window: int) -> Array:
+def _landing(receive: Segment, target: Array, scratch: Array, slot: int, window: int) -> Array:
     if receive.op == Op.RECV:
         return target[receive.offset : receive.offset + receive.count]
     start = slot % window * (scratch.size // window)
@@ -192,7 +195,7 @@ def _local(rows: list[tuple[Op, int, int, int]], target: Array, arithmetic: Arit
 
 
 def _finish(
-    entry: tuple[list[Request], _Segment | None, Array], total: Array, arithmetic: Arithmetic
+    entry: tuple[list[Request], Segment | None, Array], total: Array, arithmetic: Arithmetic
 ) -> Iterator[list[Request]]:
     requests, receive, arrived = entry
     while True:

@@ -316,6 +316,10 @@ class Operations:
             return self._mail.recv(buffer, src, tag)
         return self._message("recv", Op.RECV, buffer, src, tag)
 
+    def by_mail(self, peer: int) -> bool:
+        """Tell whether messages to and from a peer pass through shared memory."""
+        return self._mail is not None and self._mail.reaches(peer)
+
     def _message(self, name: str, op: Op, buffer: Buffer, peer: int, tag: int) -> Prepared:
         transport = self._transport
         data = buffer.flat.view(np.uint8)

@@ -9,6 +9,7 @@ into one log.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -21,6 +22,13 @@ from contract import FOLDS
 from ringfold import CommError, Communicator
 from ringfold.comm.device import Device, DeviceArray, Exported
 from ringfold.comm.device_operations import DeviceOperations
+from ringfold.comm.device_ways import DeviceWays
+from ringfold.comm.dtypes import DTYPES
+from ringfold.comm.transport.base import Channel, Request
+from ringfold.comm.transport.cuda_probe import Verdict
+from ringfold.comm.transport.local import LocalTransport
+from ringfold.kernels import reference
+from ringfold.kernels.storage import HALVES
 
 DIRT = 0xEE
 LOOKS, SLOW, EVERY = 2, 9, 50
@@ -65,6 +73,7 @@ class FakeGpu:
     def __init__(self, node: FakeNode | None = None) -> None:
         self.node = node
         self.peering = None if node is None else FakePeering(self, node)
+        self.arithmetic: FakeArithmetic | None = FakeArithmetic(self)
         self.log: list[tuple[Any, ...]] = []
         self.pinned: list[tuple[int, int]] = []
         self.arrays: list[FakeArray] = []
@@ -177,6 +186,83 @@ class FakeGpu:
         assert any(low <= start and end <= high for low, high in self.pinned), (
             "an asynchronous copy of memory that is not pinned"
         )
+
+
+class FakeArithmetic:
+    """Kernels over host memory, as late as everything that is put on a stream."""
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        self.gpu = gpu
+        self.allocated = 0
+
+    def knows(self, op: str, dtype: str) -> bool:
+        return dtype != "bool" and op in DTYPES[dtype].ops
+
+    def allocate(self, nbytes: int) -> tuple[int, FakeArray]:
+        self.allocated += 1
+        made = FakeArray(self.gpu, np.full(nbytes, DIRT, np.uint8))
+        return made.address, made
+
+    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        into, read = self.gpu.memory(target, nbytes), self.gpu.memory(source, nbytes)
+        self.gpu.launch(stream, lambda: np.copyto(into, read))
+
+    def combine(
+        self, op: str, dtype: str, target: int, incoming: int, count: int, stream: int
+    ) -> None:
+        into, read = (self._typed(address, dtype, count) for address in (target, incoming))
+        self.gpu.launch(stream, lambda: reference.combine(op, dtype)(into, read))
+
+    def convert(
+        self,
+        source: int,
+        source_dtype: str,
+        target: int,
+        target_dtype: str,
+        count: int,
+        divisor: float,
+        stream: int,
+    ) -> None:
+        read = self._typed(source, source_dtype, count)
+        into = self._typed(target, target_dtype, count)
+
+        def kernel() -> None:
+            wide = read if read.dtype == np.float64 else reference.to_float32(read, source_dtype)
+            wide = wide / wide.dtype.type(divisor)
+            into[:] = reference.from_float32(wide, target_dtype) if target_dtype in HALVES else wide
+
+        self.gpu.launch(stream, kernel)
+
+    def _typed(self, address: int, dtype: str, count: int) -> np.ndarray:
+        storage = DTYPES[dtype].storage
+        return self.gpu.memory(address, count * storage.itemsize).view(storage)
+
+
+@dataclass(frozen=True)
+class HostMessages:
+    """A library that sends device memory by address, which here is the host's.
+
+    It looks at no stream: what no kernel has written yet goes out as DIRT, and what a kernel still
+    reads is overwritten.
+    """
+
+    transport: LocalTransport
+
+    def isend_device(
+        self, address: int, nbytes: int, dst: int, tag: int, channel: Channel
+    ) -> Request:
+        # What is sent is read now and not when it is received, which may be long after.
+        return self.transport.isend(at(address, nbytes).copy(), dst, tag, channel)
+
+    def irecv_device(
+        self, address: int, nbytes: int, src: int, tag: int, channel: Channel
+    ) -> Request:
+        return self.transport.irecv(at(address, nbytes), src, tag, channel)
+
+
+def at(address: int, nbytes: int) -> np.ndarray:
+    """View memory of this process by address."""
+    return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
 
 
 class FakeNode:
@@ -308,9 +394,22 @@ class FakeArray:
         return self
 
 
-def use_fake(comm: Communicator, window_bytes: int = 64, node: FakeNode | None = None) -> FakeGpu:
-    """Let a communicator's operations on device memory run on a fake."""
+AWARE = Verdict(True, "the test says so")
+UNAWARE = Verdict(False, "the test says no")
+
+
+def use_fake(
+    comm: Communicator,
+    window_bytes: int = 64,
+    node: FakeNode | None = None,
+    aware: Verdict = UNAWARE,
+) -> FakeGpu:
+    """Let a communicator's operations on device memory run on a fake.
+
+    aware: what the probe says of the MPI library.
+    """
     gpu = FakeGpu(node)
     device: Device = gpu
-    comm.use_devices(DeviceOperations(comm, lambda array: device, window_bytes))
+    staged = DeviceOperations(comm, lambda array: device, window_bytes)
+    comm.use_devices(DeviceWays(comm, lambda array: device, staged, lambda: aware))
     return gpu

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from contract import FOLDS, data, expected, lengths
-from fake_device import FakeArray, FakeGpu, use_fake
+from fake_device import UNAWARE, FakeArray, FakeGpu, use_fake
 
 from ringfold import Communicator
 from ringfold.comm.chunks import bounds
+from ringfold.comm.transport.cuda_probe import Verdict
 
 
 def late(gpu: FakeGpu, values: np.ndarray, stream: int | None = 7) -> FakeArray:
@@ -108,13 +109,13 @@ CHECKS: dict[str, Callable[[Communicator, FakeGpu, int], Any]] = {
 }
 
 
-def run(comm: Communicator, name: str) -> None:
+def run(comm: Communicator, name: str, aware: Verdict = UNAWARE) -> None:
     """Run one check: short lengths over windows of a few elements, long ones over many windows."""
     short = [count for count in lengths(comm.size) if count < 100]
     for window_bytes, counts in ((40, short), (1 << 12, [2, 1000, 10007])):
         group = comm.split(0, comm.rank)
         assert group is not None
         with group:
-            gpu = use_fake(group, window_bytes)
+            gpu = use_fake(group, window_bytes, aware=aware)
             for count in counts:
                 CHECKS[name](group, gpu, count)

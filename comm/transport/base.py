@@ -58,6 +58,27 @@ class Calls:
     refused: Callable[[int, int, int | None], Exception]
 
 
+class DeviceMessages(Protocol):
+    """Messages whose bytes lie in device memory, for a library that sends such.
+
+    They meet those of the same transport that lie in host memory. Only where `cuda_probe` has seen
+    the library do it: another one would read the address as a host's, and the process would die.
+    The bytes must be there, or free to be written, when the call is made; no stream is looked at.
+    """
+
+    def isend_device(
+        self, address: int, nbytes: int, dst: int, tag: int, channel: Channel
+    ) -> Request:
+        """Start to send nbytes at a device address, which stay until it is done."""
+        ...
+
+    def irecv_device(
+        self, address: int, nbytes: int, src: int, tag: int, channel: Channel
+    ) -> Request:
+        """Start to receive exactly nbytes to a device address."""
+        ...
+
+
 class Transport(Protocol):
     """Messages between the ranks of one group.
 
@@ -67,6 +88,7 @@ class Transport(Protocol):
     calls: how compiled code sends; None where it cannot.
     library: what carries the messages, with its version.
     soiled: an operation has ended in an error, so that messages of it may be left.
+    device_messages: what sends device memory, if the library can; None where it never does.
     """
 
     name: str
@@ -78,6 +100,11 @@ class Transport(Protocol):
     world: tuple[int, ...]
     calls: Calls | None
     soiled: bool
+
+    @property
+    def device_messages(self) -> DeviceMessages | None:
+        """Return what sends device memory."""
+        ...
 
     def isend(self, data: Bytes, dst: int, tag: int, channel: Channel) -> Request:
         """Start to send 1-D contiguous bytes."""

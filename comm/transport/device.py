@@ -18,6 +18,7 @@ import numpy as np
 from ..device import LEGACY_STREAM, Bytes, DeviceArray, Event, Stream
 from ..dtypes import dtype_named
 from ..errors import CommError
+from .cuda_arithmetic import CudaArithmetic
 from .cuda_ipc import CudaPeering
 
 _CURRENT: Mapping[str, Callable[[Any, int], int]] = MappingProxyType(
@@ -102,6 +103,7 @@ class CudaDevice:
         self._device = cupy.cuda.Device(ordinal)
         self._streams: list[Any] = []
         self.peering = CudaPeering(cupy, ordinal, CudaEvent, _handle_of)
+        self.arithmetic = CudaArithmetic(cupy, ordinal)
 
     def caller(self, array: DeviceArray) -> Stream:
         """Return the stream that the array names, else its library's current one."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CommError, MismatchError, PeerLost
-from .base import Bytes, Calls, Channel, Transport
+from .base import Bytes, Calls, Channel, DeviceMessages, Transport
 
 _Key = tuple[Hashable, Channel, int, int, int]
 """(context, channel, src, dst, tag), ranks as in the world."""
@@ -116,6 +116,7 @@ class LocalTransport:
     threads = True
     calls: Calls | None = None
     soiled = False
+    device_messages: DeviceMessages | None = None
 
     def __init__(
         self, world: World, members: tuple[int, ...], rank: int, context: Hashable = ()

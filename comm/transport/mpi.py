@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CommError, PeerLost
-from .base import Bytes, Channel, Transport
+from .base import Bytes, Channel, DeviceMessages, Transport
 from .mpi_abi import find_calls
 from .mpi_errors import raising, refused, wrong_size
 from .mpi_exit import say_goodbye
@@ -233,6 +233,29 @@ class MpiTransport:
         except self._mpi.Exception as error:
             raise refused(self._mpi, error.Get_error_code(), src, data.size) from error
         return MpiRequest(self._mpi, request, src, data.size)
+
+    @property
+    def device_messages(self) -> DeviceMessages:
+        """Return this: whether the library can is for the probe to say."""
+        return self
+
+    def isend_device(
+        self, address: int, nbytes: int, dst: int, tag: int, channel: Channel
+    ) -> MpiRequest:
+        """Start to send device memory; mpi4py takes it by address."""
+        buffer: Any = self._mpi.buffer.fromaddress(address, nbytes)
+        return self.isend(buffer, dst, tag, channel)
+
+    def irecv_device(
+        self, address: int, nbytes: int, src: int, tag: int, channel: Channel
+    ) -> MpiRequest:
+        """Start to receive into device memory."""
+        buffer: Any = self._mpi.buffer.fromaddress(address, nbytes)
+        try:
+            request = self._channels[channel].Irecv([buffer, self._mpi.BYTE], src, tag)
+        except self._mpi.Exception as error:
+            raise refused(self._mpi, error.Get_error_code(), src, nbytes) from error
+        return MpiRequest(self._mpi, request, src, nbytes)
 
     def pause(self, spins: int) -> None:
         """Spin at first, then yield the core, and sleep when it takes long."""

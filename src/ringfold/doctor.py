@@ -19,7 +19,6 @@ import numpy as np
 
 from . import units
 from .comm.errors import CommError
-from .comm.settings import beside_the_job, cache_folder
 from .findings import Finding, broken, good, note, screen, status, ways_table
 
 if TYPE_CHECKING:
@@ -168,7 +167,7 @@ def _gpus(library: str) -> list[Finding]:
     versions = f"CuPy {cupy.__version__}, CUDA {_cuda(toolkit)}, driver for CUDA {_cuda(driver)}"
     found = [good("GPU", f"{count}: {', '.join(cards)}; {versions}")]
     found.append(good("peer access", _peers(runtime, count)))
-    return [*found, _aware(f"{library} | {driver} | {cupy.__version__}")]
+    return [*found, _aware(library)]
 
 
 def _without(why: str, advice: str) -> list[Finding]:
@@ -189,11 +188,10 @@ def _peers(runtime: Any, count: int) -> str:
     return f"not between {', '.join(lacking)}" if lacking else f"between all {count} cards"
 
 
-def _aware(key: str) -> Finding:
-    from .comm.transport.cuda_probe import gpu_aware
+def _aware(library: str) -> Finding:
+    from .comm.transport.gpu_aware import sends_gpu_memory
 
-    folder = cache_folder()
-    found = gpu_aware(beside_the_job(), folder and folder / "gpu-aware.json", key)
+    found = sends_gpu_memory(library)
     if found.aware:
         return good("GPU-aware MPI", f"yes: {found.reason}")
     return note("GPU-aware MPI", f"no: {found.reason}; device memory passes through host memory")

@@ -1,0 +1,184 @@
+"""Choose, for each operation on device memory, the way that it takes.
+
+1. `ipc`: ranks of one node read each other's registered memory (`ipc`, tried by `open_ipc`).
+2. `gpu-aware mpi`: where data goes through MPI anyway, and a child process has seen the library
+   send device memory (`direct`). For messages that is decided by each pair of ranks; either end may
+   be in host memory, so the two need not agree. A collective takes it where all ranks can.
+3. `staged`: through pinned host memory (`device_operations`), everywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .device import Device, DeviceArray, describe
+from .device_operations import Algorithm, DeviceOperations
+from .direct import Direct, message
+from .transport.cuda_probe import Verdict
+from .work import Prepared
+
+if TYPE_CHECKING:
+    from .communicator import Communicator
+
+Find = Callable[[DeviceArray], Device]
+
+
+class DeviceWays:
+    """Prepare operations on device memory for one rank of one group; as `Operations` does."""
+
+    def __init__(
+        self,
+        comm: Communicator,
+        find: Find,
+        staged: DeviceOperations,
+        aware: Callable[[], Verdict],
+    ) -> None:
+        """aware: tell whether this rank's MPI library sends device memory; asked once, if at all.
+
+        It is asked only where MPI messages would carry the data.
+        """
+        self._comm, self._find, self._staged, self._aware = comm, find, staged, aware
+        self._verdict: Verdict | None = None
+        self._direct: Direct | None = None
+        self._asked = False
+        self._why_not = ""
+
+    def close(self) -> None:
+        """Give the group back; collective where a collective was called."""
+        self._direct = None
+        self._staged.close()
+
+    # -- collectives -------------------------------------------------------------------------
+
+    def allreduce(self, x: Any, op: str = "sum", algorithm: Algorithm = None) -> Prepared:
+        array = describe(x, writable=True)
+        array.dtype.require(op)
+        direct = self._reducing(array, op)
+        if direct is not None:
+            return direct.allreduce(array, op, algorithm)
+        return self._told(self._staged.allreduce(x, op, algorithm))
+
+    def reduce(
+        self, x: Any, root: int = 0, op: str = "sum", algorithm: Algorithm = None
+    ) -> Prepared:
+        root = self._comm.host_operations.root(root)
+        array = describe(x, writable=self._comm.rank == root)
+        array.dtype.require(op)
+        direct = self._reducing(array, op)
+        if direct is not None:
+            return direct.reduce(array, root, op, algorithm)
+        return self._told(self._staged.reduce(x, root, op, algorithm))
+
+    def reduce_scatter(self, x: Any, op: str = "sum", algorithm: Algorithm = None) -> Prepared:
+        array = describe(x, writable=False)
+        array.dtype.require(op)
+        direct = self._reducing(array, op)
+        if direct is not None:
+            return direct.reduce_scatter(array, op, algorithm)
+        return self._told(self._staged.reduce_scatter(x, op, algorithm))
+
+    def broadcast(self, x: Any, root: int = 0, algorithm: Algorithm = None) -> Prepared:
+        root = self._comm.host_operations.root(root)
+        array = describe(x, writable=self._comm.rank != root)
+        direct = self._moving(array)
+        if direct is not None:
+            return direct.broadcast(array, root, algorithm)
+        return self._told(self._staged.broadcast(x, root, algorithm))
+
+    def allgather(self, x: Any, algorithm: Algorithm = None) -> Prepared:
+        array = describe(x, writable=False)
+        direct = self._moving(array)
+        if direct is not None:
+            return direct.allgather(array, algorithm)
+        return self._told(self._staged.allgather(x, algorithm))
+
+    def gather(self, x: Any, root: int = 0, algorithm: Algorithm = None) -> Prepared:
+        root = self._comm.host_operations.root(root)
+        array = describe(x, writable=False)
+        direct = self._moving(array)
+        if direct is not None:
+            return direct.gather(array, root, algorithm)
+        return self._told(self._staged.gather(x, root, algorithm))
+
+    def scatter(self, x: Any = None, root: int = 0, algorithm: Algorithm = None) -> Prepared:
+        return self._staged.scatter(x, root, algorithm)
+
+    def alltoall(self, x: Any, algorithm: Algorithm = None) -> Prepared:
+        array = describe(x, writable=False)
+        direct = self._moving(array)
+        if direct is not None:
+            return direct.alltoall(array, algorithm)
+        return self._told(self._staged.alltoall(x, algorithm))
+
+    # -- point to point ----------------------------------------------------------------------
+
+    def send(self, x: Any, dst: int, tag: int = 0) -> Prepared:
+        array = describe(x, writable=False)
+        empty = self._comm.host_operations.send(np.empty(0, np.uint8), dst, tag)
+        return self._message(array, empty, dst, tag) or self._staged.send(x, dst, tag)
+
+    def recv(self, x: Any, src: int, tag: int = 0) -> Prepared:
+        array = describe(x, writable=True)
+        empty = self._comm.host_operations.recv(np.empty(0, np.uint8), src, tag)
+        return self._message(array, empty, src, tag) or self._staged.recv(x, src, tag)
+
+    def _message(self, array: DeviceArray, empty: Prepared, peer: int, tag: int) -> Prepared | None:
+        messages = self._comm._transport.device_messages
+        if messages is None or self.way_to(peer) is not None:
+            return None
+        return message(self._comm, messages, self._find(array), array, empty, peer, tag)
+
+    def way_to(self, peer: int) -> str | None:
+        """Return why messages to a peer are staged; None where MPI sends them as they lie."""
+        if self._comm._transport.device_messages is None:
+            return f"{self._comm._transport.name} messages are of host memory"
+        if self._comm.host_operations.by_mail(peer):
+            return "the two share memory"
+        verdict = self._judge()
+        return None if verdict.aware else verdict.reason
+
+    # -- choosing ----------------------------------------------------------------------------
+
+    def _reducing(self, array: DeviceArray, op: str) -> Direct | None:
+        direct = self._open(array)
+        return direct if direct is not None and direct.knows(op, array.dtype.name) else None
+
+    def _moving(self, array: DeviceArray) -> Direct | None:
+        return self._open(array)
+
+    def _judge(self) -> Verdict:
+        if self._verdict is None:
+            self._verdict = self._aware()
+        return self._verdict
+
+    def _open(self, array: DeviceArray) -> Direct | None:
+        """Return the direct side of the group where all of its ranks have one; collective."""
+        if not self._asked:
+            self._asked = True
+            self._direct, self._why_not = self._agree(array)
+        return self._direct
+
+    def _agree(self, array: DeviceArray) -> tuple[Direct | None, str]:
+        group, has_ipc = self._staged.open(array)
+        messages = group._transport.device_messages
+        if group.size == 1 or has_ipc or messages is None:
+            return None, ""
+        if group.host_operations.way == "shared":
+            return None, ""
+        device, verdict = self._find(array), self._judge()
+        arithmetic = device.arithmetic
+        able = verdict.aware and arithmetic is not None
+        if not group.allreduce(np.array([able], np.uint8), "min")[0]:
+            return None, verdict.reason if not verdict.aware else "not on every rank"
+        assert arithmetic is not None
+        return Direct(group, messages, device, arithmetic, verdict.reason), ""
+
+    def _told(self, prepared: Prepared) -> Prepared:
+        if not self._why_not:
+            return prepared
+        reason = f"{prepared.receipt.reason}; no gpu-aware MPI: {self._why_not}"
+        return replace(prepared, receipt=replace(prepared.receipt, reason=reason))

@@ -1,0 +1,363 @@
+"""Operations on device memory that a GPU-aware MPI library sends as it lies there.
+
+Whatever the host waits for is an event: before the library may read or write a buffer, all that
+the caller has put on its stream has run; what the caller puts there after the operation has ended
+runs behind the last kernel. Sums are made by kernels: half widths in float32, rounded once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .arithmetic import mean_scales
+from .chunks import bounds
+from .device import Device, DeviceArithmetic, DeviceArray, Event, Stream, describe
+from .device_executor import Memory, Site, execute_on_device, landing_bytes, reached
+from .dtypes import DTYPES
+from .executor import NETWORK_WINDOW
+from .fingerprint import fingerprint
+from .trace import Signature
+from .transport.base import Channel, DeviceMessages
+from .work import Prepared, Receipt, Steps
+
+if TYPE_CHECKING:
+    from .communicator import Communicator
+    from .device_operations import Algorithm
+    from .operations import Chosen
+
+WAY = "gpu-aware mpi"
+
+Run = Callable[[int, Stream], Steps]
+"""(tag, the caller's stream) -> steps; the caller's work has run when they begin."""
+
+
+Piece = tuple[int, int, Any]
+"""(address, bytes, owner) of scratch memory."""
+
+
+class Scratch:
+    """Device memory lent to one operation after the other; when what still uses it has ended."""
+
+    def __init__(self, arithmetic: DeviceArithmetic) -> None:
+        self._arithmetic = arithmetic
+        self._free: dict[int, list[tuple[Piece, Event]]] = {}
+
+    def take(self, nbytes: int) -> Piece:
+        """Return memory of at least nbytes, which messages and kernels may write at once."""
+        size = 1 << max(nbytes - 1, 255).bit_length()
+        free = self._free.setdefault(size, [])
+        for index, (piece, event) in enumerate(free):
+            if event.ended():
+                del free[index]
+                return piece
+        address, owner = self._arithmetic.allocate(size)
+        return address, size, owner
+
+    def give(self, piece: Piece, event: Event) -> None:
+        """Take a piece back; event: behind its last use."""
+        self._free[piece[1]].append((piece, event))
+
+
+class Direct:
+    """Prepare collectives of one group whose ranks all send device memory by MPI."""
+
+    def __init__(
+        self,
+        group: Communicator,
+        messages: DeviceMessages,
+        device: Device,
+        arithmetic: DeviceArithmetic,
+        reason: str,
+    ) -> None:
+        """group: whose collective messages nobody else sends with the tags of these operations."""
+        self._group, self._messages, self._device = group, messages, device
+        self._arithmetic, self._reason = arithmetic, reason
+        self._stream = device.make_stream()
+        self._scratch = Scratch(arithmetic)
+        self._abandoned: list[object] = []
+
+    def knows(self, op: str, dtype: str) -> bool:
+        """Tell whether a reduction can be computed; alike on all ranks."""
+        wide = DTYPES[dtype].wide
+        return self._arithmetic.knows("sum" if op == "mean" else op, "float32" if wide else dtype)
+
+    # -- reductions --------------------------------------------------------------------------
+
+    def allreduce(self, array: DeviceArray, op: str, algorithm: Algorithm) -> Prepared:
+        """Reduce in place."""
+        signature = Signature("allreduce", op, array.dtype.name, array.count)
+        chosen = self._choose(signature, array.count, algorithm)
+
+        def run(tag: int, caller: Stream) -> Steps:
+            yield from self._reduce(chosen, array, array.address, op, tag)
+            return array.owner
+
+        return self._prepared(signature, chosen, array, array.nbytes, run)
+
+    def reduce(self, array: DeviceArray, root: int, op: str, algorithm: Algorithm) -> Prepared:
+        """Reduce in place at root; elsewhere in a copy, as partial sums may pass here."""
+        signature = Signature("reduce", op, array.dtype.name, array.count, root)
+        chosen = self._choose(signature, array.count, algorithm, root)
+
+        def run(tag: int, caller: Stream) -> Steps:
+            if self._group.rank == root:
+                yield from self._reduce(chosen, array, array.address, op, tag)
+            else:
+                piece = yield from self._copy(array)
+                yield from self._reduce(chosen, array, piece[0], op, tag)
+                self._give(piece)
+            return array.owner
+
+        return self._prepared(signature, chosen, array, array.nbytes, run)
+
+    def reduce_scatter(self, array: DeviceArray, op: str, algorithm: Algorithm) -> Prepared:
+        """Reduce a copy, and return this rank's part of it."""
+        signature = Signature("reduce_scatter", op, array.dtype.name, array.count)
+        chosen = self._choose(signature, array.count, algorithm)
+        low, high = bounds(array.count, self._group.size, self._group.rank)
+        item = array.dtype.itemsize
+
+        def run(tag: int, caller: Stream) -> Steps:
+            result, into = self._made(array, (high - low,), caller)
+            piece = yield from self._copy(array)
+            yield from self._reduce(chosen, array, piece[0], op, tag)
+            if high > low:
+                size = (high - low) * item
+                self._arithmetic.copy(into, piece[0] + low * item, size, self._stream)
+            self._give(piece)
+            return result
+
+        return self._prepared(signature, chosen, array, array.nbytes, run)
+
+    def _reduce(self, chosen: Chosen, array: DeviceArray, address: int, op: str, tag: int) -> Steps:
+        """Reduce count elements at an address in place; half widths in a copy of float32."""
+        name, count = array.dtype.name, array.count
+        if not count:
+            return
+        plain = "sum" if op == "mean" else op
+        if not array.dtype.wide:
+            adding, item = (plain, name), array.dtype.itemsize
+            yield from self._execute(chosen, item, address, address, tag, adding)
+            if op == "mean" and self._group.size > 1:
+                self._convert(address, name, address, name, count, float(self._group.size))
+            return
+        before, after = mean_scales(op, self._group.size)
+        piece = self._scratch.take(count * 4)
+        self._convert(address, name, piece[0], "float32", count, before)
+        yield from self._settled()
+        yield from self._execute(chosen, 4, piece[0], piece[0], tag, (plain, "float32"))
+        self._convert(piece[0], "float32", address, name, count, after)
+        self._give(piece)
+
+    # -- movements ---------------------------------------------------------------------------
+
+    def broadcast(self, array: DeviceArray, root: int, algorithm: Algorithm) -> Prepared:
+        """Copy root's over the others'."""
+        signature = Signature("broadcast", "", array.dtype.name, array.count, root)
+        chosen = self._choose(signature, array.count, algorithm, root)
+
+        def run(tag: int, caller: Stream) -> Steps:
+            yield from self._move(chosen, array, array.address, array.address, tag)
+            return array.owner
+
+        return self._prepared(signature, chosen, array, array.nbytes, run)
+
+    def allgather(self, array: DeviceArray, algorithm: Algorithm) -> Prepared:
+        """Return a row from every rank."""
+        size = self._group.size
+        signature = Signature("allgather", "", array.dtype.name, array.count)
+        chosen = self._choose(signature, array.count * size, algorithm)
+
+        def run(tag: int, caller: Stream) -> Steps:
+            result, into = self._made(array, (size, *array.shape), caller)
+            yield from self._own_row(array, into)
+            yield from self._move(chosen, array, into, into, tag)
+            return result
+
+        return self._prepared(signature, chosen, array, array.nbytes * size, run)
+
+    def gather(self, array: DeviceArray, root: int, algorithm: Algorithm) -> Prepared:
+        """Return a row from every rank at root; elsewhere rows may pass through scratch memory."""
+        size = self._group.size
+        signature = Signature("gather", "", array.dtype.name, array.count, root)
+        chosen = self._choose(signature, array.count * size, algorithm, root)
+
+        def run(tag: int, caller: Stream) -> Steps:
+            if self._group.rank == root:
+                result, into = self._made(array, (size, *array.shape), caller)
+                yield from self._own_row(array, into)
+                yield from self._move(chosen, array, into, into, tag)
+                return result
+            piece = self._scratch.take(array.nbytes * size)
+            yield from self._own_row(array, piece[0])
+            yield from self._move(chosen, array, piece[0], piece[0], tag)
+            self._give(piece)
+            return None
+
+        return self._prepared(signature, chosen, array, array.nbytes * size, run)
+
+    def alltoall(self, array: DeviceArray, algorithm: Algorithm) -> Prepared:
+        """Return row r from rank r."""
+        if not array.shape or array.shape[0] != self._group.size:
+            raise ValueError(
+                f"x: expected a first axis of {self._group.size}, a row per rank, got shape "
+                f"{array.shape}"
+            )
+        signature = Signature("alltoall", "", array.dtype.name, array.count)
+        chosen = self._choose(signature, array.count, algorithm)
+        row = array.nbytes // self._group.size
+
+        def run(tag: int, caller: Stream) -> Steps:
+            result, into = self._made(array, array.shape, caller)
+            if row:
+                at = self._group.rank * row
+                self._arithmetic.copy(into + at, array.address + at, row, self._stream)
+            yield from self._settled()
+            yield from self._move(chosen, array, array.address, into, tag)
+            return result
+
+        return self._prepared(signature, chosen, array, array.nbytes, run)
+
+    # -- parts of them -----------------------------------------------------------------------
+
+    def _choose(
+        self, signature: Signature, count: int, algorithm: Algorithm, root: int = 0
+    ) -> Chosen:
+        host = self._group.host_operations
+        return host._choose(signature.operation, count, DTYPES[signature.dtype], algorithm, root)
+
+    def _prepared(
+        self, signature: Signature, chosen: Chosen, array: DeviceArray, nbytes: int, run: Run
+    ) -> Prepared:
+        def begin(tag: int) -> Steps:
+            device = self._device
+            caller = device.caller(describe(array.owner, writable=False))
+            device.follow(self._stream, device.record(caller))
+            yield from self._settled()
+            result = yield from run(tag, caller)
+            device.follow(caller, device.record(self._stream))
+            return result
+
+        receipt = Receipt(
+            signature.operation,
+            chosen.algorithm,
+            WAY,
+            chosen.schedule.num_chunks,
+            nbytes,
+            f"{chosen.reason}; {self._reason}",
+        )
+        mark = fingerprint(signature, f"direct {chosen.algorithm}")
+        return Prepared(receipt, Channel.COLLECTIVE, begin, signature, mark=mark)
+
+    def _give(self, piece: Piece) -> None:
+        self._scratch.give(piece, self._device.record(self._stream))
+
+    def _settled(self) -> Steps:
+        """Wait for all that is on this side's stream, so that messages may touch it."""
+        yield from reached(self._device.record(self._stream), self._group.rank)
+
+    def _made(self, array: DeviceArray, shape: tuple[int, ...], caller: Stream) -> tuple[Any, int]:
+        """Return a new array and its address; this side's stream runs behind its making."""
+        result = self._device.like(array, shape)
+        self._device.follow(self._stream, self._device.record(caller))
+        return result, describe(result, writable=True).address
+
+    def _own_row(self, array: DeviceArray, into: int) -> Steps:
+        if array.nbytes:
+            at = into + self._group.rank * array.nbytes
+            self._arithmetic.copy(at, array.address, array.nbytes, self._stream)
+        yield from self._settled()
+
+    def _copy(self, array: DeviceArray) -> Steps:
+        """Return a copy of an array in scratch memory."""
+        piece = self._scratch.take(array.nbytes)
+        if array.nbytes:
+            self._arithmetic.copy(piece[0], array.address, array.nbytes, self._stream)
+        yield from self._settled()
+        return piece
+
+    def _move(
+        self, chosen: Chosen, array: DeviceArray, source: int, target: int, tag: int
+    ) -> Steps:
+        yield from self._execute(chosen, array.dtype.itemsize, source, target, tag, ("", ""))
+
+    def _execute(
+        self,
+        chosen: Chosen,
+        itemsize: int,
+        source: int,
+        target: int,
+        tag: int,
+        adding: tuple[str, str],
+    ) -> Steps:
+        settings = self._group._settings
+        segment = min(settings.segment_bytes, settings.max_message_bytes)
+        site = Site(
+            self._messages,
+            tag,
+            self._group.rank,
+            self._device,
+            self._stream,
+            segment,
+            NETWORK_WINDOW,
+            self._abandoned,
+        )
+        room = landing_bytes(chosen.program, itemsize, segment, site.window)
+        piece = self._scratch.take(room) if room else None
+        memory = Memory(source, target, piece[0] if piece else 0, itemsize)
+
+        def add(into: int, incoming: int, count: int) -> None:
+            self._arithmetic.combine(*adding, into, incoming, count, self._stream)
+
+        yield from execute_on_device(chosen.program, site, memory, add)
+        if piece:
+            self._give(piece)
+
+    def _convert(
+        self, source: int, source_dtype: str, target: int, dtype: str, count: int, divisor: float
+    ) -> None:
+        self._arithmetic.convert(source, source_dtype, target, dtype, count, divisor, self._stream)
+
+
+def message(
+    comm: Communicator,
+    messages: DeviceMessages,
+    device: Device,
+    array: DeviceArray,
+    empty: Prepared,
+    peer: int,
+    tag: int,
+) -> Prepared:
+    """Prepare a message from or into device memory, as one of no host elements was prepared.
+
+    The host waits for the caller's stream before the library is called, so that a message keeps
+    its place among the others to that rank. The other end may be in host memory.
+    """
+    sends = empty.signature.operation == "send"
+    start = messages.isend_device if sends else messages.irecv_device
+    limit, channel = comm._settings.max_message_bytes, Channel.POINT_TO_POINT
+
+    def run(ours: int) -> Steps:
+        if not array.nbytes:
+            yield from empty.run(ours)
+            return array.owner
+        wait_here(device.record(device.caller(describe(array.owner, writable=False))))
+        pending = [
+            start(array.address + low, min(limit, array.nbytes - low), peer, tag, channel)
+            for low in range(0, array.nbytes, limit)
+        ]
+        while pending := [request for request in pending if not request.done()]:
+            yield pending
+        return array.owner
+
+    receipt = Receipt(empty.receipt.operation, "message", WAY, 1, array.nbytes)
+    signature = empty.signature._replace(dtype=array.dtype.name, elements=array.count)
+    return Prepared(receipt, empty.channel, run, signature)
+
+
+def wait_here(event: Event) -> None:
+    """Wait for an event without letting other operations go on."""
+    while not event.ended():
+        os.sched_yield()

@@ -1,0 +1,71 @@
+"""What one GPU computes in its own memory: the kernels of `kernels.device`, by address."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..device import Stream
+from ..dtypes import DTYPES
+from ..errors import CommError
+
+
+class CudaArithmetic:
+    """The kernels as the device protocol has them."""
+
+    def __init__(self, cupy: Any, ordinal: int) -> None:
+        self._cupy, self._ordinal = cupy, ordinal
+
+    def knows(self, op: str, dtype: str) -> bool:
+        """Tell whether `combine` knows an op on a type."""
+        return op in DTYPES[dtype].ops and dtype != "bool"
+
+    def allocate(self, nbytes: int) -> tuple[int, Any]:
+        """Return new memory: an allocation of its own, as MPI libraries map whole ones.
+
+        Raises: CommError where there is none left.
+        """
+        from .cuda_ipc import Allocation
+
+        with self._cupy.cuda.Device(self._ordinal):
+            try:
+                made = Allocation(self._cupy.cuda.runtime, max(nbytes, 1))
+            except self._cupy.cuda.runtime.CUDARuntimeError as error:
+                raise CommError(f"no {nbytes} bytes of GPU memory are left: {error}") from error
+        return made.base, made
+
+    def copy(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
+        """Copy within the device."""
+        runtime = self._cupy.cuda.runtime
+        if nbytes:
+            with self._cupy.cuda.Device(self._ordinal):
+                runtime.memcpyAsync(target, source, nbytes, runtime.memcpyDeviceToDevice, stream)
+
+    def combine(
+        self, op: str, dtype: str, target: int, incoming: int, count: int, stream: Stream
+    ) -> None:
+        """Let target = target op incoming."""
+        from ...kernels.device.fold import combine
+        from ...kernels.device.launch import Launcher
+        from ...kernels.device.table import Span
+
+        launcher = Launcher(self._ordinal, stream)
+        combine(op, dtype, Span(target, count), Span(incoming, count), launcher)
+
+    def convert(
+        self,
+        source: int,
+        source_dtype: str,
+        target: int,
+        target_dtype: str,
+        count: int,
+        divisor: float,
+        stream: Stream,
+    ) -> None:
+        """Let target = source / divisor."""
+        from ...kernels.device.launch import Launcher
+        from ...kernels.device.pack import cast
+        from ...kernels.device.table import Span
+
+        launcher = Launcher(self._ordinal, stream)
+        spans = Span(source, count), Span(target, count)
+        cast(spans[0], source_dtype, spans[1], target_dtype, launcher, divisor=divisor)

@@ -1,0 +1,177 @@
+"""Device memory that the library sends as it lies there, on a device that is always late."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from contract import data, expected
+from fake_device import AWARE, UNAWARE, FakeArray, FakeGpu, HostMessages, use_fake
+from staged_contract import CHECKS, late, run
+
+from ringfold import Communicator, Settings, run_local
+from ringfold.comm.transport.local import LocalTransport
+
+SETTINGS = Settings(timeout=20, segment_bytes=400, max_message_bytes=200)
+
+
+@pytest.fixture(autouse=True)
+def sends_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LocalTransport, "device_messages", property(HostMessages))
+
+
+@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_contract(size: int, name: str) -> None:
+    run_local(size, lambda comm: run(comm, name, AWARE), settings=SETTINGS)
+
+
+def receipts(comm: Communicator, x: FakeArray) -> dict[str, Any]:
+    works = {
+        "allreduce": comm.allreduce(x, blocking=False),
+        "reduce": comm.reduce(x, blocking=False),
+        "broadcast": comm.broadcast(x, blocking=False),
+        "allgather": comm.allgather(x, blocking=False),
+        "gather": comm.gather(x, blocking=False),
+        "reduce_scatter": comm.reduce_scatter(x, blocking=False),
+        "alltoall": comm.alltoall(x, blocking=False),
+        "send": comm.isend(x, (comm.rank + 1) % comm.size),
+        "recv": comm.irecv(x, (comm.rank - 1) % comm.size),
+    }
+    for work in works.values():
+        work.wait()
+    return {name: work.receipt for name, work in works.items()}
+
+
+def test_the_receipt_names_the_way() -> None:
+    def main(comm: Communicator) -> None:
+        gpu = use_fake(comm, aware=AWARE)
+        for name, receipt in receipts(comm, late(gpu, np.ones((3, 5), np.float32))).items():
+            assert receipt.transport == "gpu-aware mpi", name
+            assert receipt.operation == name and receipt.nbytes >= 60
+        assert not gpu.pinned and not any(e[0].startswith("to_") for e in gpu.log)
+
+    run_local(3, main, settings=SETTINGS)
+
+
+def test_where_the_probe_says_no_all_is_staged_and_told() -> None:
+    def main(comm: Communicator) -> None:
+        gpu = use_fake(comm, aware=UNAWARE)
+        for name, receipt in receipts(comm, late(gpu, np.ones((3, 5), np.float32))).items():
+            assert receipt.transport == "staged, local", name
+            if name not in ("send", "recv"):
+                assert "no gpu-aware MPI: the test says no" in receipt.reason
+
+    run_local(3, main, settings=SETTINGS)
+
+
+@pytest.mark.parametrize("kind", ["verdict", "kernels"])
+def test_collectives_need_all_ranks_and_messages_each_its_own(kind: str) -> None:
+    """A pair may differ: one end sends the device's memory, the other receives into the host's."""
+
+    def main(comm: Communicator) -> None:
+        lacks = comm.rank == 1
+        gpu = use_fake(comm, aware=UNAWARE if lacks and kind == "verdict" else AWARE)
+        if lacks and kind == "kernels":
+            gpu.arithmetic = None
+        x = late(gpu, data(comm.rank, 100, np.float32))
+        work = comm.allreduce(x, blocking=False)
+        work.wait()
+        assert work.receipt.transport == "staged, local"
+        np.testing.assert_array_equal(x.get(), expected("sum", 3, 100, np.float32))
+        y = late(gpu, np.zeros(100, np.float32))
+        sending = comm.isend(x, (comm.rank + 1) % 3)
+        comm.recv(y, (comm.rank - 1) % 3)
+        sending.wait()
+        staged = lacks and kind == "verdict"
+        assert sending.receipt.transport == ("staged, local" if staged else "gpu-aware mpi")
+        np.testing.assert_array_equal(y.get(), x.get())
+
+    run_local(3, main, settings=SETTINGS)
+
+
+def test_types_that_no_kernel_adds_are_staged() -> None:
+    def main(comm: Communicator) -> None:
+        gpu = use_fake(comm, aware=AWARE)
+        x = late(gpu, np.array([comm.rank == 1, False]))
+        work = comm.allreduce(x, "max", blocking=False)
+        work.wait()
+        assert work.receipt.transport == "staged, local"
+        assert x.get().tolist() == [True, False]
+        work = comm.broadcast(x, blocking=False)
+        work.wait()
+        assert work.receipt.transport == "gpu-aware mpi"
+
+    run_local(2, main, settings=SETTINGS)
+
+
+@pytest.mark.parametrize("algorithm", ["ring", "pairwise", "recursive_doubling", "tree"])
+def test_named_algorithms_over_many_segments(algorithm: str) -> None:
+    def main(comm: Communicator) -> None:
+        gpu = use_fake(comm, aware=AWARE)
+        for count in (0, 1, 2, 501):
+            x = late(gpu, data(comm.rank, count, np.float64))
+            work = comm.allreduce(x, algorithm=algorithm, blocking=False)
+            work.wait()
+            assert work.receipt.algorithm == algorithm
+            np.testing.assert_array_equal(x.get(), expected("sum", 3, count, np.float64))
+
+    run_local(3, main, settings=SETTINGS)
+
+
+def test_scratch_memory_is_used_again() -> None:
+    def main(comm: Communicator) -> int:
+        gpu = use_fake(comm, aware=AWARE)
+        for _ in range(20):
+            x = late(gpu, np.ones(500, np.float32))
+            comm.reduce(x)
+            x.get()
+        assert gpu.arithmetic is not None
+        return gpu.arithmetic.allocated
+
+    assert max(run_local(2, main, settings=SETTINGS)) <= 6
+
+
+def test_a_plan() -> None:
+    def main(comm: Communicator) -> None:
+        gpu = use_fake(comm, aware=AWARE)
+        x = late(gpu, np.ones(250, np.float32))
+        step = comm.plan("allreduce", x, "mean")
+        for _ in range(3):
+            gpu.launch(7, lambda: np.multiply(x.values, 3, out=x.values))
+            step()
+        assert (x.get() == 27).all()
+
+    run_local(2, main, settings=SETTINGS)
+
+
+def hasty(gpu: FakeGpu, own: bool) -> None:
+    """Let events seem ended at once: those on the caller's stream, or those behind kernels."""
+    record = gpu.record
+
+    def recorded(stream: int) -> Any:
+        event = record(stream)
+        if (stream == 7) == (not own):
+            event.ended = lambda: True  # type: ignore[method-assign]
+        return event
+
+    gpu.record = recorded  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("what", ["send", "collective"])
+def test_the_fake_catches_a_library_that_reads_too_early(what: str) -> None:
+    """Mutation: the host does not wait for events, and what goes out is what was there (PR-12)."""
+
+    def main(comm: Communicator) -> bool:
+        gpu = use_fake(comm, aware=AWARE)
+        hasty(gpu, own=what == "collective")
+        x = late(gpu, np.ones(100, np.float32))
+        if what == "collective":
+            comm.allreduce(x)
+            return bool((x.get() == 2).all())
+        y = FakeArray(gpu, np.zeros(100, np.float32))
+        sending = comm.isend(x, 1 - comm.rank)
+        comm.recv(y, 1 - comm.rank)
+        sending.wait()
+        return bool((y.get() == 1).all())
+
+    assert run_local(2, main, settings=SETTINGS) == [False, False]
