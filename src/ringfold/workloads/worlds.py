@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from ..comm.communicator import Communicator
 from ..comm.elastic import Elastic, Loss
 from ..comm.errors import PeerLost
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
     from .options import Options
 
 __all__ = ["Fixed", "Left", "Living", "Planned", "World", "open_world"]
+
+_AS_LONG_AS_IT_TAKES = 1e9
+"""Seconds that a rank without work waits for those that train."""
 
 
 class Left(Exception):
@@ -120,6 +125,7 @@ class Planned:
         self._departures = sorted(departures, key=lambda pair: pair[1])
         self._members = list(range(comm.size))
         self._step = 0
+        self._known = False
 
     def begin(self, step: int) -> None:
         self._step = step
@@ -130,12 +136,29 @@ class Planned:
         """Go on."""
 
     def finished(self) -> bool:
-        return True
+        """Wait until nobody trains any more; PeerLost where a rank leaves before that."""
+        step = self._leaving_before(None)
+        if step is None:
+            return True
+        self._step, self._known = step, True
+        raise PeerLost(f"a rank leaves before step {step}, as --membership has it")
+
+    def _leaving_before(self, step: int | None) -> int | None:
+        """Return the step before which ranks leave now; None once all ranks ask with None.
+
+        A rank without work asks with None as long as the others train. Collective.
+        """
+        mine = np.array([-1 if step is None else step])
+        told = self.comm.allreduce(mine, op="max", blocking=False).wait(_AS_LONG_AS_IT_TAKES)
+        return None if told[0] < 0 else int(told[0])
 
     def recover(self, done: int) -> Loss:
         start = time.perf_counter()
         if not self._departures or self._departures[0][1] > self._step:
             raise PeerLost("a rank was lost that --membership does not name")
+        if not self._known:
+            self._leaving_before(self._step)
+        self._known = False
         gone = [rank for rank, step in self._departures if step <= self._step]
         self._departures = [pair for pair in self._departures if pair[1] > self._step]
         lost = tuple(place for place, rank in enumerate(self._members) if rank in gone)
