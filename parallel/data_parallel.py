@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .carried import Carried
 from .drift import GradientReport, check_replicas, report_gradients
 from .finite import FiniteCheck
 from .hooks import WireHook
@@ -248,6 +249,25 @@ class DataParallel(nn.Module):
         if self.comm is None:
             raise ValueError("a copy of the wrapper has no ranks to compare")
         return self.comm
+
+    def carried(self) -> Carried | None:
+        """Return what the next step depends on besides weights and batch; None for a copy.
+
+        The order of the buckets, and what a compressing wire has not sent. Checkpoints hold it. Not
+        collective, nothing is copied.
+        """
+        steps = 0 if self._finite is None else self._finite.step
+        return None if self._reducer is None else self._reducer.carried(steps)
+
+    def carry_on(self, carried: Carried) -> None:
+        """Go on from what `carried` returned; on all ranks, between steps.
+
+        As after a step that was given up in the middle: some of its buckets may have been sent.
+        """
+        if self._reducer is not None:
+            self._reducer.carry_on(carried)
+        if self._finite is not None:
+            self._finite.step = carried.steps
 
     def detach(self) -> None:
         """Take the hooks off the module's parameters: from now on nothing is reduced.

@@ -15,6 +15,7 @@ from ..comm.timeline import STEP, span
 from .actions import Action
 from .balancing import balanced_stages
 from .batch import clone_tensors, join_rows, row_bounds, split_rows
+from .carried import Carried
 from .clip import clip_over_stages
 from .finite import FiniteCheck
 from .layers import RankLayers, named_layers
@@ -330,6 +331,15 @@ class Pipeline:
         or a shape that differs. No communication: give every replica the same state.
         """
         self._layers.load(state)
+
+    def carried(self) -> Carried:
+        """Return what the next step depends on besides weights and batch; see DataParallel."""
+        return self._reducer.carried(self.steps_taken)
+
+    def carry_on(self, carried: Carried) -> None:
+        """Go on from what `carried` returned; on all ranks, between steps."""
+        self._reducer.carry_on(carried)
+        self.steps_taken = carried.steps
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of this rank's parameters."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +144,27 @@ class PowerSGD:
             factor = torch.randn(m, r, generator=generator, dtype=dtype)
             memory = self._memory[name] = _Memory(factor, torch.zeros(n, m, dtype=dtype))
         return memory
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Return, by parameter name, the steps taken, Q of the last, and this rank's error."""
+        return {
+            name: {"steps": steps}
+            | ({"factor": m.factor, "error": m.error} if (m := self._memory.get(name)) else {})
+            for name, steps in self._steps.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Go on from a state; a Q of another rank than this one's is begun anew."""
+        self._steps = {name: int(entry["steps"]) for name, entry in state.items()}
+        self._memory = {}
+        for name, entry in state.items():
+            if "error" not in entry:
+                continue
+            error = entry["error"]
+            memory = self._recall(name, tuple(error.shape), error.dtype)
+            memory.error = error
+            if entry["factor"].shape == memory.factor.shape:
+                memory.factor = entry["factor"]
 
     def error(self, name: str) -> Tensor | None:
         """Return what this rank has not sent of a parameter's gradients, as a matrix."""

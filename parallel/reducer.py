@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from ..comm.timeline import PACK
 from .buckets import Bucket, choose_limit, plan_buckets
+from .carried import Carried, Layout, StatefulHook, digest_of, placed
 from .finite import FiniteCheck
 from .flight import Flight, Load, carrier_of
 from .hooks import WireHook, wire_format
@@ -89,6 +90,7 @@ class _Layout:
     trainable: tuple[bool, ...]
     buckets: tuple[Bucket, ...]
     bucket_of: dict[int, int]
+    order: tuple[int, ...] | None
 
 
 @dataclass
@@ -140,7 +142,8 @@ class Reducer:
         self._dtypes = [parameter.dtype for _, parameter in named]
         self._comm = comm
         self.bucket_bytes = START_BYTES if bucket_bytes is None else bucket_bytes
-        self._size_known = bucket_bytes is not None
+        self._chooses_size = bucket_bytes is None
+        self._size_known = not self._chooses_size
         self._layout = self._lay_out(self._trainable(), order=None)
         self._arrival_known = False
         self._pass: _Pass | None = None
@@ -259,6 +262,50 @@ class Reducer:
             for flight in current.flights:
                 flight.rounds.abandon()
 
+    def carried(self, steps: int) -> Carried:
+        """Return what the next pass depends on besides the gradients; not copied."""
+        chosen = tuple(index for index, flag in enumerate(self._layout.trainable) if flag)
+        limit = self.bucket_bytes if self._chooses_size and self._size_known else None
+        hook = self.wire.hook
+        return Carried(
+            names=tuple(self._names),
+            rank=self._comm.rank,
+            size=self._comm.size,
+            steps=steps,
+            layout=Layout(
+                digest_of(self._names), chosen, self._layout.order, self._arrival_known, limit
+            ),
+            wire="" if hook is None else type(hook).__name__,
+            hook=dict(hook.state_dict()) if isinstance(hook, StatefulHook) else {},
+            sparse=tuple(
+                name
+                for name, parameter in zip(self._names, self._parameters, strict=True)
+                if parameter in self._sparse
+            ),
+        )
+
+    def carry_on(self, carried: Carried) -> None:
+        """Go on from what a reducer of the same parameters carried; alike on all ranks."""
+        hook = self.wire.hook
+        if isinstance(hook, StatefulHook):
+            devices = {n: p.device for n, p in zip(self._names, self._parameters, strict=True)}
+            hook.load_state_dict(placed(carried.hook, devices))
+        sparse = set(carried.sparse)
+        self._sparse |= {
+            p for name, p in zip(self._names, self._parameters, strict=True) if name in sparse
+        }
+        layout = carried.layout
+        if layout is None:
+            return
+        if self._chooses_size:
+            self._size_known = layout.limit is not None
+            self.bucket_bytes = START_BYTES if layout.limit is None else layout.limit
+        chosen = set(layout.trainable)
+        trainable = tuple(index in chosen for index in range(len(self._names)))
+        self._layout = self._lay_out(trainable, layout.order)
+        self._arrival_known = layout.arrived
+        self._carrier.forget()
+
     def _trainable(self) -> tuple[bool, ...]:
         return tuple(parameter.requires_grad for parameter in self._parameters)
 
@@ -268,7 +315,7 @@ class Reducer:
         # Without a parameter there is still a bucket, to carry the flag of a change.
         buckets = buckets or (Bucket((), (), (), 0, "float32"),)
         bucket_of = {i: place for place, bucket in enumerate(buckets) for i in bucket.indices}
-        return _Layout(trainable, buckets, bucket_of)
+        return _Layout(trainable, buckets, bucket_of, None if order is None else tuple(order))
 
     def _plan(self, chosen: Sequence[int], order: Sequence[int] | None) -> tuple[Bucket, ...]:
         members = [member_of(self._names[index], self._parameters[index]) for index in chosen]

@@ -7,7 +7,7 @@ Gradient Compression", ICLR 2018, for the choice per parameter.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,14 @@ class TopK:
             places.append((where + offset).to(_INDEX))
             chosen.append(sent)
         return torch.cat(places), torch.cat(chosen)
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Return, by parameter name, what this rank has not sent."""
+        return {name: {"error": error} for name, error in self._errors.items()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Go on from a state."""
+        self._errors = {name: entry["error"] for name, entry in state.items()}
 
     def error(self, name: str) -> Tensor | None:
         """Return what this rank has not sent of a parameter's gradients, flat."""

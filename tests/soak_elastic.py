@@ -28,8 +28,8 @@ from typing import Any
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 RANKS, STEPS = 4, 60
-LIMIT = 5.0
-"""Seconds from a kill until a step is finished without the killed."""
+LIMITS = {"shrink": 5.0, "end": 5.0, "pipe": 5.0, "grow": 40.0}
+"""Seconds from a kill until a step is finished without the killed; others have to start Python."""
 
 PATIENCE = 100.0
 """Seconds that a whole run may take."""
@@ -42,7 +42,7 @@ WAYS: tuple[Mapping[str, str], ...] = (
 
 # Every process tells the killer who it is, what it has finished, and when it has noticed a loss.
 NOTING = f"""
-import os, runpy, sys, time
+import faulthandler, os, runpy, sys, time
 from ringfold.workloads.history import History
 
 folder = sys.argv.pop(1)
@@ -55,6 +55,7 @@ file = open(os.path.join(folder, name), "w", buffering=1)
 def note(what):
     file.write(f"{{what}} {{time.monotonic()}}\\n")
 
+faulthandler.dump_traceback_later({PATIENCE - 30})  # where it hangs, if it does
 went_on, lose = History.went_on, History.lose
 
 def finished(self):
@@ -139,7 +140,9 @@ def case_of(kind: str, number: int) -> Case:
         kills.append(Kill(f"rank-{other}", STEPS, draw.uniform(0, 0.1)))
     options = ["--steps", str(STEPS)]
     store = draw.random() < 0.3
-    if kind == "shrink":
+    if kind == "end":
+        kills = [Kill(f"rank-{one}", STEPS - draw.randrange(2), draw.uniform(0, 0.06))]
+    if kind in ("shrink", "end"):
         # Several buckets, whose order a run finds out on its way.
         options += draw.choice(([], [], ["--bucket-mb", "0.05"], ["--wire", "bf16"]))
         return Case(kind, number, tuple(kills), tuple(options), ("--elastic",), ways, store)
@@ -153,7 +156,7 @@ def case_of(kind: str, number: int) -> Case:
         kills = [kills[0]] if not again else [kills[0], Kill("new", draw.choice((None, 2)), 0.0)]
         elastic = ("--elastic", "grow")
         return Case(kind, number, tuple(kills), tuple(options), elastic, ways, store)
-    raise ValueError(f"unknown kind {kind!r}, expected shrink, pipe or grow")
+    raise ValueError(f"unknown kind {kind!r}, expected one of: {', '.join(LIMITS)}")
 
 
 def departures(events: Sequence[Mapping[str, Any]]) -> str:
@@ -191,7 +194,7 @@ def complaints(case: Case, found: Outcome, expected: Mapping[str, Any] | None) -
         seen += noticed
         if noticed and seconds is None:
             wrong.append(f"nobody has gone on after the kill of {name}")
-        if seconds is not None and seconds >= LIMIT:
+        if seconds is not None and seconds >= LIMITS[case.kind]:
             wrong.append(f"it went on {seconds:.2f} s after the kill of {name}")
     strange = {rank for rank in died if rank < RANKS and f"rank-{rank}" not in found.killed}
     if strange:
@@ -249,10 +252,12 @@ def environment(case: Case, mark: str) -> dict[str, str]:
 
 def read_notes(folder: Path) -> tuple[dict[str, int], dict[str, list[tuple[str, float]]]]:
     """Return process numbers, and what was noted, by name."""
-    pids, notes = {}, {}
+    pids: dict[str, int] = {}
+    notes: dict[str, list[tuple[str, float]]] = {}
     for path in sorted(folder.iterdir()):
         rows = [line.split() for line in path.read_text().splitlines() if line.count(" ") == 1]
-        pids |= {path.name: int(value) for what, value in rows if what == "pid"}
+        for _, value in (row for row in rows if row[0] == "pid"):
+            pids[path.name] = int(value)
         notes[path.name] = [(what, float(value)) for what, value in rows if what != "pid"]
     return pids, notes
 
@@ -391,7 +396,7 @@ def one(kind: str, number: int, keep: Path | None = None) -> tuple[list[str], st
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Kill ranks of elastic runs; see the module.")
-    parser.add_argument("--kind", choices=("shrink", "pipe", "grow"), default="shrink")
+    parser.add_argument("--kind", choices=list(LIMITS), default="shrink")
     parser.add_argument("--first", type=int, default=0, help="the first run (default: 0)")
     parser.add_argument("--runs", type=int, default=50, help="how many (default: 50)")
     parser.add_argument("--seconds", type=float, help="start no other run after so many")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import warnings
 from collections.abc import Mapping
@@ -123,7 +124,14 @@ class Checkpoints:
             return None
         writing.join()
         self.writing += writing.seconds
-        agree(self.comm, writing.error, f"checkpoint of step {writing.job.step} in {self.folder}")
+        what = f"checkpoint of step {writing.job.step} in {self.folder}"
+        try:
+            agree(self.comm, writing.error, what)
+        except CheckpointError:
+            # When rank 0 failed, others may still have been at it.
+            if self.comm.rank == 0:
+                shutil.rmtree(writing.job.partial, ignore_errors=True)
+            raise
         return writing.path
 
     def load(self, state: Mapping[str, Any], step: int | None = None) -> Loaded:

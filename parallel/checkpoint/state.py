@@ -13,7 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..data_parallel import DataParallel
+from ..pipeline import Pipeline
 from ..sharded_optimizer import ShardedOptimizer
+from .carried_part import CarriedPart
 from .errors import CheckpointError
 from .files import DTYPES
 from .manifest import Manifest
@@ -251,10 +254,12 @@ def parts_of(state: Mapping[str, Any], rank: int, num_ranks: int) -> dict[str, P
             names |= {parameter: name for name, parameter in value.named_parameters()}
     parts: dict[str, Part] = {}
     for path, value in state.items():
-        if not isinstance(path, str) or not path or "/" in path:
-            raise TypeError(f"expected names without a slash in a state, got {path!r}")
+        if not isinstance(path, str) or not path or "/" in path or ":" in path:
+            raise TypeError(f"expected names without slash or colon in a state, got {path!r}")
         if isinstance(value, nn.Module) or hasattr(value, "named_parameters"):
             parts[path] = Model(path, value)
+            if isinstance(value, DataParallel | Pipeline):
+                parts[f"{path}:carried"] = CarriedPart(f"{path}:carried", value)
         elif isinstance(value, ShardedOptimizer):
             parts[path] = Sharded(path, value, names)
         elif isinstance(value, torch.optim.Optimizer):

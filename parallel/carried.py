@@ -1,0 +1,100 @@
+"""What the reductions of gradients carry from one step to the next, as data to keep and give back.
+
+The order in which gradients arrived decides the buckets, and with them the order of additions; a
+compressing wire has errors that it has not sent yet. A run that stops without these goes on with
+other bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+__all__ = ["Carried", "Layout", "StatefulHook", "digest_of", "merged", "placed"]
+
+HookState = Mapping[str, Mapping[str, Any]]
+
+
+@runtime_checkable
+class StatefulHook(Protocol):
+    """A wire hook that keeps something from step to step; a user's own may do so, too.
+
+    state_dict: parameter name -> key -> a tensor or a plain value. Tensors are replaced, not
+    written to, as the state changes. load_state_dict takes such a one, in place of what is there.
+    """
+
+    def state_dict(self) -> HookState: ...
+
+    def load_state_dict(self, state: HookState) -> None: ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ranks have laid out their buckets; the same on all of them.
+
+    names: digest of the parameters' names.  trainable: places of those that are reduced.
+    order: places in the order of arrival, None where it is not known, or would change nothing.
+    arrived: whether a pass has told the order.  limit: bytes of a bucket that two passes have
+    chosen, None where they have not.
+    """
+
+    names: str
+    trainable: tuple[int, ...]
+    order: tuple[int, ...] | None
+    arrived: bool
+    limit: int | None
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What one rank carries on.
+
+    names: of the parameters.  rank, size: of the communicator over which their gradients are
+    reduced.  steps: of the engine.
+    layout: None before the first step.  wire: kind of the wire hook that `hook` is the state of.
+    sparse: names of parameters that have had a sparse gradient here.
+    """
+
+    names: tuple[str, ...]
+    rank: int
+    size: int
+    steps: int
+    layout: Layout | None
+    wire: str
+    hook: HookState = field(default_factory=dict)
+    sparse: tuple[str, ...] = ()
+
+
+def digest_of(names: Sequence[str]) -> str:
+    """Return a digest of names in their order."""
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def merged(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Make one parameter's state of those of several ranks.
+
+    Tensors of floats become their mean, so that what all ranks together have not sent is the same
+    as before, on however many ranks each goes on with this one. Of anything else, the first counts.
+    """
+    found = dict(rows[0])
+    for key, first in rows[0].items():
+        if isinstance(first, Tensor) and first.is_floating_point() and len(rows) > 1:
+            total = torch.zeros_like(first)
+            for row in rows:
+                total += row[key]
+            found[key] = total / len(rows)
+    return found
+
+
+def placed(state: HookState, devices: Mapping[str, torch.device]) -> HookState:
+    """Return a hook's state with tensors where the parameters are; of those named only."""
+    return {
+        name: {k: v.to(devices[name]) if isinstance(v, Tensor) else v for k, v in entry.items()}
+        for name, entry in state.items()
+        if name in devices
+    }
