@@ -187,7 +187,7 @@ def go_on(world: World, before: Training) -> Training:
     """Go on after PeerLost with the ranks that there are then.  Collective."""
     since = time.perf_counter()
     if before.crew is not None:
-        before.crew.keeper.give_up()
+        before.crew.keeper.let_go(all_live=isinstance(world, Planned))
     while True:
         loss = world.recover(before.done)
         before.history.lose(loss, before.done, since, planned=isinstance(world, Planned))

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-__all__ = ["Carried", "Layout", "StatefulHook", "digest_of", "merged", "placed"]
+__all__ = ["Carried", "Layout", "StatefulHook", "digest_of", "merged", "placed", "stateful"]
 
 HookState = Mapping[str, Mapping[str, Any]]
 
@@ -68,6 +68,11 @@ class Carried:
     wire: str
     hook: HookState = field(default_factory=dict)
     sparse: tuple[str, ...] = ()
+
+
+def stateful(hook: object) -> StatefulHook | None:
+    """Return a wire hook that keeps something from step to step, else None."""
+    return hook if isinstance(hook, StatefulHook) else None
 
 
 def digest_of(names: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..comm.timeline import PACK
 from .buckets import Bucket, choose_limit, plan_buckets
-from .carried import Carried, Layout, StatefulHook, digest_of, placed
+from .carried import Carried, Layout, digest_of, placed, stateful
 from .finite import FiniteCheck
 from .flight import Flight, Load, carrier_of
 from .hooks import WireHook, wire_format
@@ -266,7 +266,7 @@ class Reducer:
         """Return what the next pass depends on besides the gradients; not copied."""
         chosen = tuple(index for index, flag in enumerate(self._layout.trainable) if flag)
         limit = self.bucket_bytes if self._chooses_size and self._size_known else None
-        hook = self.wire.hook
+        hook = stateful(self.wire.hook)
         return Carried(
             names=tuple(self._names),
             rank=self._comm.rank,
@@ -276,7 +276,7 @@ class Reducer:
                 digest_of(self._names), chosen, self._layout.order, self._arrival_known, limit
             ),
             wire="" if hook is None else type(hook).__name__,
-            hook=dict(hook.state_dict()) if isinstance(hook, StatefulHook) else {},
+            hook={} if hook is None else dict(hook.state_dict()),
             sparse=tuple(
                 name
                 for name, parameter in zip(self._names, self._parameters, strict=True)
@@ -286,8 +286,8 @@ class Reducer:
 
     def carry_on(self, carried: Carried) -> None:
         """Go on from what a reducer of the same parameters carried; alike on all ranks."""
-        hook = self.wire.hook
-        if isinstance(hook, StatefulHook):
+        hook = stateful(self.wire.hook)
+        if hook is not None:
             devices = {n: p.device for n, p in zip(self._names, self._parameters, strict=True)}
             hook.load_state_dict(placed(carried.hook, devices))
         sparse = set(carried.sparse)

@@ -358,6 +358,8 @@ def by_schedule(case: Case, found: Outcome, folder: Path) -> dict[str, Any] | No
     leaving = "" if case.kind == "grow" else departures(found.report["events"])
     report = folder / "planned.json"
     arguments = [*case.options, "--membership", leaving or f"0:{STEPS + 1}"]
+    if case.store:
+        arguments += ["--checkpoint", str(folder / "planned-store"), "--every", "7"]
     mark = f"{os.getpid()}-{time.monotonic_ns()}"
     with (folder / "planned").open("w") as output:
         job = subprocess.Popen(

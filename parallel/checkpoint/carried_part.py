@@ -72,7 +72,8 @@ class CarriedPart:
         saved = manifest.values.get(f"{self.path}/layout/{digest_of(own.names)}")
         if saved is None:
             return None
-        found: dict[str, Any] = decode(saved, lambda path: path)
+        no_tensors: dict[str, Tensor] = {}
+        found: dict[str, Any] = decode(saved, no_tensors.__getitem__)
         return Layout(**found)
 
     def wanted(self, manifest: Manifest) -> list[str]:

@@ -119,19 +119,23 @@ class Checkpoints:
 
     def wait(self) -> Path | None:
         """Return when the checkpoint begun last is whole on the disk, with its path on rank 0."""
-        writing, self._writing = self._writing, None
+        writing = self._writing
         if writing is None:
             return None
-        writing.join()
-        self.writing += writing.seconds
         what = f"checkpoint of step {writing.job.step} in {self.folder}"
         try:
+            # First over the communicator, which knows of ranks that have died: rank 0 would wait
+            # for their files.
+            agree(self.comm, writing.wait_for_own(), what)
+            writing.join()
             agree(self.comm, writing.error, what)
         except CheckpointError:
-            # When rank 0 failed, others may still have been at it.
+            self.give_up()
             if self.comm.rank == 0:
                 shutil.rmtree(writing.job.partial, ignore_errors=True)
             raise
+        self._writing = None
+        self.writing += writing.seconds
         return writing.path
 
     def load(self, state: Mapping[str, Any], step: int | None = None) -> Loaded:

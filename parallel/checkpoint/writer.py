@@ -52,6 +52,8 @@ class Writing:
         self.seconds = 0.0
         self.error: str = ""
         self.path: Path | None = None
+        self._own_done = threading.Event()
+        self._own_error = ""
         self._given_up = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ringfold-checkpoint", daemon=True)
         self._thread.start()
@@ -61,8 +63,13 @@ class Writing:
         """Tell whether the thread still works; the others' may, too."""
         return self._thread.is_alive()
 
+    def wait_for_own(self) -> str:
+        """Wait until this rank's file is on the disk; return what went wrong, or no text."""
+        self._own_done.wait()
+        return self._own_error
+
     def join(self) -> None:
-        """Wait until this rank's part is done."""
+        """Wait until this rank has nothing more to do: rank 0, for the files of all others."""
         self._thread.join()
 
     def give_up(self) -> None:
@@ -75,16 +82,20 @@ class Writing:
         job = self.job
         try:
             done: dict[str, Any] = self._write_own()
+            self._own_done.set()
             if job.rank == 0:
                 rows = [done, *(self._result_of(rank) for rank in range(1, job.num_ranks))]
                 self.path = commit(job.partial, self._manifest(rows), job.keep)
         except Exception as error:  # the waiter reports it, on all ranks
             self.error = f"{type(error).__name__}: {error}"
+            if not self._own_done.is_set():
+                self._own_error = self.error
             if job.rank == 0:
                 shutil.rmtree(job.partial, ignore_errors=True)
             else:
                 self._tell({"error": self.error})
         self.seconds = time.perf_counter() - start
+        self._own_done.set()
 
     def _write_own(self) -> dict[str, Any]:
         job = self.job

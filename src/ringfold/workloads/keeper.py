@@ -108,9 +108,13 @@ class Keeper:
         """Count on from an earlier keeper of this run; not collective."""
         self.past = before._times()
 
-    def give_up(self) -> None:
-        """Stop what is being written; not collective."""
-        if self.checkpoints is not None:
+    def let_go(self, all_live: bool) -> None:
+        """End what is being written: to its end, collectively, where all ranks live."""
+        if self.checkpoints is None:
+            return
+        if all_live:
+            self.checkpoints.wait()
+        else:
             self.checkpoints.give_up()
 
     def after(self, step: int, last: bool) -> None:
