@@ -62,6 +62,9 @@ class Elastic:
     command: with it, `recover` starts this command, program first, as often as ranks have died: the
     newcomers are the last ranks of the new `comm`. In them the same program opens Elastic with the
     same arguments, `joined` is set, and `losses` holds the recovery that they are part of.
+    attempts: so many times in a row they are started without any progress in `done`; then `recover`
+    raises CommError on all ranks. A process that dies before it opens Elastic is not seen by MPI:
+    after the timeout of the settings (RINGFOLD_TIMEOUT) the ranks say so, and end.
 
     Open it before anything imports mpi4py.MPI: where a rank has died, MPI_Finalize may wait for
     it for ever, and is left out then. Collective. CommError unless the job was started so that MPI
@@ -71,8 +74,14 @@ class Elastic:
     comm: Communicator
 
     def __init__(
-        self, *, settings: Settings | None = None, command: Sequence[str] | None = None
+        self,
+        *,
+        settings: Settings | None = None,
+        command: Sequence[str] | None = None,
+        attempts: int = 3,
     ) -> None:
+        if attempts < 1:
+            raise ValueError(f"expected attempts >= 1, got {attempts}")
         if not survives_failures():
             raise CommError(
                 "MPI ends this job when a rank dies: start it by mpirun --with-ft ulfm, of Open "
@@ -82,6 +91,9 @@ class Elastic:
 
         self._settings = settings or Settings.read()
         self._command = command
+        self._attempts = attempts
+        self._starts = 0  # in a row, without progress beyond _reached
+        self._reached = -1
         self._survivors = Survivors()
         self._kept: list[Any] = []
         self._known = False
@@ -103,9 +115,29 @@ class Elastic:
 
     def _progress(self, done: int, joined: bool) -> tuple[int, int, int]:
         """Return what has been done at most, on which rank, and how many ranks are new."""
-        rows = self.comm.allgather(np.array([done, joined], np.int64))
+        rows = self.comm.allgather(np.array([done, joined, self._starts], np.int64))
         root = int(rows[:, 0].argmax())
-        return int(rows[root, 0]), root, int(rows[:, 1].sum())
+        self._reached, self._starts = int(rows[root, 0]), int(rows[:, 2].max())
+        return self._reached, root, int(rows[:, 1].sum())
+
+    def _grow(self, done: int, command: Sequence[str]) -> None:
+        """Start a process for every rank that is missing; collective.
+
+        Raises: CommError where that has been in vain too often.
+        """
+        missing = self._wanted - self._survivors.size
+        if not missing:
+            return
+        if self._survivors.agree(int(done > self._reached)):
+            self._starts = 0
+        if self._starts == self._attempts:
+            raise CommError(
+                f"ranks that were started in place of dead ones have died {self._starts} times in "
+                f"a row, and nothing was done in between ({done} steps are): see what they have "
+                "printed; the others would start them for ever"
+            )
+        self._starts += 1
+        self._survivors.grow(missing, command, self._settings.timeout)
 
     def recover(self, done: int) -> Loss:
         """Go on without the dead; return who they were, and which rank is furthest.
@@ -126,9 +158,8 @@ class Elastic:
             dead += [places[rank] for rank in lost if rank < len(places)]
             places = [place for rank, place in enumerate(places) if rank not in lost]
             try:
-                missing = self._wanted - self._survivors.size
-                if self._command is not None and missing:
-                    self._survivors.grow(missing, self._command)
+                if self._command is not None:
+                    self._grow(done, self._command)
                 self._open()
                 furthest, root, joined = self._progress(done, False)
                 break

@@ -17,6 +17,7 @@ from .base import Bytes, Channel, DeviceMessages, Transport
 from .mpi_abi import find_calls
 from .mpi_errors import raising, refused, wrong_size
 from .mpi_exit import say_goodbye
+from .mpi_patience import patience
 
 _LEFT = 1
 """Tag of the notice that a rank leaves, on the control communicator."""
@@ -378,12 +379,16 @@ class Survivors:
         self._base, self._whole = after, False
         return [rank for rank, place in zip(ranks, places, strict=True) if place < 0]
 
-    def grow(self, count: int, command: Sequence[str]) -> None:
+    def grow(self, count: int, command: Sequence[str], seconds: float) -> None:
         """Start so many processes more, which come behind the others; collective.
+
+        seconds: until they must have come, else this process ends, as MPI cannot be told to stop
+        waiting for them.
 
         Raises: CommError where they cannot be started; PeerLost where one of these has died.
         """
-        with raising(self._mpi, f"starting {count} processes"):
+        what = f"of {count} processes started in place of dead ranks, not all have opened MPI"
+        with raising(self._mpi, f"starting {count} processes"), patience(seconds, what):
             both = self._base.Spawn(command[0], list(command[1:]), maxprocs=count, root=0)
             both.Set_errhandler(self._mpi.ERRORS_RETURN)
             self._base = both.Merge(False)
