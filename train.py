@@ -188,6 +188,7 @@ def go_on(world: World, before: Training) -> Training:
     since = time.perf_counter()
     if before.crew is not None:
         before.crew.keeper.let_go(all_live=isinstance(world, Planned))
+        before.crew.engine.go_back()
     while True:
         loss = world.recover(before.done)
         before.history.lose(loss, before.done, since, planned=isinstance(world, Planned))
@@ -413,6 +414,7 @@ def fit(world: World, training: Training, crew: Crew) -> None:
             optimizer.zero_grad()
             losses.add(engine.step(x, y))
             world.commit()
+            engine.commit()
             optimizer.step()
             training.done = step + 1
             training.history.went_on()

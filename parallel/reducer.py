@@ -137,6 +137,7 @@ class Reducer:
         self.wire = wire_format(wire)
         self._carrier = carrier_of(self.wire, comm, op)
         self._names = [name for name, _ in named]
+        self._digest = digest_of(self._names)
         self._parameters = [parameter for _, parameter in named]
         self._sparse = set(sparse)
         self._dtypes = [parameter.dtype for _, parameter in named]
@@ -272,9 +273,7 @@ class Reducer:
             rank=self._comm.rank,
             size=self._comm.size,
             steps=steps,
-            layout=Layout(
-                digest_of(self._names), chosen, self._layout.order, self._arrival_known, limit
-            ),
+            layout=Layout(self._digest, chosen, self._layout.order, self._arrival_known, limit),
             wire="" if hook is None else type(hook).__name__,
             hook={} if hook is None else dict(hook.state_dict()),
             sparse=tuple(

@@ -40,6 +40,14 @@ WAYS: tuple[Mapping[str, str], ...] = (
     {"RINGFOLD_SHARED": "0", "RINGFOLD_COMPILED": "0"},
 )
 
+SPLITS = (
+    [],
+    ["--bucket-mb", "0.05"],  # several, whose order a run finds out on its way
+    ["--wire", "bf16"],
+    ["--wire", "topk:0.1", "--bucket-mb", "0.05"],
+    ["--wire", "powersgd:2"],
+)
+
 # Every process tells the killer who it is, what it has finished, and when it has noticed a loss.
 NOTING = f"""
 import faulthandler, os, runpy, sys, time
@@ -143,8 +151,7 @@ def case_of(kind: str, number: int) -> Case:
     if kind == "end":
         kills = [Kill(f"rank-{one}", STEPS - draw.randrange(2), draw.uniform(0, 0.06))]
     if kind in ("shrink", "end"):
-        # Several buckets, whose order a run finds out on its way.
-        options += draw.choice(([], [], ["--bucket-mb", "0.05"], ["--wire", "bf16"]))
+        options += draw.choice(SPLITS)
         return Case(kind, number, tuple(kills), tuple(options), ("--elastic",), ways, store)
     if kind == "pipe":
         options += ["--pipe", "2"]

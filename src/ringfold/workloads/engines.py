@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..parallel.carried import Carried
 from ..parallel.data_parallel import DataParallel
 from ..parallel.mesh import Mesh
 from ..parallel.partition import balance
@@ -29,6 +30,8 @@ class Engine(Protocol):
     `wire_bytes` counts what this rank has put into the reductions of gradients, flags included; not
     those in a tree.
     `state` is what has this part's parameters and buffers as a state_dict, by the same names.
+    `begin_at` says which step comes next; `commit` that the last one counts on all ranks, and
+    `go_back` that all since the last commit does not: what reductions carry is then as it was.
     """
 
     wire_bytes: int
@@ -42,6 +45,10 @@ class Engine(Protocol):
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
     def begin_at(self, step: int) -> None: ...
+
+    def commit(self) -> None: ...
+
+    def go_back(self) -> None: ...
 
     def step(self, x: Tensor, y: Tensor) -> float: ...
 
@@ -65,6 +72,7 @@ class Replicas:
         self.batch_size = options.batch_size
         self.size = mesh.data.size
         self.uneven = options.uneven
+        self._kept: Carried | None = None
         self.model = DataParallel(
             nn.Sequential(*layers).to(self.device),
             mesh.data,
@@ -85,7 +93,16 @@ class Replicas:
         return self.model.named_parameters()
 
     def begin_at(self, step: int) -> None:
-        """Take note of nothing: no layer is keyed by the step."""
+        """Begin: no layer is keyed by the step."""
+        self.commit()
+
+    def commit(self) -> None:
+        if self.uneven:
+            self._kept = self.model.carried()
+
+    def go_back(self) -> None:
+        if self._kept is not None:
+            self.model.carry_on(self._kept)
 
     def step(self, x: Tensor, y: Tensor) -> float:
         self.model.train()
@@ -120,6 +137,8 @@ class Stages:
         sample: Tensor | None,
     ) -> None:
         self.wire_bytes = 0
+        self._uneven = options.uneven
+        self._kept: Carried | None = None
         self.pipeline = Pipeline(
             layers,
             mesh,
@@ -149,6 +168,15 @@ class Stages:
     def begin_at(self, step: int) -> None:
         """Key random layers by this step, which comes next."""
         self.pipeline.steps_taken = step
+        self.commit()
+
+    def commit(self) -> None:
+        if self._uneven:
+            self._kept = self.pipeline.carried()
+
+    def go_back(self) -> None:
+        if self._kept is not None:
+            self.pipeline.carry_on(self._kept)
 
     def step(self, x: Tensor, y: Tensor) -> float:
         self.pipeline.train()
