@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .replicas import real_view
 from .sparse import as_dense
-from .transfer import transfer_of
+from .transfer import Finite, transfer_of
 
 __all__ = ["WIRES", "Flattened", "in_place", "wire_of"]
 
@@ -57,11 +57,11 @@ class Flattened:
             for d, offset in zip(self._dense, offsets, strict=True)
         ]
 
-    def pack(self, parameters: Sequence[Tensor], scale: float) -> bool | None:
+    def pack(self, parameters: Sequence[Tensor], scale: float) -> Finite:
         """Write the gradients times `scale` into the bucket, zeros for those that are not there.
 
-        A scale of 0 takes no gradient in. Tell whether all are finite; None where some lay there
-        already and were not looked at.
+        A scale of 0 takes no gradient in. Tell whether all are finite, as `transfer.Finite` has
+        it; None where some lay there already and were not looked at.
         """
         if scale == 0.0:
             self._flat.zero_()
@@ -79,7 +79,7 @@ class Flattened:
             return True if looked_at else None
         pack, _ = transfer_of(self._flat)
         finite = pack(members, self._flat, scale)
-        return None if finite and not looked_at else finite
+        return finite if looked_at or finite is False else None
 
     def unpack(self, used: Sequence[bool], parameters: Sequence[Tensor]) -> None:
         """Make the bucket's values the gradients of the used parameters.

@@ -22,6 +22,7 @@ from .buckets import Bucket
 from .flatten import Flattened, in_place, wire_of
 from .hooks import GradientBucket, Rounds, Wire, WireHook, payload
 from .replicas import real_view
+from .transfer import Finite
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -67,14 +68,15 @@ class Load:
 class Flight:
     """One bucket under way.
 
-    finite: whether what was packed here was finite; None where not all of it was looked at.
+    finite: whether what was packed here was finite, as `transfer.Finite` has it; None where not all
+        of it was looked at.
     counts: by how many of `size` ranks each flag was set, once there is no more to wait for.
     """
 
     load: Load
     size: int
     flattened: Flattened | None
-    finite: bool | None
+    finite: Finite
     rounds: Rounds
     counts: Callable[[], list[float]]
 

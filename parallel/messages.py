@@ -38,6 +38,8 @@ _HEADER = 3
 # Stands for the number of a description, of a value that will not come.
 _LOST = -1
 
+_HOST = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Edge:
@@ -129,6 +131,7 @@ class Inbox:
     src: int
     edge: Edge
     ahead: int = 2
+    device: torch.device = _HOST
     _known: dict[int, Description] = field(default_factory=dict)
     _expected: int = 0
     _header: tuple[NDArray[np.int64], Work] | None = None
@@ -177,14 +180,21 @@ class Inbox:
                 self._known[number],
                 self.src,
                 self.edge.payload_tag(microbatch, backward=False),
+                self.device,
             )
         )
         self._next_header()
 
 
-def start_receive(channel: Communicator, description: Description, src: int, tag: int) -> Received:
-    """Begin to receive the payload of a value whose description is known."""
-    flat = torch.empty(payload_bytes(description.tensors), dtype=torch.uint8)
+def start_receive(
+    channel: Communicator,
+    description: Description,
+    src: int,
+    tag: int,
+    device: torch.device = _HOST,
+) -> Received:
+    """Begin to receive, on a device, the payload of a value whose description is known."""
+    flat = torch.empty(payload_bytes(description.tensors), dtype=torch.uint8, device=device)
     work = channel.irecv(flat, src, tag) if flat.numel() else None
     return Received(description, flat, work)
 
@@ -194,13 +204,16 @@ def payload_bytes(specs: Sequence[TensorSpec]) -> int:
     return _places(specs)[-1]
 
 
-def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the bytes of several tensors as one flat tensor; a single one is not copied."""
-    pieces = [flat_bytes(tensor) for tensor in tensors]
+def flatten(tensors: Sequence[Tensor], device: torch.device = _HOST) -> Tensor:
+    """Return the bytes of several tensors as one flat tensor on a device.
+
+    A single one that lies there is not copied.
+    """
+    pieces = [flat_bytes(tensor.to(device)) for tensor in tensors]
     if len(pieces) == 1:
         return pieces[0]
     places = _places([TensorSpec.of(tensor) for tensor in tensors])
-    flat = torch.empty(places[-1], dtype=torch.uint8)
+    flat = torch.empty(places[-1], dtype=torch.uint8, device=device)
     for start, piece in zip(places, pieces, strict=False):
         flat[start : start + piece.numel()] = piece
     return flat
@@ -216,8 +229,13 @@ def unflatten(flat: Tensor, specs: Sequence[TensorSpec]) -> list[Tensor]:
     return tensors
 
 
-def broadcast_value(comm: Communicator, value: Any, root: int, where: str) -> Any:
-    """Return root's nested value on every rank; the others' `value` is ignored. Collective."""
+def broadcast_value(
+    comm: Communicator, value: Any, root: int, where: str, device: torch.device = _HOST
+) -> Any:
+    """Return root's nested value on every rank; the others' `value` is ignored. Collective.
+
+    device: where its tensors come to lie on the others; all of one kind.
+    """
     tensors: list[Tensor] = []
     text = b""
     if comm.rank == root:
@@ -232,9 +250,9 @@ def broadcast_value(comm: Communicator, value: Any, root: int, where: str) -> An
     description = Description.from_bytes(body.tobytes())
     specs = description.tensors
     if comm.rank == root:
-        flat = flatten(tensors)
+        flat = flatten(tensors, device)
     else:
-        flat = torch.empty(payload_bytes(specs), dtype=torch.uint8)
+        flat = torch.empty(payload_bytes(specs), dtype=torch.uint8, device=device)
     if flat.numel():
         comm.broadcast(flat, root=root)
     return (

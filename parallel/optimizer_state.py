@@ -59,10 +59,15 @@ def broadcast_optimizer(optimizer: Optimizer, comm: Communicator, root: int = 0)
             for group in optimizer.param_groups
         ]
         skeleton = _take([groups, state], tensors)
-        sent = skeleton, [(t.dtype, tuple(t.shape)) for t in tensors]
+        sent = skeleton, [(t.dtype, tuple(t.shape), t.is_cuda) for t in tensors]
     skeleton, described = broadcast_object(comm, sent, root)
     if comm.rank != root:
-        tensors = [torch.empty(shape, dtype=dtype) for dtype, shape in described]
+        # Some of an optimizer's state stays on the host, wherever the parameters are.
+        there = parameters[0].device if parameters else torch.device("cpu")
+        tensors = [
+            torch.empty(shape, dtype=dtype, device=there if on_gpu else "cpu")
+            for dtype, shape, on_gpu in described
+        ]
     for tensor in tensors:
         # Strides are the sender's own: what travels is contiguous.
         flat = tensor.detach().contiguous()

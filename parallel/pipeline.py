@@ -27,7 +27,7 @@ from .plan import PlanFunction, plan_function, whole_plan
 from .plan_check import check_plan, num_stages_of, stage_peaks
 from .random_keys import name_layers
 from .reducer import Reducer, ReductionRecord
-from .replicas import broadcast_tensors, check_equal, describe
+from .replicas import broadcast_tensors, check_equal, describe, device_of
 from .rows import agree_on_rows, agree_on_rows_of_pipe
 from .share import share_of
 from .sparse import sparse_parameters
@@ -92,6 +92,8 @@ class Pipeline:
         every (data, pipe). `microbatches` are those of the global batch then, dealt to the
         replicas in order, and they are added in one fixed binary tree, in the gradients' own dtype.
     loss_scaler: scales what backward starts from; the loss that `step` returns is as it is.
+    device: where this rank's stages go, and what comes to them; of one kind on all ranks. None to
+        leave them where the layers are.
     check_finite: look at the gradients after every backward of a micro-batch: `step` raises
         NotFinite on every rank, with the first rank of mesh.comm, parameter, step and micro-batch
         of that replica where one is infinite or NaN; in buckets, no replica has added it.
@@ -126,6 +128,7 @@ class Pipeline:
         recompute: bool | Collection[int] = False,
         check_finite: bool = False,
         loss_scaler: LossScaler | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         if microbatches < 1:
             raise ValueError(f"expected at least 1 micro-batch, got {microbatches}")
@@ -178,7 +181,12 @@ class Pipeline:
         name_layers(nn.Sequential(OrderedDict(named)))
         pipe = mesh.pipe
         self._layers = RankLayers(named, self.stages, pipe.rank, pipe.size)
-        self._stages = [Stage(m, s, s in again) for s, m in self._layers.stages.items()]
+        if device is not None:
+            self._layers.module.to(device)
+        self._device = device_of(whole) if device is None else torch.device(device)
+        self._stages = [
+            Stage(m, s, s in again, self._device) for s, m in self._layers.stages.items()
+        ]
         broadcast_tensors(mesh.data, self._layers.tensors(), 0, bucket_bytes)
         ranks = [stage % pipe.size for stage, members in enumerate(self.stages) for _ in members]
         self._ties = TiedGradients(ties, ranks, pipe)
@@ -301,7 +309,8 @@ class Pipeline:
             raise_together(self.mesh.pipe, self._worker.failure)
         where = "output of the last stage"
         joined = join_rows(batch.outputs, where) if self._is_last else None
-        return broadcast_value(self.mesh.pipe, joined, self.mesh.pipe.size - 1, where)
+        last = self.mesh.pipe.size - 1
+        return broadcast_value(self.mesh.pipe, joined, last, where, self._device)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters of this rank's stages, a shared one once.

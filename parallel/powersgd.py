@@ -79,7 +79,9 @@ class PowerSGD:
         low = [i for i, name in enumerate(bucket.names) if self._is_low(name, bucket.shapes[i])]
         plain = [i for i in range(len(tensors)) if i not in set(low)]
         names = [bucket.names[i] for i in low]
-        memory = [self._recall(bucket.names[i], bucket.shapes[i], wide) for i in low]
+        memory = [
+            self._recall(bucket.names[i], bucket.shapes[i], wide, bucket.flat.device) for i in low
+        ]
         matrices = [
             # Where there is no gradient the error waits for one.
             tensors[i].to(wide).reshape(m.error.shape) + (m.error if bucket.present[i] else 0)
@@ -87,7 +89,7 @@ class PowerSGD:
         ]
 
         products = [matrix @ m.factor for matrix, m in zip(matrices, memory, strict=True)]
-        first = _join([*products, *(tensors[i].to(wide) for i in plain)], wide)
+        first = _join([*products, *(tensors[i].to(wide) for i in plain)], bucket.flat.to(wide))
         yield comm.allreduce(first, op="mean", blocking=False)
         parts = _cut(first, [p.shape for p in products] + [tensors[i].shape for i in plain])
         for i, part in zip(plain, parts[len(low) :], strict=True):
@@ -95,7 +97,6 @@ class PowerSGD:
         if low:
             yield from self._second_round(
                 comm,
-                wide,
                 names,
                 [tensors[i] for i in low],
                 [bucket.present[i] for i in low],
@@ -108,7 +109,6 @@ class PowerSGD:
     def _second_round(
         self,
         comm: Communicator,
-        wide: torch.dtype,
         names: list[str],
         targets: list[Tensor],
         present: list[bool],
@@ -119,7 +119,7 @@ class PowerSGD:
         finite = [bool(product.isfinite().all()) for product in products]
         bases = [_orthonormal(p) if ok else p for p, ok in zip(products, finite, strict=True)]
         own = [matrix.T @ basis for matrix, basis in zip(matrices, bases, strict=True)]
-        second = _join(own, wide)
+        second = _join(own, own[0])
         yield comm.allreduce(second, op="mean", blocking=False)
         factors = _cut(second, [q.shape for q in own])
         for i, name in enumerate(names):
@@ -136,13 +136,17 @@ class PowerSGD:
         (n, r), (m, _) = factor_shapes(shape, self.rank)
         return self._steps.get(name, 0) >= self.start_step and (n + m) * r < n * m
 
-    def _recall(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> _Memory:
+    def _recall(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> _Memory:
         memory = self._memory.get(name)
         if memory is None:
             (n, _), (m, r) = factor_shapes(shape, self.rank)
             generator = torch.Generator().manual_seed(self.seed ^ zlib.crc32(name.encode()))
-            factor = torch.randn(m, r, generator=generator, dtype=dtype)
-            memory = self._memory[name] = _Memory(factor, torch.zeros(n, m, dtype=dtype))
+            # Drawn on the host: devices have generators of their own.
+            factor = torch.randn(m, r, generator=generator, dtype=dtype).to(device)
+            error = torch.zeros(n, m, dtype=dtype, device=device)
+            memory = self._memory[name] = _Memory(factor, error)
         return memory
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
@@ -178,8 +182,8 @@ def _orthonormal(product: Tensor) -> Tensor:
     return basis.to(product.dtype)
 
 
-def _join(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.cat([t.reshape(-1) for t in tensors] or [torch.empty(0, dtype=dtype)])
+def _join(tensors: list[Tensor], like: Tensor) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in tensors] or [like[:0]])
 
 
 def _cut(flat: Tensor, shapes: list[torch.Size]) -> list[Tensor]:

@@ -30,6 +30,7 @@ from .flight import Flight, Load, carrier_of
 from .hooks import WireHook, wire_format
 from .pace import measure_pace
 from .replicas import check_equal, dtype_name, member_of
+from .transfer import Finite
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -79,7 +80,8 @@ def check_weight(weight: float) -> None:
         raise ValueError(f"expected a finite weight >= 0, got {weight}")
 
 
-def _all_finite(verdicts: Sequence[bool | None]) -> bool | None:
+def _all_finite(found: Sequence[Finite]) -> bool | None:
+    verdicts = [one() if callable(one) else one for one in found]
     return False if False in verdicts else None if None in verdicts else True
 
 

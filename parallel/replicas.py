@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .buckets import Member, plan_buckets
@@ -17,7 +17,15 @@ from .buckets import Member, plan_buckets
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
 
-__all__ = ["broadcast_tensors", "check_equal", "describe", "dtype_name", "flat_bytes", "member_of"]
+__all__ = [
+    "broadcast_tensors",
+    "check_equal",
+    "describe",
+    "device_of",
+    "dtype_name",
+    "flat_bytes",
+    "member_of",
+]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -34,6 +42,12 @@ def member_of(name: str, tensor: Tensor) -> Member:
 def real_view(tensor: Tensor) -> Tensor:
     """Return a complex tensor as real pairs in the same memory, any other tensor as it is."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return where a module's first parameter or buffer lies; the host where it has none."""
+    first = next(chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def flat_bytes(tensor: Tensor) -> Tensor:

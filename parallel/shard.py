@@ -43,7 +43,8 @@ class Shard:
         self.members = list(members)
         self.bucket = bucket
         self.length = -(-bucket.count // size)
-        self.flat = torch.zeros(self.length, dtype=getattr(torch, bucket.dtype))
+        device = self.members[0][1].device
+        self.flat = torch.zeros(self.length, dtype=getattr(torch, bucket.dtype), device=device)
         self.pieces: list[Piece] = []
         self._size = size
         start, stop = rank * self.length, (rank + 1) * self.length
@@ -69,7 +70,8 @@ class Shard:
 
     def gradients(self) -> Tensor:
         """Return the gradients of all members, end to end, in equal parts for all ranks."""
-        whole = torch.zeros(self.length * self._size, dtype=self.flat.dtype)
+        length = self.length * self._size
+        whole = torch.zeros(length, dtype=self.flat.dtype, device=self.flat.device)
         columns = zip(self.members, self.bucket.offsets, self.bucket.counts, strict=True)
         for (_, parameter), offset, count in columns:
             if parameter.grad is not None:

@@ -107,7 +107,8 @@ def _gather(
     comm: Communicator,
     root: int | None,
 ) -> Tensor:
-    mine = torch.zeros(shard.length, dtype=getattr(torch, dtype.removeprefix("torch.")))
+    named = getattr(torch, dtype.removeprefix("torch."))
+    mine = torch.zeros(shard.length, dtype=named, device=shard.flat.device)
     place = 0
     for piece in shard.pieces:
         count = piece.end - piece.first

@@ -45,7 +45,7 @@ class _Door:
         self.tensors = list(tensors)
         self.anchor: Tensor | None = None
         self.node: Any = None
-        self.specs = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        self.specs = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
         self.gradients: list[Tensor | None] = [None] * len(self.tensors)
 
     def enter(self) -> list[Tensor]:
@@ -62,7 +62,7 @@ class _Door:
     def leave(self) -> list[Tensor]:
         """Return one gradient for every tensor that came in; zeros where it was not used."""
         pairs = zip(self.gradients, self.specs, strict=True)
-        return [torch.zeros(s, dtype=d) if g is None else g for g, (s, d) in pairs]
+        return [torch.zeros(s, dtype=d, device=v) if g is None else g for g, (s, d, v) in pairs]
 
 
 @dataclass
@@ -86,12 +86,20 @@ class Stage:
     """Hold the layers of one stage, and the activations of the micro-batches in flight.
 
     recompute: keep what comes in alone, and run the layers again before the backward.
+    device: where what comes from other stages lies, and what goes to them.
     """
 
-    def __init__(self, module: nn.Module, index: int, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        index: int,
+        recompute: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
         self.module = module
         self.index = index
         self.recompute = recompute
+        self.device = torch.device("cpu") if device is None else device
         self._in_flight: dict[int, _InFlight] = {}
 
     def forward(

@@ -70,7 +70,10 @@ class StageWorker:
         self._source = (index - 1) % channel.size
         self._target = (index + 1) % channel.size
         self._headers = HeaderWriter(outbox, self._target, self._after)
-        self._inbox = Inbox(channel, self._source, self._before) if index > 0 else None
+        self._device = stage.device
+        self._inbox = None
+        if index > 0:
+            self._inbox = Inbox(channel, self._source, self._before, device=self._device)
         self._gradients: dict[int, Received] = {}
         self._came: dict[int, Description] = {}
         self._inputs: dict[int, list[Tensor]] = {}
@@ -117,6 +120,7 @@ class StageWorker:
                 Description((), self._stage.expected_gradients(microbatch)),
                 self._target,
                 self._after.payload_tag(microbatch, backward=True),
+                self._device,
             )
 
     def receive(self, microbatch: int) -> None:
@@ -180,7 +184,7 @@ class StageWorker:
         return description, [tensor.detach() for tensor in tensors]
 
     def _send_on(self, microbatch: int, out: Description, outputs: Sequence[Tensor]) -> None:
-        flat = flatten(outputs)
+        flat = flatten(outputs, self._device)
         self._headers.write(microbatch, out)
         if flat.numel():
             tag = self._after.payload_tag(microbatch, backward=False)
@@ -220,7 +224,7 @@ class StageWorker:
         return self._gradients.pop(microbatch).wait()
 
     def _send_back(self, microbatch: int, gradients: Sequence[Tensor]) -> None:
-        flat = flatten(gradients)
+        flat = flatten(gradients, self._device)
         del self._came[microbatch]
         if flat.numel():
             tag = self._before.payload_tag(microbatch, backward=True)

@@ -152,7 +152,7 @@ class _Shared:
             return own
         like = _real(self.uses[0].detach())
         width = max(map(self.places.count, self.places))
-        rows = torch.zeros(width, like.numel() + 1, dtype=like.dtype)
+        rows = torch.zeros(width, like.numel() + 1, dtype=like.dtype, device=like.device)
         for row, gradient in zip(rows, own, strict=False):
             if gradient is not None:
                 row[:-1] = _real(gradient).reshape(-1)

@@ -63,7 +63,7 @@ class TopK:
         rows = yield comm.allgather(message, blocking=False)
         cut = count * _INDEX.itemsize
         wide = torch.promote_types(values.dtype, torch.float32)
-        total = torch.zeros(bucket.flat.numel(), dtype=wide)
+        total = torch.zeros(bucket.flat.numel(), dtype=wide, device=bucket.flat.device)
         for row in rows:
             # Copies: a row of odd length begins where no element may.
             places = row[:cut].clone().view(_INDEX).long()
@@ -77,7 +77,8 @@ class TopK:
                 f"a bucket of {bucket.flat.numel()} elements is too long for top-k, which has "
                 "32-bit indices"
             )
-        places, chosen = [torch.empty(0, dtype=_INDEX)], [bucket.flat[:0]]
+        places = [torch.empty(0, dtype=_INDEX, device=bucket.flat.device)]
+        chosen = [bucket.flat[:0]]
         columns = zip(bucket.names, bucket.tensors(), bucket.offsets, bucket.present, strict=True)
         for name, tensor, offset, present in columns:
             wanted = num_kept(tensor.numel(), self.ratio)

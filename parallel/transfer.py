@@ -12,12 +12,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .device_transfer import pack_on_device, unpack_on_device
 from .replicas import dtype_name
 
 if TYPE_CHECKING:
     from ..kernels.table import PointerTable
 
-__all__ = ["Pack", "Unpack", "host_array", "pack_by_torch", "transfer_of", "unpack_by_torch"]
+__all__ = [
+    "Finite",
+    "Pack",
+    "Unpack",
+    "host_array",
+    "pack_by_torch",
+    "transfer_of",
+    "unpack_by_torch",
+]
 
 # Up to so many elements torch's operations are done before a kernel is called.
 _FEW = 128
@@ -25,8 +34,11 @@ _FEW = 128
 # Dtypes of buckets in which torch multiplies and rounds as the kernels do.
 _PLAIN = (torch.float32, torch.float64)
 
-Pack = Callable[[Sequence[tuple[Tensor, int]], Tensor, float], bool | None]
-"""(tensors with their offsets in the bucket, bucket, scale) -> whether all is finite, if known."""
+Finite = bool | Callable[[], bool] | None
+"""Whether all is finite, if known; or what tells once the bucket has been reduced."""
+
+Pack = Callable[[Sequence[tuple[Tensor, int]], Tensor, float], Finite]
+"""(tensors with their offsets in the bucket, bucket, scale) -> whether all is finite."""
 
 Unpack = Callable[[Sequence[tuple[Tensor, int]], Tensor], None]
 
@@ -111,7 +123,7 @@ def _rounded(source: Tensor, target: Tensor) -> Tensor:
 _BY_DEVICE: Mapping[str, tuple[Pack, Unpack]] = MappingProxyType(
     {
         "cpu": (_pack_by_kernel, _unpack_by_kernel),
-        "cuda": (pack_by_torch, unpack_by_torch),
+        "cuda": (pack_on_device, unpack_on_device),
     }
 )
 

@@ -148,7 +148,9 @@ class TreeGradients:
             work = self._comm.allreduce(array, op="sum", algorithm=_IN_PAIRS, blocking=False)
         else:
             width = max(len(nodes) for nodes in frontiers)
-            array = torch.zeros(width, self._length(group), dtype=group.dtype)
+            array = torch.zeros(
+                width, self._length(group), dtype=group.dtype, device=self._device(group)
+            )
             for row, node in enumerate(mine):
                 array[row] = tree.nodes[node]
             work = self._comm.allgather(array, blocking=False)
@@ -165,6 +167,9 @@ class TreeGradients:
         members = (self._parameters[index] for index in group.indices)
         return len(group.indices) + sum(p.numel() * (1 + p.is_complex()) for p in members)
 
+    def _device(self, group: _Group) -> torch.device:
+        return self._parameters[group.indices[0]].device
+
     def _pack(self, group: _Group) -> Tensor:
         """Return gradients, zeros for those that are missing, and flags in one vector."""
         pieces = []
@@ -173,7 +178,9 @@ class TreeGradients:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             pieces.append(_real(as_dense(gradient.detach())).reshape(-1))
         flags = [float(self._parameters[index].grad is not None) for index in group.indices]
-        return torch.cat([*pieces, torch.tensor(flags, dtype=group.dtype)])
+        return torch.cat(
+            [*pieces, torch.tensor(flags, dtype=group.dtype, device=self._device(group))]
+        )
 
     def _unpack(self, group: _Group, total: Tensor, gradients: list[Tensor | None]) -> None:
         flags = total[len(total) - len(group.indices) :]

@@ -81,7 +81,7 @@ def _send(
             continue
         entry, owner = entries[name], owners[name]
         if owner == comm.rank:
-            tensor = held[name].detach().contiguous()
+            tensor = held[name].detach().cpu().contiguous()
             # What is sent stays the old object's: the new one gets memory of its own.
             tensor = tensor.clone() if name in wanted else tensor
         else:

@@ -1,0 +1,130 @@
+"""Pack gradients into a bucket of GPU memory and back: one launch of a kernel for all of them.
+
+Whether all was finite is found on the way; the answer can be asked for once the host waits for the
+bucket anyway. Without Numba's CUDA the same is done by torch's operations, a few for each tensor,
+and whether all was finite stays unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .replicas import dtype_name
+
+if TYPE_CHECKING:
+    from ..kernels.device.launch import Launcher
+    from ..kernels.device.table import ByProducts, Tiles
+
+__all__ = ["DevicePacker", "pack_on_device", "unpack_on_device"]
+
+Members = Sequence[tuple[Tensor, int]]
+
+_TABLES = 256
+"""Tables of addresses that are kept: gradients lie where they lay the step before, mostly."""
+
+
+class DevicePacker:
+    """Launch the kernels of one device, on whatever stream is the caller's."""
+
+    def __init__(self, stream_of: Callable[[], int], ordinal: int, **grid: int) -> None:
+        """stream_of: return the caller's current stream.  grid: of `kernels.device.Launcher`."""
+        self._stream_of, self._ordinal, self._grid = stream_of, ordinal, grid
+        self._tables: dict[object, Tiles] = {}
+        self._learned: dict[object, ByProducts] = {}
+
+    def pack(self, members: Members, flat: Tensor, scale: float) -> Callable[[], bool]:
+        """Write all members times scale to their places; return what tells whether all are finite.
+
+        What it returns waits for the stream, and is to be asked before the bucket is packed again.
+        """
+        from ..kernels.device.pack import pack
+        from ..kernels.device.table import ByProducts, Span
+
+        launcher = self._launcher()
+        key = flat.data_ptr(), flat.numel(), launcher.stream
+        learned = self._learned.get(key)
+        if learned is None:
+            if len(self._learned) >= _TABLES:
+                self._learned.clear()
+            learned = self._learned[key] = ByProducts.of(launcher)
+        bucket = Span(flat.data_ptr(), flat.numel())
+        tiles = self._tiles(members, flat, launcher)
+        pack(tiles, bucket, launcher, scale=scale, learned=learned)
+        return lambda: learned.read(launcher).finite
+
+    def unpack(self, members: Members, flat: Tensor) -> None:
+        """Write all members from their places."""
+        from ..kernels.device.pack import unpack
+        from ..kernels.device.table import Span
+
+        launcher = self._launcher()
+        bucket = Span(flat.data_ptr(), flat.numel())
+        unpack(self._tiles(members, flat, launcher), bucket, launcher)
+
+    def _launcher(self) -> Launcher:
+        from ..kernels.device.launch import Launcher
+
+        return Launcher(self._ordinal, self._stream_of(), **self._grid)
+
+    def _tiles(self, members: Members, flat: Tensor, launcher: Launcher) -> Tiles:
+        """Return the members' table in device memory; it refers to addresses, and keeps none."""
+        from ..kernels.device.table import Tiles
+        from ..kernels.table import PointerTable
+
+        first = members[0][0]
+        dtypes = dtype_name(first.dtype), dtype_name(flat.dtype)
+        addresses = tuple(tensor.data_ptr() for tensor, _ in members)
+        counts = tuple(tensor.numel() for tensor, _ in members)
+        offsets = tuple(offset for _, offset in members)
+        key = addresses, counts, offsets, dtypes, launcher.stream
+        tiles = self._tables.get(key)
+        if tiles is None:
+            if len(self._tables) >= _TABLES:
+                self._tables.clear()
+            table = PointerTable(
+                addresses=np.array(addresses, np.int64),
+                counts=np.array(counts, np.int64),
+                offsets=np.array(offsets, np.int64),
+                itemsize=first.element_size(),
+            )
+            tiles = self._tables[key] = Tiles.of(table, *dtypes, launcher)
+        return tiles
+
+
+@cache
+def _packer(ordinal: int) -> DevicePacker | None:
+    """Return a device's packer; None where there is no Numba CUDA."""
+    try:
+        from ..kernels.device import pack  # noqa: F401
+    except ImportError:
+        return None
+    return DevicePacker(lambda: int(torch.cuda.current_stream(ordinal).cuda_stream) or 1, ordinal)
+
+
+def pack_on_device(
+    members: Members, flat: Tensor, scale: float
+) -> bool | Callable[[], bool] | None:
+    """Pack by the kernels where there are any; see `DevicePacker.pack`."""
+    from .transfer import pack_by_torch
+
+    packer = _packer(flat.device.index or 0)
+    return (
+        pack_by_torch(members, flat, scale) if packer is None else packer.pack(members, flat, scale)
+    )
+
+
+def unpack_on_device(members: Members, flat: Tensor) -> None:
+    """Unpack by the kernels where there are any."""
+    from .transfer import unpack_by_torch
+
+    packer = _packer(flat.device.index or 0)
+    if packer is None:
+        unpack_by_torch(members, flat)
+    else:
+        packer.unpack(members, flat)

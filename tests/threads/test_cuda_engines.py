@@ -1,0 +1,253 @@
+"""Engines whose tensors lie on a GPU, pretended: equal to the same engines on the host's."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_cuda import CUDA, CudaTensor, find_anywhere, on_cuda, pretend, to_cuda
+from torch import Tensor, nn
+
+from ringfold import Communicator, DataParallel, Mesh, Pipeline, Settings, run_local
+from ringfold.parallel import ShardedOptimizer, broadcast_optimizer
+from ringfold.parallel.random_keys import Dropout
+
+SETTINGS = Settings(timeout=60)
+
+
+@pytest.fixture(autouse=True)
+def cuda_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_anywhere(monkeypatch)
+
+
+LAYERS = [
+    nn.Linear(6, 9),
+    nn.Tanh(),
+    nn.Linear(9, 5, bias=False),
+    Dropout(0.25),
+    nn.BatchNorm1d(5),
+    nn.Linear(5, 3),
+]
+
+
+def layers() -> list[nn.Module]:
+    """Made once: threads that seed torch's generator disturb each other."""
+    return copy.deepcopy(LAYERS)
+
+
+def plain_layers() -> list[nn.Module]:
+    return [layer for layer in layers() if not isinstance(layer, Dropout)]
+
+
+def batch(rank: int, step: int, rows: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randn(rows, 6, generator=generator), torch.randn(rows, 3, generator=generator)
+
+
+Train = Callable[[Communicator, Callable[[Any], Any], Callable[[Tensor], Tensor]], list[Tensor]]
+
+
+def on_both(size: int, train: Train) -> None:
+    """Run on the host and on the GPU, and compare what is returned."""
+    on_host = run_local(size, lambda comm: train(comm, lambda m: m, lambda t: t), settings=SETTINGS)
+
+    def main(comm: Communicator) -> list[Tensor]:
+        with pretend():
+            return train(comm, to_cuda, on_cuda)
+
+    on_gpu = run_local(size, main, settings=SETTINGS)
+    for host, gpu in zip(on_host, on_gpu, strict=True):
+        assert len(host) == len(gpu) > 0
+        for one, other in zip(host, gpu, strict=True):
+            assert isinstance(other, CudaTensor), type(other)
+            torch.testing.assert_close(one, other.cpu(), rtol=1e-5, atol=1e-6)
+
+
+def of_model(model: Any) -> list[Tensor]:
+    return [p.detach() for _, p in model.named_parameters()]
+
+
+@pytest.mark.parametrize("wire", [None, "bf16", "fp16", "powersgd:2", "topk:0.3"])
+def test_data_parallel(wire: str | None) -> None:
+    def train(comm: Communicator, move: Any, put: Any) -> list[Tensor]:
+        module = move(nn.Sequential(*plain_layers()))
+        model = DataParallel(module, comm, bucket_bytes=150, wire=wire, check_finite=True)
+        if wire == "powersgd:2":
+            model._reducer.wire.hook.start_step = 1  # type: ignore[union-attr]
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for step in range(3):
+            x, y = map(put, batch(comm.rank, step))
+            optimizer.zero_grad()
+            with model.weighted(comm.rank + 1.0):
+                (model(x) - y).square().mean().backward()
+            assert all(p.grad.device == p.device for p in model.parameters())
+            optimizer.step()
+        model.check_replicas()
+        return of_model(model)
+
+    on_both(2, train)
+
+
+@pytest.mark.parametrize(
+    ("data", "pipe", "schedule", "reduction"),
+    [
+        (1, 2, "gpipe", "bucket"),
+        (2, 2, "1f1b", "bucket"),
+        (1, 2, "interleaved", "bucket"),
+        (1, 2, "zero-bubble", "bucket"),
+        (2, 1, "1f1b", "tree"),
+        (1, 3, "1f1b", "tree"),
+    ],
+)
+def test_pipeline(data: int, pipe: int, schedule: str, reduction: str) -> None:
+    """Activations and gradients go from device to device, and dropout's masks to where they are."""
+    recompute = schedule in ("gpipe", "1f1b")
+
+    def train(comm: Communicator, move: Any, put: Any) -> list[Tensor]:
+        whole = move(nn.Sequential(*layers()))
+        engine = Pipeline(
+            whole,
+            Mesh(comm, data=data, pipe=pipe),
+            loss_fn=nn.functional.mse_loss,
+            microbatches=4,
+            schedule=schedule,
+            reduction=reduction,
+            recompute=recompute,
+            bucket_bytes=150,
+        )
+        engine.train()
+        for step in range(2):
+            x, y = map(put, batch(engine.mesh.data.rank, step))
+            for parameter in engine.parameters():
+                parameter.grad = None
+            engine.step(x, y)
+            engine.clip_grad_norm_(0.5)
+            with torch.no_grad():
+                for parameter in engine.parameters():
+                    if parameter.grad is not None:
+                        parameter -= 0.1 * parameter.grad
+        engine.eval()
+        output = engine.forward(x)
+        assert output.device == x.device
+        return [output.detach(), *of_model(engine)]
+
+    on_both(data * pipe, train)
+
+
+def test_values_that_stages_hand_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks and indices come to the device of the stage, also those that were made on the host."""
+
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([2.0]))
+
+        def forward(self, x: Tensor) -> Any:
+            return self.weight * x, x > 1.5, {"index": torch.tensor([0, 1, 1, 0])}, None
+
+    class Second(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.tensor([10.0, 100.0]))
+
+        def forward(self, value: Any) -> Tensor:
+            h, mask, inside, nothing = value
+            assert nothing is None and mask.dtype == torch.bool
+            assert h.device == mask.device == inside["index"].device == self.table.device
+            return (h * self.table[inside["index"]])[mask]
+
+    def train(comm: Communicator, move: Any, put: Any) -> list[Tensor]:
+        engine = Pipeline(
+            move(nn.Sequential(First(), Second())),
+            Mesh(comm, pipe=2),
+            loss_fn=lambda output, _: output.sum(),
+            loss_reduction="sum",
+            microbatches=1,
+        )
+        x = put(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        assert float(engine.step(x, x)) == 1080.0
+        return [p.grad for p in engine.parameters()]
+
+    on_both(2, train)
+
+
+def test_tied_weights() -> None:
+    def train(comm: Communicator, move: Any, put: Any) -> list[Tensor]:
+        first, last = nn.Linear(6, 6), nn.Linear(6, 6)
+        with torch.no_grad():
+            first.weight.copy_(torch.arange(36.0).view(6, 6) / 36)
+            first.bias.zero_()
+            last.bias.zero_()
+        whole = move(nn.Sequential(first, nn.Tanh(), last))
+        last.weight = first.weight
+        engine = Pipeline(whole, Mesh(comm, pipe=2), loss_fn=lambda y, _: y.mean(), microbatches=2)
+        x, y = map(put, batch(0, 0))
+        engine.step(x, y)
+        return [p.grad for p in engine.parameters() if p.grad is not None]
+
+    on_both(2, train)
+
+
+def test_sharded_optimizer_and_its_state() -> None:
+    def train(comm: Communicator, move: Any, put: Any) -> list[Tensor]:
+        module = move(nn.Sequential(*plain_layers()))
+        optimizer = ShardedOptimizer(module.named_parameters(), comm, torch.optim.Adam, lr=0.01)
+        for step in range(3):
+            x, y = map(put, batch(comm.rank, step))
+            optimizer.zero_grad()
+            (module(x) - y).square().mean().backward()
+            optimizer.step()
+            if step == 1:
+                optimizer.load_state_dict(optimizer.state_dict())
+        return of_model(module)
+
+    on_both(2, train)
+
+
+def test_optimizer_state_is_sent_to_where_the_parameters_are() -> None:
+    def train(comm: Communicator, move: Any, put: Any) -> list[Tensor]:
+        module = move(nn.Sequential(*plain_layers()))
+        optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
+        if comm.rank == 0:
+            x, y = map(put, batch(0, 0))
+            (module(x) - y).square().mean().backward()
+            optimizer.step()
+        broadcast_optimizer(optimizer, comm, root=0)
+        states = [optimizer.state[p] for p in module.parameters()]
+        assert not any(isinstance(state["step"], CudaTensor) for state in states)
+        return [state["exp_avg"] for state in states]
+
+    on_both(2, train)
+
+
+def test_checkpoints_are_of_no_device(tmp_path: Path) -> None:
+    """Written from the GPU's memory, and read into it."""
+    import ringfold
+
+    def train(comm: Communicator, move: Any, put: Any) -> list[Tensor]:
+        module = move(nn.Sequential(*plain_layers()))
+        model = DataParallel(module, comm)
+        folder = tmp_path / str(next(iter(model.parameters())).device).replace(":", "")
+        wanted = [p.detach().clone() for p in model.parameters()]
+        ringfold.save(folder, {"model": model}, comm)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+        ringfold.load(folder, {"model": model}, comm)
+        for parameter, before in zip(model.parameters(), wanted, strict=True):
+            assert torch.equal(parameter.detach(), before) and parameter.device == before.device
+        return wanted
+
+    on_both(2, train)
+
+
+def test_what_mixes_devices_is_refused_here_as_on_a_gpu() -> None:
+    with pretend():
+        x = torch.zeros(3, device=CUDA)
+        assert isinstance(x * 2 + 1.0, CudaTensor) and isinstance(x.cpu() + torch.ones(3), Tensor)
+        with pytest.raises(RuntimeError, match="one device"):
+            x + torch.ones(3)
+        with pytest.raises(TypeError, match="numpy"):
+            x.numpy()
