@@ -165,7 +165,7 @@ class PowerSGD:
             if "error" not in entry:
                 continue
             error = entry["error"]
-            memory = self._recall(name, tuple(error.shape), error.dtype)
+            memory = self._recall(name, tuple(error.shape), error.dtype, error.device)
             memory.error = error
             if entry["factor"].shape == memory.factor.shape:
                 memory.factor = entry["factor"]
