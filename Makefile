@@ -41,7 +41,7 @@ IMPI_VENV   := $(VENV)-impi
 IMPI_READY  := $(IMPI_VENV)/ringfold.stamp
 INPUTS      := pyproject.toml setup.py constraints.txt tools/setup_venv.py
 
-.PHONY: help setup train test test-main test-simulator test-processes test-mpich test-impi test-hosts test-fast fuzz soak-elastic lint format bench bench-hosts clean python-version
+.PHONY: help setup train test test-main test-simulator test-processes test-mpich test-impi test-hosts test-fast fuzz soak soak-elastic lint format bench bench-hosts clean python-version
 
 help:
 	@echo 'make train       train on NP ranks: make train NP=4 ARGS="--workload text --pipe 2"'
@@ -51,6 +51,7 @@ help:
 	@echo 'make test-hosts  the communicator over two hosts made on this machine (part of make test)'
 	@echo 'make test-simulator  the kernels for GPUs in Numba CUDA'"'"'s simulator (part of make test)'
 	@echo 'make fuzz        10,000 random sequences of operations against NumPy, on 2 to 4 ranks'
+	@echo 'make soak        200 training runs with a fault at a random moment: none may hang, or end well'
 	@echo 'make soak-elastic  90 elastic runs whose ranks are killed at random moments, about 40 minutes'
 	@echo 'make lint        ruff check, ruff format --check, mypy --strict on the installed package'
 	@echo 'make format      let ruff rewrite the sources'
@@ -132,6 +133,11 @@ fuzz: $(READY)
 	    first=$$((first + $(FUZZ))); \
 	  done; \
 	done
+
+# Training runs with a rank that is killed, crashes, leaves, fails, is interrupted or stopped.
+SOAK ?= 200
+soak: $(READY)
+	python tests/soak.py --runs $(SOAK) $(ARGS)
 
 # Ranks of elastic runs killed from outside at random moments; a run is known by its kind and number.
 soak-elastic: $(READY)

@@ -22,11 +22,12 @@ from .errors import CommError
 from .fingerprint import tag_of
 from .guard import Guard
 from .inquiry import Inquiry
+from .lookout import Lookout
 from .memo import Memo
 from .operations import Operations
 from .progress import Progress
 from .schedule import Schedule
-from .settings import Settings
+from .settings import Seat, Settings
 from .timeline import WAIT, Timeline
 from .topology import Nodes
 from .trace import Entry, Sites, entries_in
@@ -79,11 +80,21 @@ class Communicator:
                 "process that mpirun started, and call collectives there"
             )
         from .transport.mpi import MpiTransport
+        from .transport.mpi_start import Starting
 
-        transport = MpiTransport.open(comm)
+        seat = Seat.read()
+        guard = Guard(Starting(seat)) if self._settings.abort else None
+        lookout = None
+        if seat is not None and seat.size > 1 and self._settings.watch:
+            lookout = partial(Lookout, seat, self._settings.timeout)
+        transport = MpiTransport.open(comm, lookout)
         progress = Progress(self._settings.timeout, transport.threads)
         progress.inquiry = Inquiry(transport, progress.ring)
-        guard = Guard(transport, progress) if self._settings.abort and transport.size > 1 else None
+        if guard is not None:
+            guard.watch(transport, progress)
+            if transport.size == 1:
+                guard.release()
+                guard = None
         self._open(transport, progress, guard)
         self._top = True
         self._share()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from .errors import PeerLost
 
 _STATE_EVERY = 0.5
-_STOPPED_SECONDS = 3.0
+STOPPED_SECONDS = 3.0
 """A rank that is seen stopped for so long (SIGSTOP) is given up."""
 
 
@@ -31,13 +31,27 @@ class Process:
         pid = os.getpid()
         return cls(pid, int(_status(pid)[19]))
 
+    @classmethod
+    def of(cls, pid: int) -> Process | None:
+        """Return the process of this number, None where there is none."""
+        try:
+            return cls(pid, int(_status(pid)[19]))
+        except (OSError, IndexError):
+            return None
+
+    @property
+    def state(self) -> str:
+        """Return the letter of its state in proc(5), X where it is gone."""
+        try:
+            status = _status(self.pid)
+            return status[0] if int(status[19]) == self.started else "X"
+        except (OSError, IndexError):
+            return "X"
+
     @property
     def lives(self) -> bool:
         """Tell whether it is there, seen from here, under this number."""
-        try:
-            return int(_status(self.pid)[19]) == self.started
-        except (OSError, IndexError):
-            return False
+        return self.state not in "XZ"
 
 
 def _status(pid: int) -> list[str]:
@@ -94,20 +108,13 @@ class Deaths:
                 self._stopped.clear()
             self._looked = now
             for rank, process in self._processes.items():
-                if self._is_stopped(process):
+                if process.state == "T":
                     self._stopped.setdefault(rank, now)
                 else:
                     self._stopped.pop(rank, None)
         for rank in ranks:
-            if now - self._stopped.get(rank, now) > _STOPPED_SECONDS:
+            if now - self._stopped.get(rank, now) > STOPPED_SECONDS:
                 raise PeerLost(f"{self._name(rank)} is stopped (SIGSTOP); {self._did(rank)}")
-
-    @staticmethod
-    def _is_stopped(process: Process) -> bool:
-        try:
-            return _status(process.pid)[0] == "T"
-        except OSError:
-            return False
 
     def told(self, rank: int) -> str:
         """Return what is known of a rank that has died."""

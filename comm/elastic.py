@@ -111,7 +111,8 @@ class Elastic:
         self.comm._share()
         self.comm._read_tuning()
         if self._settings.abort:
-            self.comm._guard = Guard(self._transport, self.comm._progress)
+            self.comm._guard = Guard(self._transport)
+            self.comm._guard.watch(self._transport, self.comm._progress)
 
     def _progress(self, done: int, joined: bool) -> tuple[int, int, int]:
         """Return what has been done at most, on which rank, and how many ranks are new."""

@@ -6,6 +6,7 @@ import atexit
 import os
 import sys
 from types import TracebackType
+from typing import Any, Protocol
 
 from .progress import Progress
 from .transport.base import Transport
@@ -16,6 +17,17 @@ _DRAIN = 60.0
 _FAILED = 1
 
 
+class Job(Protocol):
+    """What can be ended as a whole."""
+
+    rank: int
+    size: int
+
+    def abort(self, status: int) -> Any:
+        """End every process of the job."""
+        ...
+
+
 class Guard:
     """Watch over one rank's process while a communicator over several processes is open.
 
@@ -24,13 +36,19 @@ class Guard:
     still waits for this one learns it.
     """
 
-    def __init__(self, transport: Transport, progress: Progress) -> None:
-        self._transport = transport
-        self._progress = progress
+    def __init__(self, job: Job) -> None:
+        """Report and abort from now on.  job: before a transport is open, what is known of it."""
+        self._job = job
+        self._transport: Transport | None = None
         self._process = os.getpid()
         self._before = sys.excepthook
         self._hook = self._report_and_abort
         sys.excepthook = self._hook
+
+    def watch(self, transport: Transport, progress: Progress) -> None:
+        """Leave in good order from now on."""
+        self._job = self._transport = transport
+        self._progress = progress
         atexit.register(self._leave)
 
     def _report_and_abort(
@@ -42,18 +60,18 @@ class Guard:
         try:
             self._before(kind, error, traceback)
         finally:
-            if os.getpid() == self._process:
+            if os.getpid() == self._process and self._job.size > 1:
                 print(
-                    f"ringfold: rank {self._transport.rank} of {self._transport.size} failed with "
+                    f"ringfold: rank {self._job.rank} of {self._job.size} failed with "
                     f"{kind.__name__}; ending the job on every rank",
                     file=sys.stderr,
                 )
                 sys.stdout.flush()
                 sys.stderr.flush()
-                self._transport.abort(_FAILED)
+                self._job.abort(_FAILED)
 
     def _leave(self) -> None:
-        if os.getpid() != self._process:
+        if os.getpid() != self._process or self._transport is None:
             return
         self._progress.drain(_DRAIN)
         self._progress.stop()

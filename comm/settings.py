@@ -106,3 +106,28 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "compiled": lambda text: {"0": False, "1": True}[text],
     "shared": lambda text: {"0": False, "1": True}[text],
 }
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What the launcher tells a rank before MPI has started.
+
+    job: its name, alike on all ranks.  local_size: the ranks of this node.
+    """
+
+    job: str
+    rank: int
+    size: int
+    local_size: int
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] = os.environ) -> Seat | None:
+        """Return what Open MPI 5's launcher has told; None under others, or without one."""
+        try:
+            rank, size, local = (int(environ[f"OMPI_COMM_WORLD_{name}"]) for name in _SEAT)
+            return cls(environ["PMIX_NAMESPACE"], rank, size, local)
+        except (KeyError, ValueError):
+            return None
+
+
+_SEAT = ("RANK", "SIZE", "LOCAL_SIZE")

@@ -7,17 +7,19 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..errors import CommError, PeerLost
+from ..lookout import Lookout
 from .base import Bytes, Channel, DeviceMessages, Transport
 from .mpi_abi import find_calls
 from .mpi_errors import raising, refused, wrong_size
 from .mpi_exit import say_goodbye
 from .mpi_patience import patience
+from .mpi_start import import_mpi
 
 _LEFT = 1
 """Tag of the notice that a rank leaves, on the control communicator."""
@@ -37,16 +39,15 @@ INSTALL_HINT = (
 )
 
 
-def load_mpi() -> Any:
-    """Import mpi4py's MPI module, which starts MPI where nobody has.
+def load_mpi(lookout: Callable[[], Lookout] | None = None) -> Any:
+    """Import mpi4py's MPI module, and start MPI where nobody has.
 
     Raises: CommError that says how to install a library.
     """
     try:
-        from mpi4py import MPI
+        return import_mpi(lookout)
     except (ImportError, RuntimeError) as error:
         raise CommError(f"{INSTALL_HINT} ({error})") from error
-    return MPI
 
 
 def thread_level() -> str:
@@ -211,12 +212,12 @@ class MpiTransport:
                 group.Revoke()
 
     @classmethod
-    def open(cls, comm: Any = None) -> MpiTransport:
+    def open(cls, comm: Any = None, lookout: Callable[[], Lookout] | None = None) -> MpiTransport:
         """Open over an mpi4py communicator, COMM_WORLD where None; collective.
 
         Raises: CommError without an MPI library.
         """
-        mpi = load_mpi()
+        mpi = load_mpi(lookout)
         return cls(mpi, mpi.COMM_WORLD if comm is None else comm)
 
     def isend(self, data: Bytes, dst: int, tag: int, channel: Channel) -> MpiRequest:

@@ -26,7 +26,7 @@ def allowed(module: str) -> set[str]:
     """Name the optional libraries that a module may import."""
     layer = layer_of(module)
     libraries: set[str] = set()
-    if module == "ringfold.comm.transport.mpi":
+    if module in ("ringfold.comm.transport.mpi", "ringfold.comm.transport.mpi_start"):
         libraries |= {"mpi4py"}
     if module in ("ringfold.comm.transport.device", "ringfold.comm.buffer"):
         libraries |= {"cupy"}

@@ -1,0 +1,118 @@
+"""See that MPI comes up, and goes down, with all ranks of this node.
+
+MPI_Init and MPI_Finalize wait for every rank, for ever. A rank that stands still, or that ended
+before the others knew it, is found by its process; what is known of it is written, and the job
+ended by ending this rank, as the launcher takes that for a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from .company import company
+from .deaths import STOPPED_SECONDS, Process
+from .settings import Seat
+
+Why = Callable[[float], str]
+Holds = Callable[[Process], bool]
+
+_LOOK = 0.2
+_START = 60.0
+_GRACE = 1.5
+"""Seconds that the launcher is given to end the job by itself."""
+
+
+class Lookout:
+    """Look after the ranks of this node beside this one, while MPI does not let it."""
+
+    def __init__(self, seat: Seat, timeout: float) -> None:
+        """timeout: seconds that the start may take; a short one is not meant for that."""
+        self._seat, self._timeout = seat, max(timeout, _START)
+        self._others = company(seat)
+        self._since: dict[tuple[int, float], float] = {}
+
+    @contextmanager
+    def starting(self) -> Iterator[None]:
+        """End this rank where one has died or stands still, or when time is up."""
+        with self._looking(self._why_not_started):
+            yield
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """End this rank where another stands still; ranks may take as long as they need."""
+        with self._looking(self._why_not_ended):
+            yield
+
+    @contextmanager
+    def _looking(self, why: Why) -> Iterator[None]:
+        done = threading.Event()
+        start = time.monotonic()
+        self._since.clear()
+
+        def look() -> None:
+            while not done.wait(_LOOK):
+                reason = why(time.monotonic() - start)
+                if reason and not done.is_set():
+                    sys.stdout.flush()
+                    seat = self._seat
+                    print(
+                        f"ringfold: rank {seat.rank} of {seat.size} {reason}; ending the job",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    os._exit(1)
+
+        thread = threading.Thread(target=look, name="ringfold-lookout", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def _why_not_started(self, waited: float) -> str:
+        here = "waits for MPI to start, but"
+        if len(self._others) + 1 < self._seat.local_size:  # they may just not have been there yet
+            self._others = company(self._seat)
+        known = {*self._others, self._seat.rank}
+        if self._seat.local_size > len(known) and waited > _GRACE:
+            return f"{here} {self._missing(known)} ended before it did"
+        gone = self._for_long(lambda process: not process.lives, _GRACE)
+        if gone is not None:
+            return f"{here} {self._name(gone)} has died"
+        return self._why_not_ended(waited, here) or (
+            f"has waited {waited:.0f} s for MPI to start; its node's other ranks are there, and "
+            "those of other nodes may not be"
+            if waited > self._timeout
+            else ""
+        )
+
+    def _missing(self, known: set[int]) -> str:
+        seat = self._seat
+        if seat.local_size == seat.size:
+            return " and ".join(f"rank {rank}" for rank in range(seat.size) if rank not in known)
+        count = seat.local_size - len(known)
+        return f"{count} of the ranks of {socket.gethostname()}, other than {sorted(known)},"
+
+    def _why_not_ended(self, waited: float, here: str = "waits for MPI to end, but") -> str:
+        still = self._for_long(lambda process: process.state == "T", STOPPED_SECONDS)
+        return "" if still is None else f"{here} {self._name(still)} is stopped (SIGSTOP)"
+
+    def _for_long(self, holds: Holds, seconds: float) -> int | None:
+        """Return a rank of which something has held for so long, None for none."""
+        now = time.monotonic()
+        for rank, process in self._others.items():
+            if not holds(process):
+                self._since.pop((rank, seconds), None)
+            elif now - self._since.setdefault((rank, seconds), now) > seconds:
+                return rank
+        return None
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} (process {self._others[rank].pid} on {socket.gethostname()})"

@@ -1,0 +1,101 @@
+"""Start MPI, and end it, so that other threads of this process run meanwhile.
+
+mpi4py starts MPI when it is imported, and keeps the interpreter lock all the time that the slowest
+rank takes to come. What MPI does to the process's signals at its start is mended as well.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import faulthandler
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from ..lookout import Lookout
+from ..settings import Seat
+
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGABRT)
+
+
+def import_mpi(make_lookout: Callable[[], Lookout] | None) -> Any:
+    """Import mpi4py's MPI, and start MPI where nobody has; end it then when Python ends.
+
+    make_lookout: makes what sees to it meanwhile, where MPI is to be started.
+    Raises: ImportError, RuntimeError without an MPI library.
+    """
+    if "mpi4py.MPI" in sys.modules:
+        return _module()
+    import mpi4py
+
+    rc: Any = mpi4py.rc
+    if not rc.initialize:  # whoever has switched this off starts MPI
+        return _module()
+    rc.initialize = False
+    try:
+        mpi = _module()
+    finally:
+        rc.initialize = True
+    if not mpi.Is_initialized():
+        defaults = [number for number in _CRASHES if signal.getsignal(number) is signal.SIG_DFL]
+        lookout = None if make_lookout is None else make_lookout()
+        with nullcontext() if lookout is None else lookout.starting():
+            _start(mpi, rc.thread_level if rc.threads else "single")
+        _take_back(defaults)
+        if rc.finalize is not False:
+            atexit.register(_end, mpi, lookout, os.getpid())
+    return mpi
+
+
+def _module() -> Any:
+    from mpi4py import MPI
+
+    return MPI
+
+
+def _start(mpi: Any, level: str) -> None:
+    # ctypes lets the interpreter lock go, mpi4py's own function keeps it.
+    library = ctypes.CDLL(mpi.__file__)
+    wanted = getattr(mpi, f"THREAD_{level.upper()}")
+    failed = library.MPI_Init_thread(None, None, ctypes.c_int(wanted), ctypes.byref(ctypes.c_int()))
+    if failed:
+        raise RuntimeError(f"MPI_Init_thread failed with code {failed}")
+    for comm in (mpi.COMM_WORLD, mpi.COMM_SELF):
+        comm.Set_errhandler(mpi.ERRORS_RETURN)
+
+
+def _take_back(defaults: list[signal.Signals]) -> None:
+    """Let a crash end the process, with Python's own word on where it was.
+
+    Open MPI's handlers print C frames, for which they allocate: a crash within malloc, or beside
+    another thread's, leaves the process waiting for a lock for ever.
+    """
+    for number in defaults:
+        signal.signal(number, signal.SIG_DFL)
+    if defaults and not faulthandler.is_enabled() and sys.stderr is not None:
+        faulthandler.enable()
+
+
+def _end(mpi: Any, lookout: Lookout | None, process: int) -> None:
+    if os.getpid() != process or mpi.Is_finalized():
+        return
+    with nullcontext() if lookout is None else lookout.ending():
+        mpi.Finalize()
+
+
+class Starting:
+    """The job, as far as it is known before a transport is open."""
+
+    def __init__(self, seat: Seat | None) -> None:
+        self.rank = 0 if seat is None else seat.rank
+        self.size = 1 if seat is None else seat.size
+
+    def abort(self, status: int) -> None:
+        """End every process of the job, if MPI has started; the launcher does it otherwise."""
+        mpi: Any = sys.modules.get("mpi4py.MPI")
+        if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+            mpi.COMM_WORLD.Abort(status)
