@@ -235,6 +235,13 @@ def find_anywhere(monkeypatch: Any) -> None:
     def empty(node_rank: int, shape: tuple[int, ...], dtype: Any) -> Tensor:
         return on_cuda(torch.empty(shape, dtype=dtype))
 
+    move = nn.Module.to
+
+    def moved(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        to_gpu = args and torch.device(args[0]).type == "cuda"
+        return to_cuda(module) if to_gpu else move(module, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "to", moved)
     engine = torch.autograd.Variable._execution_engine
     monkeypatch.setattr(torch.autograd.Variable, "_execution_engine", _Engine(engine))
     monkeypatch.setattr(device_transfer, "_packer", lambda ordinal: None)  # torch's operations

@@ -251,3 +251,41 @@ def test_what_mixes_devices_is_refused_here_as_on_a_gpu() -> None:
             x + torch.ones(3)
         with pytest.raises(TypeError, match="numpy"):
             x.numpy()
+
+
+@pytest.mark.parametrize("words", ["", "--pipe 2", "--wire topk:0.5", "--reduction tree"])
+def test_what_train_py_builds(words: str) -> None:
+    """Batches are made on the host, and outputs come back there."""
+    from ringfold.workloads import load
+    from ringfold.workloads.engines import layers_of, make_engine
+    from ringfold.workloads.options import grid_of, parse
+    from ringfold.workloads.workload import Share
+
+    options = parse(["--batch-size", "32", *words.split()])
+    workload = load("digits")
+    whole = layers_of(workload, options)
+    grid = grid_of(options, 2)
+
+    def losses(comm: Communicator, device: str) -> list[float]:
+        mesh = Mesh(comm, data=grid.data, pipe=grid.pipe)
+        data = workload.data(Share(32, mesh.data.rank, mesh.data.size, 0))
+        layers = copy.deepcopy(whole)
+        engine = make_engine(layers, workload, mesh, options, grid, data, device)
+        optimizer = workload.optimizer([p for _, p in engine.named_parameters()], 0.1)
+        found = []
+        for x, y in list(data.batches(0))[:2]:
+            optimizer.zero_grad()
+            found.append(engine.step(x, y))
+            optimizer.step()
+        output = engine.predict(x)
+        assert output is None or not isinstance(output, CudaTensor)
+        assert all(p.device.type == device[:4].strip(":") for _, p in engine.named_parameters())
+        return found
+
+    def on_gpu(comm: Communicator) -> list[float]:
+        with pretend():
+            return losses(comm, "cuda:0")
+
+    host = run_local(2, lambda comm: losses(comm, "cpu"), settings=SETTINGS)
+    for one, other in zip(host, run_local(2, on_gpu, settings=SETTINGS), strict=True):
+        assert other == pytest.approx(one, rel=1e-5)

@@ -36,15 +36,8 @@ def count_gpus() -> int:
 def lacking(options: Options) -> str:
     """Return which option cannot be used on GPUs yet; empty where all can."""
     found = [
-        f"--pipe {options.pipe}" if options.pipe > 1 else "",
-        f"--stages-per-rank {options.stages_per_rank}"
-        if (options.stages_per_rank or 1) > 1
-        else "",
-        "--recompute" if options.recompute else "",
-        "--reduction tree" if options.reduction == "tree" else "",
-        "--dropout" if options.dropout else "",
-        f"--wire {options.wire}" if options.wire and ":" in options.wire else "",
-        "--checkpoint" if options.checkpoint is not None else "",
+        # Measured before layers are on the GPU.
+        f"--balance {options.balance}" if options.balance != "parameters" else "",
         "--elastic" if options.elastic is not None else "",
         "--membership" if options.membership else "",
     ]

@@ -135,8 +135,10 @@ class Stages:
         options: Options,
         microbatches: int,
         sample: Tensor | None,
+        device: str = "cpu",
     ) -> None:
         self.wire_bytes = 0
+        self.device = torch.device(device)
         self._uneven = options.uneven
         self._kept: Carried | None = None
         self.pipeline = Pipeline(
@@ -152,6 +154,7 @@ class Stages:
             check_finite=options.check_finite,
             balance=options.balance,
             sample=sample,
+            device=self.device,
         )
 
     @property
@@ -180,7 +183,7 @@ class Stages:
 
     def step(self, x: Tensor, y: Tensor) -> float:
         self.pipeline.train()
-        loss = float(self.pipeline.step(x, y))
+        loss = float(self.pipeline.step(x.to(self.device), y.to(self.device)))
         record = self.pipeline.last_step
         if record is not None and record.reduction is not None:
             self.wire_bytes += record.reduction.nbytes
@@ -188,8 +191,8 @@ class Stages:
 
     def predict(self, x: Tensor) -> Tensor | None:
         self.pipeline.eval()
-        output: Tensor | None = self.pipeline.forward(x)
-        return output
+        output: Tensor | None = self.pipeline.forward(x.to(self.device))
+        return None if output is None else output.cpu()
 
 
 def check_stages(layers: list[nn.Module], stages: int) -> None:
@@ -220,7 +223,7 @@ def make_engine(
 ) -> Engine:
     """Split the model as the grid says, measuring on a micro-batch of `data` where it says so.
 
-    Collective over the mesh. device: this rank's; a GPU for replicas only, see `devices.lacking`.
+    Collective over the mesh. device: this rank's; of one kind on all ranks.
     """
     # Keyed dropout asks for its samples, which the pipeline tells it, of one stage too.
     pipeline = grid.pipe > 1 or needs_stages(options)
@@ -231,4 +234,4 @@ def make_engine(
         x, _ = next(iter(data.batches(0)))
         share = grid.microbatches // grid.data if options.reduction == "tree" else grid.microbatches
         sample = x[: len(x) // share]
-    return Stages(layers, workload, mesh, options, grid.microbatches, sample)
+    return Stages(layers, workload, mesh, options, grid.microbatches, sample, device)
