@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 
 Words = npt.NDArray[np.int64]
 
-BUFFERED_BYTES = 1 << 20
+BUFFERED_BYTES = 8 << 20
 """Messages up to here are copied at once, so that their sender can go on. Nobody is woken for them,
 which would cost more than the copy: the receiver takes them when it waits or looks."""
+
+IN_PLACE_BYTES = 1 << 20
+"""Above, registered memory is read where it is, and its sender goes on when it has been."""
 
 OUTSTANDING_BYTES = 64 << 20
 """Copies that nobody has received yet; above, senders wait for their receivers."""
@@ -38,7 +41,7 @@ WINDOW_BYTES = 1 << 19
 PIECE_BYTES = 1 << 17
 """Larger private messages pass through a window, piece by piece."""
 
-_SPARE_BYTES = 16 << 20
+_SPARE_BYTES = 32 << 20
 
 
 class Pool:
@@ -145,10 +148,12 @@ class Mailboxes:
         """Prepare a message to a rank that this one reaches."""
         nbytes = buffer.flat.nbytes
         place = None if buffer.staged else self._memory.place(_address(buffer), nbytes)
-        if nbytes <= BUFFERED_BYTES:
-            reason = "copied for the receiver"
-        elif place is not None:
+        if nbytes <= IN_PLACE_BYTES:
+            place = None
+        if place is not None:
             reason = "the receiver reads the buffer"
+        elif nbytes <= BUFFERED_BYTES:
+            reason = "copied for the receiver"
         else:
             reason = "passes through shared memory"
 
@@ -173,7 +178,7 @@ class Mailboxes:
             return buffer.owner
 
         receipt = Receipt("recv", "message", "shared", 1, buffer.flat.nbytes)
-        large = buffer.flat.nbytes > BUFFERED_BYTES
+        large = buffer.flat.nbytes > IN_PLACE_BYTES
         return Prepared(receipt, None, run, _signature("recv", buffer, src), background=large)
 
     def _post(self, buffer: Buffer, dst: int, tag: int, place: int | None) -> Message:
@@ -181,10 +186,12 @@ class Mailboxes:
         words = self._words(box, True, dst, tag, buffer)
         box.sent += 1
         words[Letter.SEQUENCE] = box.sent
-        if nbytes > BUFFERED_BYTES and place is not None:
+        if place is not None:
             words[Letter.PLACE], words[Letter.WINDOW] = place, nbytes
             return Message(words, self.rank, dst, tag, buffer)
         at_once = nbytes <= BUFFERED_BYTES and self._pool.outstanding < OUTSTANDING_BYTES
+        if at_once:
+            words[Letter.PEER_BELL] = 0
         room = nbytes if at_once else min(nbytes, WINDOW_BYTES)
         if not at_once and nbytes <= WINDOW_BYTES:
             room = min(PIECE_BYTES, nbytes)
@@ -205,7 +212,7 @@ class Mailboxes:
         words[Letter.NBYTES], words[Letter.ADDRESS] = buffer.flat.nbytes, _address(buffer)
         words[Letter.YIELD] = self._yield
         words[Letter.BELL] = self._bell.ctypes.data
-        if buffer.flat.nbytes > BUFFERED_BYTES:
+        if buffer.flat.nbytes > IN_PLACE_BYTES:
             words[Letter.PEER_BELL] = box.bell
         return words
 

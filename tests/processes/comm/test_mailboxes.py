@@ -8,7 +8,12 @@ from contract import data
 
 from ringfold import CommTimeout, Communicator, MismatchError
 from ringfold.comm import mailboxes
-from ringfold.comm.mailboxes import BUFFERED_BYTES, PIECE_BYTES, WINDOW_BYTES
+from ringfold.comm.mailboxes import (
+    BUFFERED_BYTES,
+    IN_PLACE_BYTES,
+    PIECE_BYTES,
+    WINDOW_BYTES,
+)
 from ringfold.kernels.mailbox import SLOTS
 
 pytestmark = pytest.mark.usefixtures("several")
@@ -28,10 +33,10 @@ COUNTS = sorted(
     {0, 1, 3, 1023}
     | {
         limit // 4 + more
-        for limit in (BUFFERED_BYTES, WINDOW_BYTES, PIECE_BYTES)
+        for limit in (BUFFERED_BYTES, IN_PLACE_BYTES, WINDOW_BYTES, PIECE_BYTES)
         for more in (-1, 0, 1)
     }
-    | {3 * WINDOW_BYTES // 4 + 5, 5 * BUFFERED_BYTES // 4}
+    | {3 * WINDOW_BYTES // 4 + 5, 5 * IN_PLACE_BYTES // 4}
 )
 
 
