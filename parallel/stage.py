@@ -28,13 +28,14 @@ class _Entry(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, door: _Door) -> tuple[Tensor, ...]:
-        ctx.door = door
+        # Not the door, which knows this node: in a cycle, all would live until the collector runs.
+        ctx.arrived = door.gradients
         ctx.set_materialize_grads(False)
         return tuple(door.tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, None]:
-        ctx.door.gradients = list(gradients)
+        ctx.arrived[:] = gradients
         return None, None
 
 
