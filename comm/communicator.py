@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .device_ways import DeviceWays
     from .mailboxes import Mailboxes
     from .node_memory import NodeMemory
+    from .stragglers import Stragglers
 
 Algorithm = str | Schedule | None
 
@@ -255,6 +256,17 @@ class Communicator:
         At most 256 are kept. Not collective.
         """
         return self._ring.entries(last)
+
+    @property
+    def name(self) -> str:
+        """Return what this group is called: by what was split from what."""
+        return self._name
+
+    def stragglers(self) -> Stragglers:
+        """Return who came last to this group's last collectives, and by how much; collective."""
+        from .stragglers import stragglers
+
+        return stragglers(self)
 
     @property
     def timeline(self) -> Timeline | None:

@@ -254,3 +254,17 @@ def check_plans(comm: Communicator) -> None:
         np.testing.assert_array_equal(x, (rows.sum(0) / comm.size).astype(np.float32))
     rows = comm.plan("allgather", np.array([comm.rank]))()
     assert rows.ravel().tolist() == list(range(comm.size))
+
+
+def come_late(comm: Communicator, x: Array, late: int) -> None:
+    """Reduce x on all ranks; rank `late` comes when it knows that all others have."""
+    token = np.zeros(1)
+    if comm.rank == late:
+        for rank in range(comm.size):
+            if rank != late:
+                comm.recv(token, rank)
+        comm.allreduce(x)
+    else:
+        work = comm.allreduce(x, blocking=False)
+        comm.send(token, late)
+        work.wait()
