@@ -138,6 +138,51 @@ def test_unpack(kernels, launcher, dtypes, counts):
     agrees(case.learned.read(launcher), wanted, sum(counts))
 
 
+class Counted:
+    """A kernel that counts its launches: the simulator takes one of no blocks without a word."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches, self.__name__ = kernel, launches, kernel.__name__
+
+    def __getitem__(self, grid):
+        self.launches.append(grid)
+        return self.kernel[grid]
+
+
+@pytest.mark.parametrize("bucket_dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    "counts", [[], [0], [0, 3], [1], [127], [128], [129], [1025], [3, 0, 130, 1]], ids=str
+)
+def test_no_launch_of_nothing_and_no_thread_beyond_the_end(
+    kernels, launcher, counts, bucket_dtype, monkeypatch
+):
+    """PR-13: empty lists, null pointers, last partial blocks, and threads at a barrier."""
+    launches, made = [], kernels.pack.transfer_kernel
+    monkeypatch.setattr(kernels.pack, "transfer_kernel", lambda *how: Counted(made(*how), launches))
+    numbers = (np.arange(1, sum(counts) + 1) % 1000).astype(np.float32)
+    ends = np.cumsum(counts, dtype=np.int64)
+    arrays = [numbers[end - count : end] for count, end in zip(counts, ends, strict=True)]
+    tensors = [Memory(kernels, launcher, array) for array in arrays]
+    bucket = Memory(kernels, launcher, np.full(sum(counts), 7, STORAGE[bucket_dtype]))
+    table = PointerTable(
+        addresses=np.array([memory.span.address for memory in tensors], np.int64),
+        counts=np.array(counts, np.int64),
+        offsets=ends - np.array(counts, np.int64),
+        itemsize=4,
+    )
+    tiles = kernels.table.Tiles.of(table, "float32", bucket_dtype, launcher, tile=32)
+    learned = kernels.table.ByProducts.of(launcher)
+    kernels.pack.pack(tiles, bucket.span, launcher, scale=0.5, learned=learned)
+    half = (numbers / 2).astype(STORAGE[bucket_dtype])
+    assert same(bucket.read(), half, bucket_dtype)
+    assert learned.read(launcher).finite is True
+    kernels.pack.unpack(tiles, bucket.span, launcher, divisor=0.5, learned=learned)
+    for memory, array in zip(tensors, arrays, strict=True):
+        assert same(memory.read(), array, "float32")
+    assert len(launches) == (2 if sum(counts) else 0)
+    assert all(grid[0] > 0 for grid in launches)
+
+
 @pytest.mark.parametrize(
     "dtypes", [("float32", "float32"), ("bfloat16", "float32"), ("float16", "float16")]
 )

@@ -8,10 +8,12 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
 from contract import guarded, lengths, reopened
+from fake_device import AWARE, UNAWARE, FakeArray, use_fake
 
 from ringfold import Communicator
 
@@ -174,6 +176,24 @@ def roots(comm: Communicator) -> None:
                 call(np.zeros((size, 1)), root=root)
 
 
+def late_kernels(comm: Communicator) -> None:
+    """MPI reads a device buffer before the kernel has filled it; here all kernels are late."""
+    for aware in (UNAWARE, AWARE):
+        with reopened(comm, shared=False, timeout=30) as other:
+            gpu = use_fake(other, 1 << 10, aware=aware)
+            x = FakeArray(gpu, np.ones(1000, np.float32), stream=9)
+            for _ in range(5):
+                gpu.launch(9, partial(np.divide, x.values, other.size, out=x.values))
+                other.allreduce(x)
+            ahead, behind = (other.rank + 1) % other.size, (other.rank - 1) % other.size
+            y = FakeArray(gpu, np.empty(1000, np.float32), stream=9)
+            gpu.launch(9, partial(np.add, x.values, other.rank, out=x.values))
+            sending = other.isend(x, ahead)
+            other.recv(y, behind)
+            sending.wait()
+            np.testing.assert_allclose(y.get(), 1 + behind, rtol=1e-6)
+
+
 REPORTS: dict[str, Callable[[Communicator], None]] = {
     "PR-01": zero_elements,
     "PR-02": every_length,
@@ -183,4 +203,5 @@ REPORTS: dict[str, Callable[[Communicator], None]] = {
     "PR-06": mean_of_integers,
     "PR-08": dropped_sends,
     "PR-09": roots,
+    "PR-12": late_kernels,
 }

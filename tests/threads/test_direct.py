@@ -175,3 +175,53 @@ def test_the_fake_catches_a_library_that_reads_too_early(what: str) -> None:
         return bool((y.get() == 1).all())
 
     assert run_local(2, main, settings=SETTINGS) == [False, False]
+
+
+class LoggedMessages(HostMessages):
+    """Write into the device's log when the library touches memory."""
+
+    def isend_device(self, address: int, nbytes: int, *where: Any) -> Any:
+        LOGS[self.transport.world[self.transport.rank]].append(("mpi", address, nbytes))
+        return super().isend_device(address, nbytes, *where)
+
+    def irecv_device(self, address: int, nbytes: int, *where: Any) -> Any:
+        LOGS[self.transport.world[self.transport.rank]].append(("mpi", address, nbytes))
+        return super().irecv_device(address, nbytes, *where)
+
+
+LOGS: dict[int, list[Any]] = {}
+
+OPERATIONS: dict[str, Any] = {
+    "allreduce": lambda comm, x: comm.allreduce(x),
+    "reduce": lambda comm, x: comm.reduce(x),
+    "broadcast": lambda comm, x: comm.broadcast(x),
+    "allgather": lambda comm, x: comm.allgather(x),
+    "gather": lambda comm, x: comm.gather(x),
+    "reduce_scatter": lambda comm, x: comm.reduce_scatter(x),
+    "alltoall": lambda comm, x: comm.alltoall(x),
+    "send and recv": lambda comm, x: comm.send(x, 1) if comm.rank == 0 else comm.recv(x, 0),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_library_touches_nothing_before_the_arrays_stream_was_waited_for(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PR-12: MPI read a buffer that the queued kernel had not filled; one log of both tells."""
+    monkeypatch.setattr(LocalTransport, "device_messages", property(LoggedMessages))
+
+    def main(comm: Communicator) -> None:
+        gpu = use_fake(comm, aware=AWARE)
+        LOGS[comm.rank] = gpu.log
+        x = late(gpu, np.ones((2, 40), np.float32), stream=9)
+        OPERATIONS[name](comm, x)
+        log = gpu.log
+        touched = next(at for at, entry in enumerate(log) if entry[0] == "mpi")
+        launched = log.index(("launch", 9))
+        recorded = next(e for e in log[launched:touched] if e[:2] == ("record", 9))
+        ended = [e for e in log[:touched] if e[0] == "ended"]
+        own = [e[1] for e in log[:touched] if e[0] == "follow" and e[2:] == recorded[1:]]
+        # Either this event was waited for, or one of a stream that follows it.
+        assert ("ended", *recorded[1:]) in ended or any(e[1] in own for e in ended)
+
+    run_local(2, main, settings=SETTINGS)
