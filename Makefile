@@ -174,6 +174,7 @@ bench: $(READY)
 	mpirun -n 4 python benchmarks/scaling.py $(ARGS) \
 	  --json $(RESULTS)/scaling-4.json --plot $(RESULTS)/scaling-4.png
 	mpirun -n 4 python benchmarks/model_error.py --json $(RESULTS)/model_error.json
+	mpirun -n 2 python benchmarks/checkpoint.py --json $(RESULTS)/checkpoint-2.json
 	python benchmarks/startup.py --json $(RESULTS)/startup.json
 	python benchmarks/report.py $(RESULTS)
 

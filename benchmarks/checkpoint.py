@@ -1,6 +1,6 @@
 """Measure how long training stands still for a checkpoint.
 
-mpirun -n 2 python benchmarks/checkpoint.py
+mpirun -n 2 python benchmarks/checkpoint.py [--json FILE]
 
 Every rank holds the same model, as in data-parallel training, and keeps multiplying matrices, as a
 stand-in for training, while checkpoints are written. Each one begins when the one before is whole.
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from harness import table, write_json
 
 import ringfold
 
@@ -22,11 +23,29 @@ import ringfold
 def main() -> None:
     parser = argparse.ArgumentParser(description="How long training stands still for a checkpoint.")
     parser.add_argument("--megabytes", type=int, default=200, help="size of one checkpoint")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3, help="checkpoints of a session")
+    parser.add_argument(
+        "--sessions", type=int, default=3, help="the first checkpoint of each has no memory yet"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     options = parser.parse_args()
     with ringfold.Communicator() as comm, tempfile.TemporaryDirectory(dir=options.folder) as own:
-        measure(comm, shared_folder(comm, own), options.megabytes, options.repeats)
+        folder = shared_folder(comm, own)
+        nbytes = options.megabytes * 10**6
+        # As in training, which has loaded compiled code long before.
+        measure(comm, folder / "warm", 8000, 1, train=0.0)
+        rows = [
+            row
+            for session in range(options.sessions)
+            for row in measure(comm, folder / str(session), nbytes, options.repeats)
+        ]
+        if comm.rank == 0:
+            print(f"{options.megabytes} MB on {comm.size} ranks, measured, the slowest rank")
+            columns = {"checkpoint": "d", "stood_still": ".4f", "seconds": ".3f", "ratio": ".3f"}
+            print(table(rows, columns))
+            if options.json is not None:
+                write_json(options.json, "checkpoint", rows, comm.library)
 
 
 def shared_folder(comm: ringfold.Communicator, own: str) -> Path:
@@ -36,34 +55,46 @@ def shared_folder(comm: ringfold.Communicator, own: str) -> Path:
     return Path(bytes(comm.broadcast(name)).rstrip(b"\0").decode())
 
 
-def measure(comm: ringfold.Communicator, folder: Path, megabytes: int, repeats: int) -> None:
-    count = megabytes * 10**6 // 4 // 20
+def measure(
+    comm: ringfold.Communicator, folder: Path, nbytes: int, repeats: int, train: float = 1.0
+) -> list[dict[str, float]]:
+    """Write checkpoints, one after the other; return a row for each, in seconds.
+
+    stood_still: in `save`, for the first with `prepare`, `train` seconds before.
+    seconds: that writing took.  Each is that of the slowest rank.
+    """
+    count = nbytes // 4 // 20
     state = {"model": {f"layer{i}": torch.full((count,), float(i)) for i in range(20)}}
     work = torch.ones(256, 256)
+    times = []
     with ringfold.Checkpoints(folder, comm, keep=1) as checkpoints:
-        rows = []
+        before = 0.0, 0.0
+        comm.barrier()  # as steps keep ranks together: a rank that comes late is no cost of this
+        checkpoints.prepare(state)
+        end = time.perf_counter() + train
+        while time.perf_counter() < end:
+            work @ work
         for step in range(repeats):
-            before = checkpoints.stood_still, checkpoints.writing
-            start = time.perf_counter()
+            comm.barrier()
             checkpoints.save(state, step)
             while checkpoints.busy:
                 work @ work
+            still = checkpoints.stood_still - before[0]
             checkpoints.wait()
-            rows.append(
-                (
-                    checkpoints.stood_still - before[0],
-                    checkpoints.writing - before[1],
-                    time.perf_counter() - start,
-                )
-            )
-    # What counts is the slowest rank.
-    slowest = comm.allreduce(np.array(rows), op="max")
-    if comm.rank == 0:
-        print(f"{megabytes} MB on {comm.size} ranks, measured, the slowest rank, seconds")
-        print(f"{'':>8} {'stood still':>12} {'writing':>9} {'ratio':>7} {'until whole':>12}")
-        for step, (still, writing, whole) in enumerate(slowest):
-            ratio = still / writing
-            print(f"{step:>8} {still:>12.4f} {writing:>9.3f} {ratio:>7.3f} {whole:>12.3f}")
+            times.append((still, checkpoints.writing - before[1]))
+            before = checkpoints.stood_still, checkpoints.writing
+    slowest = comm.allreduce(np.array(times), op="max")
+    return [
+        {
+            "ranks": comm.size,
+            "nbytes": nbytes,
+            "checkpoint": step,
+            "stood_still": still,
+            "seconds": seconds,
+            "ratio": still / seconds,
+        }
+        for step, (still, seconds) in enumerate(slowest.tolist())
+    ]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from .agreement import agree, gather_texts
@@ -20,6 +19,7 @@ from .errors import CheckpointError, Damaged
 from .files import read_tensors
 from .manifest import Manifest
 from .shares import captured_by, share_out, summary_of
+from .snapshot import Snapshot
 from .state import Part, parts_of
 from .store import Place, open_partial, places, read_manifest
 from .writer import Job, Writing
@@ -79,7 +79,7 @@ class Checkpoints:
         self._keep = keep
         self._patience = patience
         self._writing: Writing | None = None
-        self._copies: dict[str, Tensor] = {}
+        self._snapshot = Snapshot()
 
     def save(self, state: Mapping[str, Any], step: int) -> None:
         """Copy the state and return; it is written in the background.
@@ -90,19 +90,15 @@ class Checkpoints:
         start = time.perf_counter()
         try:
             self.wait()
-            captured, complaint = captured_by(state, self.comm)
-            agree(self.comm, complaint, f"checkpoint of step {step}")
-            rows = gather_texts(self.comm, summary_of(captured))
-            chosen, values, nbytes = share_out([json.loads(row) for row in rows])
+            mine, values, nbytes = self._share_out(state, f"checkpoint of step {step}")
             partial = self._open(step, nbytes)
-            mine = {n: captured.tensors[n] for n, r in chosen.items() if r == self.comm.rank}
             self._writing = Writing(
                 Job(
                     partial=partial,
                     step=step,
                     rank=self.comm.rank,
                     num_ranks=self.comm.size,
-                    tensors=self._copy(mine),
+                    tensors=self._snapshot.take(mine),
                     values=values,
                     keep=self._keep,
                     patience=self._patience,
@@ -111,6 +107,27 @@ class Checkpoints:
             self.count += 1
         finally:
             self.stood_still += time.perf_counter() - start
+
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Begin, in the background, to get the memory that the first `save` of this state needs.
+
+        Useful once the state is whole, such as after the first step of an optimizer that makes its
+        own then; `save` works without, and then waits for the memory.
+        """
+        start = time.perf_counter()
+        self._snapshot.prepare(self._share_out(state, "checkpoint")[0])
+        self.stood_still += time.perf_counter() - start
+
+    def _share_out(
+        self, state: Mapping[str, Any], what: str
+    ) -> tuple[dict[str, Tensor], dict[str, Any], int]:
+        """Return what this rank writes, all values, and the bytes that all ranks write."""
+        captured, complaint = captured_by(state, self.comm)
+        agree(self.comm, complaint, what)
+        rows = gather_texts(self.comm, summary_of(captured))
+        chosen, values, nbytes = share_out([json.loads(row) for row in rows])
+        mine = {n: captured.tensors[n] for n, r in chosen.items() if r == self.comm.rank}
+        return mine, values, nbytes
 
     @property
     def busy(self) -> bool:
@@ -224,18 +241,6 @@ class Checkpoints:
         seen = partial.is_dir()
         agree(self.comm, "" if seen else "does not see the folder that rank 0 has made", what)
         return partial
-
-    def _copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy into last time's memory where it fits: new pages would cost more than copying."""
-        kept = self._copies
-        self._copies = {}
-        for name, tensor in tensors.items():
-            copy = kept.get(name)
-            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-                copy = torch.empty(tensor.shape, dtype=tensor.dtype)
-            copy.copy_(tensor.detach())
-            self._copies[name] = copy
-        return self._copies
 
     def _first_problem(self, attempt: _Attempt, parts: Mapping[str, Part]) -> str | None:
         """Return what is damaged, on any rank; CheckpointError if it is whole, but does not fit."""

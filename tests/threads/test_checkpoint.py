@@ -416,6 +416,29 @@ def test_the_copy_is_taken_before_training_goes_on(tmp_path):
     run_local(1, main)
 
 
+@pytest.mark.parametrize("sizes", [(0, 1, 70_000), (5, 2, 3), (600_000, 1, 0)])
+def test_memory_that_is_got_beforehand_may_fit_or_not(tmp_path, sizes):
+    """Copies lie side by side in one piece: nothing may reach into a neighbour."""
+
+    def tensors(size, step):
+        return {f"x{i}": torch.full((size,), step + i, dtype=d) for i, d in enumerate(DTYPES)}
+
+    def main(comm):
+        with Checkpoints(tmp_path, comm) as checkpoints:
+            checkpoints.prepare({"v": tensors(sizes[0], 0)})
+            checkpoints.prepare({"v": tensors(sizes[1], 0)})  # is no more than a hint
+            for step, size in enumerate(sizes):
+                checkpoints.save({"v": tensors(size, step)}, step)
+        for step, size in enumerate(sizes):
+            found = ringfold.load(tmp_path, {"v": None}, comm, step=step).values["v"]
+            same(found, tensors(size, step))
+
+    run_local(2, main)
+
+
+DTYPES = (torch.float32, torch.uint8, torch.float64, torch.bfloat16, torch.complex64, torch.int16)
+
+
 def test_random_streams_go_on(tmp_path):
     import random
 

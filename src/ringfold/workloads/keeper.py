@@ -62,6 +62,7 @@ class Keeper:
         }
         self.state = {"model": engine.state, "optimizer": optimizer, "random": RandomStreams()}
         self.saved = -1
+        self.first = True
 
     def resume(self) -> int:
         """Return how many steps have been trained already, after loading them.
@@ -121,6 +122,9 @@ class Keeper:
         """Write a checkpoint if it is time for one, `step` steps being done."""
         if self.checkpoints is None or step == self.saved:
             return
+        first, self.first = self.first, False
+        if first and not last and step % self.options.every:
+            self.checkpoints.prepare(self.state)
         if last or step % self.options.every == 0:
             self.losses.flush()
             losses = torch.tensor(self.losses.known, dtype=torch.float64)
