@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -154,3 +155,60 @@ def test_a_machine_without_the_tools_is_refused_with_the_reason(tmp_path: Path) 
     )
     assert done.returncode == SKIPPED
     assert "two hosts: skipped: needs ip, tc, unshare" in done.stderr
+
+
+START = """
+import os, signal, sys, threading, time
+import numpy as np
+import ringfold
+
+comm = ringfold.Communicator(settings=ringfold.Settings(timeout={timeout}))
+comm.allreduce(np.ones(3))
+"""
+
+
+def test_a_rank_killed_on_one_host_ends_the_other_at_once(on_hosts: OnHosts) -> None:
+    script = """
+if comm.rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+while True:
+    comm.allreduce(np.ones(3))
+"""
+    job = on_hosts(1, "-c", START.format(timeout=60) + script, timeout=40)
+    assert not job.timed_out and job.returncode != 0 and "CommTimeout" not in job.stderr
+    # Open MPI over TCP ends a process whose peer's socket closes before this library can speak.
+    assert re.search(r"rank 1\b|Peer host:\s+hostb", job.stderr), job.stderr
+    assert job.leftovers == ()
+
+
+@pytest.mark.parametrize("ranks_per_host", [1, 2])
+def test_a_mismatch_names_the_ranks_of_both_hosts(on_hosts: OnHosts, ranks_per_host: int) -> None:
+    script = """
+start = time.monotonic()
+try:
+    comm.allreduce(np.ones(5 if comm.rank < comm.size - 1 else 6))
+except ringfold.MismatchError as error:
+    assert time.monotonic() - start < 5
+    os.write(1, f"{comm.rank}: {error}\\n".encode())
+"""
+    job = on_hosts(ranks_per_host, "-c", START.format(timeout=60) + script, timeout=40)
+    assert not job.timed_out, job.output
+    lines = [line for line in job.stdout.splitlines() if "the ranks' calls differ" in line]
+    size = 2 * ranks_per_host
+    assert sorted(line[0] for line in lines) == [str(rank) for rank in range(size)], job.output
+    for line in lines:
+        assert re.findall(r"rank (\d): allreduce", line) == [str(rank) for rank in range(size)]
+        assert "6 elements" in line and "5 elements" in line and "<string>:" in line
+
+
+def test_a_hang_is_reported_with_rows_of_both_hosts(on_hosts: OnHosts) -> None:
+    script = """
+if comm.rank == 1:
+    time.sleep(20)
+comm.barrier()
+"""
+    job = on_hosts(1, "-c", START.format(timeout=2) + script, timeout=40)
+    assert not job.timed_out and job.returncode != 0
+    report = job.stderr.partition("CommTimeout: rank 0 waited")[2]
+    assert "for ranks [1]" in report and "rank 0: world #" in report, job.stderr
+    assert "rank 1: world #" in report and "<string>:10" in report.partition("rank 1:")[2]

@@ -443,3 +443,37 @@ def test_a_misfit_between_stages_is_an_error_on_every_rank(comm, schedule, reduc
         assert f"stage {last} failed in the forward of micro-batch 0" in text
         assert f"input from stage {last - 1}: float32 (" in text and ", 70000)" in text
     engine.close()
+
+
+@pytest.mark.parametrize("reduction", ["bucket", "tree"])
+@pytest.mark.parametrize("num_data, pipe", [(1, 2), (1, 3), (2, 2)])
+def test_pr25_weights_tied_between_the_first_and_the_last_stage(comm, num_data, pipe, reduction):
+    """Each stage stepped on its own gradient, and the copies drifted apart."""
+    with first(comm, num_data * pipe) as group:
+        if group is None:
+            return
+        mesh = Mesh(group, data=num_data, pipe=pipe)
+        one, last = Times(3 if group.rank == 0 else 5), Times(7)
+        last.w = one.w
+        layers = [one, *(nn.Identity() for _ in range(pipe - 2)), last]
+        engine = Pipeline(
+            layers,
+            mesh,
+            loss_fn=lambda y, _: y.mean(),
+            microbatches=num_data,
+            boundaries=tuple(range(1, pipe)),
+            reduction=reduction,
+        )
+        parameters = [parameter for _, parameter in engine.named_parameters()]
+        optimizer = torch.optim.SGD(parameters or [nn.Parameter(torch.zeros(0))], lr=0.1)
+        loss = engine.step(torch.tensor([2.0 + 2 * mesh.data.rank]))
+        due = 12.0 if num_data == 1 else 18.0
+        assert loss == (18.0 if num_data == 1 else 27.0)
+        assert [parameter.grad.item() for parameter in parameters] == [due] * len(parameters)
+        assert engine.clip_grad_norm_(1e6) == due
+        optimizer.step()
+        assert len(parameters) == (mesh.pipe.rank in (0, pipe - 1))
+        value = parameters[0].item() if parameters else 3 - 0.1 * due
+        assert value == pytest.approx(3 - 0.1 * due, rel=1e-6)
+        held = group.allgather(torch.tensor([value if parameters else float("nan")])).ravel()
+        assert len({float(one) for one in held if one == one}) == 1
