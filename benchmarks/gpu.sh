@@ -90,9 +90,10 @@ step() {
   timeout "$limit" "$@" || { echo "gpu.sh: failed with $?: $*" >&2; failed=1; }
 }
 step 60 mpirun -n 2 python -m ringfold doctor
-step 200 python -m pytest -q -p no:cacheprovider -m gpu tests/gpu
+step 180 python -m pytest -q -p no:cacheprovider -m gpu tests/gpu
+step 60 python benchmarks/gpu_kernels.py --json "$out/gpu-kernels.json"
 for ranks in 2 4; do
-  step 100 mpirun -n "$ranks" python benchmarks/gpu.py --budget 1 --json "$out/gpu-$ranks.json"
+  step 80 mpirun -n "$ranks" python benchmarks/gpu.py --budget 1 --json "$out/gpu-$ranks.json"
 done
 for device in cpu cuda; do
   step 60 mpirun -n 2 python train.py --workload digits --steps 60 --device "$device" \

@@ -1,0 +1,165 @@
+"""Every kernel for GPU memory beside a copy within the device of the same bytes.
+
+    python benchmarks/gpu_kernels.py [--sizes 1MiB,16MiB,64MiB] [--json FILE]
+
+sizes: of the float32 side. A kernel's bytes are those that it has to read and write, and a copy of
+as many reads half of them and writes half; `share` is the kernel's rate over the copy's. Medians of
+launches that are waited for one by one.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from harness import table, write_json
+from options import parser_of, read_sizes
+
+import ringfold
+from ringfold.comm.transport.device import load_cupy
+
+COLUMNS = {"kernel": "", "nbytes": "d", "microseconds": ".1f", "GB/s": ".1f", "share": ".2f"}
+TENSORS = 20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel, ready to be launched: nbytes are read and written by a launch."""
+
+    name: str
+    nbytes: int
+    launch: Callable[[], Any]
+
+
+def cases(count: int, launcher: Any) -> Iterator[Case]:
+    """Yield the kernels over count float32 elements, in memory of Numba's own."""
+    from ringfold.kernels.device import fold, pack, table, threshold
+    from ringfold.kernels.table import PointerTable
+
+    def room(dtype: str) -> Any:
+        return table.place(np.ones(count, dtype), launcher)
+
+    wide, other, half = room("float32"), room("float32"), room("uint16")
+    held = (wide, other, half)  # as long as what is yielded may run
+    # Lengths and places of gradients that are aligned to the vectors.
+    bounds = np.linspace(0, count // 16, TENSORS + 1).astype(np.int64) * 16
+    pointers = PointerTable(
+        addresses=wide.span.address + 4 * bounds[:-1],
+        counts=np.diff(bounds),
+        offsets=bounds[:-1],
+        itemsize=4,
+        owners=held,
+    )
+    moved = int(bounds[-1])
+    for dtype, bucket, size in (("float32", other, 4), ("bfloat16", half, 2)):
+        tiles = table.Tiles.of(pointers, "float32", dtype, launcher)
+        learned = table.ByProducts.of(launcher)
+        span, nbytes = bucket.span, moved * (4 + size)
+        yield Case(f"pack {dtype}", nbytes, lambda t=tiles, s=span: pack.pack(t, s, launcher))
+        yield Case(
+            f"pack {dtype}, measured",
+            nbytes,
+            lambda t=tiles, s=span, m=learned: pack.pack(t, s, launcher, scale=0.5, learned=m),
+        )
+        yield Case(f"unpack {dtype}", nbytes, lambda t=tiles, s=span: pack.unpack(t, s, launcher))
+    into, out = (wide.span, "float32"), (half.span, "bfloat16")
+    for source, target in ((into, out), (out, into)):
+        yield Case(
+            f"cast {source[1]} to {target[1]}",
+            count * 6,
+            lambda a=source, b=target: pack.cast(*a, *b, launcher),
+        )
+    for dtype, span, size in (("float32", wide.span, 4), ("bfloat16", half.span, 2)):
+        twin = other.span if size == 4 else table.Span(other.span.address, count)
+        yield Case(
+            f"combine {dtype}",
+            count * size * 3,
+            lambda d=dtype, a=span, b=twin: fold.combine("max", d, a, b, launcher),
+        )
+        peers = fold.Peers.of((span.address, twin.address), launcher)
+        yield Case(
+            f"fold of 2, {dtype}",
+            count * size * 4,
+            lambda d=dtype, p=peers: fold.fold("max", d, p, p, count, launcher),
+        )
+    selection = threshold.Selection.of(launcher)
+    wanted = max(1, count // 100)
+    yield Case(
+        "top-k threshold",
+        count * 4 * 3,
+        lambda: threshold.threshold(wide.span, "float32", wanted, selection, launcher),
+    )
+
+
+def seconds(launch: Callable[[], Any], wait: Callable[[], Any], repeats: int) -> float:
+    """Return the median time of a launch that is waited for; the first compiles, and is not it."""
+    launch()
+    wait()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        launch()
+        wait()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def measure(
+    count: int,
+    launcher: Any,
+    copy: Callable[[int], Callable[[], Any]],
+    wait: Callable[[], Any],
+    repeats: int,
+) -> list[dict[str, Any]]:
+    """Time every kernel, and the copy that moves as many bytes.
+
+    copy: return what copies so many bytes within the device.
+    """
+    rows = []
+    for case in cases(count, launcher):
+        took = seconds(case.launch, wait, repeats)
+        copied = seconds(copy(case.nbytes // 2), wait, repeats)
+        rows.append(
+            {
+                "kernel": case.name,
+                "nbytes": case.nbytes,
+                "microseconds": took * 1e6,
+                "GB/s": case.nbytes / took / 1e9,
+                "share": copied / took,
+            }
+        )
+    return rows
+
+
+def main() -> int:
+    parser = parser_of(__doc__, sizes="1MiB,16MiB,64MiB")
+    options = parser.parse_args()
+    try:
+        cupy = load_cupy()
+    except ringfold.CommError as error:
+        print(f"benchmarks/gpu_kernels.py: {error}; nothing was measured", file=sys.stderr)
+        return 77
+    from ringfold.kernels.device.launch import Launcher
+
+    def copy(nbytes: int) -> Callable[[], Any]:
+        source, target = cupy.zeros(nbytes, cupy.uint8), cupy.zeros(nbytes, cupy.uint8)
+        return lambda: cupy.copyto(target, source)
+
+    card = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    wait, rows = cupy.cuda.runtime.deviceSynchronize, []
+    for nbytes in read_sizes(parser, options.sizes):
+        found = measure(max(nbytes // 4, 16), Launcher(), copy, wait, options.repeats)
+        rows += [{"card": card, "size": nbytes, **row} for row in found]
+    print(f"{card} (measured)")
+    print(table(rows, COLUMNS))
+    if options.json:
+        write_json(options.json, "gpu-kernels", rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
