@@ -84,7 +84,9 @@ class CudaTensor(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         _refuse_mixed(func, args, kwargs)
-        return super().__torch_function__(func, types, args, kwargs)
+        found = super().__torch_function__(func, types, args, kwargs)
+        # What copies into memory of the host's returns that.
+        return args[0] if getattr(func, "__name__", "") == "copy_" else found
 
 
 def _pretending(function: Any) -> Any:
