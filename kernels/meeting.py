@@ -318,6 +318,9 @@ def launch_kernel() -> Kernel:
         board = _words(work[_ON_BOARD], _BOARD_WORDS)
         if board[_BROKEN] != 0 or work[_FLYING] != 0:
             return _REFUSED
+        # The background thread may still hold this record from its last run, and look at it.
+        while try_lock(record + 8 * _LOCK) == 0:
+            relax()
         work[_FLYING] = 1
         work[_STATUS] = _RUNNING
         work[_TICKET] = board[_TICKETS]
@@ -326,6 +329,8 @@ def launch_kernel() -> Kernel:
         work[_NOTED] = 0
         board[_TICKETS] += 1
         _note_start(work, board)
-        return _advance(record, True)
+        status = _advance(record, True)
+        store(record + 8 * _LOCK, 0)
+        return status
 
     return compile_kernel("launch_meeting", launch_meeting, types.int64)

@@ -3,6 +3,7 @@
 Sleeps last a minute here, so a work that nobody is rung for would not end in time.
 """
 
+import threading
 import time
 from collections.abc import Iterator
 
@@ -11,8 +12,10 @@ import pytest
 from contract import data
 
 from ringfold import Communicator
+from ringfold.comm.board import Meeting
 from ringfold.comm.mailboxes import BUFFERED_BYTES
 from ringfold.comm.work import Work
+from ringfold.kernels.meeting import advance_kernel
 from ringfold.kernels.records import BellWord
 
 LIMIT = 20.0
@@ -87,3 +90,30 @@ def test_a_large_message_arrives(sleepers: Communicator, late: str) -> None:
         assert ends_by_itself(sending)
         assert np.array_equal(got, data(before, nbytes, "uint8"))
         comm.barrier()
+
+
+def test_a_look_at_a_work_that_is_started_again_changes_nothing(comm: Communicator) -> None:
+    """As the background thread does that slept while the work ended and was started once more."""
+    x = comm.empty(4099)
+    reduce = comm.plan("allreduce", x)
+    meeting = getattr(reduce, "args", (None,))[0]
+    if not isinstance(meeting, Meeting):
+        pytest.skip("nobody meets in shared memory")
+    look, stop = advance_kernel(), threading.Event()
+
+    def keep_looking() -> None:
+        while not stop.is_set():
+            look(meeting.address)
+
+    looker = threading.Thread(target=keep_looking)
+    looker.start()
+    try:
+        for turn in range(600):
+            x[:] = data(comm.rank, x.size, "float32") + turn
+            reduce()
+            right = sum(data(r, x.size, "float32") + turn for r in range(comm.size))
+            wrong = int((x != right).sum())
+            assert wrong == 0, f"{wrong} elements of turn {turn}"
+    finally:
+        stop.set()
+        looker.join()
