@@ -175,6 +175,8 @@ bench: $(READY)
 	  --json $(RESULTS)/scaling-4.json --plot $(RESULTS)/scaling-4.png
 	mpirun -n 4 python benchmarks/model_error.py --json $(RESULTS)/model_error.json
 	mpirun -n 2 python benchmarks/checkpoint.py --json $(RESULTS)/checkpoint-2.json
+	mpirun -n 2 python benchmarks/checks.py --json $(RESULTS)/checks-2.json
+	RINGFOLD_SHARED=0 mpirun -n 2 python benchmarks/checks.py --json $(RESULTS)/checks-messages-2.json
 	python benchmarks/startup.py --json $(RESULTS)/startup.json
 	python benchmarks/report.py $(RESULTS)
 

@@ -101,6 +101,18 @@ def share_of_link(rows: Sequence[Row]) -> Iterator[Measured]:
             yield Measured(row["share"], place(row))
 
 
+def share_of_checks(transport: str) -> Callable[[Sequence[Row]], Iterator[Measured]]:
+    """Find what the checks take of an allreduce of 64 KiB and more."""
+
+    def find(rows: Sequence[Row]) -> Iterator[Measured]:
+        for row in rows:
+            mine = row.get("impl") == "checked" and row["transport"] == transport
+            if mine and row["nbytes"] >= 64 * KIB:
+                yield Measured(row["share"], place(row))
+
+    return find
+
+
 def steps_beside_ddp(rows: Sequence[Row]) -> Iterator[Measured]:
     """Find our steps a second over DDP's, of the workload linear on 2 ranks."""
     mine = [row for row in rows if row.get("workload") == "linear" and row["ranks"] == 2]
@@ -190,6 +202,27 @@ GOALS = (
         4,
         value("mib", what="memory"),
         unit=" MiB",
+        at_most=True,
+    ),
+    Goal(
+        "checks of a planned allreduce of 4 bytes, in shared memory",
+        0.3,
+        value("checks_us", impl="checked", transport="shared", nbytes=4),
+        unit=" us",
+        at_most=True,
+    ),
+    Goal(
+        "the same from 64 KiB on, as a share of its time",
+        0.02,
+        share_of_checks("shared"),
+        unit="",
+        at_most=True,
+    ),
+    Goal(
+        "the same over messages within one node",
+        0.02,
+        share_of_checks("messages"),
+        unit="",
         at_most=True,
     ),
 )

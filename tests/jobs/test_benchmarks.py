@@ -146,6 +146,15 @@ def test_pipeline_plans_beside_torch(bench: Callable[..., list[dict[str, Any]]])
         assert plans["ours", plan]["simulated_bubble"] == pytest.approx(2 / 6)
 
 
+def test_what_the_checks_of_a_collective_cost(bench: Callable[..., list[dict[str, Any]]]) -> None:
+    small, large = bench(2, "checks.py", "--sizes", "4,64KiB")
+    assert (small["nbytes"], large["nbytes"]) == (4, 65536)
+    for row in (small, large):
+        assert row["checks_us"] > 0
+        assert row["share"] == pytest.approx(row["checks_us"] / row["median_us"])
+        assert row["wrong"] == 0
+
+
 def test_grids_of_the_text_workload(bench: Callable[..., list[dict[str, Any]]]) -> None:
     rows = bench(2, "scaling.py", "--batch", 2, "--microbatches", 2)
     assert [(row["impl"], row["data"], row["pipe"]) for row in rows] == [

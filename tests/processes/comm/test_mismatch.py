@@ -46,6 +46,11 @@ def lengths_by_little(comm: Communicator, odd: bool) -> None:
         comm.allreduce(x)
 
 
+def lengths_by_a_line(comm: Communicator, odd: bool) -> None:
+    with guarded(np.ones(4096 - 6 * odd, np.float32)) as x:
+        comm.allreduce(x)
+
+
 def dtypes(comm: Communicator, odd: bool) -> None:
     comm.allreduce(np.ones(5, np.int64 if odd else np.float64))
 
@@ -81,6 +86,7 @@ def equal_in_all(comm: Communicator, odd: bool) -> None:
 
 CASES: dict[Callable[[Communicator, bool], None], tuple[str, str]] = {
     lengths: ("allreduce(sum, float64), 5 elements", "allreduce(sum, float64), 6 elements"),
+    lengths_by_a_line: ("4096 elements", "4090 elements"),
     lengths_by_little: ("100000 elements", "99998 elements"),
     dtypes: ("allreduce(sum, float64)", "allreduce(sum, int64)"),
     ops: ("allreduce(sum, float64)", "allreduce(max, float64)"),
