@@ -26,7 +26,7 @@ from . import fused
 from .call_codes import describe_code
 from .errors import CommError, MismatchError
 from .memory import Block
-from .node_memory import NodeMemory, patience
+from .node_memory import NodeMemory, patience, yielding
 from .notices import DIFFER, MESSAGES, Row, table
 from .trace import Entry, Ring, entries_in
 from .transport.base import Request
@@ -68,8 +68,7 @@ class Board:
         self.record[BoardWord.NOTES] = control + self.size * LINE_BYTES
         self.record[BoardWord.BASES] = self._bases.ctypes.data
         self.record[BoardWord.RANK], self.record[BoardWord.SIZE] = rank, self.size
-        yielding = ctypes.CDLL(None).sched_yield
-        self.record[BoardWord.YIELD] = ctypes.cast(yielding, ctypes.c_void_p).value or 0
+        self.record[BoardWord.YIELD] = yielding()
         spins, yields = patience(len(nodes.addresses))
         self.record[BoardWord.SPINS], self.record[BoardWord.YIELDS] = spins, yields
         self.record[BoardWord.BELL] = self._bell.ctypes.data

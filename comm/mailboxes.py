@@ -17,7 +17,7 @@ from .board import Waiting
 from .buffer import Buffer
 from .errors import MismatchError
 from .memory import Block, Memory
-from .node_memory import NodeMemory, patience
+from .node_memory import NodeMemory, patience, yielding
 from .trace import Signature
 from .transport.base import Request
 from .work import Prepared, Receipt, Steps
@@ -122,7 +122,7 @@ class Mailboxes:
                 self._outboxes[peer] = Box(slots, own_base, np.ones(1, np.int64), bell)
         self._bell = nodes.bell
         self._ordinals: Counter[tuple[bool, int, int]] = Counter()
-        self._yield = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+        self._yield = yielding()
         self._patience = patience(len(nodes.addresses))
 
     @classmethod

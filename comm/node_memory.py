@@ -95,6 +95,11 @@ def _equip(bell: Words, own: int) -> None:
     bell[BellWord.SECONDS], bell[BellWord.NANOSECONDS] = 0, _SLEEP
 
 
+def yielding() -> int:
+    """Return the address of sched_yield."""
+    return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+
+
 def patience(num_ranks: int) -> tuple[int, int]:
     """Return how often a rank spins, and then yields, before it returns to Python.
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from little_layers import Call, Times
 from torch import nn
 
 from ringfold import Mesh, Pipeline, run_local
@@ -10,24 +11,6 @@ from ringfold.parallel.plan import PLANS
 from ringfold.parallel.replicas import flat_bytes
 
 ONE_STAGE_A_RANK = [name for name in PLANS if name != "interleaved"]
-
-
-class Times(nn.Module):
-    def __init__(self, value):
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor(float(value)))
-
-    def forward(self, x):
-        return x * self.w
-
-
-class Call(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, value):
-        return self.function(value)
 
 
 class Both(Times):

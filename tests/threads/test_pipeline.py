@@ -7,6 +7,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from little_layers import Call, Times
 from torch import nn
 
 from ringfold import Mesh, Pipeline, StageError, run_local
@@ -142,28 +143,6 @@ def test_activations_in_flight_are_the_plans(schedule):
         "zero-bubble": [3, 3, 3],
     }
     assert run_local(3, main) == expected[schedule]
-
-
-class Times(nn.Module):
-    """Multiply by one parameter."""
-
-    def __init__(self, value):
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor(float(value)))
-
-    def forward(self, x):
-        return x * self.w
-
-
-class Call(nn.Module):
-    """Call a function: a layer without parameters."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, value):
-        return self.function(value)
 
 
 def mean_output(output, _):

@@ -2,20 +2,10 @@
 
 import pytest
 import torch
+from little_layers import Times
 from torch import nn
 
 from ringfold import Mesh, Pipeline, ShardedOptimizer, run_local
-
-
-class Times(nn.Module):
-    """Multiply by one parameter."""
-
-    def __init__(self, value):
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor(float(value)))
-
-    def forward(self, x):
-        return x * self.w
 
 
 def mean_output(output, _):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from little_layers import Call, Times
 from torch import nn
 
 from ringfold import DataParallel, Mesh, Pipeline, StageError
@@ -37,24 +38,6 @@ class Scalars(nn.Module):
 
     def forward(self, function):
         return function(self)
-
-
-class Times(nn.Module):
-    def __init__(self, value):
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor(float(value)))
-
-    def forward(self, x):
-        return x * self.w
-
-
-class Call(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, value):
-        return self.function(value)
 
 
 def grad(parameter):
