@@ -1,6 +1,6 @@
 """What it costs that nothing hangs or is added wrongly in silence: the checks of every collective.
 
-    mpirun -n 2 python benchmarks/checks.py [--sizes 4,64KiB,1MiB] [--json FILE]
+    mpirun -n 2 python benchmarks/checks.py [--sizes 4,64KiB,1MiB] [--json FILE] [--plot FILE]
 
 Each planned allreduce notes its start and its end in the ring of operations, and the ranks compare
 what they call: in shared memory at a meeting that is there anyway, over MPI by tags that hold a
@@ -18,6 +18,7 @@ import numpy as np
 from harness import measure, table, verdict, write_json
 from numba import types
 from options import parser_of, read_sizes
+from plots import plot_bars
 
 import ringfold
 from ringfold.comm.board import Meeting
@@ -134,6 +135,9 @@ def main() -> int:
         print(table(rows, COLUMNS))
         if arguments.json:
             write_json(arguments.json, "checks", rows)
+        if arguments.plot:
+            title = f"Checks of a planned allreduce on {rows[0]['ranks']} ranks"
+            plot_bars(arguments.plot, rows, "nbytes", "checks_us", "us in each call", title)
     return verdict(rows, speak=rank == 0)
 
 
