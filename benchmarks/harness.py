@@ -81,9 +81,10 @@ def contest(
     budget: seconds for the repetitions together; there are fewer of them where it would not do, but
         five at least. The repetitions that warm up say what one takes.
     """
+    line_up = comm.plan("barrier")
     spans = np.zeros((warmup, len(contenders)))
     for turn in range(warmup):
-        _once(comm, contenders, turn, spans[turn])
+        _once(line_up, contenders, turn, spans[turn])
     if budget is not None and warmup:
         # The first one has what is done only once, such as compiling.
         took = float(comm.allreduce(spans.min(axis=0), "max").sum())
@@ -95,7 +96,7 @@ def contest(
     try:
         for turn in range(repeats):
             # Checked at once, since contenders share buffers.
-            _once(comm, contenders, turn, spans[turn], wrong if turn == repeats - 1 else None)
+            _once(line_up, contenders, turn, spans[turn], wrong if turn == repeats - 1 else None)
     finally:
         if before:
             gc.enable()
@@ -112,7 +113,7 @@ def contest(
 
 
 def _once(
-    comm: ringfold.Communicator,
+    line_up: Callable[[], object],
     contenders: Sequence[Contender],
     turn: int,
     spans: NDArray[np.float64],
@@ -122,10 +123,13 @@ def _once(
     for place in np.random.default_rng(turn).permutation(len(contenders)):
         contender = contenders[place]
         contender.prepare()
-        comm.barrier()
+        line_up()
+        line_up()  # the first one ends early for who came last
         start = time.perf_counter()
         result = contender.run()
         spans[place] = time.perf_counter() - start
+        # Where ranks share a core, one that goes on here would keep another from seeing the end.
+        line_up()
         contender.after()
         if wrong is not None:
             wrong[place] = contender.wrong(result)
