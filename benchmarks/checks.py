@@ -21,8 +21,8 @@ from options import parser_of, read_sizes
 from plots import plot_bars
 
 import ringfold
-from ringfold.comm.board import Meeting
 from ringfold.comm.fingerprint import tag_of
+from ringfold.comm.meeting import Meeting
 from ringfold.comm.trace import Ring
 from ringfold.kernels import meeting as meetings
 from ringfold.kernels.compiled import compile_kernel

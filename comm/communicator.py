@@ -37,9 +37,10 @@ from .watchdog import Watchdog
 from .work import Prepared, Receipt, Steps, Work
 
 if TYPE_CHECKING:
-    from .board import Board, Meeting
+    from .board import Board
     from .device_ways import DeviceWays
     from .mailboxes import Mailboxes
+    from .meeting import Meeting
     from .node_memory import NodeMemory
     from .stragglers import Stragglers
 

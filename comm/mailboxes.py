@@ -13,11 +13,11 @@ import numpy.typing as npt
 
 from ..kernels.mailbox import BOX_BYTES, SLOT_BYTES, SLOTS, Letter, Slot
 from ..kernels.records import Status
-from .board import Waiting
 from .buffer import Buffer
 from .errors import MismatchError
 from .memory import Block, Memory
 from .node_memory import NodeMemory, patience, yielding
+from .serving import Waiting
 from .trace import Signature
 from .transport.base import Request
 from .work import Prepared, Receipt, Steps

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from .arithmetic import divisors
-from .board import Board, Call, Meeting
+from .board import Board
 from .buffer import Buffer, wrap
 from .call_codes import code_of
 from .dtypes import DType
 from .fused import Shape
+from .meeting import Call, Meeting
 from .trace import Signature
 from .work import Prepared, Receipt, Steps
 

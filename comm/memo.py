@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from .board import Meeting
+    from .meeting import Meeting
     from .work import Receipt
 
 _CAPACITY = 256

@@ -12,10 +12,10 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .board import Server, Waiting
 from .deaths import Deaths
 from .errors import CommTimeout, MismatchError, PeerLost
 from .inquiry import Inquiry
+from .serving import Server, Waiting
 from .timeline import WAIT, Timeline
 from .trace import Ring
 from .transport.base import Request

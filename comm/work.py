@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .transport.base import Channel, Request, Transport
 
 if TYPE_CHECKING:
-    from .board import Meeting
+    from .meeting import Meeting
     from .progress import Progress
     from .trace import Signature
 

@@ -12,8 +12,8 @@ import pytest
 from contract import data
 
 from ringfold import Communicator
-from ringfold.comm.board import Meeting
 from ringfold.comm.mailboxes import BUFFERED_BYTES
+from ringfold.comm.meeting import Meeting
 from ringfold.comm.work import Work
 from ringfold.kernels.meeting import advance_kernel
 from ringfold.kernels.records import BellWord

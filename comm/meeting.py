@@ -1,0 +1,193 @@
+"""One call of a collective on a board."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..kernels.records import (
+    NOTE_BYTES,
+    SCRATCH_BYTES,
+    BoardWord,
+    Note,
+    Place,
+    Status,
+    Where,
+    WorkWord,
+)
+from . import fused
+from .board import Board
+from .call_codes import describe_code
+from .errors import CommError, MismatchError
+from .notices import DIFFER, Row, table
+from .serving import Waiting
+from .trace import Entry
+from .transport.base import Request
+from .work import Steps
+
+
+@dataclass(frozen=True)
+class Call:
+    """What all ranks of a group must agree on, and what this rank brings.
+
+    code: a number for operation, op and dtype.
+    address, nbytes: this rank's flat buffer.
+    fold: address of the compiled fold, 0 where nothing is added.
+    before, after: its divisors.
+    """
+
+    name: str
+    code: int
+    shape: fused.Shape
+    address: int
+    nbytes: int
+    fold: int = 0
+    before: float = 1.0
+    after: float = 1.0
+
+
+class Meeting:
+    """One call of a collective on a board, ready to run any number of times."""
+
+    def __init__(self, board: Board, call: Call) -> None:
+        from ..kernels.meeting import advance_kernel, launch_kernel
+
+        self.name = call.name
+        self._board = board
+        self._call = call
+        self._advance = advance_kernel()
+        self._lists = board.lists()
+        self._scratch = np.zeros(SCRATCH_BYTES if call.fold else 0, np.uint8)
+        self._record = record = np.zeros(WorkWord.WORDS, np.int64)
+        self.address = int(record.ctypes.data)
+        self.bell = int(board.record[BoardWord.BELL])
+        # Starts; returns the Status at which this rank has to wait, or has ended.
+        self.launch: Callable[[], int] = functools.partial(launch_kernel(), self.address)
+        record[WorkWord.BOARD] = board.record.ctypes.data
+        record[WorkWord.LISTS] = self._lists.ctypes.data
+        record[WorkWord.LIST_BYTES] = self._lists.strides[0]
+        record[WorkWord.FOLD] = call.fold
+        record[WorkWord.FOLD_RECORD + 7] = self._scratch.ctypes.data
+        factors = record[WorkWord.FOLD_RECORD :].view(np.float64)
+        factors[8], factors[9] = call.before, call.after
+        self._own(fused.INPUT, call.address)
+        self._own(fused.OUTPUT, call.address)
+
+        note = record[WorkWord.NOTE : WorkWord.NOTE + Note.WORDS]
+        place = board.memory.place(call.address, call.nbytes)
+        note[Note.CALL], note[Note.COUNT] = call.code, call.shape.count
+        note[Note.ROOT] = call.shape.root
+        if fused_eagerly(call):
+            self.form, note[Note.PLACE] = "eager", Place.UNUSED
+        elif place is None:
+            self.form, note[Note.PLACE] = "staged", Place.PRIVATE
+        else:
+            self.form, note[Note.PLACE] = "shared", place
+        programs = {"eager": fused.eager, "staged": fused.staged, "shared": fused.shared}
+        self._program = programs[self.form](call.name, call.shape)
+        self._take(self._program)
+
+    def _take(self, rows: fused.Rows) -> None:
+        self._rows = rows
+        self._record[WorkWord.ROWS], self._record[WorkWord.NUM_ROWS] = rows.ctypes.data, len(rows)
+
+    def _own(self, entry: int, address: int) -> None:
+        self._lists[Where.OWN, entry] = address
+
+    @property
+    def function(self) -> int:
+        """Return the address of the C function that goes on with it."""
+        from ..kernels.meeting import advance_callback
+
+        return advance_callback()
+
+    def result_at(self, address: int) -> None:
+        """Let the next run write its result to an address."""
+        self._own(fused.OUTPUT, address)
+
+    def called(self, call: int) -> None:
+        """Let the ring of operations refer to a call, see trace.Ring.intern."""
+        self._record[WorkWord.CALLED] = call
+
+    @property
+    def flying(self) -> bool:
+        """Tell whether it was started and has not ended."""
+        return bool(self._record[WorkWord.FLYING])
+
+    def steps(self, status: int, owner: Any = None) -> Steps:
+        """Go on from a status until the work has ended; return the owner, alive until then."""
+        from ..kernels.meeting import abandon_kernel
+
+        try:
+            while status != Status.DONE:
+                if status == Status.REFUSED:
+                    raise CommError(self._refusal())
+                if status == Status.MISMATCH:
+                    raise MismatchError(self._mismatch())
+                if status == Status.MIXED:
+                    self._go_on(fused.staged(self.name, self._call.shape))
+                else:
+                    waiting: list[Request] = [
+                        Waiting(int(self._record[WorkWord.WAITING_FOR]), self)
+                    ]
+                    yield waiting
+                status = self._advance(self.address)
+        except GeneratorExit:
+            self._board.give_up(self.name)
+            abandon_kernel()(self.address)
+            raise
+        self._take(self._program)
+        return owner
+
+    def _go_on(self, rows: fused.Rows) -> None:
+        """Some ranks' buffers are private: all go on as if theirs were."""
+        self._take(rows)
+        self._record[WorkWord.ROW] = 0
+        self._record[WorkWord.STATUS] = Status.RUNNING
+
+    def _refusal(self) -> str:
+        rank = self._board.rank
+        if self._board.broken:
+            return f"rank {rank}: {self._board.broken}"
+        return f"rank {rank}: this {self.name} on the same array is still in flight"
+
+    def _mismatch(self) -> str:
+        board = self._board
+        block = int(board.record[BoardWord.NOTES])
+        block += int(self._record[WorkWord.TICKET] & 1) * board.size * NOTE_BYTES
+        size = board.size * Note.WORDS
+        words = np.array((ctypes.c_int64 * size).from_address(block)[:], np.int64)
+        rows = words.reshape(board.size, Note.WORDS)
+        shown = {
+            rank: f"{describe_code(int(row[Note.CALL]))}, {row[Note.COUNT]} elements, "
+            f"root {row[Note.ROOT]}"
+            for rank, row in enumerate(rows)
+        }
+        own = self._entry()
+        if own is None:
+            return table(DIFFER, shown)
+        for rank, entry in enumerate(board.entries(own.group, own.sequence)):
+            if entry is not None:
+                shown[rank] = str(Row.of(entry))
+        return table(f"{DIFFER} in {own.group}", shown)
+
+    def _entry(self) -> Entry | None:
+        """Return what this rank's ring of operations says of the present run."""
+        number = int(self._record[WorkWord.ENTRY])
+        found = self._board.recent(self._board.rank)
+        return next((entry for entry in found if entry.number == number), None)
+
+
+def fused_eagerly(call: Call) -> bool:
+    """Tell whether a call's buffers are small enough to be copied for everybody."""
+    shown = [
+        fused.own_bytes(call.name, fused.Shape(r, s.size, s.count, s.itemsize, s.root))
+        for s in (call.shape,)
+        for r in (0, s.root)
+    ]
+    return max(shown) <= fused.EAGER_BYTES
