@@ -122,11 +122,11 @@ test-fast: $(READY)
 	python -m pytest tests --ignore=tests/processes --ignore=tests/jobs --ignore=tests/hosts \
 	  --ignore=tests/simulator
 
-# Sequences of operations known by their seed, on shared memory, messages, and the plain executor.
-FUZZ ?= 1112
+# Sequences of operations known by their seed, on memory that is read or shared, messages, the plain executor.
+FUZZ ?= 834
 fuzz: $(READY)
 	first=0; \
-	for ways in "" "RINGFOLD_SHARED=0" "RINGFOLD_SHARED=0 RINGFOLD_COMPILED=0"; do \
+	for ways in "" "RINGFOLD_CMA=0" "RINGFOLD_SHARED=0" "RINGFOLD_SHARED=0 RINGFOLD_COMPILED=0"; do \
 	  for ranks in 2 3 4; do \
 	    env $$ways RINGFOLD_TIMEOUT=60 mpirun -n $$ranks \
 	      python tests/fuzz.py --first $$first --count $(FUZZ) $(ARGS); \

@@ -14,6 +14,7 @@ from ..kernels.records import (
     Where,
 )
 from . import fused
+from .cma import reading
 from .memory import Block
 from .node_memory import NodeMemory, patience, yielding
 from .notices import MESSAGES
@@ -54,9 +55,19 @@ class Board:
         self.record[BoardWord.YIELD] = yielding()
         spins, yields = patience(len(nodes.addresses))
         self.record[BoardWord.SPINS], self.record[BoardWord.YIELDS] = spins, yields
+        self._processes = np.zeros(self.size, np.int64)
+        if nodes.processes is not None:
+            self._processes[:] = nodes.processes[members[:, 1]]
+            self.record[BoardWord.READ] = reading()
+            self.record[BoardWord.PROCESSES] = self._processes.ctypes.data
         self.record[BoardWord.BELL] = self._bell.ctypes.data
         self.record[BoardWord.BELLS] = self._bells.ctypes.data
         self.stage_bytes = STAGE_BYTES
+
+    @property
+    def reads(self) -> bool:
+        """Tell whether each rank can read the others' own memory, see `cma.readable`."""
+        return bool(self.record[BoardWord.READ])
 
     @classmethod
     def open(cls, comm: Communicator, nodes: NodeMemory) -> Board | None:

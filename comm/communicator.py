@@ -211,7 +211,7 @@ class Communicator:
         if self._settings.shared:
             from .node_memory import NodeMemory
 
-            nodes = NodeMemory(self.node)
+            nodes = NodeMemory(self.node, self._settings.cma)
             if nodes.token and nodes.memory is not None:
                 self._ring.move(nodes.memory.trace)
             self._meet(nodes)

@@ -1,20 +1,22 @@
 """Lower a collective to one rank's program over shared memory: pairwise, its rounds fused.
 
 Where all ranks map each other's memory, what the pairwise schedule sends in size - 1 rounds is read
-in one pass between two meetings. There are three forms:
+in one pass between two meetings. There are four forms:
 
 shared: the buffers themselves are mapped.  Everybody comes, each rank does its part of the work in
 place, everybody is done.
 eager: up to EAGER_BYTES are copied to a place of this rank's in the shared memory, and read from
 there by all after one meeting.  Two places are used by turns, so that nobody waits to write.
 staged: larger private buffers pass through cache-sized places, chunk by chunk.
+cma: larger private buffers where processes can read each other's memory (`comm.cma`): what a rank
+folds it copies from there, a cache-sized chunk at a time; what others have folded it takes whole.
 
 Pure functions; addresses come in when a program is bound to a group (`comm.board`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +26,19 @@ from ..kernels.records import ALL, LINE_BYTES, PAIR, ROW_WORDS, Row, Where
 from .chunks import bounds
 
 EAGER_BYTES = 8 << 10
+
+READ_FROM: Mapping[str, int] = {
+    "allreduce": 2 << 20,
+    "reduce_scatter": 2 << 20,
+    "allgather": 0,
+    "gather": 0,
+    "alltoall": 0,
+}
+"""Bytes of the flat buffer from which on a collective takes the form "cma" before "staged".
+
+Measured on 2 and 4 ranks. Copying within the kernel has a cost for every page, and what all peers
+need, as of a broadcast, is cheaper copied once into memory that they map.
+"""
 
 Rows = npt.NDArray[np.int64]
 _Row = tuple[int, ...]
@@ -191,6 +206,61 @@ def _point(target: int, entry: int, source: int, origin: int, start: int) -> _Ro
     return (Row.POINT, target, entry, 0, source, origin, start, 0)
 
 
+def allreduce_cma(shape: Shape) -> Rows:
+    """Fold this rank's part of all buffers into its own, then take the other parts from there."""
+    item, rank, size = shape.itemsize, shape.rank, shape.size
+    low, high = part(shape.count, item, size, rank)
+    rows = [_MEET]
+    for first, last in _chunks(high - low, _room(shape) // item):
+        rows += _read_peers(shape, (low + first) * item, (last - first) * item)
+        here = (low + first) * item
+        rows += _fold(Where.OWN, INPUT, here, Where.SOURCES, 0, last - first)
+    rows.append(_MEET)
+    for peer in _others(shape):
+        first, last = part(shape.count, item, size, peer)
+        at, nbytes = first * item, (last - first) * item
+        rows += _read(Where.OWN, INPUT, at, peer, at, nbytes)
+    return _table([*rows, _MEET])
+
+
+def reduce_scatter_cma(shape: Shape) -> Rows:
+    """Fold this rank's piece of all buffers into its result."""
+    item = shape.itemsize
+    low, high = bounds(shape.count, shape.size, shape.rank)
+    rows = [_MEET]
+    for first, last in _chunks(high - low, _room(shape) // item):
+        rows += _read_peers(shape, (low + first) * item, (last - first) * item)
+        rows += _fold(Where.OWN, OUTPUT, first * item, Where.SOURCES, 0, last - first)
+    return _table([*rows, _MEET])
+
+
+def _room(shape: Shape) -> int:
+    """Return the bytes of each peer's piece that are in this rank's staging place at a time."""
+    room = shape.stage_bytes // max(shape.size - 1, 1)
+    return max(room // LINE_BYTES * LINE_BYTES, LINE_BYTES)
+
+
+def _others(shape: Shape) -> list[int]:
+    """Return the peers, from the next on, so that not all ranks turn to the same."""
+    return [(shape.rank + step) % shape.size for step in range(1, shape.size)]
+
+
+def _read(target: int, entry: int, offset: int, peer: int, start: int, nbytes: int) -> list[_Row]:
+    if not nbytes:
+        return []
+    return [(Row.READ, target, entry, offset, Where.PEERS, peer, start, nbytes)]
+
+
+def _read_peers(shape: Shape, at: int, nbytes: int) -> list[_Row]:
+    """Copy the same piece of each peer's buffer in, and let SOURCES name it, with the own one."""
+    rows: list[_Row] = [_point(Where.SOURCES, shape.rank, Where.OWN, INPUT, at)]
+    for place, peer in enumerate(_others(shape)):
+        into = place * _room(shape)
+        rows += _read(Where.STAGE_0, shape.rank, into, peer, at, nbytes)
+        rows.append(_point(Where.SOURCES, peer, Where.STAGE_0, shape.rank, into))
+    return rows
+
+
 def reduce_scatter_staged(shape: Shape) -> Rows:
     """Copy a chunk of every peer's piece in, and fold this rank's."""
     item, size = shape.itemsize, shape.size
@@ -302,15 +372,34 @@ def _pull_staged(name: str, shape: Shape) -> Rows:
     return _table([*rows, _MEET])
 
 
+def _pull_cma(name: str, shape: Shape) -> Rows:
+    """Take from each peer's own memory what this rank needs."""
+    rows = [_MEET]
+    pulls = {peer: pull for peer, *pull in _PULLS[name](shape)}
+    for peer in (shape.rank, *_others(shape)):
+        if peer in pulls:
+            start, into, nbytes = pulls[peer]
+            if peer == shape.rank:
+                rows += _copy(Where.OWN, OUTPUT, into, Where.OWN, INPUT, start, nbytes)
+            else:
+                rows += _read(Where.OWN, OUTPUT, into, peer, start, nbytes)
+    return _table([*rows, _MEET])
+
+
 def _chunks(total: int, step: int) -> Iterator[tuple[int, int]]:
     for low in range(0, total, step):
         yield low, min(low + step, total)
 
 
-_FOLDS = {
-    "allreduce": (allreduce_shared, allreduce_eager, allreduce_staged),
+_FOLDS: Mapping[str, tuple[Callable[[Shape], Rows], ...]] = {
+    "allreduce": (allreduce_shared, allreduce_eager, allreduce_staged, allreduce_cma),
     "reduce": (reduce_shared, reduce_eager, reduce_staged),
-    "reduce_scatter": (reduce_scatter_shared, reduce_scatter_eager, reduce_scatter_staged),
+    "reduce_scatter": (
+        reduce_scatter_shared,
+        reduce_scatter_eager,
+        reduce_scatter_staged,
+        reduce_scatter_cma,
+    ),
 }
 
 NAMES = (*_FOLDS, *_PULLS)
@@ -329,3 +418,22 @@ def eager(name: str, shape: Shape) -> Rows:
 def staged(name: str, shape: Shape) -> Rows:
     """Return the program for private buffers."""
     return _FOLDS[name][2](shape) if name in _FOLDS else _pull_staged(name, shape)
+
+
+def cma(name: str, shape: Shape) -> Rows:
+    """Return the program for private buffers of processes that can read each other's memory."""
+    return _FOLDS[name][3](shape) if name in _FOLDS else _pull_cma(name, shape)
+
+
+def private_form(name: str, shape: Shape, reads: bool) -> str:
+    """Return the form for private buffers; reads: ranks can read each other's memory."""
+    return "cma" if reads and shape.nbytes >= READ_FROM.get(name, shape.nbytes + 1) else "staged"
+
+
+FORMS: Mapping[str, Callable[[str, Shape], Rows]] = {
+    "shared": shared,
+    "eager": eager,
+    "staged": staged,
+    "cma": cma,
+}
+"""form -> what lowers a collective, by name, to it."""

@@ -85,11 +85,11 @@ class Meeting:
         if fused_eagerly(call):
             self.form, note[Note.PLACE] = "eager", Place.UNUSED
         elif place is None:
-            self.form, note[Note.PLACE] = "staged", Place.PRIVATE
+            self.form, note[Note.PLACE] = self._private_form, Place.PRIVATE
         else:
             self.form, note[Note.PLACE] = "shared", place
-        programs = {"eager": fused.eager, "staged": fused.staged, "shared": fused.shared}
-        self._program = programs[self.form](call.name, call.shape)
+        note[Note.ADDRESS] = call.address
+        self._program = fused.FORMS[self.form](call.name, call.shape)
         self._take(self._program)
 
     def _take(self, rows: fused.Rows) -> None:
@@ -98,6 +98,10 @@ class Meeting:
 
     def _own(self, entry: int, address: int) -> None:
         self._lists[Where.OWN, entry] = address
+
+    @property
+    def _private_form(self) -> str:
+        return fused.private_form(self.name, self._call.shape, self._board.reads)
 
     @property
     def function(self) -> int:
@@ -130,7 +134,7 @@ class Meeting:
                 if status == Status.MISMATCH:
                     raise MismatchError(self._mismatch())
                 if status == Status.MIXED:
-                    self._go_on(fused.staged(self.name, self._call.shape))
+                    self._go_on(fused.FORMS[self._private_form](self.name, self._call.shape))
                 else:
                     waiting: list[Request] = [
                         Waiting(int(self._record[WorkWord.WAITING_FOR]), self)

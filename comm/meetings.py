@@ -20,6 +20,7 @@ from .work import Prepared, Receipt, Steps
 _FORMS = {
     "shared": "all buffers are in shared memory",
     "eager": "small buffers are copied for everybody",
+    "cma": "private buffers are read where they are",
     "staged": "private buffers pass through shared memory",
 }
 

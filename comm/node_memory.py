@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..kernels.records import BellWord
+from .cma import readable
 from .errors import CommError
 from .memory import BELL_AT, Block, Handle, Mapping, Memory
 
@@ -34,16 +35,21 @@ class NodeMemory:
     reason: why there is none.
     traces: every rank's ring of operations, for trace.entries_in.
     bell: this rank's BellWord record.
+    processes: of each rank, where all can read each other's own memory too; else None.
     """
 
-    def __init__(self, node: Communicator) -> None:
-        """Create this rank's memory and map the others'; collective over the node."""
+    def __init__(self, node: Communicator, reads: bool = True) -> None:
+        """Create this rank's memory and map the others'; collective over the node.
+
+        reads: try whether ranks can read each other's own memory.
+        """
         self.rank = node.rank
         self.memory: Memory | None = None
         self.token = 0
         self.reason = ""
         self.addresses: list[int] = []
         self.bell = np.zeros(BellWord.WORDS, np.int64)
+        self.processes: Words | None = None
         self._mappings: list[Mapping] = []
         self.traces: list[npt.NDArray[np.uint8]] = []
         handle = np.zeros(4, np.int64)
@@ -59,6 +65,7 @@ class NodeMemory:
         if node.allreduce(told, op="min")[0]:
             self.token = int(handles[0, 3])
             _equip(self.bell, self.bell_of(self.rank))
+            self.processes = readable(node) if reads and node.size > 1 else None
         else:
             self.reason = self.reason or "another rank of the node cannot map this rank's memory"
 

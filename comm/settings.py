@@ -20,6 +20,8 @@ class Settings:
     compiled: messages are sent and added in compiled code where the transport has a way; the
         results are the same.  RINGFOLD_COMPILED (0 or 1)
     shared: ranks of one node meet in shared memory.  RINGFOLD_SHARED (0 or 1)
+    cma: ranks of one node read each other's own memory where they may, see comm/cma.py.
+        RINGFOLD_CMA (0 or 1)
     watch: a thread of every rank says where it is when others ask, or when SIGUSR1 comes, and looks
         for ranks that have died.
     tuning: file of `ringfold tune`, None for none; where rank 0 has it, all ranks follow.  Lies in
@@ -32,6 +34,7 @@ class Settings:
     abort: bool = True
     compiled: bool = True
     shared: bool = True
+    cma: bool = True
     tuning: Path | None = None
     watch: bool = True
 
@@ -105,6 +108,7 @@ _PARSERS: dict[str, Callable[[str], object]] = {
     "abort": lambda text: {"0": False, "1": True}[text],
     "compiled": lambda text: {"0": False, "1": True}[text],
     "shared": lambda text: {"0": False, "1": True}[text],
+    "cma": lambda text: {"0": False, "1": True}[text],
 }
 
 

@@ -72,6 +72,33 @@ def fold_callback(op: str, dtype: str) -> int:
                     a[i] = result
                     b[i] = result
                 return 0
+            # Loops over arrays that overlap are not vectorised, so each case says what is what.
+            if targets.size == 1 and inside:
+                for i in range(count):
+                    value = operation(before(widen(a[i]), first), before(widen(b[i]), first))
+                    a[i] = stored(narrow(after(value, last)))
+                return 0
+            if targets.size == 1 and targets[0] + into == sources[1] + skip:
+                for i in range(count):
+                    value = operation(before(widen(a[i]), first), before(widen(b[i]), first))
+                    b[i] = stored(narrow(after(value, last)))
+                return 0
+            if targets.size == 2 and inside:
+                c = carray(pointer_to(targets[1] + into, stored), count)
+                for i in range(count):
+                    value = operation(before(widen(a[i]), first), before(widen(b[i]), first))
+                    result = stored(narrow(after(value, last)))
+                    a[i] = result
+                    c[i] = result
+                return 0
+            if targets.size == 2 and targets[0] + into == sources[1] + skip:
+                c = carray(pointer_to(targets[1] + into, stored), count)
+                for i in range(count):
+                    value = operation(before(widen(a[i]), first), before(widen(b[i]), first))
+                    result = stored(narrow(after(value, last)))
+                    b[i] = result
+                    c[i] = result
+                return 0
             if targets.size == 1:
                 c = carray(pointer_to(targets[0] + into, stored), count)
                 for i in range(count):

@@ -15,7 +15,17 @@ from numba.np.numpy_support import carray
 
 from .bell import ring_bell, set_bell, sleep_by_bell
 from .compiled import Kernel, compile_callback, compile_kernel, flat
-from .native import call, copy_bytes, fence, load, nanoseconds, relax, store, try_lock
+from .native import (
+    call,
+    copy_bytes,
+    fence,
+    load,
+    nanoseconds,
+    read_process,
+    relax,
+    store,
+    try_lock,
+)
 from .records import (
     ALL,
     FOLD_WORDS,
@@ -40,12 +50,14 @@ from .scalars import compiled, pointer_to
 
 _RUNNING, _DONE = np.int64(Status.RUNNING), np.int64(Status.DONE)
 _MISMATCH, _MIXED = np.int64(Status.MISMATCH), np.int64(Status.MIXED)
-_MEET, _COPY, _POINT = np.int64(Row.MEET), np.int64(Row.COPY), np.int64(Row.POINT)
+_MEET, _COPY, _POINT, _READ = map(np.int64, (Row.MEET, Row.COPY, Row.POINT, Row.READ))
 _FLAGS, _NOTES, _BASES = int(BoardWord.FLAGS), int(BoardWord.NOTES), int(BoardWord.BASES)
 _RANK, _SIZE, _ARRIVED = int(BoardWord.RANK), int(BoardWord.SIZE), int(BoardWord.ARRIVED)
 _TICKETS, _TURN, _YIELD = int(BoardWord.TICKET), int(BoardWord.TURN), int(BoardWord.YIELD)
 _BELL, _BELLS, _BOARD_WORDS = int(BoardWord.BELL), int(BoardWord.BELLS), int(BoardWord.WORDS)
+_READING, _PROCESSES = int(BoardWord.READ), int(BoardWord.PROCESSES)
 _PLACE, _CALL, _ROOT, _NOTE_WORDS = int(Note.PLACE), int(Note.CALL), int(Note.ROOT), int(Note.WORDS)
+_ADDRESS, _PEERS = int(Note.ADDRESS), int(Where.PEERS)
 _PRIVATE = int(Place.PRIVATE)
 _EAGER = int(Where.EAGER)
 _ALL, _PAIR = ALL, PAIR
@@ -111,6 +123,7 @@ def _compare(work: Any, board: Any) -> Any:
     size = board[_SIZE]
     bases = _words(board[_BASES], size)
     buffers = _words(work[_LISTS], size)
+    peers = _words(work[_LISTS] + _PEERS * work[_LIST_BYTES], size)
     first = _words(block, _NOTE_WORDS)
     private, shared = 0, 0
     for r in range(size):
@@ -119,6 +132,7 @@ def _compare(work: Any, board: Any) -> Any:
             if note[word] != first[word]:
                 return _MISMATCH
         place = note[_PLACE]
+        peers[r] = note[_ADDRESS]
         if place >= 0:
             shared += 1
             buffers[r] = bases[r] + place
@@ -133,6 +147,19 @@ def _address(work: Any, which: Any, index: Any, offset: Any) -> Any:
         which += work[_TICKET] & 1
     entries = work[_LISTS] + which * work[_LIST_BYTES]
     return _words(entries + 8 * index, 1)[0] + offset
+
+
+@compiled
+def _read(board: Any, peer: Any, target: Any, source: Any, nbytes: Any) -> Any:
+    """Copy from a peer's own memory; tell whether it could be read."""
+    process = _words(board[_PROCESSES], board[_SIZE])[peer]
+    done = 0
+    while done < nbytes:
+        got = read_process(board[_READING], process, target + done, source + done, nbytes - done)
+        if got <= 0:
+            return False
+        done += got
+    return True
 
 
 @compiled
@@ -212,6 +239,13 @@ def _advance(record: Any, awaited: Any) -> Any:
             target = _address(work, row[1], row[2], row[3])
             source = _address(work, row[4], row[5], row[6])
             copy_bytes(target, source, row[7])
+        elif row[0] == _READ:
+            target = _address(work, row[1], row[2], row[3])
+            source = _address(work, row[4], row[5], row[6])
+            if not _read(board, row[5], target, source, row[7]):
+                # Its process ends, or has ended: whoever waits for it will be told.
+                work[_WAITING_FOR] = row[5]
+                return _RUNNING
         elif row[0] == _POINT:
             entry = work[_LISTS] + row[1] * work[_LIST_BYTES] + 8 * row[2]
             _words(entry, 1)[0] = _address(work, row[4], row[5], row[6])

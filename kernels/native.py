@@ -105,6 +105,34 @@ def system_call(
 
 
 @builtin
+def read_process(
+    _context: Any, function: Any, process: Any, target: Any, source: Any, nbytes: Any
+) -> Any:
+    """Copy bytes from another process's memory by process_vm_readv(2), whose address is given.
+
+    Returns: how many were copied, which may be fewer than asked for; -1 where none could be.
+    """
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        function, process, target, source, nbytes = arguments
+        both = ir.ArrayType(_WORD, 2)
+        vectors = []
+        for address in (target, source):
+            vector = cgutils.alloca_once(builder, both)
+            for word, value in enumerate((address, nbytes)):
+                builder.store(value, cgutils.gep_inbounds(builder, vector, 0, word))
+            vectors.append(vector)
+        number = ir.IntType(32)
+        kinds = [number, both.as_pointer(), _WORD, both.as_pointer(), _WORD, _WORD]
+        kind = ir.FunctionType(_WORD, kinds)
+        here, there = vectors
+        given = [builder.trunc(process, number), here, _WORD(1), there, _WORD(1), _WORD(0)]
+        return builder.call(builder.inttoptr(function, kind.as_pointer()), given)
+
+    return types.int64(*[types.int64] * 5), generate
+
+
+@builtin
 def nanoseconds(_context: Any, function: Any, clock: Any) -> Any:
     """Return the time of a clock, given the address of clock_gettime."""
 

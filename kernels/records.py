@@ -24,6 +24,7 @@ class Row(IntEnum):
     FOLD: the same with a count of elements last; the sources are all entries of their list, the
     target is one entry of its list, all of them with index ALL, or the first two with index PAIR.
     POINT: the same as COPY, but the entry itself becomes the address of the source.
+    READ: the same as COPY, from the memory of another process: the index is its rank.
     Offsets are in bytes.
     """
 
@@ -31,6 +32,7 @@ class Row(IntEnum):
     COPY = 1
     FOLD = 2
     POINT = 3
+    READ = 4
 
 
 ALL = -1
@@ -53,6 +55,8 @@ class BoardWord(IntEnum):
     COUNTER: address of the number of collectives that the group has begun.
     BELL: address of the rank's BellWord record.
     BELLS: address of a table of the addresses of all ranks' bells.
+    READ: address of process_vm_readv, 0 where the ranks cannot read each other's memory.
+    PROCESSES: address of a table of all ranks' processes.
     """
 
     FLAGS = 0
@@ -71,7 +75,9 @@ class BoardWord(IntEnum):
     COUNTER = 13
     BELL = 14
     BELLS = 15
-    WORDS = 16
+    READ = 16
+    PROCESSES = 17
+    WORDS = 18
 
 
 class BellWord(IntEnum):
@@ -94,13 +100,15 @@ class Note(IntEnum):
     """What a rank tells the others at the first meeting of a work.
 
     PLACE: where its buffer lies in its memory, or one of the values of Place.
-    The words from CALL on must be the same on every rank.
+    The words from CALL to ROOT must be the same on every rank.
+    ADDRESS: of its buffer, in its own process.
     """
 
     PLACE = 0
     CALL = 1
     COUNT = 2
     ROOT = 3
+    ADDRESS = 4
     WORDS = 8
 
 
@@ -119,6 +127,7 @@ class Where(IntEnum):
     """The lists of addresses that rows name: an entry per rank, in OWN per buffer.
 
     EAGER stands for two lists, used by turns. SOURCES and TARGETS are set by rows of the program.
+    PEERS are the ranks' buffers as BUFFERS, but where each rank's own process has them.
     """
 
     BUFFERS = 0
@@ -130,7 +139,8 @@ class Where(IntEnum):
     EAGER = 6
     SOURCES = 8
     TARGETS = 9
-    LENGTH = 10
+    PEERS = 10
+    LENGTH = 11
 
 
 class WorkWord(IntEnum):

@@ -25,6 +25,7 @@ from contract import FOLDS, Array
 
 import ringfold
 from ringfold import Communicator
+from ringfold.comm import fused
 from ringfold.comm.algorithms import BUILDERS
 from ringfold.comm.board import STAGE_BYTES
 from ringfold.comm.chunks import bounds
@@ -50,6 +51,8 @@ ROOTED = ("reduce", "broadcast", "gather", "scatter")
 IN_ROWS = ("alltoall", "scatter")
 TYPES = tuple(name for name in DTYPES if name != "bfloat16")  # which NumPy lacks
 GUARD = 0xA5
+READ_FROM = dict.fromkeys(fused.READ_FROM, 0)
+"""So that small buffers too are read where they are."""
 
 
 @dataclass(frozen=True)
@@ -414,6 +417,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="the first seed (default: 0)")
     parser.add_argument("--count", type=int, default=1000, help="sequences (default: 1000)")
     found = parser.parse_args()
+    fused.READ_FROM = READ_FROM
     with ringfold.Communicator() as comm:
         player = Player(comm)
         start = time.perf_counter()

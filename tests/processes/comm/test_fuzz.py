@@ -6,9 +6,11 @@ import pytest
 
 import ringfold
 from ringfold import Communicator, Settings
+from ringfold.comm import fused
 
 WAYS = {
-    "default": ({}, 75),
+    "default": ({}, 45),
+    "staged": ({"cma": False}, 30),
     "messages": ({"shared": False}, 30),
     "plain messages": ({"shared": False, "compiled": False, "segment_bytes": 5000}, 20),
 }
@@ -17,8 +19,11 @@ WAYS = {
 @pytest.mark.limit(200)  # on a new machine it compiles a kernel per type and operation
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("way", WAYS)
-def test_random_sequences_equal_numpy(comm: Communicator, way: str) -> None:
+def test_random_sequences_equal_numpy(
+    comm: Communicator, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     changes, count = WAYS[way]
+    monkeypatch.setattr(fused, "READ_FROM", fuzz.READ_FROM)
     first = 10_000 * comm.size  # other sequences for every number of ranks
     with ringfold.Communicator(settings=Settings(timeout=20.0, **changes)) as other:
         player = fuzz.Player(other)
