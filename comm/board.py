@@ -48,6 +48,7 @@ class Board:
         self._bells = np.array([nodes.bell_of(row[1]) for row in members.tolist()], np.int64)
         control = int(self._bases[0] + members[0, 3])
         self.record = np.zeros(BoardWord.WORDS, np.int64)
+        self.address = int(self.record.ctypes.data)
         self.record[BoardWord.FLAGS] = control
         self.record[BoardWord.NOTES] = control + self.size * LINE_BYTES
         self.record[BoardWord.BASES] = self._bases.ctypes.data
@@ -63,6 +64,9 @@ class Board:
         self.record[BoardWord.BELL] = self._bell.ctypes.data
         self.record[BoardWord.BELLS] = self._bells.ctypes.data
         self.stage_bytes = STAGE_BYTES
+        self._lists = np.zeros((Where.LENGTH, max(self.size, 2)), np.int64)
+        for which, offset in _places(self.size).items():
+            self._lists[which, : self.size] = self._areas + offset
 
     @property
     def reads(self) -> bool:
@@ -112,11 +116,8 @@ class Board:
         ]
 
     def lists(self) -> Words:
-        """Return the table of addresses that programs name: a row for each Where."""
-        table = np.zeros((Where.LENGTH, max(self.size, 2)), np.int64)
-        for which, offset in _places(self.size).items():
-            table[which, : self.size] = self._areas + offset
-        return table
+        """Return a table of addresses that programs name, to fill in: a row for each Where."""
+        return self._lists.copy()
 
     def give_up(self, name: str) -> None:
         """Refuse everything from now on: a work ended before the ranks were done with it."""

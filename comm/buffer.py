@@ -62,6 +62,11 @@ class Buffer:
         return allocate(self.family, shape, self.dtype)
 
 
+def address_of(array: np.ndarray[Any, Any]) -> int:
+    """Return where an array begins, several times as fast as by its `ctypes`."""
+    return int(array.__array_interface__["data"][0])
+
+
 def wrap(x: Any, *, writable: bool, what: str = "x") -> Buffer:
     """View x as a Buffer; `writable` where a result will be written into it.
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 from . import fused
 from .dtypes import DTYPES
 
 _OPS = ("", "sum", "mean", "min", "max", "prod")
 
 
+@functools.cache
 def code_of(name: str, op: str, dtype: str) -> int:
     """Return a number for a call that ranks can compare."""
     names = (*fused.NAMES, "")

@@ -16,6 +16,7 @@ Pure functions; addresses come in when a program is bound to a group (`comm.boar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -331,6 +332,13 @@ def own_bytes(name: str, shape: Shape) -> int:
     return shape.nbytes
 
 
+@functools.lru_cache(maxsize=512)
+def shown_bytes(name: str, shape: Shape) -> int:
+    """Return the most bytes that any rank shows."""
+    size, count, itemsize, root = shape.size, shape.count, shape.itemsize, shape.root
+    return max(own_bytes(name, Shape(rank, size, count, itemsize, root)) for rank in (0, root))
+
+
 def _pull_shared(name: str, shape: Shape) -> Rows:
     rows = [_MEET]
     for peer, start, into, nbytes in _PULLS[name](shape):
@@ -350,11 +358,7 @@ def _pull_staged(name: str, shape: Shape) -> Rows:
     """Show a window of the buffer at a time, from which each peer takes what it needs."""
     rows: list[_Row] = []
     mine = own_bytes(name, shape)
-    shown = max(
-        own_bytes(name, Shape(r, shape.size, shape.count, shape.itemsize, shape.root))
-        for r in (0, shape.root)
-    )
-    for step, (low, high) in enumerate(_chunks(shown, shape.stage_bytes)):
+    for step, (low, high) in enumerate(_chunks(shown_bytes(name, shape), shape.stage_bytes)):
         stage = _STAGES[step % 2]
         rows += _copy(stage, shape.rank, 0, Where.OWN, INPUT, low, max(min(high, mine) - low, 0))
         rows.append(_MEET)
@@ -430,10 +434,18 @@ def private_form(name: str, shape: Shape, reads: bool) -> str:
     return "cma" if reads and shape.nbytes >= READ_FROM.get(name, shape.nbytes + 1) else "staged"
 
 
-FORMS: Mapping[str, Callable[[str, Shape], Rows]] = {
+_FORMS: Mapping[str, Callable[[str, Shape], Rows]] = {
     "shared": shared,
     "eager": eager,
     "staged": staged,
     "cma": cma,
 }
 """form -> what lowers a collective, by name, to it."""
+
+
+@functools.lru_cache(maxsize=512)
+def lower(form: str, name: str, shape: Shape) -> Rows:
+    """Return a program, made once: a new array of a known shape is met in every training step."""
+    rows = _FORMS[form](name, shape)
+    rows.setflags(write=False)
+    return rows

@@ -22,6 +22,7 @@ from ..kernels.records import (
 )
 from . import fused
 from .board import Board
+from .buffer import address_of
 from .call_codes import describe_code
 from .errors import CommError, MismatchError
 from .notices import DIFFER, Row, table
@@ -64,15 +65,15 @@ class Meeting:
         self._lists = board.lists()
         self._scratch = np.zeros(SCRATCH_BYTES if call.fold else 0, np.uint8)
         self._record = record = np.zeros(WorkWord.WORDS, np.int64)
-        self.address = int(record.ctypes.data)
+        self.address = address_of(record)
         self.bell = int(board.record[BoardWord.BELL])
         # Starts; returns the Status at which this rank has to wait, or has ended.
         self.launch: Callable[[], int] = functools.partial(launch_kernel(), self.address)
-        record[WorkWord.BOARD] = board.record.ctypes.data
-        record[WorkWord.LISTS] = self._lists.ctypes.data
+        record[WorkWord.BOARD] = board.address
+        record[WorkWord.LISTS] = address_of(self._lists)
         record[WorkWord.LIST_BYTES] = self._lists.strides[0]
         record[WorkWord.FOLD] = call.fold
-        record[WorkWord.FOLD_RECORD + 7] = self._scratch.ctypes.data
+        record[WorkWord.FOLD_RECORD + 7] = address_of(self._scratch)
         factors = record[WorkWord.FOLD_RECORD :].view(np.float64)
         factors[8], factors[9] = call.before, call.after
         self._own(fused.INPUT, call.address)
@@ -82,19 +83,19 @@ class Meeting:
         place = board.memory.place(call.address, call.nbytes)
         note[Note.CALL], note[Note.COUNT] = call.code, call.shape.count
         note[Note.ROOT] = call.shape.root
-        if fused_eagerly(call):
+        if fused.shown_bytes(call.name, call.shape) <= fused.EAGER_BYTES:
             self.form, note[Note.PLACE] = "eager", Place.UNUSED
         elif place is None:
             self.form, note[Note.PLACE] = self._private_form, Place.PRIVATE
         else:
             self.form, note[Note.PLACE] = "shared", place
         note[Note.ADDRESS] = call.address
-        self._program = fused.FORMS[self.form](call.name, call.shape)
+        self._program = fused.lower(self.form, call.name, call.shape)
         self._take(self._program)
 
     def _take(self, rows: fused.Rows) -> None:
         self._rows = rows
-        self._record[WorkWord.ROWS], self._record[WorkWord.NUM_ROWS] = rows.ctypes.data, len(rows)
+        self._record[WorkWord.ROWS], self._record[WorkWord.NUM_ROWS] = address_of(rows), len(rows)
 
     def _own(self, entry: int, address: int) -> None:
         self._lists[Where.OWN, entry] = address
@@ -134,7 +135,7 @@ class Meeting:
                 if status == Status.MISMATCH:
                     raise MismatchError(self._mismatch())
                 if status == Status.MIXED:
-                    self._go_on(fused.FORMS[self._private_form](self.name, self._call.shape))
+                    self._go_on(fused.lower(self._private_form, self.name, self._call.shape))
                 else:
                     waiting: list[Request] = [
                         Waiting(int(self._record[WorkWord.WAITING_FOR]), self)
@@ -185,13 +186,3 @@ class Meeting:
         number = int(self._record[WorkWord.ENTRY])
         found = self._board.recent(self._board.rank)
         return next((entry for entry in found if entry.number == number), None)
-
-
-def fused_eagerly(call: Call) -> bool:
-    """Tell whether a call's buffers are small enough to be copied for everybody."""
-    shown = [
-        fused.own_bytes(call.name, fused.Shape(r, s.size, s.count, s.itemsize, s.root))
-        for s in (call.shape,)
-        for r in (0, s.root)
-    ]
-    return max(shown) <= fused.EAGER_BYTES

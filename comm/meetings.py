@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from .arithmetic import divisors
 from .board import Board
-from .buffer import Buffer, wrap
+from .buffer import Buffer, address_of, wrap
 from .call_codes import code_of
 from .dtypes import DType
 from .fused import Shape
@@ -101,7 +99,7 @@ class Meetings:
             buffer.stage()
             result = make()
             flat = buffer.flat if result is None else wrap(result, writable=True).flat
-            meeting.result_at(_address(flat))
+            meeting.result_at(address_of(flat))
             yield from meeting.steps(meeting.launch())
             return result
 
@@ -116,7 +114,7 @@ class Meetings:
             fold, before, after = folding(op, dtype, self._size)
         shape = self._shape(count, dtype.itemsize, root)
         code = code_of(name, op, dtype.name)
-        where = _address(buffer.flat), buffer.flat.nbytes
+        where = address_of(buffer.flat), buffer.flat.nbytes
         return Meeting(self._board, Call(name, code, shape, *where, fold, before, after))
 
     def _shape(self, count: int, itemsize: int, root: int) -> Shape:
@@ -134,7 +132,3 @@ def folding(op: str, dtype: DType, size: int) -> tuple[int, float, float]:
     from ..kernels.fold import fold_callback
 
     return fold_callback(op, dtype.name), *divisors(op, dtype, size)
-
-
-def _address(flat: np.ndarray[Any, Any]) -> int:
-    return int(flat.__array_interface__["data"][0])

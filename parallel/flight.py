@@ -194,10 +194,11 @@ class LargeCarrier:
         self._comm = comm
         self._op = op
         self._flats: dict[tuple[Bucket, int], Tensor] = {}
+        self._counters = Counters()
         self._reduced: dict[Bucket, weakref.ref[Tensor]] = {}
 
     def start(self, bucket: Bucket, load: Load) -> Flight:
-        flags = np.array(load.flags, dtype=np.int32)
+        flags = self._counters.fill(bucket, load)
         (gradient,), (parameter,) = load.gradients, load.parameters
         scale, op = (1.0, self._op) if load.share is None else (load.share, "sum")
         known = self._reduced.get(bucket)
@@ -218,7 +219,28 @@ class LargeCarrier:
 
     def forget(self) -> None:
         self._flats.clear()
+        self._counters.forget()
         self._reduced.clear()
+
+
+class Counters:
+    """The flags of each bucket as integers, in the same array in each pass: it is known by then."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[tuple[Bucket, int], np.ndarray[Any, np.dtype[np.int32]]] = {}
+
+    def fill(self, bucket: Bucket, load: Load) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """Return the array of a bucket, with the flags of a pass."""
+        flags = load.flags
+        key = bucket, len(flags)
+        array = self._arrays.get(key)
+        if array is None:
+            array = self._arrays[key] = np.empty(len(flags), np.int32)
+        array[:] = flags
+        return array
+
+    def forget(self) -> None:
+        self._arrays.clear()
 
 
 class HookCarrier:
@@ -229,6 +251,7 @@ class HookCarrier:
         self._hook = hook
         # A hook computes means; the mean of gradients times their number is the sum.
         self._plain = float(comm.size) if op == "sum" else 1.0
+        self._counters = Counters()
         self._flats: dict[tuple[Bucket, int], Tensor] = {}
 
     def start(self, bucket: Bucket, load: Load) -> Flight:
@@ -237,7 +260,7 @@ class HookCarrier:
         flat = _reused(self._flats, bucket, bucket.count, dtype, self._comm, load.device)
         flattened = Flattened(load.gradients, bucket.offsets, flat)
         finite = flattened.pack(load.parameters, scale)
-        flags = np.array(load.flags, dtype=np.int32)
+        flags = self._counters.fill(bucket, load)
         handed = GradientBucket(
             names=load.names,
             shapes=tuple(tuple(real_view(p).shape) for p in load.parameters),
@@ -263,6 +286,7 @@ class HookCarrier:
 
     def forget(self) -> None:
         self._flats.clear()
+        self._counters.forget()
 
 
 def _one(work: Work) -> Generator[Work, Any, None]:
