@@ -41,6 +41,8 @@ IMPI_VENV   := $(VENV)-impi
 IMPI_READY  := $(IMPI_VENV)/ringfold.stamp
 INPUTS      := pyproject.toml setup.py constraints.txt tools/setup_venv.py
 
+FAST        := tests --ignore=tests/processes --ignore=tests/jobs --ignore=tests/hosts --ignore=tests/simulator
+
 .PHONY: help setup train test test-main test-simulator test-processes test-mpich test-impi test-hosts test-fast fuzz soak soak-elastic lint format bench bench-hosts clean python-version
 
 help:
@@ -86,9 +88,11 @@ train: $(READY)
 
 test: test-main test-simulator test-processes test-mpich
 
-# Proofs and formulas, ranks as threads, and whole jobs: one process that starts what it needs.
+# Proofs and formulas and ranks as threads, two files at a time; then whole jobs, which have limits
+# of time, one process that starts what it needs.
 test-main: $(READY)
-	python -m pytest tests --ignore=tests/processes --ignore=tests/simulator
+	python -m pytest $(FAST) --numprocesses 2 --dist loadfile
+	python -m pytest tests/jobs tests/hosts
 
 # Kernels for GPUs, run as Python on host memory. Numba reads the variable when it is imported.
 test-simulator: $(READY)
@@ -119,8 +123,7 @@ test-hosts: $(READY)
 	python -m pytest tests/hosts
 
 test-fast: $(READY)
-	python -m pytest tests --ignore=tests/processes --ignore=tests/jobs --ignore=tests/hosts \
-	  --ignore=tests/simulator
+	python -m pytest $(FAST) --numprocesses 2 --dist loadfile
 
 # Sequences of operations known by their seed, on memory that is read or shared, messages, the plain executor.
 FUZZ ?= 834
