@@ -35,6 +35,13 @@ def tag_of(sequence: int, mark: int, max_tag: int) -> int:
     Half of the bits that MPI allows tell works in flight at the same time apart, and half of them
     different calls.
     """
+    away, low, mask = _shares(max_tag)
+    return (mark >> away) << low | (sequence & mask)
+
+
+@lru_cache
+def _shares(max_tag: int) -> tuple[int, int, int]:
+    """Return how many bits of a fingerprint are left out, how many count works, and their mask."""
     bits = min(max_tag.bit_length() - (max_tag & (max_tag + 1) != 0), _MOST_BITS)
     low = bits // 2
-    return (mark >> (32 - (bits - low))) << low | (sequence & ((1 << low) - 1))
+    return 32 - (bits - low), low, (1 << low) - 1

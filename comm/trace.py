@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from enum import Enum
+from time import monotonic_ns
 from types import CodeType
 from typing import NamedTuple
 
@@ -39,6 +40,9 @@ TRACE_BYTES = RING_BYTES + RING_CALLS * _CALL_BYTES
 
 _SITE_CHARACTERS = 120
 _MASK = RING_ENTRIES - 1
+# Plain numbers: arithmetic of enumerations takes longer than all the rest of noting a call.
+_HEAD, _ENTRY_WORDS = int(RingWord.WORDS), int(EntryWord.WORDS)
+_DONE, _FAILED = int(Outcome.DONE), int(Outcome.FAILED)
 _QUIET = ("ringfold", "torch")
 """Packages whose frames are not where the user called."""
 
@@ -158,31 +162,31 @@ class Ring:
         """Note the start of a call; return its number, for `end`."""
         words = self._words
         words[0] = number = words[0] + 1
-        at = RingWord.WORDS + (number & _MASK) * EntryWord.WORDS
+        at = _HEAD + (number & _MASK) * _ENTRY_WORDS
         # The number is written last, and 0 before: a peer that reads meanwhile skips the entry.
         words[at] = 0
         words[at + 1] = call
         words[at + 2] = sequence
         words[at + 4] = 0
         words[at + 5] = 0
-        words[at + 3] = time.monotonic_ns()
+        words[at + 3] = monotonic_ns()
         words[at] = number
         return number
 
     def end(self, number: int, outcome: int) -> None:
         """Note the end of a call, unless newer ones have taken its place."""
         words = self._words
-        at = RingWord.WORDS + (number & _MASK) * EntryWord.WORDS
+        at = _HEAD + (number & _MASK) * _ENTRY_WORDS
         if words[at] == number:
             words[at + 5] = outcome
-            words[at + 4] = time.monotonic_ns()
+            words[at + 4] = monotonic_ns()
 
     def noted(self, steps: Steps, number: int) -> Steps:
         """Run an operation that was noted; note how it ends."""
-        outcome = int(Outcome.FAILED)
+        outcome = _FAILED
         try:
             result = yield from steps
-            outcome = int(Outcome.DONE)
+            outcome = _DONE
             return result
         finally:
             self.end(number, outcome)
