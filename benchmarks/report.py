@@ -52,14 +52,20 @@ class Goal:
 def faster(
     impl: str, peer: str, low: int, high: int, ranks: Sequence[int] = (2, 4)
 ) -> Callable[[Sequence[Row]], Iterator[Measured]]:
-    """Find peer's time / impl's of an fp32 allreduce on one node, at every size in low..high."""
+    """Find peer's time / impl's of an fp32 allreduce on one node, at every size in low..high.
+
+    Beside a size of registered memory stands what its share would be at the measured limit.
+    """
 
     def find(rows: Sequence[Row]) -> Iterator[Measured]:
         times = allreduces(rows, "float32")
         for (name, nbytes, size), row in times.items():
             other = times.get((peer, nbytes, size))
             if name == impl and low <= nbytes <= high and size in ranks and other:
-                yield Measured(other["median_us"] / row["median_us"], place(row))
+                where, limit = place(row), times.get(("limit", nbytes, size))
+                if impl == "registered" and peer != "limit" and limit:
+                    where += f"; memory allows {other['median_us'] / limit['median_us']:.3g}"
+                yield Measured(other["median_us"] / row["median_us"], where)
 
     return find
 
