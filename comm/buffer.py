@@ -91,6 +91,14 @@ def allocate(family: str, shape: tuple[int, ...], dtype: DType) -> Any:
     return module.empty(shape, dtype=getattr(module, dtype.name))
 
 
+def ordinary(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return an uninitialised array of NumPy's or of another library's dtype."""
+    family, _, name = str(dtype).rpartition(".")
+    return (
+        allocate(family, shape, dtype_named(name)) if family == "torch" else np.empty(shape, dtype)
+    )
+
+
 def registered(memory: Memory, shape: tuple[int, ...], dtype: Any) -> Any:
     """Return an array of NumPy's or of another library's dtype in a rank's shared memory."""
     family, _, name = str(dtype).rpartition(".")

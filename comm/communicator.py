@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from types import TracebackType
@@ -13,40 +9,29 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..kernels.records import Status
-from .buffer import allocate, registered
-from .deaths import Deaths, Process
+from .buffer import ordinary, registered
 from .device import on_device
-from .dtypes import dtype_named
 from .errors import CommError
-from .fingerprint import tag_of
-from .guard import Guard
-from .inquiry import Inquiry
-from .lookout import Lookout
+from .job import Job
 from .memo import Memo
 from .operations import Operations
-from .progress import Progress
+from .runner import Runner
 from .schedule import Schedule
-from .settings import Seat, Settings
-from .timeline import WAIT, Timeline
+from .settings import Settings
+from .sharing import Sharing
+from .timeline import Timeline
 from .topology import Nodes
-from .trace import Entry, Sites, entries_in
-from .transport.base import Channel, Transport
-from .tune import Tuning, parse, share_text
-from .watchdog import Watchdog
-from .work import Prepared, Receipt, Steps, Work
+from .trace import Entry
+from .transport.base import Transport
+from .tune import Tuning, load
+from .work import Prepared, Work
 
 if TYPE_CHECKING:
-    from .board import Board
     from .device_ways import DeviceWays
-    from .mailboxes import Mailboxes
-    from .meeting import Meeting
     from .node_memory import NodeMemory
     from .stragglers import Stragglers
 
 Algorithm = str | Schedule | None
-
-_DONE = int(Status.DONE)
 
 
 class Communicator:
@@ -75,34 +60,15 @@ class Communicator:
     node: Communicator
 
     def __init__(self, comm: Any = None, *, settings: Settings | None = None) -> None:
-        self._settings = settings or Settings.read()
-        if multiprocessing.parent_process() is not None:
-            raise CommError(
-                "a multiprocessing worker is no rank of the job: open the Communicator in the "
-                "process that mpirun started, and call collectives there"
-            )
-        from .transport.mpi import MpiTransport
-        from .transport.mpi_start import Starting
+        self._join(Job.start(comm, settings or Settings.read()))
+        self._job.watch(self, self._nodes)
 
-        seat = Seat.read()
-        guard = Guard(Starting(seat)) if self._settings.abort else None
-        lookout = None
-        if seat is not None and seat.size > 1 and self._settings.watch:
-            lookout = partial(Lookout, seat, self._settings.timeout)
-        transport = MpiTransport.open(comm, lookout)
-        progress = Progress(self._settings.timeout, transport.threads)
-        progress.inquiry = Inquiry(transport, progress.ring)
-        if guard is not None:
-            guard.watch(transport, progress)
-            if transport.size == 1:
-                guard.release()
-                guard = None
-        self._open(transport, progress, guard)
-        self._top = True
-        self._share()
-        self._read_tuning()
-        if self._settings.watch and self.size > 1:
-            self._watch()
+    @classmethod
+    def of(cls, job: Job) -> Communicator:
+        """Open over all ranks of a job, as after some have died; collective."""
+        made = cls.__new__(cls)
+        made._join(job)
+        return made
 
     @classmethod
     def over(
@@ -112,99 +78,49 @@ class Communicator:
 
         name: unlike that of others over a part of the same world.
         """
-        settings = settings or Settings.read()
-        progress = Progress(settings.timeout, transport.threads)
-        progress.inquiry = Inquiry(transport, progress.ring)
-        made = cls._make(transport, progress, settings, name=name)
-        made._top = True
-        return made
-
-    @classmethod
-    def _make(
-        cls,
-        transport: Transport,
-        progress: Progress,
-        settings: Settings,
-        nodes: NodeMemory | None = None,
-        is_node: bool = False,
-        name: str = "world",
-    ) -> Communicator:
         made = cls.__new__(cls)
-        made._settings = settings
-        made._open(transport, progress, None, is_node, name)
-        if nodes is not None:
-            made._meet(nodes)
+        made._open(Job(transport, settings or Settings.read()), transport, name)
         return made
 
-    def _open(
-        self,
-        transport: Transport,
-        progress: Progress,
-        guard: Guard | None,
-        is_node: bool = False,
-        name: str = "world",
-    ) -> None:
+    def _join(self, job: Job) -> None:
+        """Take all that the job's ranks can share; collective."""
+        self._open(job, job.transport, "world")
+        self._share()
+        self._use(load(self, self._settings.tuning, self._transport.library))
+
+    def _open(self, job: Job, transport: Transport, name: str, *, is_node: bool = False) -> None:
         self.rank, self.size = transport.rank, transport.size
+        self._job = job
+        self._settings = job.settings
         self._transport = transport
-        self._progress = progress
-        self._guard = guard
-        self._operations = Operations(transport, self._settings)
+        self._progress = job.progress
+        self._runner = Runner(transport, job.progress, name)
+        self._run = self._runner.run
+        self._start = self._runner.start
+        self._operations = Operations(transport, job.settings)
         self._device_operations: DeviceWays | None = None
-        self._process = os.getpid()
-        self._closed = False
-        self._watchdog: Watchdog | None = None
-        self._attentive = progress.timeline is not None
-        progress.groups.add(self)
-        self._top = False
         self._memo = Memo()
-        self._name = name
         self._splits = 0
-        self._ring = progress.ring
-        self._counter = np.zeros(2, np.int64)  # collectives, and messages
-        self._sites = Sites()
         self._tuning: Tuning | None = None
-        self._nodes: NodeMemory | None = None
-        self._board: Board | None = None
-        self._mail: Mailboxes | None = None
-        self.node = (
-            self
-            if is_node
-            else Communicator._make(
-                transport.node(), progress, self._settings, is_node=True, name=f"{name}.node"
-            )
-        )
+        self._sharing: Sharing | None = None
+        self.node = self if is_node else self._part(transport.node(), f"{name}.node", is_node=True)
         if self.node.size < self.size:
             self._operations.place(self._find_nodes())
+
+    def _part(self, transport: Transport, name: str, *, is_node: bool = False) -> Communicator:
+        """Return the communicator of some of the job's ranks; collective over these."""
+        part = Communicator.__new__(Communicator)
+        part._open(self._job, transport, name, is_node=is_node)
+        return part
 
     def _find_nodes(self) -> Nodes:
         """Tell every rank which ranks share a node; collective."""
         lowest = self.node.broadcast(np.array([self.rank]))
         return Nodes.labelled(self.allgather(lowest).ravel().tolist())
 
-    def _watch(self) -> None:
-        """Start the watchdog, and tell it of the other ranks of this node; collective."""
-        inquiry = self._progress.inquiry
-        assert inquiry is not None
-        own = Process.own()
-        mine = np.array([self.rank, own.pid, own.started])
-        node = self.node.allgather(mine).tolist()
-        known = {rank: Process(pid, started) for rank, pid, started in node if rank != self.rank}
-        self._progress.deaths = Deaths(known, self._last_of([row[0] for row in node]))
-        watchdog = Watchdog(inquiry, self._transport, self._progress.deaths, self._settings.abort)
-        files = self.node.allgather(np.array([watchdog.file])).ravel().tolist()
-        of = dict(zip([row[0] for row in node], files, strict=True))
-        watchdog.start({rank: (process, of[rank]) for rank, process in known.items()})
-        self._watchdog = watchdog
-
-    def _last_of(self, ranks: list[int]) -> Callable[[int], str]:
-        """Return what tells the last operation of one of the node's ranks, from its memory."""
-        traces = self._nodes.traces if self._nodes is not None and self._nodes.token else []
-
-        def last(rank: int) -> str:
-            entries = entries_in(traces[ranks.index(rank)], 1) if traces else ()
-            return str(entries[-1]) if entries else "unknown"
-
-        return last
+    @property
+    def _nodes(self) -> NodeMemory | None:
+        return None if self._sharing is None else self._sharing.nodes
 
     def _share(self) -> None:
         """Map the memory of the ranks on this node; collective."""
@@ -213,22 +129,17 @@ class Communicator:
 
             nodes = NodeMemory(self.node, self._settings.cma)
             if nodes.token and nodes.memory is not None:
-                self._ring.move(nodes.memory.trace)
+                self._progress.ring.move(nodes.memory.trace)
             self._meet(nodes)
 
-    def _read_tuning(self) -> None:
-        """Take rank 0's table of measurements, so that all ranks choose alike; collective."""
-        path, text = self._settings.tuning, ""
-        if self.rank == 0 and path is not None and path.is_file():
-            text = path.read_text(errors="replace")
-        text = share_text(self, text)
-        if not text:
-            return
-        try:
-            self._use(parse(text, self._transport.library))
-        except ValueError as error:
-            if self.rank == 0:
-                print(f"ringfold: {path} is ignored: {error}", file=sys.stderr, flush=True)
+    def _meet(self, nodes: NodeMemory) -> None:
+        """Meet in shared memory where all ranks of the group can; collective."""
+        if self.node is not self and self.node._sharing is None:
+            self.node._meet(nodes)
+        self._sharing = sharing = Sharing(self, nodes)
+        if sharing.board is not None:
+            sharing.board.note_in(self._progress.ring, self._runner.counter)
+        self._operations.share(sharing.memory, sharing.board, sharing.mail, nodes.reason)
 
     def _use(self, tuning: Tuning | None) -> None:
         self._tuning = tuning
@@ -236,32 +147,17 @@ class Communicator:
         if self.node is not self:
             self.node._use(tuning)
 
-    def _meet(self, nodes: NodeMemory) -> None:
-        """Meet in shared memory where all ranks of the group can; collective."""
-        from .board import Board
-        from .mailboxes import Mailboxes
-
-        if self.node is not self and self.node._nodes is None:
-            self.node._meet(nodes)
-        self._nodes = nodes
-        self._board = Board.open(self, nodes)
-        if self._board is not None:
-            self._board.note_in(self._ring, self._counter)
-        self._mail = None if self.size == 1 else Mailboxes.open(self, nodes)
-        memory = nodes.memory if nodes.token else None
-        self._operations.share(memory, self._board, self._mail, nodes.reason)
-
     def recent(self, last: int = 16) -> tuple[Entry, ...]:
         """Return the last operations of this rank over all of its groups, the oldest first.
 
         At most 256 are kept. Not collective.
         """
-        return self._ring.entries(last)
+        return self._progress.ring.entries(last)
 
     @property
     def name(self) -> str:
         """Return what this group is called: by what was split from what."""
-        return self._name
+        return self._runner.name
 
     def stragglers(self) -> Stragglers:
         """Return who came last to this group's last collectives, and by how much; collective."""
@@ -281,7 +177,7 @@ class Communicator:
             raise CommError(f"rank {self.rank} is traced already")
         progress.timeline = timeline = Timeline(progress.ring)
         for group in progress.groups:
-            group._attentive = True
+            group.attentive = True
         return timeline
 
     def stop_timeline(self) -> None:
@@ -291,7 +187,7 @@ class Communicator:
             progress.timeline.stop()
         progress.timeline = None
         for group in progress.groups:
-            group._attentive = group._closed
+            group.attentive = group.closed
 
     @property
     def library(self) -> str:
@@ -315,13 +211,13 @@ class Communicator:
             prepared = self._side(x).allreduce(x, op, algorithm)
             if algorithm is not None or not prepared.plain or prepared.meeting is None:
                 return self._start(prepared, blocking)
-            self.note(prepared)
+            self._runner.note(prepared)
             known = self._memo.add(x, op, prepared.meeting, prepared.receipt)
         if blocking:
             return self._run(known.meeting, known.receipt, x)
         if known.meeting.flying:  # on its way already: do it twice
             return self._start(self._operations.allreduce(x, op), False)
-        return self._fly(known.meeting, known.receipt, x)
+        return self._runner.fly(known.meeting, known.receipt, x)
 
     def reduce(
         self,
@@ -414,9 +310,9 @@ class Communicator:
         side = self._side(args[0] if args else kwargs.get("x"))
         prepared: Prepared = getattr(side, collective)(*args, **kwargs)
         if prepared.plain and prepared.meeting is not None:
-            self.note(prepared)
+            self._runner.note(prepared)
             return partial(self._run, prepared.meeting, prepared.receipt, prepared.owner)
-        return partial(self._begin, prepared, True, self.note(prepared))
+        return partial(self._runner.begin, prepared, True, self._runner.note(prepared))
 
     def empty(
         self, shape: int | tuple[int, ...], dtype: Any = np.float32, *, device: str = "cpu"
@@ -432,21 +328,15 @@ class Communicator:
         Raises: MemoryError where no space is left; CommError for "cuda" without a GPU.
         """
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
-        self._require_open()
+        self._runner.require_open()
         if device != "cpu":
             if device != "cuda":
                 raise ValueError(f"device {device!r}: expected 'cpu' or 'cuda'")
             from .transport.device import empty
 
             return empty(self.node.rank, shape, dtype)
-        if self._nodes is not None and self._nodes.token and self._nodes.memory is not None:
-            return registered(self._nodes.memory, shape, dtype)
-        family, _, name = (
-            str(dtype).rpartition(".") if "torch." in str(dtype) else ("numpy", "", "")
-        )
-        if family == "numpy":
-            return np.empty(shape, dtype)
-        return allocate(family, shape, dtype_named(name))
+        memory = None if self._sharing is None else self._sharing.memory
+        return ordinary(shape, dtype) if memory is None else registered(memory, shape, dtype)
 
     # -- groups ------------------------------------------------------------------------------
 
@@ -455,51 +345,48 @@ class Communicator:
 
         Collective. A rank that gives None gets None.
         """
-        self._require_open()
+        self._runner.require_open()
         group = self._transport.split(color, key)
         self._splits += 1
         if group is None:
             return None
-        name = f"{self._name}.{self._splits}"
-        made = Communicator._make(group, self._progress, self._settings, self._nodes, name=name)
+        made = self._part(group, f"{self.name}.{self._splits}")
+        if self._nodes is not None:
+            made._meet(self._nodes)
         made._use(self._tuning)
         return made
 
     def close(self) -> None:
         """Finish what is in flight and give the group back; collective, and idempotent."""
-        if self._closed:
+        if self._runner.closed:
             return
         self._progress.drain(self._settings.timeout)
         if self._device_operations is not None:
             self._device_operations.close()
         self._unshare()
-        self._closed = self._attentive = True
+        self._runner.close()
         if self.node is not self:
             self.node.close()
-        if self._top:
-            self._progress.stop()
-        if self._watchdog is not None:
-            self._progress.deaths = None
-            self._watchdog.stop()
-        if self._guard is not None:
-            self._guard.release()
+        if self._transport is self._job.transport:
+            self._job.leave()
         self._transport.close()
 
     def _unshare(self) -> None:
         """Give board and boxes back, once nobody looks at them any more."""
-        board, self._board = self._board, None
-        mail, self._mail = self._mail, None
-        if self._nodes is None or self.size == 1:  # the same on all ranks
+        sharing = self._sharing
+        if sharing is None or self.size == 1:  # the same on all ranks
             return
-        self._operations.share(self._nodes.memory, None)
+        self._operations.share(sharing.nodes.memory, None)
         self._memo.forget()
         try:
             self.barrier()
         except CommError:
             return  # a rank is gone, and those left may still look: its memory ends with the job
-        for shared in (board, mail):
-            if shared is not None:
-                shared.close()
+        sharing.close()
+
+    def give_up(self) -> None:
+        """Refuse every call from now on; not collective, for a group that has lost a rank."""
+        self._runner.close()
 
     def __enter__(self) -> Communicator:
         return self
@@ -514,7 +401,7 @@ class Communicator:
         if kind is None:
             self.close()
 
-    # -- running -----------------------------------------------------------------------------
+    # -- how operations are prepared ---------------------------------------------------------
 
     @property
     def host_operations(self) -> Operations:
@@ -535,81 +422,6 @@ class Communicator:
             self.use_devices(cuda_ways(self))
         assert self._device_operations is not None
         return self._device_operations
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise CommError(f"rank {self.rank}: the communicator is closed")
-        if os.getpid() != self._process:
-            raise CommError(
-                f"this process is a fork of rank {self.rank}, no rank of its own; call collectives "
-                "in the process that opened the communicator"
-            )
-
-    def _run(self, meeting: Meeting, receipt: Receipt, owner: Any) -> Any:
-        """Run a meeting to its end; at once, without a Work, where nothing is in flight before."""
-        start = 0
-        if self._attentive or os.getpid() != self._process:
-            self._require_open()
-            start = time.monotonic_ns()
-        if not self._progress.works:
-            status = meeting.launch()
-            if status != _DONE:
-                steps = meeting.steps(status, owner)
-                self._advance(lambda: steps, receipt, background=False).wait()
-        else:
-            self._fly(meeting, receipt, owner).wait()
-        if start and self._progress.timeline is not None:
-            self._progress.timeline.add(WAIT, receipt.operation, start)
-        return owner
-
-    def _fly(self, meeting: Meeting, receipt: Receipt, owner: Any) -> Work:
-        """Start a meeting behind what is in flight."""
-        self._require_open()
-        return self._advance(lambda: meeting.steps(meeting.launch(), owner), receipt, True)
-
-    def _advance(
-        self,
-        begin: Callable[[], Steps],
-        receipt: Receipt,
-        background: bool,
-        group: str | None = None,
-    ) -> Work:
-        name = self._name if group is None else group
-
-        def make() -> Work:
-            return Work(begin(), receipt, self._transport, self._progress, name)
-
-        return self._progress.start(make, background)
-
-    def _start(self, prepared: Prepared, blocking: bool) -> Any:
-        return self._begin(prepared, blocking, self.note(prepared))
-
-    def _begin(self, prepared: Prepared, blocking: bool, call: int) -> Any:
-        self._require_open()
-        if prepared.meeting is not None:  # it notes itself
-            work = self._advance(lambda: prepared.run(0), prepared.receipt, not blocking)
-            return work.wait() if blocking else work
-        of_messages = prepared.channel is not Channel.COLLECTIVE
-
-        def begin() -> Steps:
-            self._counter[int(of_messages)] += 1
-            sequence = int(self._counter[int(of_messages)])
-            number = self._ring.begin(call, sequence)
-            tag = tag_of(sequence, prepared.mark, self._transport.max_tag)
-            return self._ring.noted(prepared.run(tag), number)
-
-        group = "" if of_messages else self._name
-        background = prepared.background and not blocking
-        work = self._advance(begin, prepared.receipt, background, group)
-        return work.wait() if blocking else work
-
-    def note(self, prepared: Prepared) -> int:
-        """Tell the ring of operations what is called, and where; return how it refers to that."""
-        site = self._sites.here()
-        call = self._ring.intern(prepared.signature, self._name, self.size, site)
-        if prepared.meeting is not None:
-            prepared.meeting.called(call)
-        return call
 
 
 _PLANNED = (

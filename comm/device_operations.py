@@ -376,7 +376,7 @@ class DeviceOperations:
                 part = _typed(slot.passed(window), array, window.shape)
                 group = self._copy_of_group(array)
                 prepared = prepare(group.host_operations, part)
-                group.note(prepared)
+                group._runner.note(prepared)
                 result = yield from prepared.run(tag)
                 slot.deliver(window, result, into)
             # Also where there was nothing to copy out: what comes next may change what was read.

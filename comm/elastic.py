@@ -14,6 +14,7 @@ import numpy as np
 from .communicator import Communicator
 from .errors import CommError, PeerLost
 from .guard import Guard
+from .job import Job
 from .settings import Settings, survives_failures
 
 __all__ = ["Elastic", "Loss"]
@@ -107,12 +108,10 @@ class Elastic:
 
     def _open(self) -> None:
         self._transport = self._survivors.open()
-        self.comm = Communicator.over(self._transport, self._settings)
-        self.comm._share()
-        self.comm._read_tuning()
+        self._job = Job(self._transport, self._settings)
+        self.comm = Communicator.of(self._job)
         if self._settings.abort:
-            self.comm._guard = Guard(self._transport)
-            self.comm._guard.watch(self._transport, self.comm._progress)
+            self._job.guard_by(Guard(self._transport))
 
     def _progress(self, done: int, joined: bool) -> tuple[int, int, int]:
         """Return what has been done at most, on which rank, and how many ranks are new."""
@@ -196,10 +195,9 @@ class Elastic:
     def _leave_old(self) -> None:
         error = PeerLost("this communicator is given up: a rank of it has died")
         # MPI may still write to what is under way.
-        self._kept += [self.comm, *self.comm._progress.abandon(error)]
-        if self.comm._guard is not None:
-            self.comm._guard.release()
-        self.comm._closed = True
+        self._kept += [self.comm, *self._job.progress.abandon(error)]
+        self._job.release()
+        self.comm.give_up()
 
     def __enter__(self) -> Elastic:
         return self

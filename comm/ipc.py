@@ -129,7 +129,7 @@ class Ipc:
 
     def _exchange(self, words: Words, tag: int) -> Steps:
         prepared = self._comm.host_operations.allgather(words)
-        self._comm.note(prepared)
+        self._comm._runner.note(prepared)
         return (yield from prepared.run(tag))
 
     def _opened_at(self, rank: int, row: Words) -> int:

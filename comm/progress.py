@@ -22,7 +22,7 @@ from .transport.base import Request
 from .work import Work
 
 if TYPE_CHECKING:
-    from .communicator import Communicator
+    from .runner import Runner
 
 _LOOK, _LONGEST_LOOK = 100e-6, 1e-3
 """Seconds between two looks of the background thread where nobody rings it, at first and in the
@@ -46,7 +46,7 @@ class Progress:
         self.works: list[Work] = []
         self.ring = Ring()
         self.timeline: Timeline | None = None
-        self.groups: weakref.WeakSet[Communicator] = weakref.WeakSet()
+        self.groups: weakref.WeakSet[Runner] = weakref.WeakSet()
         self._lock = threading.RLock()
         self._wake = threading.Condition(threading.Lock())
         self._waiting = 0

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -143,6 +144,23 @@ def measure(comm: Communicator, repeats: int = 9) -> Tuning:
     # Every rank returns what rank 0 saw.
     tuning = Tuning(Machine.here(library), intra, inter, time.strftime("%Y-%m-%d"))
     return parse(share_text(comm, tuning.text()), library)
+
+
+def load(comm: Communicator, path: Path | None, library: str) -> Tuning | None:
+    """Return rank 0's table of measurements, so that all ranks choose alike; collective.
+
+    None where there is no such file. One that cannot be used is ignored, and rank 0 says why.
+    """
+    text = ""
+    if comm.rank == 0 and path is not None and path.is_file():
+        text = path.read_text(errors="replace")
+    text = share_text(comm, text)
+    try:
+        return parse(text, library) if text else None
+    except ValueError as error:
+        if comm.rank == 0:
+            print(f"ringfold: {path} is ignored: {error}", file=sys.stderr, flush=True)
+        return None
 
 
 def share_text(comm: Communicator, text: str) -> str:

@@ -157,7 +157,7 @@ def test_closed_and_forked_communicators_say_so(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(CommError, match="rank 0: the communicator is closed"):
         comm.allreduce(np.ones(3))
     (comm,) = run_local(1, lambda comm: comm)
-    comm._closed = False
+    comm._runner.closed = False
     monkeypatch.setattr("os.getpid", lambda: -1)
     with pytest.raises(CommError, match="fork of rank 0"):
         comm.barrier()

@@ -66,7 +66,7 @@ def test_the_sum_is_the_same_in_every_form(comm: Communicator, always: None) -> 
 
 
 def test_buffers_from_a_size_on_are_read(comm: Communicator) -> None:
-    if comm.size == 1 or comm._board is None or not comm._board.reads:
+    if comm.size == 1 or comm._sharing is None or not comm._sharing.reads:
         return
     large = np.ones(1 << 18)
     assert algorithm_of(comm, "allreduce", large) == "pairwise, cma"
@@ -92,7 +92,7 @@ def test_one_rank_that_may_not_read_is_enough(
 def test_memory_that_has_gone_is_a_timeout_that_names_the_rank(
     comm: Communicator, always: None
 ) -> None:
-    if comm.size == 1 or comm._board is None or not comm._board.reads:
+    if comm.size == 1 or comm._sharing is None or not comm._sharing.reads:
         return
     last = comm.size - 1
     with Communicator(settings=Settings(timeout=1.0)) as other:
@@ -100,7 +100,7 @@ def test_memory_that_has_gone_is_a_timeout_that_names_the_rank(
         assert prepared.meeting is not None
         if comm.rank == last:  # nothing is mapped at the beginning of a process
             prepared.meeting._record[WorkWord.NOTE + Note.ADDRESS] = 8
-        work = other._begin(prepared, False, other.note(prepared))
+        work = other._runner.start(prepared, False)
         missed = rf"for ranks \[{last}\]" if comm.rank != last else "allreduce"
         with pytest.raises(CommTimeout, match=missed):
             work.wait()

@@ -18,8 +18,8 @@ def test_a_second_communicator_leaves_the_signal_to_the_first(comm: Communicator
         other.barrier()
     comm.barrier()
     assert _catches(os.getpid())
-    assert comm._watchdog is not None
-    told = comm._watchdog.force((comm.rank + 1) % comm.size)
+    assert comm._job.watchdog is not None
+    told = comm._job.watchdog.force((comm.rank + 1) % comm.size)
     comm.barrier()
     assert told is not None and "its stacks: " in told, told
 

@@ -1,0 +1,111 @@
+"""What one process has once of the job that mpirun started, whatever its groups."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .deaths import Deaths, Process
+from .errors import CommError
+from .guard import Guard
+from .inquiry import Inquiry
+from .lookout import Lookout
+from .progress import Progress
+from .settings import Seat, Settings
+from .trace import entries_in
+from .transport.base import Transport
+from .watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from .communicator import Communicator
+    from .node_memory import NodeMemory
+
+
+class Job:
+    """This rank's part of the job: its messages, its works, and who looks after the others.
+
+    guard: what ends the job on an exception; None where it is not wanted.
+    """
+
+    def __init__(self, transport: Transport, settings: Settings) -> None:
+        self.transport = transport
+        self.settings = settings
+        self.progress = Progress(settings.timeout, transport.threads)
+        self.progress.inquiry = Inquiry(transport, self.progress.ring)
+        self.guard: Guard | None = None
+        self.watchdog: Watchdog | None = None
+
+    @classmethod
+    def start(cls, comm: Any, settings: Settings) -> Job:
+        """Start MPI; collective over mpi4py's `comm`, MPI.COMM_WORLD where None."""
+        if multiprocessing.parent_process() is not None:
+            raise CommError(
+                "a multiprocessing worker is no rank of the job: open the Communicator in the "
+                "process that mpirun started, and call collectives there"
+            )
+        from .transport.mpi import MpiTransport
+        from .transport.mpi_start import Starting
+
+        seat = Seat.read()
+        guard = Guard(Starting(seat)) if settings.abort else None
+        lookout = None
+        if seat is not None and seat.size > 1 and settings.watch:
+            lookout = partial(Lookout, seat, settings.timeout)
+        job = cls(MpiTransport.open(comm, lookout), settings)
+        if guard is not None:
+            job.guard_by(guard)
+            if job.transport.size == 1:
+                job.release()
+        return job
+
+    def guard_by(self, guard: Guard) -> None:
+        """Let a guard end the job on an exception."""
+        self.guard = guard
+        guard.watch(self.transport, self.progress)
+
+    def release(self) -> None:
+        """Let exceptions be the program's own affair again."""
+        if self.guard is not None:
+            self.guard.release()
+        self.guard = None
+
+    def watch(self, world: Communicator, nodes: NodeMemory | None) -> None:
+        """Start the watchdog, and tell it of the other ranks of this node; collective."""
+        if not self.settings.watch or world.size == 1:
+            return
+        inquiry = self.progress.inquiry
+        assert inquiry is not None
+        own = Process.own()
+        mine = np.array([world.rank, own.pid, own.started])
+        node = world.node.allgather(mine).tolist()
+        ranks = [rank for rank, _, _ in node]
+        known = {rank: Process(pid, started) for rank, pid, started in node if rank != world.rank}
+        self.progress.deaths = Deaths(known, _last_of(ranks, nodes))
+        watchdog = Watchdog(inquiry, self.transport, self.progress.deaths, self.settings.abort)
+        files = world.node.allgather(np.array([watchdog.file])).ravel().tolist()
+        of = dict(zip(ranks, files, strict=True))
+        watchdog.start({rank: (process, of[rank]) for rank, process in known.items()})
+        self.watchdog = watchdog
+
+    def leave(self) -> None:
+        """Go on with no work, and look after nobody, any more."""
+        self.progress.stop()
+        if self.watchdog is not None:
+            self.progress.deaths = None
+            self.watchdog.stop()
+        self.release()
+
+
+def _last_of(ranks: list[int], nodes: NodeMemory | None) -> Callable[[int], str]:
+    """Return what tells the last operation of one of the node's ranks, from its memory."""
+    traces = nodes.traces if nodes is not None and nodes.token else []
+
+    def last(rank: int) -> str:
+        entries = entries_in(traces[ranks.index(rank)], 1) if traces else ()
+        return str(entries[-1]) if entries else "unknown"
+
+    return last

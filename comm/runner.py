@@ -1,0 +1,130 @@
+"""The way of every call of a group: noted, started, and waited for."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..kernels.records import Status
+from .errors import CommError
+from .fingerprint import tag_of
+from .progress import Progress
+from .timeline import WAIT
+from .trace import Sites
+from .transport.base import Channel, Transport
+from .work import Prepared, Receipt, Steps, Work
+
+if TYPE_CHECKING:
+    from .meeting import Meeting
+
+_DONE = int(Status.DONE)
+
+
+class Runner:
+    """Run what was prepared for one group.
+
+    name: what the group is called.
+    counter: how many collectives, and messages, the group has begun.
+    closed: whether the group takes no more calls.
+    attentive: whether a call has to look at more than the group's own state: it is closed, or this
+        rank records what it does.
+    """
+
+    def __init__(self, transport: Transport, progress: Progress, name: str) -> None:
+        self.name = name
+        self.counter = np.zeros(2, np.int64)
+        self.closed = False
+        self.attentive = progress.timeline is not None
+        self._transport = transport
+        self._progress = progress
+        self._ring = progress.ring
+        self._sites = Sites()
+        self._process = os.getpid()
+        progress.groups.add(self)
+
+    def close(self) -> None:
+        """Refuse every call from now on."""
+        self.closed = self.attentive = True
+
+    def require_open(self) -> None:
+        """Raise CommError where the group is closed, or this process is a fork of the rank's."""
+        rank = self._transport.rank
+        if self.closed:
+            raise CommError(f"rank {rank}: the communicator is closed")
+        if os.getpid() != self._process:
+            raise CommError(
+                f"this process is a fork of rank {rank}, no rank of its own; call collectives "
+                "in the process that opened the communicator"
+            )
+
+    def run(self, meeting: Meeting, receipt: Receipt, owner: Any) -> Any:
+        """Run a meeting to its end; at once, without a Work, where nothing is in flight before."""
+        start = 0
+        if self.attentive or os.getpid() != self._process:
+            self.require_open()
+            start = time.monotonic_ns()
+        if not self._progress.works:
+            status = meeting.launch()
+            if status != _DONE:
+                steps = meeting.steps(status, owner)
+                self._advance(lambda: steps, receipt, background=False).wait()
+        else:
+            self.fly(meeting, receipt, owner).wait()
+        if start and self._progress.timeline is not None:
+            self._progress.timeline.add(WAIT, receipt.operation, start)
+        return owner
+
+    def fly(self, meeting: Meeting, receipt: Receipt, owner: Any) -> Work:
+        """Start a meeting behind what is in flight."""
+        self.require_open()
+        return self._advance(lambda: meeting.steps(meeting.launch(), owner), receipt, True)
+
+    def start(self, prepared: Prepared, blocking: bool) -> Any:
+        """Note a call and begin it."""
+        return self.begin(prepared, blocking, self.note(prepared))
+
+    def begin(self, prepared: Prepared, blocking: bool, call: int) -> Any:
+        """Begin what was noted as `call`; return its result, or its Work where not blocking."""
+        self.require_open()
+        if prepared.meeting is not None:  # it notes itself
+            work = self._advance(lambda: prepared.run(0), prepared.receipt, not blocking)
+            return work.wait() if blocking else work
+        of_messages = prepared.channel is not Channel.COLLECTIVE
+
+        def begin() -> Steps:
+            self.counter[int(of_messages)] += 1
+            sequence = int(self.counter[int(of_messages)])
+            number = self._ring.begin(call, sequence)
+            tag = tag_of(sequence, prepared.mark, self._transport.max_tag)
+            return self._ring.noted(prepared.run(tag), number)
+
+        group = "" if of_messages else self.name
+        background = prepared.background and not blocking
+        work = self._advance(begin, prepared.receipt, background, group)
+        return work.wait() if blocking else work
+
+    def note(self, prepared: Prepared) -> int:
+        """Tell the ring of operations what is called, and where; return how it refers to that."""
+        site = self._sites.here()
+        call = self._ring.intern(prepared.signature, self.name, self._transport.size, site)
+        if prepared.meeting is not None:
+            prepared.meeting.called(call)
+        return call
+
+    def _advance(
+        self,
+        begin: Callable[[], Steps],
+        receipt: Receipt,
+        background: bool,
+        group: str | None = None,
+    ) -> Work:
+        name = self.name if group is None else group
+
+        def make() -> Work:
+            return Work(begin(), receipt, self._transport, self._progress, name)
+
+        return self._progress.start(make, background)
