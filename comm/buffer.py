@@ -27,6 +27,7 @@ class Buffer:
     flat: 1-D contiguous; the same memory as view, or memory of its own where `staged`, which
     stage() fills and commit() brings back.
     family: the array library's name, such as "numpy" or "torch".
+    kept: the arrays that `like` has made, by shape, where it makes each only once; else None.
     """
 
     owner: Any
@@ -34,6 +35,7 @@ class Buffer:
     flat: Array
     dtype: DType
     family: str
+    kept: dict[tuple[int, ...], Any] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,7 +58,14 @@ class Buffer:
             self.view[...] = self.flat.reshape(self.view.shape)
 
     def like(self, shape: tuple[int, ...]) -> Any:
-        """Return a new array of the same library and element type."""
+        """Return an array of the same library and element type, new where none is kept."""
+        if self.kept is None:
+            return self._make(shape)
+        if shape not in self.kept:
+            self.kept[shape] = self._make(shape)
+        return self.kept[shape]
+
+    def _make(self, shape: tuple[int, ...]) -> Any:
         if isinstance(self.owner, np.ndarray):
             return np.empty(shape, self.owner.dtype)
         return allocate(self.family, shape, self.dtype)
@@ -67,8 +76,10 @@ def address_of(array: np.ndarray[Any, Any]) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def wrap(x: Any, *, writable: bool, what: str = "x") -> Buffer:
+def wrap(x: Any, *, writable: bool, what: str = "x", keeps: bool = False) -> Buffer:
     """View x as a Buffer; `writable` where a result will be written into it.
+
+    keeps: results like it are made once, and written again.
 
     Raises: TypeError for what is no array, or of an unsupported type or device; ValueError for a
     target that is read-only or maps several elements to one address.
@@ -77,7 +88,8 @@ def wrap(x: Any, *, writable: bool, what: str = "x") -> Buffer:
     if writable:
         _require_target(view, what)
     flat = view.reshape(-1) if view.flags.c_contiguous else np.empty(view.size, view.dtype)
-    return Buffer(x, view, flat, dtype, type(x).__module__.partition(".")[0])
+    family = type(x).__module__.partition(".")[0]
+    return Buffer(x, view, flat, dtype, family, {} if keeps else None)
 
 
 def allocate(family: str, shape: tuple[int, ...], dtype: DType) -> Any:

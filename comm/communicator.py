@@ -301,13 +301,16 @@ class Communicator:
     def plan(self, collective: str, *args: Any, **kwargs: Any) -> Callable[[], Any]:
         """Decide a collective once, to run it many times on the same x.
 
+        A step allocates nothing: a result that is no x is made once, by the first, and holds what
+        the last has brought (except on a GPU, and of scatter, whose shape comes with the message).
+
         collective: the name of a method, args and kwargs as it takes them (no `blocking`).
         Returns: a function that runs it, collectively, and returns its result.
         Raises: ValueError for an unknown name, and what the method raises for its arguments.
         """
         if collective not in _PLANNED:
             raise ValueError(f"cannot plan {collective!r}; there is: {', '.join(_PLANNED)}")
-        side = self._side(args[0] if args else kwargs.get("x"))
+        side = self._side(args[0] if args else kwargs.get("x")).keeping()
         prepared: Prepared = getattr(side, collective)(*args, **kwargs)
         if prepared.plain and prepared.meeting is not None:
             self._runner.note(prepared)

@@ -52,6 +52,10 @@ class DeviceWays:
         self._direct = None
         self._staged.close()
 
+    def keeping(self) -> DeviceWays:
+        """Return this for plans, which make their results on the device anew."""
+        return self
+
     # -- collectives -------------------------------------------------------------------------
 
     def allreduce(self, x: Any, op: str = "sum", algorithm: Algorithm = None) -> Prepared:

@@ -6,6 +6,7 @@ moves the messages; a plan runs one preparation many times.
 
 from __future__ import annotations
 
+import copy
 import json
 import operator
 from collections.abc import Callable
@@ -70,6 +71,16 @@ class Operations:
         self._nodes: Nodes | None = None
         self._compiled = settings.compiled and transport.calls is not None
         self._in_flight = InFlight()
+        self._keeps = False
+
+    def keeping(self) -> Operations:
+        """Return the same for plans: what it prepares makes its result once, and writes it again.
+
+        A scatter's result, whose shape comes with the message, is new each time.
+        """
+        keeping = copy.copy(self)
+        keeping._keeps = True
+        return keeping
 
     def place(self, nodes: Nodes) -> None:
         """From now on, choose and build with this knowledge of who shares a node."""
@@ -416,7 +427,7 @@ class Operations:
 
     def _wrap(self, x: Any, writable: bool) -> Buffer:
         """View x, and refuse shared memory that is not this communicator's, or used in strides."""
-        buffer = wrap(x, writable=writable)
+        buffer = wrap(x, writable=writable, keeps=self._keeps)
         memory = owner_of(int(buffer.view.__array_interface__["data"][0]))
         if memory is not None and memory is not self._memory and buffer.view.size:
             raise CommError(

@@ -252,8 +252,30 @@ def check_plans(comm: Communicator) -> None:
         assert step() is x
         rows = np.stack([data(rank + turn, 1003, np.float64) for rank in range(comm.size)])
         np.testing.assert_array_equal(x, (rows.sum(0) / comm.size).astype(np.float32))
-    rows = comm.plan("allgather", np.array([comm.rank]))()
-    assert rows.ravel().tolist() == list(range(comm.size))
+    for count in (1, 40_001):
+        check_kept_results(comm, count)
+
+
+def check_kept_results(comm: Communicator, count: int) -> None:
+    """A plan's result is made once, and holds what the last step has brought."""
+    mine = np.zeros((comm.size, count), np.float32)
+    steps = {name: comm.plan(name, mine) for name in ("allgather", "alltoall", "gather")}
+    steps["reduce_scatter"] = comm.plan("reduce_scatter", mine)
+    first: dict[str, Any] = {}
+    for turn in range(3):
+        ranks = np.arange(comm.size, dtype=np.float32) + turn
+        everything = np.broadcast_to(ranks[:, None, None], (comm.size, comm.size, count))
+        wanted = {
+            "allgather": everything,
+            "alltoall": everything[:, 0],
+            "gather": everything if comm.rank == 0 else None,
+            "reduce_scatter": np.full(count, ranks.sum()),
+        }
+        for name, step in steps.items():
+            mine[:] = ranks[comm.rank]
+            result = step()
+            np.testing.assert_array_equal(result, wanted[name])
+            assert result is first.setdefault(name, result)
 
 
 def come_late(comm: Communicator, x: Array, late: int) -> None:
