@@ -8,6 +8,7 @@ ended by ending this rank, as the launcher takes that for a failure.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import threading
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 
 from .company import company
 from .deaths import STOPPED_SECONDS, Process
+from .ending import Told, told_to_end
 from .settings import Seat
 
 Why = Callable[[float], str]
@@ -39,34 +41,35 @@ class Lookout:
 
     @contextmanager
     def starting(self) -> Iterator[None]:
-        """End this rank where one has died or stands still, or when time is up."""
-        with self._looking(self._why_not_started):
+        """End this rank where one has died or stands still, or when time is up.
+
+        A launcher that sees a rank end in the middle of the start ends the others, now and then
+        without a word: then this rank says why.
+        """
+        with told_to_end() as told, self._looking(self._why_not_started, told):
             yield
 
     @contextmanager
     def ending(self) -> Iterator[None]:
         """End this rank where another stands still; ranks may take as long as they need."""
-        with self._looking(self._why_not_ended):
+        with self._looking(self._why_not_ended, None):
             yield
 
     @contextmanager
-    def _looking(self, why: Why) -> Iterator[None]:
+    def _looking(self, why: Why, told: Told | None) -> Iterator[None]:
         done = threading.Event()
         start = time.monotonic()
         self._since.clear()
 
         def look() -> None:
-            while not done.wait(_LOOK):
+            while not done.is_set():
+                if told is not None and told.within(_LOOK):
+                    self._end(self._why_told(), 128 + signal.SIGTERM)
+                elif told is None:
+                    done.wait(_LOOK)
                 reason = why(time.monotonic() - start)
                 if reason and not done.is_set():
-                    sys.stdout.flush()
-                    seat = self._seat
-                    print(
-                        f"ringfold: rank {seat.rank} of {seat.size} {reason}; ending the job",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                    os._exit(1)
+                    self._end(f"{reason}; ending the job", 1)
 
         thread = threading.Thread(target=look, name="ringfold-lookout", daemon=True)
         thread.start()
@@ -74,7 +77,24 @@ class Lookout:
             yield
         finally:
             done.set()
+            if told is not None:
+                told.wake()
             thread.join()
+
+    def _end(self, reason: str, status: int) -> None:
+        sys.stdout.flush()
+        seat = self._seat
+        print(f"ringfold: rank {seat.rank} of {seat.size} {reason}", file=sys.stderr, flush=True)
+        os._exit(status)
+
+    def _why_told(self) -> str:
+        """Say who has ended, when the launcher ends this rank."""
+        here = "is told to end (SIGTERM) while it waits for MPI to start"
+        gone = [self._name(rank) for rank, other in self._others.items() if not other.lives]
+        known = {*self._others, self._seat.rank}
+        if self._seat.local_size > len(known):
+            gone.append(self._missing(known))
+        return f"{here}: {' and '.join(gone)} ended before it did" if gone else here
 
     def _why_not_started(self, waited: float) -> str:
         here = "waits for MPI to start, but"

@@ -1,0 +1,70 @@
+"""What a rank says that waits for MPI to start, without an MPI."""
+
+import signal
+import subprocess
+import sys
+import threading
+
+from ringfold.comm.ending import told_to_end
+
+SCRIPT = """
+import ctypes, os, signal, threading
+from ringfold.comm.lookout import Lookout
+from ringfold.comm.settings import Seat
+
+with Lookout(Seat("a job of nobody", 0, 2, 2), 60.0).starting():
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    library = ctypes.CDLL(None)
+    mutex = ctypes.create_string_buffer(64)
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)  # for ever, as MPI_Init may
+"""
+
+
+def test_a_rank_that_the_launcher_ends_says_whom_it_waited_for() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, timeout=60)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr.decode().strip() == (
+        "ringfold: rank 0 of 2 is told to end (SIGTERM) while it waits for MPI to start: "
+        "rank 1 ended before it did"
+    )
+
+
+def test_a_sigterm_ends_the_process_once_it_is_back_in_python() -> None:
+    script = (
+        "import os, signal\nfrom ringfold.comm.ending import told_to_end\n"
+        "with told_to_end():\n    os.kill(os.getpid(), signal.SIGTERM)\n    print('still here')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGTERM and not done.stdout
+
+
+def test_what_was_set_before_comes_back() -> None:
+    with told_to_end() as told:
+        assert told is not None
+        assert not told.within(0.0)
+        told.wake()
+        assert not told.within(60.0)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_program_that_looks_for_signals_itself_goes_on_doing_so() -> None:
+    def mine(number: int, frame: object) -> None: ...
+
+    signal.signal(signal.SIGTERM, mine)
+    try:
+        with told_to_end() as told:
+            assert told is None and signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    seen: list[object] = []
+
+    def elsewhere() -> None:
+        with told_to_end() as told:
+            seen.append(told)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert seen == [None]
