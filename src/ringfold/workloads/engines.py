@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -55,6 +56,32 @@ class Engine(Protocol):
     def predict(self, x: Tensor) -> Tensor | None: ...
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a step changes before it counts, as it was when the last one did.
+
+    buffers: such as running statistics, which the forward of a step that is given up has seen.
+    """
+
+    carried: Carried | None
+    buffers: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, model: DataParallel | Pipeline) -> Kept:
+        return cls(model.carried(), {name: b.clone() for name, b in _buffers(model).items()})
+
+    def bring_back(self, model: DataParallel | Pipeline) -> None:
+        for name, buffer in _buffers(model).items():
+            buffer.copy_(self.buffers[name])
+        if self.carried is not None:
+            model.carry_on(self.carried)
+
+
+def _buffers(model: DataParallel | Pipeline) -> dict[str, Tensor]:
+    parameters = {name for name, _ in model.named_parameters()}
+    return {name: t for name, t in model.state_dict().items() if name not in parameters}
+
+
 class Replicas:
     """Hold the whole model on every rank; average gradients while backward goes on."""
 
@@ -72,7 +99,7 @@ class Replicas:
         self.batch_size = options.batch_size
         self.size = mesh.data.size
         self.uneven = options.uneven
-        self._kept: Carried | None = None
+        self._kept: Kept | None = None
         self.model = DataParallel(
             nn.Sequential(*layers).to(self.device),
             mesh.data,
@@ -98,11 +125,11 @@ class Replicas:
 
     def commit(self) -> None:
         if self.uneven:
-            self._kept = self.model.carried()
+            self._kept = Kept.of(self.model)
 
     def go_back(self) -> None:
         if self._kept is not None:
-            self.model.carry_on(self._kept)
+            self._kept.bring_back(self.model)
 
     def step(self, x: Tensor, y: Tensor) -> float:
         self.model.train()
@@ -140,7 +167,7 @@ class Stages:
         self.wire_bytes = 0
         self.device = torch.device(device)
         self._uneven = options.uneven
-        self._kept: Carried | None = None
+        self._kept: Kept | None = None
         self.pipeline = Pipeline(
             layers,
             mesh,
@@ -175,11 +202,11 @@ class Stages:
 
     def commit(self) -> None:
         if self._uneven:
-            self._kept = self.pipeline.carried()
+            self._kept = Kept.of(self.pipeline)
 
     def go_back(self) -> None:
         if self._kept is not None:
-            self.pipeline.carry_on(self._kept)
+            self._kept.bring_back(self.pipeline)
 
     def step(self, x: Tensor, y: Tensor) -> float:
         self.pipeline.train()
