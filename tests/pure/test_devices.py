@@ -3,8 +3,9 @@
 import pytest
 
 from ringfold import run_local
+from ringfold.workloads.command_line import parse
 from ringfold.workloads.devices import assign, gpus_for, lacking
-from ringfold.workloads.options import UsageError, parse
+from ringfold.workloads.options import UsageError
 
 
 def two() -> int:

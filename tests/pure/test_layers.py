@@ -26,7 +26,7 @@ def allowed(module: str) -> set[str]:
     """Name the optional libraries that a module may import."""
     layer = layer_of(module)
     libraries: set[str] = set()
-    if module in ("ringfold.comm.transport.mpi", "ringfold.comm.transport.mpi_start"):
+    if module in {f"ringfold.comm.transport.mpi{part}" for part in ("", "_start", "_survivors")}:
         libraries |= {"mpi4py"}
     if module in ("ringfold.comm.transport.device", "ringfold.comm.buffer"):
         libraries |= {"cupy"}

@@ -4,7 +4,8 @@ import pytest
 
 from ringfold.parallel.plan import PLANS, PlanError, check_plan, whole_plan
 from ringfold.parallel.plan_text import parse_plan, print_plan
-from ringfold.workloads.options import UsageError, grid_of, parse
+from ringfold.workloads.command_line import parse
+from ringfold.workloads.options import UsageError, grid_of
 
 
 @pytest.mark.parametrize("name", PLANS)

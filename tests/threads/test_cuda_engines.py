@@ -257,8 +257,9 @@ def test_what_mixes_devices_is_refused_here_as_on_a_gpu() -> None:
 def test_what_train_py_builds(words: str) -> None:
     """Batches are made on the host, and outputs come back there."""
     from ringfold.workloads import load
+    from ringfold.workloads.command_line import parse
     from ringfold.workloads.engines import layers_of, make_engine
-    from ringfold.workloads.options import grid_of, parse
+    from ringfold.workloads.options import grid_of
     from ringfold.workloads.workload import Share
 
     options = parse(["--batch-size", "32", *words.split()])

@@ -1,0 +1,87 @@
+"""Which schedule a call runs, lowered for this rank, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .algorithms import build
+from .collective import COLLECTIVES
+from .dtypes import DType
+from .errors import ScheduleError
+from .program import Program, lower
+from .schedule import Schedule
+from .select import choose
+from .topology import Nodes
+from .tune import Tuning
+from .verify import verify
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A schedule lowered for this rank, and why it was taken."""
+
+    schedule: Schedule
+    program: Program
+    algorithm: str
+    reason: str
+    raw_reduce: bool
+
+
+class Choice:
+    """Choose for one rank of one group."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+        self._nodes: Nodes | None = None
+        self._tuning: Tuning | None = None
+        self._lowered = lru_cache(maxsize=256)(self._lower_named)
+        self._proven = lru_cache(maxsize=64)(verify)
+
+    @property
+    def spans_nodes(self) -> bool:
+        """Tell whether messages of the group go from node to node."""
+        return self._nodes is not None
+
+    def place(self, nodes: Nodes) -> None:
+        """From now on, choose and build with this knowledge of who shares a node."""
+        self._nodes = nodes
+        self._lowered.cache_clear()
+
+    def tune(self, tuning: Tuning | None) -> None:
+        """From now on, choose by what was measured on this machine."""
+        self._tuning = tuning
+
+    def choose(
+        self, name: str, count: int, dtype: DType, algorithm: str | Schedule | None, root: int
+    ) -> Chosen:
+        if isinstance(algorithm, Schedule):
+            return self._lower_given(name, count, algorithm, root)
+        collective = COLLECTIVES[name]
+        reason = "named by the caller"
+        if algorithm is None:
+            nbytes = count * dtype.itemsize
+            algorithm, reason = choose(
+                name, nbytes, dtype, collective.reduces, self._nodes, self._size, self._tuning
+            )
+        schedule, program = self._lowered(name, algorithm, root, count)
+        # The pairwise builders' promise, which a test proves for every size.
+        return Chosen(schedule, program, algorithm, reason, algorithm == "pairwise")
+
+    def _lower_named(
+        self, name: str, algorithm: str, root: int, count: int
+    ) -> tuple[Schedule, Program]:
+        schedule = build(name, algorithm, self._size, root, self._nodes)
+        return schedule, lower(schedule, self._rank, count)
+
+    def _lower_given(self, name: str, count: int, schedule: Schedule, root: int) -> Chosen:
+        for what, given, needed in (
+            ("collective", schedule.collective.name, name),
+            ("size", schedule.size, self._size),
+            ("root", schedule.root, root),
+        ):
+            if given != needed:
+                raise ScheduleError(f"the schedule's {what} is {given}, this call's is {needed}")
+        proof = self._proven(schedule)
+        program = lower(schedule, self._rank, count)
+        return Chosen(schedule, program, "schedule", "passed by the caller", proof.raw_reduce)

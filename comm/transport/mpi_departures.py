@@ -1,0 +1,113 @@
+"""Notices between all ranks of a job beside their messages: who leaves it, and what is told."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from ..errors import PeerLost
+
+_LEFT = 1
+"""Tag of the notice that a rank leaves, on the control communicator."""
+
+_TOLD = 2
+"""Tag of notices beside all messages, there too."""
+
+_DRAIN = 5.0
+"""Seconds that a closing rank waits for the others, and for notices on their way."""
+
+_GRACE = 2.0
+"""Seconds that data of a rank that left may still be on its way."""
+
+
+class Departures:
+    """Who has left the job, as told by the leaving ranks; shared by all groups of a rank."""
+
+    def __init__(self, mpi: Any, control: Any) -> None:
+        self._mpi = mpi
+        self._control = control
+        self.left: dict[int, float] = {}
+        # The rank and its watchdog both tell and hear.
+        self._lock = threading.RLock()
+        self._notices: list[Any] = []
+        self._sent = np.zeros(control.size, np.int64)
+        self._received = np.zeros(control.size, np.int64)
+        self.groups: list[Any] = [control]
+
+    def announce(self) -> None:
+        """Tell everybody that this rank leaves."""
+        control = self._control
+        self._notices += [
+            control.Isend([b"", self._mpi.BYTE], rank, _LEFT)
+            for rank in range(control.size)
+            if rank != control.rank
+        ]
+        self._sent[np.arange(control.size) != control.rank] += 1
+
+    def tell(self, ranks: Iterable[int], data: bytes) -> None:
+        """Send a notice to ranks; what MPI still holds of earlier ones stays alive."""
+        try:
+            with self._lock:
+                self._notices = [notice for notice in self._notices if not notice.Test()]
+                for rank in ranks:
+                    self._notices.append(self._control.Isend([data, self._mpi.BYTE], rank, _TOLD))
+                    self._sent[rank] += 1
+        except self._mpi.Exception:  # a dead rank hears nothing
+            return
+
+    def heard(self) -> list[tuple[int, bytes]]:
+        """Return the notices that have come."""
+        status, found = self._mpi.Status(), []
+        try:
+            while message := self._control.Improbe(self._mpi.ANY_SOURCE, _TOLD, status):
+                data = bytearray(status.Get_count(self._mpi.BYTE))
+                message.Recv([data, self._mpi.BYTE])
+                with self._lock:
+                    self._received[status.Get_source()] += 1
+                found.append((status.Get_source(), bytes(data)))
+        except self._mpi.Exception:  # only where MPI goes on without a rank, as `check` says
+            return found
+        return found
+
+    def check(self, ranks: Iterable[int]) -> None:
+        """Raise PeerLost where one of the ranks left, and what it sent has had time to arrive."""
+        status = self._mpi.Status()
+        try:
+            # Matched at once: the watchdog may look at the same time.
+            while message := self._control.Improbe(self._mpi.ANY_SOURCE, _LEFT, status):
+                src = status.Get_source()
+                message.Recv([bytearray(), self._mpi.BYTE])
+                with self._lock:
+                    self._received[src] += 1
+                self.left[src] = time.monotonic()
+        except self._mpi.Exception as error:  # only where MPI goes on without a rank
+            raise PeerLost(f"a rank of the job has died: {error}") from error
+        for rank in ranks:
+            if rank in self.left and time.monotonic() - self.left[rank] > _GRACE:
+                raise PeerLost(
+                    f"rank {rank} has left the job (its program ended) while rank "
+                    f"{self._control.rank} waits for it"
+                )
+
+    def drained(self) -> bool:
+        """Receive every notice that was sent; tell whether all came. Collective.
+
+        What is left in a communicator may meet receives of another one that MPI makes later.
+        """
+        due = np.zeros_like(self._sent)
+        end = time.monotonic() + _DRAIN
+        try:
+            told = self._control.Ialltoall(self._sent.copy(), due)
+            while not told.Test() or (self._received < due).any():
+                self.heard()
+                self.check(())
+                if time.monotonic() > end:
+                    return False
+                time.sleep(1e-4)
+        except (self._mpi.Exception, PeerLost):
+            return False
+        return all(notice.Test() for notice in self._notices)

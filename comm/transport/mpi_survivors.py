@@ -1,0 +1,95 @@
+"""The processes that go on when others have died, by the fault tolerance of MPI (ULFM)."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+from collections.abc import Sequence
+
+from .mpi import MpiTransport, load_mpi
+from .mpi_errors import raising
+from .mpi_exit import say_goodbye
+from .mpi_patience import patience
+
+
+class Survivors:
+    """The MPI processes of this job that live, on a communicator that nothing else uses.
+
+    joined: whether this process was started by `grow` of others, which it has met then.
+    """
+
+    def __init__(self) -> None:
+        """Start with all of the job, or with those that have started this process; collective."""
+        if "mpi4py.MPI" not in sys.modules:
+            # MPI_Finalize of Open MPI 5.0 may wait for the dead for ever: `leave` says when to
+            # call it. Whoever has imported mpi4py.MPI before has left that to mpi4py.
+            import mpi4py
+
+            mpi4py.rc.finalize = False
+            atexit.register(self._finalize)
+        self._mpi = load_mpi()
+        self._clean = False
+        self._whole = True
+        parent = self._mpi.Comm.Get_parent()
+        self.joined = bool(parent != self._mpi.COMM_NULL)
+        with raising(self._mpi, "meeting the other ranks"):
+            self._base = parent.Merge(True) if self.joined else self._mpi.COMM_WORLD.Dup()
+        self._base.Set_errhandler(self._mpi.ERRORS_RETURN)
+
+    @property
+    def size(self) -> int:
+        """Return how many there are."""
+        return int(self._base.Get_size())
+
+    def open(self) -> MpiTransport:
+        """Open a transport over them; collective."""
+        return MpiTransport(self._mpi, self._base)
+
+    def agree(self, flags: int) -> int:
+        """Return the flags that all of them give, alike on all; 0 if one has died; collective."""
+        try:
+            return int(self._base.Agree(flags))
+        except self._mpi.Exception:
+            return 0
+
+    def shrink(self) -> list[int]:
+        """Go on without the dead, and return their ranks; collective over the living."""
+        before = self._base
+        after = before.Shrink()
+        after.Set_errhandler(self._mpi.ERRORS_RETURN)
+        old, new = before.Get_group(), after.Get_group()
+        ranks = list(range(old.Get_size()))
+        places = self._mpi.Group.Translate_ranks(old, ranks, new)
+        self._base, self._whole = after, False
+        return [rank for rank, place in zip(ranks, places, strict=True) if place < 0]
+
+    def grow(self, count: int, command: Sequence[str], seconds: float) -> None:
+        """Start so many processes more, which come behind the others; collective.
+
+        seconds: until they must have come, else this process ends, as MPI cannot be told to stop
+        waiting for them.
+
+        Raises: CommError where they cannot be started; PeerLost where one of these has died.
+        """
+        what = f"of {count} processes started in place of dead ranks, not all have opened MPI"
+        with raising(self._mpi, f"starting {count} processes"), patience(seconds, what):
+            both = self._base.Spawn(command[0], list(command[1:]), maxprocs=count, root=0)
+            both.Set_errhandler(self._mpi.ERRORS_RETURN)
+            self._base = both.Merge(False)
+        self._base.Set_errhandler(self._mpi.ERRORS_RETURN)
+
+    def leave(self) -> None:
+        """Prepare for the end of this process; collective over the living."""
+        self._clean = self.agree(1) == 1 and self._whole and not self.joined
+
+    def _finalize(self) -> None:
+        """End MPI as it wants to be ended, but where ranks have died end without it.
+
+        The processes of a job that goes on without ranks may do that: mpirun's status is theirs.
+        """
+        if self._mpi.Is_finalized():
+            return
+        if self._clean:
+            self._mpi.Finalize()
+        elif self.joined:
+            say_goodbye()
