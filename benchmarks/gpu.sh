@@ -89,14 +89,16 @@ step() {
   echo "gpu.sh: $*"
   timeout "$limit" "$@" || { echo "gpu.sh: failed with $?: $*" >&2; failed=1; }
 }
-step 60 mpirun -n 2 python -m ringfold doctor
-step 180 python -m pytest -q -p no:cacheprovider -m gpu tests/gpu
-step 60 python benchmarks/gpu_kernels.py --json "$out/gpu-kernels.json"
+step 40 mpirun -n 2 python -m ringfold doctor
+step 170 python -m pytest -q -p no:cacheprovider -m gpu tests/gpu
+step 50 python benchmarks/gpu_kernels.py --json "$out/gpu-kernels.json"
 for ranks in 2 4; do
-  step 80 mpirun -n "$ranks" python benchmarks/gpu.py --budget 1 --json "$out/gpu-$ranks.json"
+  step 60 mpirun -n "$ranks" python benchmarks/gpu.py --budget 1 --json "$out/gpu-$ranks.json"
+  step 50 mpirun -n "$ranks" python benchmarks/train_step.py --device cuda --budget 4 \
+    --json "$out/gpu-train-step-$ranks.json"
 done
 for device in cpu cuda; do
-  step 60 mpirun -n 2 python train.py --workload digits --steps 60 --device "$device" \
+  step 50 mpirun -n 2 python train.py --workload digits --steps 60 --device "$device" \
     --report "$out/gpu-digits-$device.json"
 done
 exit $failed

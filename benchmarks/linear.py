@@ -55,7 +55,9 @@ def compare(comm: ringfold.Communicator, alone: Alone, arguments: Any) -> list[d
                 window(trainer, comm.rank, comm.size),
                 wrong=lambda _, trainer=trainer: differing(comm, trainer.model),  # type: ignore[misc]
             )
-            for name, trainer in wrapped(fresh, comm, loss, arguments.sizes)
+            for name, trainer in wrapped(
+                fresh, comm, arguments.sizes, lambda model: Trainer(model, loss)
+            )
         ),
     ]
     if "gloo" in arguments.peers:

@@ -1,7 +1,7 @@
 """The time of a training step: alone, with our reduction, with torch's DDP on gloo, and without.
 
     mpirun -n 2 python benchmarks/train_step.py [--models mlp,transformer] [--sizes 4MiB]
-        [--peers gloo] [--json FILE] [--plot FILE]
+        [--peers gloo] [--device cuda] [--json FILE] [--plot FILE]
 
 alone: one process while the others sleep.  no_sync: all ranks at once, without any reduction; what
 it takes more than alone is what ranks lose by sharing the memory and the cores.  ours: with
@@ -15,6 +15,7 @@ ranks, less what is exposed.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import nullcontext
@@ -32,6 +33,8 @@ from training import Alone, Trainer, differing, wrapped
 
 import ringfold
 from ringfold.parallel.hooks import Rounds
+from ringfold.workloads.devices import assign, count_gpus
+from ringfold.workloads.options import UsageError
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,16 @@ def timed(work: Any, note: Callable[[float], object]) -> Generator[Any, Any, Non
 
 
 def buckets_of(
-    comm: ringfold.Communicator, model: Model, module: nn.Module, x: Tensor, y: Tensor, steps: int
+    comm: ringfold.Communicator,
+    trainer: Trainer,
+    x: Tensor,
+    y: Tensor,
+    steps: int,
 ) -> list[dict[str, Any]]:
-    """Measure the reduction of every bucket, within steps and between idle ranks."""
+    """Measure the reduction of every bucket, within steps and between idle ranks.
+
+    trainer: of a model that is not wrapped yet.
+    """
     seen: list[tuple[int, list[float]]] = []
 
     def hook(bucket: Any, comm: ringfold.Communicator) -> Any:
@@ -115,10 +125,10 @@ def buckets_of(
         work = comm.allreduce(bucket.flat, "mean", blocking=False)
         return Rounds(timed(work, waited.append))
 
-    wrapped = ringfold.DataParallel(module, comm, wire=hook)
-    trainer = Trainer(wrapped, model.loss)
     if comm.size == 1:
         return []
+    wrapped = ringfold.DataParallel(trainer.model, comm, wire=hook)
+    trainer = Trainer(wrapped, trainer.loss, trainer.settle)
     for _ in range(3):  # buckets are laid out anew after the first steps
         seen.clear()
         trainer.step(x, y)
@@ -132,11 +142,11 @@ def buckets_of(
     exposed = np.median(comm.allreduce(spans, "max"), axis=0)
     found = []
     for place, nbytes in enumerate(first):
-        flat = torch.ones(nbytes // 4)
+        flat = torch.ones(nbytes // 4, device=x.device)
         alone = measure(
             comm,
-            comm.plan("allreduce", flat, op="mean"),
-            prepare=lambda flat=flat: flat.fill_(1.0),
+            together(comm.plan("allreduce", flat, op="mean"), trainer.settle),
+            prepare=together(lambda flat=flat: flat.fill_(1.0), trainer.settle),
         ).median
         found.append(
             {
@@ -150,20 +160,30 @@ def buckets_of(
     return found
 
 
+def together(first: Callable[[], object], second: Callable[[], object]) -> Callable[[], object]:
+    """Return what calls one after the other."""
+    return lambda: (first(), second())
+
+
 def compare(
-    comm: ringfold.Communicator, alone: Alone, name: str, arguments: Any
+    comm: ringfold.Communicator, alone: Alone, name: str, arguments: Any, device: torch.device
 ) -> list[dict[str, Any]]:
     """Run the contest of one model."""
     model = MODELS[name]
-    x, y = model.batch(arguments.scale, torch.Generator().manual_seed(1000 + comm.rank))
+    batch = model.batch(arguments.scale, torch.Generator().manual_seed(1000 + comm.rank))
+    x, y = (tensor.to(device) for tensor in batch)
+    settle = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def fresh() -> nn.Module:
         torch.manual_seed(0)
-        return model.make(arguments.scale)
+        return model.make(arguments.scale).to(device)
 
-    single = Trainer(fresh(), model.loss)
-    ours = wrapped(fresh, comm, model.loss, arguments.sizes)
-    free = Trainer(ringfold.DataParallel(fresh(), comm), model.loss)
+    def trainer(module: nn.Module) -> Trainer:
+        return Trainer(module, model.loss, settle)
+
+    single = trainer(fresh())
+    ours = wrapped(fresh, comm, arguments.sizes, trainer)
+    free = trainer(ringfold.DataParallel(fresh(), comm))
 
     def unsynchronised() -> None:
         with free.no_sync():
@@ -182,7 +202,7 @@ def compare(
         ),
     ]
     if "gloo" in arguments.peers:
-        ddp = Trainer(nn.parallel.DistributedDataParallel(fresh()), model.loss)
+        ddp = trainer(nn.parallel.DistributedDataParallel(fresh()))
         lined.append(
             Contender("ddp", lambda: ddp.step(x, y), wrong=lambda _: differing(comm, ddp.model))
         )
@@ -207,12 +227,13 @@ def compare(
                 else 0.0,
                 "wrong": outcome.wrong,
                 "repeats": outcome.timing.repeats,
+                "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
             }
         )
     steps = min(arguments.repeats, 20)
     for row in rows:
         if row["impl"] == "ours":
-            row["buckets"] = buckets_of(comm, model, fresh(), x, y, steps)
+            row["buckets"] = buckets_of(comm, trainer(fresh()), x, y, steps)
     return rows
 
 
@@ -237,10 +258,17 @@ BUCKET_COLUMNS = {
 }
 
 
+def device_of(comm: ringfold.Communicator, named: str) -> torch.device:
+    """Return where this rank trains; UsageError where a node has no GPU for it."""
+    gpus = count_gpus() if named == "cuda" else 0
+    return torch.device(assign(comm, gpus)[0])
+
+
 def main() -> int:
     """Run the benchmark; status 1 where replicas have come to differ."""
     parser = parser_of(__doc__, sizes="", of="bytes of a bucket", peers=True, budget=15.0)
     parser.add_argument("--models", default=",".join(MODELS), help="(default: %(default)s)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--scale", type=int, default=1, help="divide the models' widths")
     arguments = parser.parse_args()
     arguments.peers = read_peers(parser, arguments.peers)
@@ -251,10 +279,16 @@ def main() -> int:
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     with ringfold.Communicator() as comm:
+        try:
+            device = device_of(comm, arguments.device)
+        except UsageError as error:
+            if comm.rank == 0:
+                print(f"benchmarks/train_step.py: {error}; nothing was measured", file=sys.stderr)
+            return 77
         alone = Alone(comm)
         with gloo(comm) if "gloo" in arguments.peers else nullcontext():
             for name in names:
-                rows += compare(comm, alone, name, arguments)
+                rows += compare(comm, alone, name, arguments, device)
         alone.close()
         rank = comm.rank
     if rank == 0:

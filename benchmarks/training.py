@@ -21,10 +21,14 @@ NAP = 5e-4
 
 @dataclass
 class Trainer:
-    """A model, perhaps wrapped, and its plain SGD."""
+    """A model, perhaps wrapped, and its plain SGD.
+
+    settle: waits until a step has ended, where it only starts it.
+    """
 
     model: nn.Module
     loss: Callable[[Tensor, Tensor], Tensor]
+    settle: Callable[[], object] = lambda: None
     lr: float = LEARNING_RATE
 
     def __post_init__(self) -> None:
@@ -35,6 +39,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.loss(self.model(x), y).backward()
         self.optimizer.step()
+        self.settle()
 
     def no_sync(self) -> Any:
         return (
@@ -75,16 +80,16 @@ def differing(comm: ringfold.Communicator, model: nn.Module) -> int:
 
 
 def wrapped(
-    fresh: Callable[[], nn.Module], comm: ringfold.Communicator, loss: Any, sizes: Sequence[int]
+    fresh: Callable[[], nn.Module],
+    comm: ringfold.Communicator,
+    sizes: Sequence[int],
+    trainer: Callable[[nn.Module], Trainer],
 ) -> list[tuple[str, Trainer]]:
     """Return trainers of replicas: "ours", or one for each size of buckets in bytes."""
     if not sizes:
-        return [("ours", Trainer(ringfold.DataParallel(fresh(), comm), loss))]
+        return [("ours", trainer(ringfold.DataParallel(fresh(), comm)))]
     return [
-        (
-            f"ours-{nbytes}",
-            Trainer(ringfold.DataParallel(fresh(), comm, bucket_bytes=nbytes), loss),
-        )
+        (f"ours-{nbytes}", trainer(ringfold.DataParallel(fresh(), comm, bucket_bytes=nbytes)))
         for nbytes in sizes
     ]
 
