@@ -79,6 +79,35 @@ def test_digits_go_on_as_if_nothing_had_happened(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("workload, steps, every", [("digits", 34, 8), ("text", 7, 2)])
+@pytest.mark.parametrize("reduction", ["tree", "bucket"])
+def test_every_grid_goes_on_from_two_by_two(
+    job: Callable[..., Any],
+    train: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    workload: str,
+    steps: int,
+    every: int,
+    reduction: str,
+) -> None:
+    options = ("--workload", workload, "--reduction", reduction, "--steps", steps)
+    unbroken = train(4, "--pipe", 2, *options)
+    stop = random.SystemRandom().randint(2 * every, steps - 1)  # the first is whole by then
+    store = ("--checkpoint", tmp_path / "killed", "--every", every)
+    assert job(4, KILLED, stop, "--pipe", 2, *options, *store).returncode != 0
+    for ranks, pipe in EVERY:
+        folder = tmp_path / f"{ranks}-{pipe}"
+        shutil.copytree(tmp_path / "killed", folder)
+        store = ("--checkpoint", folder, "--every", every, "--resume")
+        resumed = train(ranks, "--pipe", pipe, *options, *store)
+        assert 0 < resumed["resumed_at"] < steps, stop
+        np.testing.assert_allclose(resumed["losses"], unbroken["losses"], rtol=0, atol=1e-5)
+        if reduction == "tree" or (ranks, pipe) == (4, 2):
+            assert resumed["weights_sha256"] == unbroken["weights_sha256"], (ranks, pipe)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_text_goes_on_as_if_nothing_had_happened(
     job: Callable[..., Any], train: Callable[..., dict[str, Any]], tmp_path: Path
