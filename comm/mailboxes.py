@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels.mailbox import BOX_BYTES, SLOT_BYTES, SLOTS, Letter, Slot
+from ..kernels.mailbox_words import BOX_BYTES, SLOT_BYTES, SLOTS, Letter, Slot
 from ..kernels.records import Status
 from .buffer import Buffer
 from .errors import MismatchError

@@ -14,7 +14,7 @@ from ringfold.comm.mailboxes import (
     PIECE_BYTES,
     WINDOW_BYTES,
 )
-from ringfold.kernels.mailbox import SLOTS
+from ringfold.kernels.mailbox_words import SLOTS
 
 pytestmark = pytest.mark.usefixtures("several")
 

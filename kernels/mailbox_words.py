@@ -1,0 +1,77 @@
+"""How messages through memory that two ranks map are written down: words of int64.
+
+Apart from the compiled code, since whoever only lays out memory need not load the compiler.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from .records import LINE_BYTES
+
+SLOTS = 256
+"""Messages between two ranks that may be under way; the next waits for the oldest."""
+
+SLOT_BYTES = 3 * LINE_BYTES
+BOX_BYTES = SLOTS * SLOT_BYTES
+
+
+class Slot(IntEnum):
+    """Words of a slot: two cache lines that the sender writes, and one that the receiver does.
+
+    SEQUENCE: the message's number among all of its box, from 1; written last.
+    ORDINAL: its number among those with its tag.
+    PLACE: where its bytes, or its window of WINDOW bytes, lie in the sender's memory.
+    PRODUCED, CONSUMED: bytes that are there, and that were copied; CONSUMED is -1 - n where the
+    receiver refuses the message, since it wants n bytes.
+    DONE: SEQUENCE of the last message here that the receiver has finished with.
+    """
+
+    SEQUENCE = 0
+    TAG = 1
+    ORDINAL = 2
+    NBYTES = 3
+    PLACE = 4
+    WINDOW = 5
+    PRODUCED = 8
+    CONSUMED = 16
+    DONE = 17
+
+
+class Letter(IntEnum):
+    """Words of a rank's record of one message.
+
+    SEQUENCE: as in the slot; for a receiver 0 until it has found it.
+    ADDRESS: of the user's bytes.  BASE: where the sender's memory is mapped at the receiver.
+    WINDOW_AT: address of the sender's window, 0 where its buffer is read in place.
+    PIECE: bytes that it copies at once; WINDOW is a multiple, or as large as the message.
+    LOW: address of a word of the receiver's, below which all messages of the box are done.
+    FOUND: the bytes that the other side has in mind, where the lengths differ.
+    BELL: address of the rank's BellWord record.  PEER_BELL: address of the other's bell,
+    0 where it need not be woken.
+    """
+
+    STATUS = 0
+    LOCK = 1
+    SENDS = 2
+    BOX = 3
+    SEQUENCE = 4
+    TAG = 5
+    ORDINAL = 6
+    NBYTES = 7
+    ADDRESS = 8
+    PLACE = 9
+    WINDOW_AT = 10
+    WINDOW = 11
+    PIECE = 12
+    PUBLISHED = 13
+    MOVED = 14
+    BASE = 15
+    LOW = 16
+    FOUND = 17
+    YIELD = 18
+    SPINS = 19
+    YIELDS = 20
+    BELL = 21
+    PEER_BELL = 22
+    WORDS = 23
