@@ -43,6 +43,9 @@ class Training:
     """What one set of ranks trains with, and how far it has come.
 
     Without a crew this rank is a spare: it waits until another rank dies.
+    origin: what this was made of, until a step has counted. Where a rank dies before, that is dealt
+        out again: what the dead one had been given of it would be lost else, and ranks that had not
+        all got as far would bring unlike things.
     """
 
     options: Options
@@ -51,6 +54,7 @@ class Training:
     crew: Crew | None
     first_step: int = 0
     done: int = 0
+    origin: Training | None = None
 
 
 @dataclass(frozen=True)
@@ -190,6 +194,8 @@ def go_on(world: World, before: Training) -> Training:
     if before.crew is not None:
         before.crew.keeper.let_go(all_live=isinstance(world, Planned))
         before.crew.engine.go_back()
+    if before.origin is not None:
+        before = before.origin
     while True:
         loss = world.recover(before.done)
         before.history.lose(loss, before.done, since, planned=isinstance(world, Planned))
@@ -245,7 +251,7 @@ def assemble(world: World, before: Training, joined: int) -> Training:
         if old is not None:
             crew.keeper.follow(old.keeper)
             crew.engine.wire_bytes = old.engine.wire_bytes
-    return Training(options, grid, history, crew, before.first_step, done)
+    return Training(options, grid, history, crew, before.first_step, done, origin=before)
 
 
 def fall_back(
@@ -416,6 +422,7 @@ def fit(world: World, training: Training, crew: Crew) -> None:
             losses.add(engine.step(x, y))
             world.commit()
             engine.commit()
+            training.origin = None
             optimizer.step()
             training.done = step + 1
             training.history.went_on()
