@@ -103,6 +103,7 @@ def test_allreduce_beside_its_peers(bench: Callable[..., list[dict[str, Any]]]) 
         assert found == expected
 
 
+@pytest.mark.slow
 def test_every_collective_on_three_ranks(bench: Callable[..., list[dict[str, Any]]]) -> None:
     rows = bench(3, "collectives.py", "--sizes", "4,70KiB", "--peers", "mpi")
     check_rows(rows, 3)
@@ -130,12 +131,14 @@ def test_training_steps_beside_torch(bench: Callable[..., list[dict[str, Any]]])
                 assert bucket["exposed_us"] >= 0 and bucket["hidden_us"] >= 0
 
 
+@pytest.mark.slow
 def test_the_linear_workload_beside_torch(bench: Callable[..., list[dict[str, Any]]]) -> None:
     rows = bench(3, "linear.py", "--steps", 3)
     assert [row["impl"] for row in rows] == ["alone", "ours", "ddp"]
     assert all(row["wrong"] == 0 and row["steps_per_second"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_pipeline_plans_beside_torch(bench: Callable[..., list[dict[str, Any]]]) -> None:
     rows = bench(3, "pipeline.py", "--width", 16, "--rows", 2, "--microbatches", 4)
     plans = {(row["impl"], row["plan"]): row for row in rows}
@@ -155,6 +158,7 @@ def test_what_the_checks_of_a_collective_cost(bench: Callable[..., list[dict[str
         assert row["wrong"] == 0
 
 
+@pytest.mark.slow
 def test_grids_of_the_text_workload(bench: Callable[..., list[dict[str, Any]]]) -> None:
     rows = bench(2, "scaling.py", "--batch", 2, "--microbatches", 2)
     assert [(row["impl"], row["data"], row["pipe"]) for row in rows] == [

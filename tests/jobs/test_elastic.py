@@ -129,7 +129,8 @@ def test_without_fault_tolerance_an_error_at_the_start_says_so(job: Callable[...
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 
-# Ranks of the first world are killed as by `kill -9` in a step: before it, or with its gradients.
+# Ranks of the first world are killed as by `kill -9` in a step: before it, or with its gradients;
+# or between a recovery that has ended and the next step.
 KILLED = f"""
 import os, runpy, signal, sys
 from ringfold.workloads import engines
@@ -143,8 +144,10 @@ def dying(cls):
     begin_at, step = cls.begin_at, cls.step
 
     def begin(self, number):
-        self.number = number
+        self.number, self.begun = number, getattr(self, "begun", 0) + 1
         begin_at(self, number)
+        if number and self.begun == 2:  # the last thing of a recovery, and the first of training
+            die(self, "dealt")
 
     def die(self, place):
         if (me, str(self.number), place) in deaths:
@@ -218,6 +221,18 @@ def test_training_goes_on_without_two_of_four_ranks(
         assert shown == [("died", one, first), ("died", other, second)]
         assert all(event["host"] and event["seconds"] > 0 for event in found["events"])
         assert found["ranks"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_what_a_recovery_has_dealt_out_is_not_lost_with_a_rank_that_dies_before_the_next_step(
+    job: Callable[..., Any], killed: Callable[..., Any], tmp_path: Path
+) -> None:
+    wire = ("--wire", "topk:0.1", "--bucket-mb", 0.05)
+    found = killed("1:9:before,2:9:dealt", "--elastic", *wire)
+    expected = planned(job, tmp_path, "1:9,2:9", *wire)
+    assert found["weights_sha256"] == expected["weights_sha256"]
+    assert found["losses"] == expected["losses"]
 
 
 @pytest.mark.timeout(250)

@@ -108,7 +108,8 @@ def test_linear_learns(train: Callable[..., dict[str, Any]]) -> None:
     assert report["losses"][0] > 10 * report["losses"][-1]
 
 
-@pytest.mark.parametrize("pipe", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("pipe", [1, 2])
 def test_text_beats_the_single_bytes(train: Callable[..., dict[str, Any]], pipe: int) -> None:
     report = train(2, "--workload", "text", "--pipe", pipe, "--steps", 120)
     metric = report["final_metric"]
