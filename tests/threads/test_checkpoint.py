@@ -521,18 +521,29 @@ def read(comm):
     if ringfold.Checkpoints(folder, comm).newest() is not None:
         return ringfold.load(folder, {"v": None}, comm)
 
-draw, step, within = random.Random(7), 0, 0
-os.mkdir(folder)
-for _ in range(kills):
+def said():
+    notes = [open(note(rank)).read() for rank in (0, 1) if os.path.exists(note(rank))]
+    return max(int(text or 0) for text in [*notes, "0"])
+
+def killed(first, enough):
     child = os.fork()
     if child == 0:
-        write(step + 1)
-    time.sleep(draw.uniform(0.0, 0.12))
+        write(first)
+    while not enough():
+        time.sleep(0.001)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+
+draw, step, within = random.Random(7), 0, 0
+os.mkdir(folder)
+begun = time.monotonic()
+killed(1, lambda: said() > 0)
+one = time.monotonic() - begun  # how long this machine takes until a checkpoint is written
+for _ in range(kills):
+    end = time.monotonic() + draw.uniform(0.0, 2 * one)
+    killed(step + 1, lambda: time.monotonic() > end)
     within += any(name.startswith(".partial") for name in os.listdir(folder))
-    notes = [open(note(rank)).read() for rank in (0, 1) if os.path.exists(note(rank))]
-    claimed = max(int(text or 0) for text in [*notes, "0"])
+    claimed = said()
     loaded = ringfold.run_local(1, read)[0]
     if loaded is None:
         assert claimed == 0
