@@ -301,8 +301,9 @@ class Communicator:
     def plan(self, collective: str, *args: Any, **kwargs: Any) -> Callable[[], Any]:
         """Decide a collective once, to run it many times on the same x.
 
-        A step allocates nothing: a result that is no x is made once, by the first, and holds what
-        the last has brought (except on a GPU, and of scatter, whose shape comes with the message).
+        A result that is no x is made once, by the first step, and holds what the last has brought;
+        a step takes no memory for data. (Each step of scatter, whose shape comes with the message,
+        and of collectives on a GPU makes its result anew; the plain executor takes memory, too.)
 
         collective: the name of a method, args and kwargs as it takes them (no `blocking`).
         Returns: a function that runs it, collectively, and returns its result.

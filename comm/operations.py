@@ -205,15 +205,11 @@ class Operations:
             buffer.stage()
             # Ranks below the root may collect a subtree's parts on the way; memory that is never
             # touched costs nothing.
-            result = buffer.like((self._size, *buffer.shape)) if self._rank == root else None
-            flat = (
-                np.empty(count * self._size, buffer.flat.dtype)
-                if result is None
-                else wrap(result, writable=True).flat
-            )
+            result = buffer.like((self._size, *buffer.shape))
+            flat = wrap(result, writable=True).flat
             flat[self._rank * count : (self._rank + 1) * count] = buffer.flat
             yield from self._executor(chosen.program, flat, flat)(tag)
-            return result
+            return result if self._rank == root else None
 
         signature = Signature("gather", "", buffer.dtype.name, buffer.flat.size, root)
         return self._prepared(signature, chosen, buffer.flat.nbytes * self._size, run)

@@ -6,6 +6,7 @@ Data differs by rank and by element; sums stay exact in every type. `comm` may h
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -276,6 +277,27 @@ def check_kept_results(comm: Communicator, count: int) -> None:
             result = step()
             np.testing.assert_array_equal(result, wanted[name])
             assert result is first.setdefault(name, result)
+
+
+def check_steps_take_no_memory(comm: Communicator, x: Array) -> None:
+    """A plan's steps need a few KiB of notes and handles, whatever x is. x: a row for each rank."""
+    for name in (
+        "allreduce",
+        "allgather",
+        "alltoall",
+        "broadcast",
+        "gather",
+        "reduce",
+        "reduce_scatter",
+    ):
+        step = comm.plan(name, x)
+        step()
+        tracemalloc.start()
+        for _ in range(10):
+            step()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 40_000, f"steps of {name} of {x.nbytes} bytes took {peak}"
 
 
 def come_late(comm: Communicator, x: Array, late: int) -> None:

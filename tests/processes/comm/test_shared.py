@@ -165,6 +165,13 @@ def test_plans_of_registered_memory(comm: Communicator) -> None:
             assert before is None or before.wait() is not None
 
 
+def test_a_plans_steps_take_no_memory(comm: Communicator) -> None:
+    for count in (10_003, LARGE):
+        x = np.ones((comm.size, count), np.float32)
+        contract.check_steps_take_no_memory(comm, x)
+        contract.check_steps_take_no_memory(comm, registered(comm, x))
+
+
 def test_groups_share_the_memory(comm: Communicator) -> None:
     x = registered(comm, data(comm.rank, 3000, np.float32))
     with comm.split(comm.rank % 2, -comm.rank) as group:
