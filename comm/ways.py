@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,3 +28,15 @@ def host_ways(comm: Communicator) -> list[list[str]]:
         ["shared memory" if mine and mine == other else messages for other in tokens]
         for mine in tokens
     ]
+
+
+def device_ways(comm: Communicator, x: Any) -> list[list[str]]:
+    """Return the way of messages in GPU memory between each two ranks; collective.
+
+    x: an array of this rank in GPU memory. Each end of a message decides for itself.
+    """
+    side = comm._side(x)
+    direct = [rank != comm.rank and side.way_to(rank) is None for rank in range(comm.size)]
+    ends = comm.allgather(np.array(direct, np.int64))
+    named = ("staged", "gpu-aware mpi at one end", "gpu-aware mpi")
+    return [[named[count] for count in row] for row in (ends + ends.T).tolist()]

@@ -387,6 +387,15 @@ class FakeArray:
         self.gpu.synchronize(self.stream or 1)
         return self.values
 
+    @property
+    def size(self) -> int:
+        """Return the number of elements."""
+        return self.values.size
+
+    def set(self, values: np.ndarray) -> None:
+        """Copy values here on the array's stream, as late as a kernel's."""
+        self.filled_late(values)
+
     def filled_late(self, values: np.ndarray) -> FakeArray:
         """Let a kernel on the array's stream write values; until then there is DIRT."""
         self.values.reshape(-1).view(np.uint8)[:] = DIRT

@@ -19,7 +19,7 @@ import numpy as np
 
 from . import units
 from .comm.errors import CommError
-from .findings import Finding, broken, good, note, screen, status, ways_table
+from .findings import Finding, State, broken, good, note, screen, status, ways_table
 
 if TYPE_CHECKING:
     from .comm.communicator import Communicator
@@ -51,6 +51,8 @@ def examine(out: Callable[[str], None] = print) -> int:
         ways = ways_of(comm)
         findings.append(good("transport", ways_table(ways)))
         findings += _allreduce(comm)
+        if comm.allreduce(np.array([_has_gpu(findings)], np.uint8), "min")[0]:
+            findings += gpu_memory(comm, comm.empty(NBYTES // 4, np.float32, device="cuda"))
         if comm.rank == 0:
             out(screen(findings))
         return int(comm.allreduce(np.array([status(findings)]), op="max")[0])
@@ -170,6 +172,31 @@ def _gpus(library: str) -> list[Finding]:
     return [*found, _aware(library)]
 
 
+def _has_gpu(findings: Sequence[Finding]) -> bool:
+    return any(f.name == "GPU" and f.state is State.GOOD for f in findings)
+
+
+def gpu_memory(comm: Communicator, x: Any) -> list[Finding]:
+    """Tell the ways of GPU memory, and check an allreduce there; collective.
+
+    x: float32 in GPU memory, of one axis, with `set` and `get` as CuPy's arrays have them.
+    """
+    from .comm.ways import device_ways
+
+    found = [good("GPU messages", ways_table(device_ways(comm, x)))]
+    mine, wanted = _exact(comm, x.size)
+    x.set(mine)
+    work = comm.allreduce(x, blocking=False)
+    work.wait()
+    wrong = np.array([np.count_nonzero(x.get() != wanted)])
+    wrong_elements = int(comm.allreduce(wrong)[0])
+    text = f"{work.receipt.transport} ({work.receipt.reason})"
+    if wrong_elements:
+        advice = "train with --device cpu, and report it with this screen"
+        return [*found, broken("GPU allreduce", f"{wrong_elements} elements wrong: {text}", advice)]
+    return [*found, good("GPU allreduce", f"right, {text}")]
+
+
 def _without(why: str, advice: str) -> list[Finding]:
     """Say that there is no GPU, with advice only where a driver says that there is one."""
     advised = advice if _NVIDIA.exists() else ""
@@ -220,16 +247,22 @@ def ways_of(comm: Communicator) -> Sequence[Sequence[str]]:
     return host_ways(comm)
 
 
+def _exact(comm: Communicator, count: int) -> tuple[Any, Any]:
+    """Return what this rank brings to a sum, different by rank and element, and the sum."""
+    index = np.arange(count) % 251
+    total = index * comm.size + comm.size * (comm.size - 1) // 2
+    return (index + comm.rank).astype(np.float32), total.astype(np.float32)
+
+
 def _allreduce(comm: Communicator) -> list[Finding]:
     """Time allreduces of float32 in registered memory, and check every element of the last."""
     from .cli import BUSBW
 
     x = comm.empty(NBYTES // 4, np.float32)
-    index = np.arange(x.size) % 251
-    wanted = (index * comm.size + comm.size * (comm.size - 1) // 2).astype(np.float32)
+    mine, wanted = _exact(comm, x.size)
     times = []
     for _ in range(REPEATS):
-        x[:] = index + comm.rank
+        x[:] = mine
         comm.barrier()
         start = time.perf_counter()
         work = comm.allreduce(x, blocking=False)

@@ -10,6 +10,9 @@ from staged_contract import CHECKS, late, run
 
 from ringfold import Communicator, Settings, run_local
 from ringfold.comm.transport.local import LocalTransport
+from ringfold.comm.ways import device_ways
+from ringfold.doctor import gpu_memory
+from ringfold.findings import State
 
 SETTINGS = Settings(timeout=20, segment_bytes=400, max_message_bytes=200)
 
@@ -87,6 +90,33 @@ def test_collectives_need_all_ranks_and_messages_each_its_own(kind: str) -> None
         np.testing.assert_array_equal(y.get(), x.get())
 
     run_local(3, main, settings=SETTINGS)
+
+
+def test_doctor_tells_each_pairs_way_and_checks_a_sum() -> None:
+    def main(comm: Communicator) -> list[str]:
+        gpu = use_fake(comm, aware=UNAWARE if comm.rank == 2 else AWARE)
+        found = gpu_memory(comm, late(gpu, np.zeros(1000, np.float32)))
+        assert [finding.state for finding in found] == [State.GOOD] * 2
+        assert found[1].value.startswith("right, staged, local")
+        ways = device_ways(comm, late(gpu, np.zeros(1)))
+        assert ways[0][1] == "gpu-aware mpi" and ways[0][2] == "gpu-aware mpi at one end"
+        return [finding.value for finding in found]
+
+    told = run_local(3, main, settings=SETTINGS)
+    assert told[0] == told[1]
+    assert "gpu-aware mpi: 1 pairs" in told[0][0] and "at one end: 2 pairs" in told[0][0]
+
+
+def test_doctor_calls_a_wrong_sum_broken() -> None:
+    def main(comm: Communicator) -> None:
+        gpu = use_fake(comm, aware=AWARE)
+        x = late(gpu, np.zeros(1000, np.float32))
+        honest = x.get
+        x.get = lambda: honest() + (comm.rank == 1)  # type: ignore[method-assign]
+        found = gpu_memory(comm, x)
+        assert found[1].state is State.BROKEN and "1000 elements wrong" in found[1].value
+
+    run_local(2, main, settings=SETTINGS)
 
 
 def test_types_that_no_kernel_adds_are_staged() -> None:
