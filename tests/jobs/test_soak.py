@@ -7,7 +7,7 @@ import pytest
 from soak import Case, Seen, case_of, judge, play
 
 FIRST = 0
-RUNS = 12
+RUNS = 20
 
 QUICK = """
 import sys, time
