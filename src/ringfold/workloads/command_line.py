@@ -143,9 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--epochs",
         type=_whole(1),
-        help="passes over the data (default: "
-        + ", ".join(f"{name} {found.epochs}" for name, found in WORKLOADS.items())
-        + ")",
+        help=f"passes over the data (default: {_by_workload('epochs')})",
     )
     train.add_argument("--steps", type=_whole(1), help="stop after so many steps at the latest")
     train.add_argument(
@@ -153,15 +151,12 @@ def _parser() -> argparse.ArgumentParser:
         type=_whole(1),
         metavar="B",
         help="samples of the global batch, shared out over the data ranks (default: "
-        + ", ".join(f"{name} {found.batch_size}" for name, found in WORKLOADS.items())
-        + ")",
+        f"{_by_workload('batch_size')})",
     )
     train.add_argument(
         "--lr",
         type=_positive,
-        help="learning rate (default: "
-        + ", ".join(f"{name} {found.lr}" for name, found in WORKLOADS.items())
-        + ")",
+        help=f"learning rate (default: {_by_workload('lr')})",
     )
     train.add_argument(
         "--seed", type=_whole(0), default=0, help="of weights and order of samples (default: 0)"
@@ -258,6 +253,10 @@ def _schedule(text: str) -> str:
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from None
     return text
+
+
+def _by_workload(setting: str) -> str:
+    return ", ".join(f"{name} {getattr(found, setting)}" for name, found in WORKLOADS.items())
 
 
 def _whole(least: int) -> Callable[[str], int]:
