@@ -7,7 +7,6 @@ moves the messages; a plan runs one preparation many times.
 from __future__ import annotations
 
 import copy
-import json
 import operator
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,12 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from . import header
 from .arithmetic import reduction
 from .board import Board
 from .buffer import Buffer, allocate, wrap
 from .choice import Choice, Chosen
 from .chunks import bounds
-from .dtypes import DTYPES, DType
+from .dtypes import DTYPES
 from .errors import CommError
 from .executor import MOVE, NETWORK_MOVING, NETWORK_WINDOW, WINDOW, Arithmetic, Lane, execute
 from .fingerprint import fingerprint
@@ -218,18 +218,18 @@ class Operations:
         self, x: Any = None, root: int = 0, algorithm: str | Schedule | None = None
     ) -> Prepared:
         root = self.root(root)
-        header = np.zeros(_HEADER_BYTES, np.uint8)
+        words = np.zeros(header.NBYTES, np.uint8)
         buffer = None
         if self._rank == root:
             buffer = self._wrap(x, writable=False)
             self._require_rows(buffer)
-            _write_header(header, buffer)
-        announce = self.choice.choose("broadcast", header.size, DTYPES["uint8"], None, root)
+            header.write(words, buffer)
+        announce = self.choice.choose("broadcast", words.size, DTYPES["uint8"], None, root)
         name = algorithm if algorithm is not None else "tree"
 
         def run(tag: int) -> Steps:
-            yield from self._executor(announce.program, header, header)(tag)
-            family, dtype, shape = _read_header(header)
+            yield from self._executor(announce.program, words, words)(tag)
+            family, dtype, shape = header.read(words)
             count = int(np.prod(shape, dtype=np.int64))
             chosen = self.choice.choose("scatter", count * self._size, dtype, name, root)
             if buffer is None:
@@ -417,20 +417,3 @@ def _copy(buffer: Buffer) -> Buffer:
 
 def _name(algorithm: str | Schedule) -> str:
     return algorithm if isinstance(algorithm, str) else "schedule"
-
-
-_HEADER_BYTES = 512
-
-
-def _write_header(header: np.ndarray[Any, np.dtype[np.uint8]], buffer: Buffer) -> None:
-    text = json.dumps([buffer.family, buffer.dtype.name, buffer.shape[1:]]).encode()
-    if len(text) > header.size:
-        raise CommError(f"a shape of {len(buffer.shape)} axes does not fit the scatter header")
-    header[: len(text)] = np.frombuffer(text, np.uint8)
-
-
-def _read_header(
-    header: np.ndarray[Any, np.dtype[np.uint8]],
-) -> tuple[str, DType, tuple[int, ...]]:
-    family, dtype, shape = json.loads(header.tobytes().rstrip(b"\0"))
-    return family, DTYPES[dtype], tuple(shape)
