@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .operations import Operations
+
 if TYPE_CHECKING:
     from .communicator import Communicator
 
@@ -34,8 +36,12 @@ def device_ways(comm: Communicator, x: Any) -> list[list[str]]:
     """Return the way of messages in GPU memory between each two ranks; collective.
 
     x: an array of this rank in GPU memory. Each end of a message decides for itself.
+
+    Raises: ValueError where x is in host memory.
     """
     side = comm._side(x)
+    if isinstance(side, Operations):
+        raise ValueError("x: expected an array in GPU memory, got one in host memory")
     direct = [rank != comm.rank and side.way_to(rank) is None for rank in range(comm.size)]
     ends = comm.allgather(np.array(direct, np.int64))
     named = ("staged", "gpu-aware mpi at one end", "gpu-aware mpi")
