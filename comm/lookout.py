@@ -33,7 +33,7 @@ _GRACE = 1.5
 class Lookout:
     """Look after the ranks of this node beside this one, while MPI does not let it."""
 
-    def __init__(self, seat: Seat, timeout: float) -> None:
+    def __init__(self, seat: Seat, timeout: float = 0.0) -> None:
         """timeout: seconds that the start may take; a short one is not meant for that."""
         self._seat, self._timeout = seat, max(timeout, _START)
         self._others = company(seat)
@@ -52,6 +52,7 @@ class Lookout:
     @contextmanager
     def ending(self) -> Iterator[None]:
         """End this rank where another stands still; ranks may take as long as they need."""
+        self._others = company(self._seat)  # at the start, some may not have been there yet
         with self._looking(self._why_not_ended, None):
             yield
 

@@ -58,14 +58,22 @@ def _module() -> Any:
 
 
 def _start(mpi: Any, level: str) -> None:
-    # ctypes lets the interpreter lock go, mpi4py's own function keeps it.
-    library = ctypes.CDLL(mpi.__file__)
     wanted = getattr(mpi, f"THREAD_{level.upper()}")
-    failed = library.MPI_Init_thread(None, None, ctypes.c_int(wanted), ctypes.byref(ctypes.c_int()))
+    failed = _library(mpi).MPI_Init_thread(
+        None, None, ctypes.c_int(wanted), ctypes.byref(ctypes.c_int())
+    )
     if failed:
         raise RuntimeError(f"MPI_Init_thread failed with code {failed}")
     for comm in (mpi.COMM_WORLD, mpi.COMM_SELF):
         comm.Set_errhandler(mpi.ERRORS_RETURN)
+
+
+def _library(mpi: Any) -> ctypes.CDLL:
+    """Return MPI's functions: ctypes lets the interpreter lock go, mpi4py's start and end keep it.
+
+    Who looks after the other ranks meanwhile is a thread of Python's.
+    """
+    return ctypes.CDLL(mpi.__file__)
 
 
 def _take_back(defaults: list[signal.Signals]) -> None:
@@ -81,10 +89,14 @@ def _take_back(defaults: list[signal.Signals]) -> None:
 
 
 def _end(mpi: Any, lookout: Lookout | None, process: int) -> None:
-    if os.getpid() != process or mpi.Is_finalized():
-        return
+    if os.getpid() == process and not mpi.Is_finalized():
+        end_mpi(mpi, lookout)
+
+
+def end_mpi(mpi: Any, lookout: Lookout | None) -> None:
+    """Call MPI_Finalize, which waits for all ranks; lookout sees to it meanwhile."""
     with nullcontext() if lookout is None else lookout.ending():
-        mpi.Finalize()
+        _library(mpi).MPI_Finalize()
 
 
 class Starting:

@@ -6,10 +6,13 @@ import atexit
 import sys
 from collections.abc import Sequence
 
+from ..lookout import Lookout
+from ..settings import Seat
 from .mpi import MpiTransport, load_mpi
 from .mpi_errors import raising
 from .mpi_exit import say_goodbye
 from .mpi_patience import patience
+from .mpi_start import end_mpi
 
 
 class Survivors:
@@ -90,6 +93,7 @@ class Survivors:
         if self._mpi.Is_finalized():
             return
         if self._clean:
-            self._mpi.Finalize()
+            seat = Seat.read()
+            end_mpi(self._mpi, None if seat is None else Lookout(seat))
         elif self.joined:
             say_goodbye()

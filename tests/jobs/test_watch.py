@@ -84,3 +84,26 @@ while True:
     assert not done.timed_out and done.returncode != 0
     assert "rank 1" in done.stderr, done.stderr
     assert not done.leftovers
+
+
+@pytest.mark.parametrize("ft", [False, True])
+def test_a_rank_that_stops_while_mpi_ends_is_named(
+    job: Callable[..., Any], ft: bool
+) -> None:
+    script = f"""
+import os, signal, subprocess
+import numpy as np
+import ringfold
+
+with ringfold.{"Elastic" if ft else "Communicator"}() as world:
+    comm = {"world.comm" if ft else "world"}
+    rank = comm.rank
+    comm.allreduce(np.ones(3))
+if rank == 1:
+    subprocess.Popen(["sh", "-c", f"sleep 8; kill -CONT {{os.getpid()}}"])  # mpirun waits for it
+    os.kill(os.getpid(), signal.SIGSTOP)
+"""
+    done = job(3, script, timeout=40, ft=ft)
+    assert not done.timed_out and done.returncode != 0, done.output
+    assert "waits for MPI to end, but rank 1 (process " in done.stderr, done.output
+    assert "is stopped (SIGSTOP)" in done.stderr
