@@ -87,9 +87,7 @@ while True:
 
 
 @pytest.mark.parametrize("ft", [False, True])
-def test_a_rank_that_stops_while_mpi_ends_is_named(
-    job: Callable[..., Any], ft: bool
-) -> None:
+def test_a_rank_that_stops_while_mpi_ends_is_named(job: Callable[..., Any], ft: bool) -> None:
     script = f"""
 import os, signal, subprocess
 import numpy as np
