@@ -94,9 +94,14 @@ def _end(mpi: Any, lookout: Lookout | None, process: int) -> None:
 
 
 def end_mpi(mpi: Any, lookout: Lookout | None) -> None:
-    """Call MPI_Finalize, which waits for all ranks; lookout sees to it meanwhile."""
+    """Call MPI_Finalize, which waits for all ranks; lookout sees to it meanwhile.
+
+    Raises: RuntimeError where it fails.
+    """
     with nullcontext() if lookout is None else lookout.ending():
-        _library(mpi).MPI_Finalize()
+        failed = _library(mpi).MPI_Finalize()
+    if failed:
+        raise RuntimeError(f"MPI_Finalize failed with code {failed}")
 
 
 class Starting:
