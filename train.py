@@ -223,7 +223,7 @@ def assemble(world: World, before: Training, joined: int) -> Training:
     comm, options, old, history = world.comm, before.options, before.crew, before.history
     grid = settle(comm, lambda: grid_of_some(options, comm.size))
     busy = grid.data * grid.pipe
-    done = int(comm.allreduce(np.array([before.done]), op="max")[0])
+    done = int(comm.allgather(np.array([before.done])).max())
     history.share(comm, done, joined)
     if comm.rank == 0:
         news = "; ".join(history.news())
@@ -271,7 +271,7 @@ def fall_back(
         except ringfold.CheckpointError as lacking:
             complaint = f"{error}; {lacking}"
     agree(comm, complaint, "going on without a rank")
-    return int(comm.allreduce(np.array([step]), op="max")[0])
+    return int(comm.allgather(np.array([step])).max())
 
 
 def loaded(name: str) -> Workload:

@@ -73,8 +73,8 @@ def _send(
 ) -> dict[str, Tensor]:
     """Bring every tensor that any rank wants from its owner; return those that this one wants."""
     names = sorted(owners)
-    flags = np.array([name in wanted for name in names], np.uint8)
-    comm.allreduce(flags, op="max")
+    # Gathered, not reduced: no kernel is compiled while ranks wait to go on.
+    flags = comm.allgather(np.array([name in wanted for name in names])).any(axis=0)
     found: dict[str, Tensor] = {}
     for name, flag in zip(names, flags.tolist(), strict=True):
         if not flag:
