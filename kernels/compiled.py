@@ -4,20 +4,26 @@ Numba's on-disk cache has an index per function name, rewritten without a lock. 
 compile different variants under one name at the same moment can leave an index entry that points
 at the other variant's code.  Here every variant has a name of its own, which also covers what
 Numba's freshness check overlooks: the sources of called functions, and nodes with different
-processors that share a disk.
+processors that share a disk.  Of the ranks that need a kernel at the same moment, one compiles it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
-from collections.abc import Callable
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import llvmlite.binding
 import numba
 from numba import types
+from numba.core.caching import FunctionCache
 
 Kernel = Callable[..., Any]
 
@@ -69,8 +75,53 @@ def _compile(name: str, function: Callable[..., Any], compiler: Callable[..., An
     function.__name__ = f"{name}_{_fingerprint()}"
     function.__qualname__ = function.__name__
     try:
-        return compiler(cache=True)(function)
+        folder = Path(FunctionCache(function).cache_path)
     except RuntimeError as error:
         if "cannot cache function" not in str(error):
             raise
         return compiler(cache=False)(function)
+    with _turn(folder, function.__name__):
+        return compiler(cache=True)(function)
+
+
+_PATIENCE = 5.0
+"""Seconds that a process waits for another one's kernel: more than any takes."""
+
+
+@contextmanager
+def _turn(folder: Path, name: str) -> Iterator[None]:
+    """Let one process compile a kernel, while others wait, and then find it in the cache.
+
+    Who has waited in vain, for a process that stands still, compiles it as well.
+    """
+    if _kept(folder, name):
+        yield
+        return
+    with ExitStack() as stack:
+        with suppress(OSError):  # a disk without locks: then everybody compiles
+            file = stack.enter_context((folder / "ringfold.lock").open("ab"))
+            _lock(file, zlib.crc32(name.encode()))
+        if not _kept(folder, _fingerprint()):
+            sys.stderr.write(
+                f"ringfold: compiling kernels for this machine, once; they are kept in {folder}\n"
+            )
+        yield
+
+
+def _kept(folder: Path, name: str) -> bool:
+    """Tell whether there is a kernel whose name ends so."""
+    return any(folder.glob(f"*{name}-*.nbi"))
+
+
+def _lock(file: BinaryIO, place: int) -> None:
+    """Lock one byte of a file until it is closed, or the process ends, or patience does."""
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return
+            time.sleep(0.02)
+        else:
+            return

@@ -1,0 +1,79 @@
+"""Processes that need the same kernel at the same moment, with nothing compiled before."""
+
+import fcntl
+import os
+import subprocess
+import sys
+import zlib
+
+import pytest
+
+from ringfold.kernels import compiled
+
+SCRIPT = """
+from numba import types
+from ringfold.kernels.compiled import compile_kernel
+
+def twice(x):
+    return 2 * x
+
+kernel = compile_kernel("twice", twice, types.int64)
+assert kernel(4) == 8
+print(sum(kernel.stats.cache_misses.values()))
+"""
+
+
+def start(folder, script):
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(folder / "cache")}
+    command = [sys.executable, str(script)]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_one_process_compiles_and_says_so(tmp_path):
+    """The script is a file, as Numba keeps nothing of what has no source."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    jobs = [start(tmp_path, script) for _ in range(4)]
+    outputs = [job.communicate(timeout=100) for job in jobs]
+    assert [job.returncode for job in jobs] == [0] * 4, outputs
+    assert sorted(int(out) for out, _ in outputs) == [0, 0, 0, 1]
+    words = "".join(err for _, err in outputs)
+    assert words.count("\n") == 1, words
+    assert words.startswith("ringfold: compiling kernels for this machine, once; they are kept in ")
+    again = start(tmp_path, script).communicate(timeout=100)
+    assert again == ("0\n", "")
+
+
+def test_patience_ends_where_another_process_stands_still(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compiled, "_PATIENCE", 0.3)
+    held = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "ringfold.lock"), str(zlib.crc32(b"kernel"))],
+        stdout=subprocess.PIPE,
+        stdin=subprocess.PIPE,
+    )
+    try:
+        assert held.stdout is not None and held.stdout.readline() == b"held\n"
+        with compiled._turn(tmp_path, "kernel"):
+            pass
+        with (tmp_path / "ringfold.lock").open("ab") as file, pytest.raises(BlockingIOError):
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, zlib.crc32(b"kernel"))
+    finally:
+        held.kill()
+        held.communicate()
+    assert "compiling kernels" in capsys.readouterr().err
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "ab")
+fcntl.lockf(file, fcntl.LOCK_EX, 1, int(sys.argv[2]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_where_nothing_can_be_locked_everybody_compiles(tmp_path):
+    with compiled._turn(tmp_path / "missing", "kernel"):
+        pass
