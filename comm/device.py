@@ -8,7 +8,7 @@ recorded behind the write.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -193,8 +193,23 @@ class Peering(Protocol):
         """Tell whether `fold` knows an op on a type."""
         ...
 
-    def fold(self, op: str, dtype: str, addresses: list[int], count: int, stream: Stream) -> None:
-        """Put a kernel on a stream: fold count elements at all addresses, in order, into all."""
+    def fold(
+        self,
+        op: str,
+        dtype: str,
+        sources: Sequence[int],
+        targets: Sequence[int],
+        count: int,
+        stream: Stream,
+    ) -> None:
+        """Put a kernel on a stream: fold count elements at all sources, in order, into all targets.
+
+        Addresses, here or of another's memory; a target may be one of the sources.
+        """
+        ...
+
+    def copy(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
+        """Put a copy on a stream, from another's memory or here, to an address here."""
         ...
 
     def trial(self, count: int) -> tuple[Any, Callable[[int], bool]]:

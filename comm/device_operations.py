@@ -1,9 +1,8 @@
-"""Operations on device memory, staged: copied to pinned host memory, exchanged there, copied back.
+"""Operations on device memory: collectives in place by `ipc`, and all through pinned host memory.
 
-A collective is cut into windows (`windows`), each a whole collective on host memory; while one is
-exchanged, the next is copied in and the one before is copied out, on streams of their own. What
-the caller has put on its stream before the call runs before the copies; what it puts there after
-the operation has ended runs behind them: nobody has to synchronise.
+Where the ranks of a group open each other's memory, and what an operation reads of others is
+registered, their kernels do it (`ipc`). Everything else is staged: a collective window by window
+(`windowed`), a message as a whole.
 
 Operations of a group take turns, in the order of the calls, on a group of their own: when a copy
 ends differs from rank to rank, so they could not keep an order with the host's operations.
@@ -13,21 +12,21 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .device import Device, DeviceArray, Event, Stream, describe
+from .device import Device, DeviceArray, describe
 from .fingerprint import fingerprint
 from .ipc import Ipc, open_ipc
 from .schedule import Schedule
-from .staging import Place, Staging, Typed
+from .staging import Staging, Typed
 from .trace import Signature
-from .transport.base import Channel, Request
+from .transport.base import Channel
+from .windowed import Lane, run_windows, typed
 from .windows import Window, elementwise, exchanged, gathered, scattered
 from .work import Prepared, Receipt, Steps
 
@@ -38,34 +37,10 @@ if TYPE_CHECKING:
 WINDOW_BYTES = 4 << 20
 """Of a window: long enough that a copy runs at full speed, short enough that many overlap."""
 
-_LOOKS, _GLANCES = 200, 4
-"""How often a rank looks at an event before it does other things, if somebody waits, and if not."""
-
 Algorithm = str | Schedule | None
 
-First = Callable[..., Steps]
-"""A way to try before the windows, as `Ipc.allreduce`."""
-
-
-@dataclass(frozen=True)
-class Lane:
-    """What one rank keeps for one device: two streams for copies, and pinned memory."""
-
-    device: Device
-    inward: Stream
-    outward: Stream
-    staging: Staging
-
-
-@dataclass(frozen=True)
-class _Copying:
-    """What an operation that waits for this rank's own device shows: nobody else is waited for."""
-
-    peer: int
-    event: Event
-
-    def done(self) -> bool:
-        return self.event.ended()
+Exchange = Callable[["Operations", Typed], Prepared]
+"""Prepare a window's collective on the host."""
 
 
 @dataclass(frozen=True)
@@ -114,25 +89,13 @@ class DeviceOperations:
         array.dtype.require(op)
         many = self._comm.size > 1
         windows = elementwise(array.count, self._most(array), sends=many, takes=many)
-        signature = Signature("allreduce", op, array.dtype.name, array.count)
-
-        def prepare(host: Operations, part: Typed) -> Prepared:
-            return host.allreduce(part, op, algorithm)
-
-        self._copy_of_group(array)
-        ipc = self._ipc if algorithm is None else None
-        if ipc is None:
-            return self._in_place(signature, array, windows, prepare)
-        prepared = self._in_place(signature, array, windows, prepare, partial(ipc.allreduce, op=op))
-        if ipc.offer(array, op).exported is None:
-            return prepared
-        receipt = replace(
-            prepared.receipt,
-            algorithm="pairwise, in place",
-            transport="ipc",
-            reason="registered memory of one node; staged where another rank's is not registered",
+        return self._collective(
+            Signature("allreduce", op, array.dtype.name, array.count),
+            array,
+            windows,
+            lambda host, part: host.allreduce(part, op, algorithm),
+            algorithm,
         )
-        return replace(prepared, receipt=receipt)
 
     def reduce(
         self, x: Any, root: int = 0, op: str = "sum", algorithm: Algorithm = None
@@ -142,11 +105,12 @@ class DeviceOperations:
         array = describe(x, writable=at_root)
         array.dtype.require(op)
         windows = elementwise(array.count, self._most(array), sends=True, takes=at_root)
-        return self._in_place(
+        return self._collective(
             Signature("reduce", op, array.dtype.name, array.count, root),
             array,
             windows,
             lambda host, part: host.reduce(part, root, op, algorithm),
+            algorithm,
         )
 
     def broadcast(self, x: Any, root: int = 0, algorithm: Algorithm = None) -> Prepared:
@@ -154,11 +118,12 @@ class DeviceOperations:
         at_root = self._comm.rank == root
         array = describe(x, writable=not at_root)
         windows = elementwise(array.count, self._most(array), sends=at_root, takes=not at_root)
-        return self._in_place(
+        return self._collective(
             Signature("broadcast", "", array.dtype.name, array.count, root),
             array,
             windows,
             lambda host, part: host.broadcast(part, root, algorithm),
+            algorithm,
         )
 
     def reduce_scatter(self, x: Any, op: str = "sum", algorithm: Algorithm = None) -> Prepared:
@@ -167,12 +132,13 @@ class DeviceOperations:
         size, rank = self._comm.size, self._comm.rank
         windows = scattered(array.count, size, rank, self._most(array))
         own = -(-(array.count - rank) // size)
-        return self._anew(
+        return self._collective(
             Signature("reduce_scatter", op, array.dtype.name, array.count),
             array,
             windows,
-            (max(own, 0),),
             lambda host, part: host.reduce_scatter(part, op, algorithm),
+            algorithm,
+            lambda device: device.like(array, (max(own, 0),)),
         )
 
     def allgather(self, x: Any, algorithm: Algorithm = None) -> Prepared:
@@ -180,12 +146,13 @@ class DeviceOperations:
         size = self._comm.size
         windows = gathered(array.count, size, self._most(array), takes=True)
         shape = (size, *array.shape)
-        return self._anew(
+        return self._collective(
             Signature("allgather", "", array.dtype.name, array.count),
             array,
             windows,
-            shape,
             lambda host, part: host.allgather(part, algorithm),
+            algorithm,
+            lambda device: device.like(array, shape),
         )
 
     def gather(self, x: Any, root: int = 0, algorithm: Algorithm = None) -> Prepared:
@@ -193,12 +160,13 @@ class DeviceOperations:
         array = describe(x, writable=False)
         size, at_root = self._comm.size, self._comm.rank == root
         windows = gathered(array.count, size, self._most(array), takes=at_root)
-        return self._anew(
+        return self._collective(
             Signature("gather", "", array.dtype.name, array.count, root),
             array,
             windows,
-            (size, *array.shape) if at_root else None,
             lambda host, part: host.gather(part, root, algorithm),
+            algorithm,
+            lambda device: device.like(array, (size, *array.shape)) if at_root else None,
         )
 
     def scatter(self, x: Any = None, root: int = 0, algorithm: Algorithm = None) -> Prepared:
@@ -216,12 +184,13 @@ class DeviceOperations:
                 f"x: expected a first axis of {size}, a row per rank, got shape {array.shape}"
             )
         windows = exchanged(array.count // size, size, self._most(array))
-        return self._anew(
+        return self._collective(
             Signature("alltoall", "", array.dtype.name, array.count),
             array,
             windows,
-            array.shape,
             lambda host, part: host.alltoall(part, algorithm),
+            algorithm,
+            lambda device: device.like(array, array.shape),
         )
 
     # -- point to point ----------------------------------------------------------------------
@@ -237,14 +206,14 @@ class DeviceOperations:
 
         def run(_: int) -> Steps:
             place = lane.staging.take(array.nbytes)
-            lane.device.follow(lane.inward, lane.device.record(_caller(lane, array)))
+            lane.device.follow(lane.inward, lane.device.record(lane.caller(array)))
             part = place.part(0, array.nbytes)
             if array.nbytes:
                 lane.device.to_host(part, array.address, lane.inward)
             copied = lane.device.record(lane.inward)
             while not copied.ended():
                 os.sched_yield()
-            yield from host.send(_typed(part, array, (array.count,)), dst, tag).run(0)
+            yield from host.send(typed(part, array, (array.count,)), dst, tag).run(0)
             lane.staging.give(place, None)
             return array.owner
 
@@ -256,11 +225,11 @@ class DeviceOperations:
         lane = self._lane(array)
 
         def run(_: int) -> Steps:
-            device, caller = lane.device, _caller(lane, array)
+            device, caller = lane.device, lane.caller(array)
             ready = device.record(caller)
             place = lane.staging.take(array.nbytes)
             part = place.part(0, array.nbytes)
-            yield from host.recv(_typed(part, array, (array.count,)), src, tag).run(0)
+            yield from host.recv(typed(part, array, (array.count,)), src, tag).run(0)
             device.follow(lane.outward, ready)
             if array.nbytes:
                 device.to_device(array.address, part, lane.outward)
@@ -284,118 +253,54 @@ class DeviceOperations:
         signature = empty.signature._replace(dtype=array.dtype.name, elements=array.count)
         return Prepared(receipt, empty.channel, run, signature)
 
-    # -- staging -----------------------------------------------------------------------------
+    # -- the two ways ------------------------------------------------------------------------
 
-    def _in_place(
+    def _collective(
         self,
         signature: Signature,
         array: DeviceArray,
         windows: Sequence[Window],
-        prepare: Callable[[Operations, Typed], Prepared],
-        first: First | None = None,
+        prepare: Exchange,
+        algorithm: Algorithm,
+        make: Callable[[Device], Any] | None = None,
     ) -> Prepared:
-        lane = self._lane(array)
+        """Prepare it both ways: which one is taken, the ranks find when they meet.
+
+        make: return what takes the result, or None where nothing comes; the array itself without.
+        """
+        lane, group = self._lane(array), self._copy_of_group(array)
+        ipc = self._ipc if algorithm is None else None
 
         def run(tag: int) -> Steps:
-            caller = _caller(lane, array)
-            yield from self._staged(
-                lane, tag, array, array.address, caller, windows, prepare, first
-            )
-            return array.owner
+            def exchange(part: Typed) -> Steps:
+                prepared = prepare(group.host_operations, part)
+                group._runner.note(prepared)
+                return (yield from prepared.run(tag))
 
-        return Prepared(
-            self._receipt(signature.operation, array, windows),
-            Channel.COLLECTIVE,
-            run,
-            signature,
-            mark=fingerprint(signature, "staged"),
-        )
-
-    def _anew(
-        self,
-        signature: Signature,
-        array: DeviceArray,
-        windows: Sequence[Window],
-        shape: tuple[int, ...] | None,
-        prepare: Callable[[Operations, Typed], Prepared],
-    ) -> Prepared:
-        """Return a new array of a shape, or None where the shape is None."""
-        lane = self._lane(array)
-
-        def run(tag: int) -> Steps:
-            caller = _caller(lane, array)
-            result = None if shape is None else lane.device.like(array, shape)
-            into = 0 if result is None else describe(result, writable=True).address
-            yield from self._staged(lane, tag, array, into, caller, windows, prepare)
+            caller = lane.caller(array)
+            result = array.owner if make is None else make(lane.device)
+            into = 0 if result is None else describe(result, writable=False).address
+            # Recorded now, when the caller calls, and behind the making of its result.
+            ready = lane.device.record(caller)
+            with self._in_line() as turn:
+                while not turn.done():
+                    yield [turn]
+                if ipc is not None:
+                    done = yield from ipc.run(signature, array, into, ready, caller, tag)
+                    if done:
+                        return result
+                yield from run_windows(
+                    lane, group.rank, array, into, windows, exchange, ready, caller
+                )
             return result
 
         return Prepared(
-            self._receipt(signature.operation, array, windows),
+            self._receipt(signature, array, windows, ipc),
             Channel.COLLECTIVE,
             run,
             signature,
-            mark=fingerprint(signature, "staged"),
+            mark=fingerprint(signature, "staged" if ipc is None else "ipc"),
         )
-
-    def _staged(
-        self,
-        lane: Lane,
-        tag: int,
-        array: DeviceArray,
-        into: int,
-        caller: Stream,
-        windows: Sequence[Window],
-        prepare: Callable[[Operations, Typed], Prepared],
-        first: First | None = None,
-    ) -> Steps:
-        """Run the windows from an array to the address `into`; the caller's stream follows.
-
-        first: is tried before, and leaves nothing to do where it returns True.
-        """
-        device, item = lane.device, array.dtype.itemsize
-        # Recorded now, when the caller calls, and behind the making of its result.
-        ready = device.record(caller)
-        patient: bool | None = False
-        with self._in_line() as turn:
-            while not turn.done():
-                patient = yield [turn]
-            if first is not None:
-                done = yield from first(array, ready=ready, caller=caller, tag=tag)
-                if done:
-                    return
-            device.follow(lane.inward, ready)
-            device.follow(lane.outward, ready)
-            slots = [_Slot(lane, windows, item) for _ in range(min(2, len(windows)))]
-            fetched = deque([slots[0].fetch(windows[0], array.address)])
-            for index, window in enumerate(windows):
-                if index + 1 < len(windows):
-                    ahead = slots[(index + 1) % 2]
-                    fetched.append(ahead.fetch(windows[index + 1], array.address))
-                patient = yield from self._until(fetched.popleft(), patient)
-                slot = slots[index % 2]
-                part = _typed(slot.passed(window), array, window.shape)
-                group = self._copy_of_group(array)
-                prepared = prepare(group.host_operations, part)
-                group._runner.note(prepared)
-                result = yield from prepared.run(tag)
-                slot.deliver(window, result, into)
-            # Also where there was nothing to copy out: what comes next may change what was read.
-            last = device.record(lane.outward)
-            device.follow(caller, device.record(lane.inward))
-            device.follow(caller, last)
-            for slot in slots:
-                lane.staging.give(slot.place, last)
-
-    def _until(
-        self, event: Event, patient: bool | None
-    ) -> Generator[list[Request], bool | None, bool | None]:
-        """Wait for an event; take and return whether somebody waits for the operation."""
-        while True:
-            for _ in range(_LOOKS if patient else _GLANCES):
-                if event.ended():
-                    return patient
-                os.sched_yield()
-            patient = yield [_Copying(self._comm.rank, event)]
 
     @contextmanager
     def _in_line(self) -> Iterator[_Turn]:
@@ -437,57 +342,16 @@ class DeviceOperations:
     def _most(self, array: DeviceArray) -> int:
         return max(1, self._window_bytes // array.dtype.itemsize)
 
-    def _receipt(self, name: str, array: DeviceArray, windows: Sequence[Window]) -> Receipt:
+    def _receipt(
+        self, signature: Signature, array: DeviceArray, windows: Sequence[Window], ipc: Ipc | None
+    ) -> Receipt:
+        name, nbytes = signature.operation, array.nbytes
+        if ipc is not None and ipc.offer(signature, array).exported is not None:
+            why = "registered memory of one node; staged where another rank's is not registered"
+            return Receipt(name, "pairwise, in place", "ipc", self._comm.size, nbytes, why)
         way = self._copy_of_group(array).host_operations.way
         why = f"{_REASON}; no ipc: {self._no_ipc}" if self._no_ipc else _REASON
-        count = f"{len(windows)} windows"
-        return Receipt(name, count, f"staged, {way}", 1, array.nbytes, why)
+        return Receipt(name, f"{len(windows)} windows", f"staged, {way}", 1, nbytes, why)
 
 
 _REASON = "device memory passes through pinned host memory"
-
-
-class _Slot:
-    """One of an operation's two places: what is passed, and behind it what comes out."""
-
-    def __init__(self, lane: Lane, windows: Sequence[Window], item: int) -> None:
-        self._lane, self._item = lane, item
-        self._second = max(window.count for window in windows) * item
-        results = max(window.result for window in windows) * item
-        self.place: Place = lane.staging.take(self._second + results)
-        self._emptied: Event | None = None
-
-    def fetch(self, window: Window, address: int) -> Event:
-        """Start to copy a window in; the place is the host's when the event has ended."""
-        device, inward, item = self._lane.device, self._lane.inward, self._item
-        if self._emptied is not None:
-            device.follow(inward, self._emptied)
-        for start, at, count in window.into:
-            device.to_host(self.place.part(start * item, count * item), address + at * item, inward)
-        return device.record(inward)
-
-    def passed(self, window: Window) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Return the bytes that the host passes."""
-        return self.place.part(0, window.count * self._item)
-
-    def deliver(self, window: Window, result: Any, address: int) -> None:
-        """Start to copy a window's result out."""
-        device, outward, item = self._lane.device, self._lane.outward, self._item
-        begin = 0
-        if isinstance(result, np.ndarray) and window.out:
-            begin = self._second
-            source = result.reshape(-1).view(np.uint8)
-            self.place.part(begin, source.size)[:] = source
-        for start, at, count in window.out:
-            source = self.place.part(begin + start * item, count * item)
-            device.to_device(address + at * item, source, outward)
-        self._emptied = device.record(outward)
-
-
-def _caller(lane: Lane, array: DeviceArray) -> Stream:
-    """Return the caller's stream as it is now: a plan may have been made under another."""
-    return lane.device.caller(describe(array.owner, writable=False))
-
-
-def _typed(part: np.ndarray[Any, Any], array: DeviceArray, shape: tuple[int, ...]) -> Typed:
-    return Typed(part.view(array.dtype.storage).reshape(shape), array.dtype)

@@ -1,9 +1,9 @@
-"""Allreduce of GPU memory in place: ranks of a node read and write each other's memory by kernels.
+"""Collectives on GPU memory in place: kernels of a node's ranks work on each other's memory.
 
-Each rank folds its part of all ranks' buffers into all of them, as `fused.allreduce_shared` does on
-the host. Two events of each rank are known to all others: `ready`, behind which its buffer may be
-read, and `done`, behind its part of the work. The host exchanges only words: that every rank has
-put its event on its stream. No host waits for a device.
+The programs are those of host memory that all ranks map (`fused.shared`): everybody comes, each
+rank folds or copies its part, everybody is done. Two events of each rank are known to all others:
+`ready`, behind which its buffer may be read, and `done`, behind its part of the work. The host
+exchanges only words: that every rank has put its event on its stream. No host waits for a device.
 
 An event is put on a stream anew for every operation. A rank does so only after an exchange that
 each other rank enters behind its own use of the event's last place.
@@ -11,17 +11,18 @@ each other rank enters behind its own use of the event's last place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from ..kernels.records import ALL, Row, Where
+from . import fused
 from .call_codes import code_of
 from .device import HANDLE_BYTES, Device, DeviceArray, Event, Exported, Peering, Stream, describe
 from .errors import CommError
-from .fused import part
 from .trace import Signature
 from .transport.base import Channel
 from .work import Prepared, Receipt, Steps
@@ -34,23 +35,33 @@ Words = npt.NDArray[np.int64]
 
 _HANDLE_WORDS = HANDLE_BYTES // 8
 _TRIAL = 1000
+_NOT_REGISTERED, _NOTHING_SHOWN = 0, -1
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What one rank brings to an operation."""
+    """What one rank brings to an operation.
 
+    token: of the memory that it shows; 0 where that is not registered, -1 where it shows none.
+    call: what all ranks must have asked for: operation, op and type as a number, count, root.
+    """
+
+    token: int
     exported: Exported | None
-    count: int
-    code: int
+    call: tuple[int, int, int]
+
+    @property
+    def fits(self) -> bool:
+        """Tell whether this rank can take part."""
+        return self.token != _NOT_REGISTERED
 
     def words(self) -> Words:
-        """Return it as int64: token (0 where not registered), offset, count, code, handle."""
-        row = np.zeros(4 + _HANDLE_WORDS, np.int64)
-        row[2:4] = self.count, self.code
+        """Return it as int64: token, offset, call, handle."""
+        row = np.zeros(5 + _HANDLE_WORDS, np.int64)
+        row[0], row[2:5] = self.token, self.call
         if self.exported is not None:
-            row[:2] = self.exported.token, self.exported.offset
-            row[4:] = np.frombuffer(self.exported.handle.ljust(HANDLE_BYTES, b"\0"), np.int64)
+            row[1] = self.exported.offset
+            row[5:] = np.frombuffer(self.exported.handle.ljust(HANDLE_BYTES, b"\0"), np.int64)
         return row
 
 
@@ -84,37 +95,45 @@ class Ipc:
             for which in range(2)
         )
 
-    def offer(self, array: DeviceArray, op: str) -> Offer:
-        """Return what this rank brings to an allreduce of an array."""
-        fits = self._peering.folds(op, array.dtype.name) and array.count > 0
-        exported = self._peering.export(array.address, array.nbytes) if fits else None
-        return Offer(exported, array.count, code_of("allreduce", op, array.dtype.name))
+    def offer(self, signature: Signature, array: DeviceArray) -> Offer:
+        """Return what this rank brings to a collective on an array."""
+        operation, op, dtype, count, root = signature
+        call = code_of(operation, op, dtype), count, root
+        if not count or (op and not self._peering.folds(op, dtype)):
+            return Offer(_NOT_REGISTERED, None, call)
+        if not fused.own_bytes(operation, self._shape(signature, array)):
+            return Offer(_NOTHING_SHOWN, None, call)
+        exported = self._peering.export(array.address, array.nbytes)
+        return Offer(_NOT_REGISTERED if exported is None else exported.token, exported, call)
 
-    def allreduce(
-        self, array: DeviceArray, op: str, ready: Event, caller: Stream, tag: int
+    def run(
+        self,
+        signature: Signature,
+        array: DeviceArray,
+        into: int,
+        ready: Event,
+        caller: Stream,
+        tag: int,
     ) -> Steps:
         """Run on this rank; return whether it was done, which is alike on all of them.
 
-        ready: behind which this rank's buffer may be used.  caller: the stream that is to follow.
+        into: the address of the result.  ready: behind which this rank's memory may be used.
+        caller: the stream that is to follow.
         """
-        device, peering, comm = self._device, self._peering, self._comm
-        offer = self.offer(array, op)
+        device, peering = self._device, self._peering
+        offer = self.offer(signature, array)
         device.follow(self._stream, ready)
         peering.place(self._mine[0][0], self._stream)
         rows = yield from self._exchange(offer.words(), tag)
         # Calls that differ go the staged way on all ranks, which tells how they differ.
-        if not rows[:, 0].all() or (rows[:, 2:4] != rows[0, 2:4]).any():
+        if not rows[:, 0].all() or (rows[:, 2:5] != rows[0, 2:5]).any():
             return False
-        bases = [
-            array.address if rank == comm.rank else self._opened_at(rank, row) + int(row[1])
-            for rank, row in enumerate(rows)
-        ]
-        low, high = part(array.count, array.dtype.itemsize, comm.size, comm.rank)
+        bases = [self._base(rank, row, array) for rank, row in enumerate(rows)]
         for event in self._ready:
             device.follow(self._stream, event)
-        if high > low:
-            places = [base + low * array.dtype.itemsize for base in bases]
-            peering.fold(op, array.dtype.name, places, high - low, self._stream)
+        program = fused.lower("shared", signature.operation, self._shape(signature, array))
+        for line in program.tolist():
+            self._put(line, signature, bases, into)
         peering.place(self._mine[1][0], self._stream)
         yield from self._exchange(np.zeros(1, np.int64), tag)
         for event in self._done:
@@ -127,6 +146,35 @@ class Ipc:
         for address in opened.values():
             self._peering.close(address)
 
+    def _shape(self, signature: Signature, array: DeviceArray) -> fused.Shape:
+        size = self._comm.size
+        whole = signature.elements * (size if signature.operation in _GATHERING else 1)
+        root = max(signature.peer, 0)
+        return fused.Shape(self._comm.rank, size, whole, array.dtype.itemsize, root)
+
+    def _put(
+        self, line: Sequence[int], signature: Signature, bases: Sequence[int], into: int
+    ) -> None:
+        """Put one row of a program on this rank's stream; meetings are the events around all."""
+        kind, target, entry, offset, _, origin, start, length = line
+        places = [into] if target == Where.OWN else bases if entry == ALL else [bases[entry]]
+        targets = [place + offset for place in places]
+        if kind == Row.FOLD:
+            sources = [base + start for base in bases]
+            self._peering.fold(
+                signature.op, signature.dtype, sources, targets, length, self._stream
+            )
+        elif kind == Row.COPY:
+            self._peering.copy(targets[0], bases[origin] + start, length, self._stream)
+
+    def _base(self, rank: int, row: Words, array: DeviceArray) -> int:
+        """Return where a rank's array lies for this one; 0 where it shows none."""
+        if rank == self._comm.rank:
+            return array.address
+        if row[0] == _NOTHING_SHOWN:
+            return 0
+        return self._opened_at(rank, row) + int(row[1])
+
     def _exchange(self, words: Words, tag: int) -> Steps:
         prepared = self._comm.host_operations.allgather(words)
         self._comm._runner.note(prepared)
@@ -135,8 +183,12 @@ class Ipc:
     def _opened_at(self, rank: int, row: Words) -> int:
         key = rank, int(row[0])
         if key not in self._opened:
-            self._opened[key] = self._peering.open(row[4:].tobytes())
+            self._opened[key] = self._peering.open(row[5:].tobytes())
         return self._opened[key]
+
+
+_GATHERING = ("allgather", "gather")
+"""Collectives whose flat buffer is that of all ranks together."""
 
 
 def open_ipc(comm: Communicator, device: Device) -> tuple[Ipc | None, str]:
@@ -162,15 +214,16 @@ def open_ipc(comm: Communicator, device: Device) -> tuple[Ipc | None, str]:
         return None, why or "another rank cannot open events"
     assert made is not None
     array = describe(x, writable=True)
-    if not _agree(comm, _can_open(made, array)):
+    signature = Signature("allreduce", "sum", array.dtype.name, array.count)
+    if not _agree(comm, _can_open(made, signature, array)):
         return None, "memory cannot be opened"
     caller = device.caller(array)
 
     def run(tag: int) -> Steps:
-        return (yield from made.allreduce(array, "sum", device.record(caller), caller, tag))
+        ready = device.record(caller)
+        return (yield from made.run(signature, array, array.address, ready, caller, tag))
 
     receipt = Receipt("allreduce", "pairwise, in place", "ipc", comm.size, array.nbytes, "trial")
-    signature = Signature("allreduce", "sum", array.dtype.name, array.count)
     done = comm._start(Prepared(receipt, Channel.COLLECTIVE, run, signature), True)
     if not _agree(comm, done and right(comm.size)):
         return None, "a trial gave wrong sums"
@@ -188,9 +241,9 @@ def _agree(comm: Communicator, fine: bool) -> bool:
     return bool(comm.allreduce(np.array([fine], np.uint8), "min")[0])
 
 
-def _can_open(ipc: Ipc, array: DeviceArray) -> bool:
+def _can_open(ipc: Ipc, signature: Signature, array: DeviceArray) -> bool:
     """Exchange handles, and open the others'; collective, and never an error on one rank only."""
-    rows = ipc._comm.allgather(ipc.offer(array, "sum").words())
+    rows = ipc._comm.allgather(ipc.offer(signature, array).words())
     try:
         for rank, row in enumerate(rows):
             if rank != ipc._comm.rank:

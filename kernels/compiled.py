@@ -74,8 +74,9 @@ _KEPT: list[Any] = []
 def _compile(name: str, function: Callable[..., Any], compiler: Callable[..., Any]) -> Any:
     function.__name__ = f"{name}_{_fingerprint()}"
     function.__qualname__ = function.__name__
+    cache_of: Any = FunctionCache  # untyped
     try:
-        folder = Path(FunctionCache(function).cache_path)
+        folder = Path(cache_of(function).cache_path)
     except RuntimeError as error:
         if "cannot cache function" not in str(error):
             raise

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -325,16 +325,28 @@ class FakePeering:
     def folds(self, op: str, dtype: str) -> bool:
         return dtype == "float32"
 
-    def fold(self, op: str, dtype: str, addresses: list[int], count: int, stream: int) -> None:
+    def fold(
+        self,
+        op: str,
+        dtype: str,
+        sources: Sequence[int],
+        targets: Sequence[int],
+        count: int,
+        stream: int,
+    ) -> None:
         nbytes = count * 4
 
         def kernel() -> None:
-            memories = [self._memory(address, nbytes) for address in addresses]
-            total = FOLDS[op](np.stack([m.view(np.float32) for m in memories])).astype(np.float32)
-            for memory in memories:
-                memory.view(np.float32)[:] = total + self.wrong
+            read = [self._memory(address, nbytes).view(np.float32) for address in sources]
+            total = FOLDS[op](np.stack(read)).astype(np.float32)
+            for address in targets:
+                self._memory(address, nbytes).view(np.float32)[:] = total + self.wrong
 
         self.gpu.launch(stream, kernel)
+
+    def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
+        into = self.gpu.memory(target, nbytes)
+        self.gpu.launch(stream, lambda: np.copyto(into, self._memory(source, nbytes)))
 
     def trial(self, count: int) -> tuple[FakeArray, Callable[[int], bool]]:
         x = FakeArray(self.gpu, np.empty(count, np.float32), registered=True)

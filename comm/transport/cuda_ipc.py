@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,16 +99,32 @@ class CudaPeering:
         """Tell whether `fold` knows an op on a type."""
         return dtype != "bool" and op in DTYPES[dtype].ops
 
-    def fold(self, op: str, dtype: str, addresses: list[int], count: int, stream: Stream) -> None:
-        """Put a kernel on a stream: fold count elements at all addresses, in order, into all.
+    def fold(
+        self,
+        op: str,
+        dtype: str,
+        sources: Sequence[int],
+        targets: Sequence[int],
+        count: int,
+        stream: Stream,
+    ) -> None:
+        """Put a kernel on a stream: fold count elements at all sources, in order, into all targets.
 
         Half widths are added in float32 and rounded once, as on the host.
         """
         from ...kernels.device.fold import fold
 
-        before, after = divisors(op, DTYPES[dtype], len(addresses))
-        peers, launcher = self._placed(tuple(addresses), stream)
-        fold(op, dtype, peers, peers, count, launcher, first=before, last=after)
+        before, after = divisors(op, DTYPES[dtype], len(sources))
+        (read, launcher), (written, _) = (
+            self._placed(tuple(addresses), stream) for addresses in (sources, targets)
+        )
+        fold(op, dtype, read, written, count, launcher, first=before, last=after)
+
+    def copy(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
+        """Put a copy on a stream; the two may lie on different GPUs."""
+        runtime = self._runtime
+        with self._told("another rank's memory cannot be copied"):
+            runtime.memcpyAsync(target, source, nbytes, runtime.memcpyDefault, stream)
 
     def _placed(self, addresses: tuple[int, ...], stream: Stream) -> tuple[Any, Any]:
         """Return a table of addresses in device memory, which is kept for the next time."""

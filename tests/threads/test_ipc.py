@@ -8,7 +8,8 @@ import pytest
 from contract import FOLDS, data, expected, lengths
 from fake_device import FakeArray, FakeGpu, FakeNode, SharedEvent, use_fake
 
-from ringfold import Communicator, Settings, run_local
+from ringfold import CommError, Communicator, Settings, run_local
+from ringfold.comm.chunks import bounds
 
 SETTINGS = Settings(timeout=20)
 
@@ -36,6 +37,113 @@ def test_every_op_and_length(size: int) -> None:
                 np.testing.assert_array_equal(x.get(), expected(op, size, count, np.float32))
 
     on_node(size, main)
+
+
+def rows(comm: Communicator, count: int) -> np.ndarray:
+    return np.stack([data(rank, count, np.float32) for rank in range(comm.size)])
+
+
+def ended(work: Any) -> Any:
+    assert work.receipt.transport == "ipc", work.receipt
+    return work.wait()
+
+
+def check_reduce(comm: Communicator, gpu: FakeGpu, count: int, root: int) -> None:
+    x = late(gpu, data(comm.rank, count, np.float32))
+    ended(comm.reduce(x, root, "max", blocking=False))
+    at_root = comm.rank == root
+    wanted = rows(comm, count).max(0) if at_root else data(comm.rank, count, np.float32)
+    np.testing.assert_array_equal(x.get(), wanted)
+
+
+def check_reduce_scatter(comm: Communicator, gpu: FakeGpu, count: int, root: int) -> None:
+    x = late(gpu, data(comm.rank, count, np.float32))
+    piece = ended(comm.reduce_scatter(x, "sum", blocking=False))
+    low, high = bounds(count, comm.size, comm.rank)
+    wanted = expected("sum", comm.size, count, np.float32)[low:high]
+    np.testing.assert_array_equal(piece.get(), wanted)
+    np.testing.assert_array_equal(x.get(), data(comm.rank, count, np.float32))
+
+
+def check_broadcast(comm: Communicator, gpu: FakeGpu, count: int, root: int) -> None:
+    """Into memory that is registered nowhere but at the root; the receipt can't know of that."""
+    x = late(gpu, data(comm.rank, count, np.float32), registered=comm.rank == root)
+    before = len(gpu.log)
+    comm.broadcast(x, root)
+    assert "to_host" not in {entry[0] for entry in gpu.log[before:]}
+    np.testing.assert_array_equal(x.get(), data(root, count, np.float32))
+
+
+def check_allgather(comm: Communicator, gpu: FakeGpu, count: int, root: int) -> None:
+    x = late(gpu, data(comm.rank, count, np.float32))
+    np.testing.assert_array_equal(ended(comm.allgather(x, blocking=False)).get(), rows(comm, count))
+
+
+def check_gather(comm: Communicator, gpu: FakeGpu, count: int, root: int) -> None:
+    x = late(gpu, data(comm.rank, count, np.float32))
+    found = ended(comm.gather(x, root, blocking=False))
+    if comm.rank == root:
+        np.testing.assert_array_equal(found.get(), rows(comm, count))
+    else:
+        assert found is None
+
+
+def check_alltoall(comm: Communicator, gpu: FakeGpu, count: int, root: int) -> None:
+    sent = [
+        data(rank, comm.size * count, np.float32).reshape(-1, count) for rank in range(comm.size)
+    ]
+    found = ended(comm.alltoall(late(gpu, sent[comm.rank]), blocking=False))
+    np.testing.assert_array_equal(found.get(), np.stack([x[comm.rank] for x in sent]))
+
+
+COLLECTIVES = {
+    "reduce": check_reduce,
+    "reduce_scatter": check_reduce_scatter,
+    "broadcast": check_broadcast,
+    "allgather": check_allgather,
+    "gather": check_gather,
+    "alltoall": check_alltoall,
+}
+
+
+@pytest.mark.parametrize("name", COLLECTIVES)
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_the_other_collectives(size: int, name: str) -> None:
+    def main(comm: Communicator, gpu: FakeGpu) -> None:
+        for count in (n for n in lengths(size) if n):
+            for root in (0, comm.size - 1):
+                COLLECTIVES[name](comm, gpu, count, root)
+                comm.barrier()  # a peer's stream may still have to read
+
+    on_node(size, main)
+
+
+def test_types_that_no_kernel_folds_are_moved() -> None:
+    def main(comm: Communicator, gpu: FakeGpu) -> None:
+        flags = np.arange(20) % (comm.rank + 2) == 0
+        found = ended(comm.allgather(late(gpu, flags), blocking=False)).get()
+        for rank, row in enumerate(found):
+            np.testing.assert_array_equal(row, np.arange(20) % (rank + 2) == 0)
+        x = late(gpu, flags)
+        work = comm.allreduce(x, "max", blocking=False)
+        work.wait()
+        assert work.receipt.transport == "staged, local"
+        comm.barrier()
+
+    on_node(2, main)
+
+
+def test_ranks_whose_roots_differ_are_told() -> None:
+    def main(comm: Communicator, gpu: FakeGpu) -> str:
+        with pytest.raises(CommError) as caught:  # who hears it first ends, and is lost to others
+            comm.reduce(late(gpu, np.ones(8, np.float32)), root=comm.rank)
+        return str(caught.value)
+
+    node = FakeNode()
+    told = run_local(
+        2, lambda comm: main(comm, use_fake(comm, node=node)), settings=Settings(timeout=5)
+    )
+    assert any("root 0" in words and "root 1" in words for words in told), told
 
 
 def test_no_host_waits_and_nothing_is_copied() -> None:

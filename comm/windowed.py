@@ -1,0 +1,144 @@
+"""Run a collective on device memory window by window, through pinned host memory.
+
+While one window is exchanged on the host, the next is copied in and the one before is copied out,
+on streams of their own. What the caller has put on its stream before the call runs before the
+copies; what it puts there after the operation has ended runs behind them: nobody has to
+synchronise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .device import Device, DeviceArray, Event, Stream, describe
+from .staging import Place, Staging, Typed
+from .transport.base import Request
+from .windows import Window
+from .work import Steps
+
+_LOOKS, _GLANCES = 200, 4
+"""How often a rank looks at an event before it does other things, if somebody waits, and if not."""
+
+Exchange = Callable[[Typed], Steps]
+"""A window's collective on the host; returns what its operation returns."""
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What one rank keeps for one device: two streams for copies, and pinned memory."""
+
+    device: Device
+    inward: Stream
+    outward: Stream
+    staging: Staging
+
+    def caller(self, array: DeviceArray) -> Stream:
+        """Return the caller's stream as it is now: a plan may have been made under another."""
+        return self.device.caller(describe(array.owner, writable=False))
+
+
+@dataclass(frozen=True)
+class _Copying:
+    """What an operation that waits for this rank's own device shows: nobody else is waited for."""
+
+    peer: int
+    event: Event
+
+    def done(self) -> bool:
+        return self.event.ended()
+
+
+def run_windows(
+    lane: Lane,
+    rank: int,
+    array: DeviceArray,
+    into: int,
+    windows: Sequence[Window],
+    exchange: Exchange,
+    ready: Event,
+    caller: Stream,
+) -> Steps:
+    """Run the windows from an array to the address `into`; the caller's stream follows.
+
+    ready: behind which the array may be read, and written to `into`.
+    """
+    device, item = lane.device, array.dtype.itemsize
+    patient: bool | None = False
+    device.follow(lane.inward, ready)
+    device.follow(lane.outward, ready)
+    slots = [_Slot(lane, windows, item) for _ in range(min(2, len(windows)))]
+    fetched = deque([slots[0].fetch(windows[0], array.address)])
+    for index, window in enumerate(windows):
+        if index + 1 < len(windows):
+            ahead = slots[(index + 1) % 2]
+            fetched.append(ahead.fetch(windows[index + 1], array.address))
+        patient = yield from _until(fetched.popleft(), rank, patient)
+        slot = slots[index % 2]
+        result = yield from exchange(typed(slot.passed(window), array, window.shape))
+        slot.deliver(window, result, into)
+    # Also where there was nothing to copy out: what comes next may change what was read.
+    last = device.record(lane.outward)
+    device.follow(caller, device.record(lane.inward))
+    device.follow(caller, last)
+    for slot in slots:
+        lane.staging.give(slot.place, last)
+
+
+def _until(
+    event: Event, rank: int, patient: bool | None
+) -> Generator[list[Request], bool | None, bool | None]:
+    """Wait for an event; take and return whether somebody waits for the operation."""
+    while True:
+        for _ in range(_LOOKS if patient else _GLANCES):
+            if event.ended():
+                return patient
+            os.sched_yield()
+        patient = yield [_Copying(rank, event)]
+
+
+class _Slot:
+    """One of an operation's two places: what is passed, and behind it what comes out."""
+
+    def __init__(self, lane: Lane, windows: Sequence[Window], item: int) -> None:
+        self._lane, self._item = lane, item
+        self._second = max(window.count for window in windows) * item
+        results = max(window.result for window in windows) * item
+        self.place: Place = lane.staging.take(self._second + results)
+        self._emptied: Event | None = None
+
+    def fetch(self, window: Window, address: int) -> Event:
+        """Start to copy a window in; the place is the host's when the event has ended."""
+        device, inward, item = self._lane.device, self._lane.inward, self._item
+        if self._emptied is not None:
+            device.follow(inward, self._emptied)
+        for start, at, count in window.into:
+            device.to_host(self.place.part(start * item, count * item), address + at * item, inward)
+        return device.record(inward)
+
+    def passed(self, window: Window) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Return the bytes that the host passes."""
+        return self.place.part(0, window.count * self._item)
+
+    def deliver(self, window: Window, result: Any, address: int) -> None:
+        """Start to copy a window's result out."""
+        device, outward, item = self._lane.device, self._lane.outward, self._item
+        begin = 0
+        if isinstance(result, np.ndarray) and window.out:
+            begin = self._second
+            source = result.reshape(-1).view(np.uint8)
+            self.place.part(begin, source.size)[:] = source
+        for start, at, count in window.out:
+            source = self.place.part(begin + start * item, count * item)
+            device.to_device(address + at * item, source, outward)
+        self._emptied = device.record(outward)
+
+
+def typed(part: np.ndarray[Any, Any], array: DeviceArray, shape: tuple[int, ...]) -> Typed:
+    """Return pinned bytes as elements of an array's type."""
+    return Typed(part.view(array.dtype.storage).reshape(shape), array.dtype)
