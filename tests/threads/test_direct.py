@@ -11,8 +11,8 @@ from staged_contract import CHECKS, late, run
 from ringfold import Communicator, Settings, run_local
 from ringfold.comm.transport.local import LocalTransport
 from ringfold.comm.ways import device_ways
-from ringfold.doctor import gpu_memory
-from ringfold.findings import State
+from ringfold.doctor_gpu import gpu_memory
+from ringfold.findings import Finding, State
 
 SETTINGS = Settings(timeout=20, segment_bytes=400, max_message_bytes=200)
 
@@ -92,10 +92,42 @@ def test_collectives_need_all_ranks_and_messages_each_its_own(kind: str) -> None
     run_local(3, main, settings=SETTINGS)
 
 
+def empty(gpu: FakeGpu) -> FakeArray:
+    return late(gpu, np.zeros(1000, np.float32))
+
+
+def exact(comm: Communicator) -> tuple[np.ndarray, np.ndarray]:
+    mine = (np.arange(1000) + comm.rank).astype(np.float32)
+    return mine, mine * comm.size + sum(range(comm.size)) - comm.rank * comm.size
+
+
+@pytest.mark.parametrize("fault", ["raises", "loses"])
+def test_doctor_tells_of_a_rank_whose_memory_fails(fault: str) -> None:
+    def main(comm: Communicator) -> list[Finding]:
+        gpu = use_fake(comm, aware=AWARE)
+
+        def make() -> FakeArray:
+            if comm.rank == 1 and fault == "raises":
+                raise MemoryError("out of memory\nat once")
+            x = empty(gpu)
+            if comm.rank == 1:
+                x.set = lambda values: None  # type: ignore[method-assign]
+            return x
+
+        return gpu_memory(comm, make, *exact(comm))
+
+    told = run_local(3, main, settings=SETTINGS)
+    assert told[0] == told[1] == told[2]
+    (finding,) = told[0]
+    assert finding.state is State.BROKEN and finding.advice
+    words = {"raises": "rank 1: MemoryError: out of memory at once", "loses": "rank 1: what was"}
+    assert finding.value.startswith(words[fault])
+
+
 def test_doctor_tells_each_pairs_way_and_checks_a_sum() -> None:
     def main(comm: Communicator) -> list[str]:
         gpu = use_fake(comm, aware=UNAWARE if comm.rank == 2 else AWARE)
-        found = gpu_memory(comm, late(gpu, np.zeros(1000, np.float32)))
+        found = gpu_memory(comm, lambda: empty(gpu), *exact(comm))
         assert [finding.state for finding in found] == [State.GOOD] * 2
         assert found[1].value.startswith("right, staged, local")
         ways = device_ways(comm, late(gpu, np.zeros(1)))
@@ -110,10 +142,10 @@ def test_doctor_tells_each_pairs_way_and_checks_a_sum() -> None:
 def test_doctor_calls_a_wrong_sum_broken() -> None:
     def main(comm: Communicator) -> None:
         gpu = use_fake(comm, aware=AWARE)
-        x = late(gpu, np.zeros(1000, np.float32))
+        x, looks = empty(gpu), iter((0, comm.rank))
         honest = x.get
-        x.get = lambda: honest() + (comm.rank == 1)  # type: ignore[method-assign]
-        found = gpu_memory(comm, x)
+        x.get = lambda: honest() + next(looks)  # type: ignore[method-assign]
+        found = gpu_memory(comm, lambda: x, *exact(comm))
         assert found[1].state is State.BROKEN and "1000 elements wrong" in found[1].value
 
     run_local(2, main, settings=SETTINGS)
