@@ -21,11 +21,13 @@ from options import parser_of, read_sizes
 from plots import plot_bars
 
 import ringfold
-from ringfold.comm.fingerprint import tag_of
+from ringfold.comm.fingerprint import shares_of, tag_of
 from ringfold.comm.meeting import Meeting
 from ringfold.comm.trace import Ring
 from ringfold.kernels import meeting as meetings
 from ringfold.kernels.compiled import compile_kernel
+from ringfold.kernels.message_words import Word
+from ringfold.kernels.ring import note_end, note_start
 
 LOOPS = 20_000
 ROUNDS = 15
@@ -50,16 +52,24 @@ def meeting_checks() -> Callable[[int, int], int]:
     return compile_kernel("repeat_checks", repeat_checks, types.int64, types.int64)
 
 
-def message_checks(ring: Ring, repetitions: int) -> None:
-    """Do what an operation over messages does for the checks."""
-    for sequence in range(repetitions):
-        tag_of(sequence, 0x9E3779B9, 1 << 22)
-        for _ in ring.noted(_nothing(), ring.begin(1, sequence)):
-            pass
+def message_checks(ring: Ring) -> Callable[[int], None]:
+    """Return what does, so many times, what an operation over messages does for the checks."""
 
+    def note(address: Any, repetitions: Any) -> Any:
+        for sequence in range(repetitions):
+            note_end(address, note_start(address, 1, sequence), 1)
 
-def _nothing() -> Any:
-    yield from ()
+    compiled_note = compile_kernel("note", note, types.int64, types.int64)
+    words, shares = np.zeros(Word.WORDS, np.int64).data, shares_of(1 << 22)
+    at = [int(word) for word in (Word.RING, Word.CALLED, Word.SEQUENCE)]
+
+    def repeat(repetitions: int) -> None:
+        for sequence in range(repetitions):
+            tag_of(sequence, 0x9E3779B9, shares)
+            words[at[0]], words[at[1]], words[at[2]] = ring.address, 1, sequence
+        compiled_note(ring.address, repetitions)
+
+    return repeat
 
 
 def seconds_of(run: Callable[[int], object]) -> float:
@@ -88,8 +98,8 @@ def compare(comm: ringfold.Communicator, sizes: list[int]) -> list[dict[str, Any
             transport, address = "shared", meeting.address
             checks = seconds_of(lambda count, address=address: repeat(address, count))
         else:
-            transport, ring = "messages", Ring()
-            checks = seconds_of(lambda count, ring=ring: message_checks(ring, count))
+            transport = "messages"
+            checks = seconds_of(message_checks(Ring()))
         checks = float(comm.allreduce(np.array([checks]), "max")[0])
         rows.append(
             {

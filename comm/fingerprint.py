@@ -14,6 +14,8 @@ from .trace import Signature
 
 _MOST_BITS = 30
 
+Shares = tuple[int, int, int]
+
 
 def agreed(signature: Signature) -> tuple[str, str, str, int, int]:
     """Return what of a collective's signature must be the same on all ranks."""
@@ -29,19 +31,21 @@ def fingerprint(signature: Signature, algorithm: str) -> int:
     return zlib.crc32(repr((agreed(signature), algorithm)).encode())
 
 
-def tag_of(sequence: int, mark: int, max_tag: int) -> int:
+def tag_of(sequence: int, mark: int, shares: Shares) -> int:
     """Return the tag of a group's collective number `sequence` with a fingerprint.
+
+    shares: of the transport's tags, from `shares_of`.
+    """
+    away, low, mask = shares
+    return (mark >> away) << low | (sequence & mask)
+
+
+def shares_of(max_tag: int) -> Shares:
+    """Return how many bits of a fingerprint are left out, how many count works, and their mask.
 
     Half of the bits that MPI allows tell works in flight at the same time apart, and half of them
     different calls.
     """
-    away, low, mask = _shares(max_tag)
-    return (mark >> away) << low | (sequence & mask)
-
-
-@lru_cache
-def _shares(max_tag: int) -> tuple[int, int, int]:
-    """Return how many bits of a fingerprint are left out, how many count works, and their mask."""
     bits = min(max_tag.bit_length() - (max_tag & (max_tag + 1) != 0), _MOST_BITS)
     low = bits // 2
     return 32 - (bits - low), low, (1 << low) - 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,16 @@ from .trace import Signature
 from .transport.base import Channel, Transport
 from .transport.mpi_compiled import Compiled, InFlight, can_run
 from .work import Prepared, Receipt, Steps
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A program bound to its memory, without compiled code."""
+
+    run: Callable[[int], Steps]
+
+
+Executor = Compiled | Plain
 
 
 class Operations:
@@ -113,7 +123,7 @@ class Operations:
         flat, dtype = inner.flat, inner.dtype
         chosen = self.choice.choose(name, flat.size, dtype, algorithm, root)
         how = reduction(chosen.program, flat, dtype, op, self._size, chosen.raw_reduce)
-        execute = self._executor(how.program, how.work, how.work, how.arithmetic)
+        executor = self._executor(how.program, how.work, how.work, how.arithmetic)
 
         def run(tag: int) -> Steps:
             if inner is buffer:
@@ -121,7 +131,7 @@ class Operations:
             else:
                 np.copyto(flat, buffer.view.reshape(-1))
             how.begin()
-            yield from execute(tag)
+            yield from executor.run(tag)
             if inner is buffer:
                 how.finish()
                 buffer.commit()
@@ -129,7 +139,7 @@ class Operations:
 
         peer = -1 if name == "allreduce" else root
         signature = Signature(name, op, dtype.name, flat.size, peer)
-        return self._prepared(signature, chosen, flat.nbytes, run)
+        return self._prepared(signature, chosen, flat.nbytes, run, executor)
 
     def reduce_scatter(
         self, x: Any, op: str = "sum", algorithm: str | Schedule | None = None
@@ -142,20 +152,20 @@ class Operations:
         inner = _copy(buffer)
         chosen = self.choice.choose("reduce_scatter", inner.flat.size, dtype, algorithm, 0)
         how = reduction(chosen.program, inner.flat, dtype, op, self._size, chosen.raw_reduce)
-        execute = self._executor(how.program, how.work, how.work, how.arithmetic)
+        executor = self._executor(how.program, how.work, how.work, how.arithmetic)
         low, high = bounds(inner.flat.size, self._size, self._rank)
 
         def run(tag: int) -> Steps:
             np.copyto(inner.flat, buffer.view.reshape(-1))
             how.begin()
-            yield from execute(tag)
+            yield from executor.run(tag)
             how.finish()
             result = buffer.like((high - low,))
             wrap(result, writable=True).flat[...] = inner.flat[low:high]
             return result
 
         signature = Signature("reduce_scatter", op, dtype.name, inner.flat.size)
-        return self._prepared(signature, chosen, inner.flat.nbytes, run)
+        return self._prepared(signature, chosen, inner.flat.nbytes, run, executor)
 
     def broadcast(self, x: Any, root: int = 0, algorithm: str | Schedule | None = None) -> Prepared:
         root = self.root(root)
@@ -163,17 +173,17 @@ class Operations:
         if self._meetings and algorithm is None:
             return self._meetings.broadcast(buffer, root)
         chosen = self.choice.choose("broadcast", buffer.flat.size, buffer.dtype, algorithm, root)
-        execute = self._executor(chosen.program, buffer.flat, buffer.flat)
+        executor = self._executor(chosen.program, buffer.flat, buffer.flat)
 
         def run(tag: int) -> Steps:
             buffer.stage()
-            yield from execute(tag)
+            yield from executor.run(tag)
             if self._rank != root:
                 buffer.commit()
             return buffer.owner
 
         signature = Signature("broadcast", "", buffer.dtype.name, buffer.flat.size, root)
-        return self._prepared(signature, chosen, buffer.flat.nbytes, run)
+        return self._prepared(signature, chosen, buffer.flat.nbytes, run, executor)
 
     def allgather(self, x: Any, algorithm: str | Schedule | None = None) -> Prepared:
         buffer = self._wrap(x, writable=False)
@@ -187,7 +197,7 @@ class Operations:
             result = buffer.like((self._size, *buffer.shape))
             flat = wrap(result, writable=True).flat
             flat[self._rank * count : (self._rank + 1) * count] = buffer.flat
-            yield from self._executor(chosen.program, flat, flat)(tag)
+            yield from self._executor(chosen.program, flat, flat).run(tag)
             return result
 
         signature = Signature("allgather", "", buffer.dtype.name, buffer.flat.size)
@@ -208,7 +218,7 @@ class Operations:
             result = buffer.like((self._size, *buffer.shape))
             flat = wrap(result, writable=True).flat
             flat[self._rank * count : (self._rank + 1) * count] = buffer.flat
-            yield from self._executor(chosen.program, flat, flat)(tag)
+            yield from self._executor(chosen.program, flat, flat).run(tag)
             return result if self._rank == root else None
 
         signature = Signature("gather", "", buffer.dtype.name, buffer.flat.size, root)
@@ -228,7 +238,7 @@ class Operations:
         name = algorithm if algorithm is not None else "tree"
 
         def run(tag: int) -> Steps:
-            yield from self._executor(announce.program, words, words)(tag)
+            yield from self._executor(announce.program, words, words).run(tag)
             family, dtype, shape = header.read(words)
             count = int(np.prod(shape, dtype=np.int64))
             chosen = self.choice.choose("scatter", count * self._size, dtype, name, root)
@@ -239,7 +249,7 @@ class Operations:
                 buffer.stage()
                 result = buffer.like(shape)
                 flat = buffer.flat
-            yield from self._executor(chosen.program, flat, flat)(tag)
+            yield from self._executor(chosen.program, flat, flat).run(tag)
             own = flat[self._rank * count : (self._rank + 1) * count]
             wrap(result, writable=True).flat[...] = own
             return result
@@ -266,7 +276,7 @@ class Operations:
             flat = wrap(result, writable=True).flat
             own = slice(self._rank * row, (self._rank + 1) * row)
             flat[own] = buffer.flat[own]
-            yield from self._executor(chosen.program, buffer.flat, flat)(tag)
+            yield from self._executor(chosen.program, buffer.flat, flat).run(tag)
             return result
 
         signature = Signature("alltoall", "", buffer.dtype.name, buffer.flat.size)
@@ -277,8 +287,8 @@ class Operations:
             return self._meetings.barrier()
         token = np.zeros(1, np.uint8)
         chosen = self.choice.choose("barrier", 1, DTYPES["uint8"], None, 0)
-        execute = self._executor(chosen.program, token, token)
-        return self._prepared(Signature("barrier"), chosen, 0, execute)
+        executor = self._executor(chosen.program, token, token)
+        return self._prepared(Signature("barrier"), chosen, 0, executor.run, executor)
 
     # -- point to point ----------------------------------------------------------------------
 
@@ -325,8 +335,14 @@ class Operations:
     # -- how they run, and checks --------------------------------------------------------------
 
     def _prepared(
-        self, signature: Signature, chosen: Chosen, nbytes: int, run: Callable[[int], Steps]
+        self,
+        signature: Signature,
+        chosen: Chosen,
+        nbytes: int,
+        run: Callable[[int], Steps],
+        executor: Executor | None = None,
     ) -> Prepared:
+        """executor: what `run` runs, once, where that is known before."""
         receipt = Receipt(
             signature.operation,
             chosen.algorithm,
@@ -336,7 +352,8 @@ class Operations:
             chosen.reason + self._lacking,
         )
         mark = fingerprint(signature, chosen.algorithm)
-        return Prepared(receipt, Channel.COLLECTIVE, run, signature, mark=mark)
+        note = executor.note if isinstance(executor, Compiled) else None
+        return Prepared(receipt, Channel.COLLECTIVE, run, signature, mark=mark, note=note)
 
     def _executor(
         self,
@@ -344,12 +361,12 @@ class Operations:
         source: npt.NDArray[Any],
         target: npt.NDArray[Any],
         arithmetic: Arithmetic = MOVE,
-    ) -> Callable[[int], Steps]:
-        """Bind a program to its memory; the function runs it, given the lane's tag."""
+    ) -> Executor:
+        """Bind a program to its memory."""
         if self._compiled and can_run(self._transport.calls, program, arithmetic):
             lane = self._lane(0)
-            return Compiled(program, lane, source, target, arithmetic, self._in_flight).run
-        return lambda tag: execute(program, self._lane(tag), source, target, arithmetic)
+            return Compiled(program, lane, source, target, arithmetic, self._in_flight)
+        return Plain(lambda tag: execute(program, self._lane(tag), source, target, arithmetic))
 
     def _lane(self, tag: int) -> Lane:
         settings = self._settings

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..kernels.records import Status
 from .errors import CommError
-from .fingerprint import tag_of
+from .fingerprint import shares_of, tag_of
 from .progress import Progress
 from .timeline import WAIT
 from .trace import Sites
@@ -37,6 +37,8 @@ class Runner:
     def __init__(self, transport: Transport, progress: Progress, name: str) -> None:
         self.name = name
         self.counter = np.zeros(2, np.int64)
+        self._counts = self.counter.data
+        self._shares = shares_of(transport.max_tag)
         self.closed = False
         self.attentive = progress.timeline is not None
         self._transport = transport
@@ -96,11 +98,12 @@ class Runner:
         of_messages = prepared.channel is not Channel.COLLECTIVE
 
         def begin() -> Steps:
-            self.counter[int(of_messages)] += 1
-            sequence = int(self.counter[int(of_messages)])
-            number = self._ring.begin(call, sequence)
-            tag = tag_of(sequence, prepared.mark, self._transport.max_tag)
-            return self._ring.noted(prepared.run(tag), number)
+            self._counts[of_messages] = sequence = self._counts[of_messages] + 1
+            tag = tag_of(sequence, prepared.mark, self._shares)
+            if prepared.note is not None:
+                prepared.note(self._ring, call, sequence)
+                return prepared.run(tag)
+            return self._ring.noted(prepared.run(tag), self._ring.begin(call, sequence))
 
         group = "" if of_messages else self.name
         background = prepared.background and not blocking

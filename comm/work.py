@@ -45,6 +45,7 @@ class Prepared:
     run: given the lane's tag, does it; the generator returns the operation's result.
     signature: what was asked for.
     meeting: where the operation meets on a board.
+    note: given (ring, call, sequence), lets the next run note itself there; None where it does not.
     background: somebody else may wait for it, so that it goes on also while nobody waits here.
     mark: of what was asked for, see fingerprint; part of the tags of a collective's messages.
     plain: it is nothing but this meeting, whose result is `owner`.
@@ -59,6 +60,7 @@ class Prepared:
     owner: Any = None
     mark: int = 0
     background: bool = True
+    note: Callable[[Any, int, int], None] | None = None
 
 
 class Work:

@@ -20,7 +20,6 @@ from .native import (
     copy_bytes,
     fence,
     load,
-    nanoseconds,
     read_process,
     relax,
     store,
@@ -32,20 +31,17 @@ from .records import (
     LINE_BYTES,
     NOTE_BYTES,
     PAIR,
-    RING_BYTES,
-    RING_ENTRIES,
     ROW_WORDS,
     BoardWord,
-    EntryWord,
     Note,
     Outcome,
     Place,
-    RingWord,
     Row,
     Status,
     Where,
     WorkWord,
 )
+from .ring import note_end, note_start
 from .scalars import compiled, pointer_to
 
 _RUNNING, _DONE = np.int64(Status.RUNNING), np.int64(Status.DONE)
@@ -73,11 +69,6 @@ _SPINS, _YIELDS, _BROKEN = map(int, (BoardWord.SPINS, BoardWord.YIELDS, BoardWor
 _REFUSED = np.int64(Status.REFUSED)
 _RING, _COUNTER = int(BoardWord.RING), int(BoardWord.COUNTER)
 _CALLED, _ENTRY = int(WorkWord.CALLED), int(WorkWord.ENTRY)
-_RING_WORDS, _RING_HEAD = RING_BYTES // 8, int(RingWord.WORDS)
-_NEXT, _CLOCK, _CLOCK_ID = map(int, (RingWord.NEXT, RingWord.CLOCK, RingWord.CLOCK_ID))
-_RING_MASK, _ENTRY_WORDS = RING_ENTRIES - 1, int(EntryWord.WORDS)
-_NUMBER, _CALL_NUMBER, _SEQUENCE = map(int, (EntryWord.NUMBER, EntryWord.CALL, EntryWord.SEQUENCE))
-_START, _ENDED, _OUTCOME = map(int, (EntryWord.START, EntryWord.END, EntryWord.OUTCOME))
 _WELL, _BADLY = int(Outcome.DONE), int(Outcome.FAILED)
 
 
@@ -88,32 +79,16 @@ def _words(address: Any, count: Any) -> Any:
 
 @compiled
 def _note_start(work: Any, board: Any) -> Any:
-    """Note in the rank's ring that a work begins; as trace.Ring.begin."""
-    ring = _words(board[_RING], _RING_WORDS)
+    """Note in the rank's ring that a work begins."""
     counter = _words(board[_COUNTER], 1)
     counter[0] += 1
-    ring[_NEXT] += 1
-    number = ring[_NEXT]
-    at = _RING_HEAD + (number & _RING_MASK) * _ENTRY_WORDS
-    address = board[_RING] + 8 * at
-    store(address, 0)
-    ring[at + _CALL_NUMBER] = work[_CALLED]
-    ring[at + _SEQUENCE] = counter[0]
-    ring[at + _ENDED] = 0
-    ring[at + _OUTCOME] = 0
-    ring[at + _START] = nanoseconds(ring[_CLOCK], ring[_CLOCK_ID])
-    store(address, number)
-    work[_ENTRY] = number
+    work[_ENTRY] = note_start(board[_RING], work[_CALLED], counter[0])
 
 
 @compiled
 def _note_end(work: Any, board: Any, outcome: Any) -> Any:
-    """Note that it has ended, unless newer ones have taken its place."""
-    ring = _words(board[_RING], _RING_WORDS)
-    at = _RING_HEAD + (work[_ENTRY] & _RING_MASK) * _ENTRY_WORDS
-    if ring[at + _NUMBER] == work[_ENTRY]:
-        ring[at + _OUTCOME] = outcome
-        ring[at + _ENDED] = nanoseconds(ring[_CLOCK], ring[_CLOCK_ID])
+    """Note that it has ended."""
+    note_end(board[_RING], work[_ENTRY], outcome)
 
 
 @compiled

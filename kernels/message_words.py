@@ -20,6 +20,8 @@ class Word(IntEnum):
     TAG: of this run.
     FIRST, END: rows of the current round.  SEND_ROW, SEND_LOW, RECV_ROW, RECV_LOW: what is next.
     HEAD, TAIL: slots started and finished, over all rounds.
+    RING: address of the ring where runs are noted, 0 for none; CALLED: what it calls them.
+    SEQUENCE: of the group's collectives.  ENTRY: the number of the run's entry there, 0 for none.
     FLAG: where MPI writes an int.  PIECE: the record of the arithmetic.
     FAILED_PEER, FAILED_CODE, FAILED_WANTED, FAILED_GOT: what ended the program; see Status.
     """
@@ -64,8 +66,12 @@ class Word(IntEnum):
     FAILED_GOT = 37
     ADDING = 38
     LIMIT = 39
-    FLAG = 40
-    PIECE = 41
+    RING = 40
+    CALLED = 41
+    SEQUENCE = 42
+    ENTRY = 43
+    FLAG = 44
+    PIECE = 45
     WORDS = PIECE + 4
 
 

@@ -18,6 +18,8 @@ from .compiled import Kernel, compile_kernel
 from .foreign import call_get_count, call_post, call_test, call_yield
 from .message_words import Slot, Status, Word
 from .native import call
+from .records import Outcome
+from .ring import note_end, note_start
 from .scalars import compiled, pointer_to
 
 SPINS = 50
@@ -44,6 +46,8 @@ _SEND_ROW, _SEND_LOW = int(Word.SEND_ROW), int(Word.SEND_LOW)
 _RECV_ROW, _RECV_LOW = int(Word.RECV_ROW), int(Word.RECV_LOW)
 _FAILED_PEER, _FAILED_CODE = int(Word.FAILED_PEER), int(Word.FAILED_CODE)
 _FAILED_WANTED, _FAILED_GOT = int(Word.FAILED_WANTED), int(Word.FAILED_GOT)
+_RING, _CALLED, _SEQUENCE, _ENTRY = map(int, (Word.RING, Word.CALLED, Word.SEQUENCE, Word.ENTRY))
+_WELL = int(Outcome.DONE)
 _WORDS = int(Word.WORDS)
 _SEND, _RECV, _SENDING, _RECEIVING = map(int, (Slot.SEND, Slot.RECV, Slot.SENDING, Slot.RECEIVING))
 _DST, _SRC = int(Slot.DST), int(Slot.SRC)
@@ -266,16 +270,23 @@ def advance_kernel() -> Kernel:
     """Return the compiled (record, tag, looks) -> Status that goes on with a program.
 
     tag: start anew with this tag; -1 to go on.  looks: how often to look for one message before
-    returning RUNNING. The slots from TAIL to HEAD are then in flight; so they are after a failure.
+    returning RUNNING. The slots from TAIL to HEAD are then in flight; so they are after a failure,
+    which the caller notes.
     """
 
     def advance_messages(record: Any, tag: Any, looks: Any) -> Any:
+        work = _words(record, _WORDS)
         if tag >= 0:
-            work = _words(record, _WORDS)
             work[_TAG] = tag
             work[_FIRST], work[_END], work[_HEAD], work[_TAIL] = 0, 0, 0, 0
             work[_SEND_ROW], work[_RECV_ROW] = 0, 0
-        return _advance(record, looks)
+            work[_ENTRY] = 0
+            if work[_RING] != 0:
+                work[_ENTRY] = note_start(work[_RING], work[_CALLED], work[_SEQUENCE])
+        status = _advance(record, looks)
+        if status == _DONE and work[_ENTRY] != 0:
+            note_end(work[_RING], work[_ENTRY], _WELL)
+        return status
 
     return compile_kernel(
         "advance_messages", advance_messages, types.int64, types.int64, types.int64

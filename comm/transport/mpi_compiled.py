@@ -12,14 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 from ...kernels.message_words import Slot, Status, Word
+from ...kernels.records import Outcome
 from ..executor import MOVE, Arithmetic, Lane, Native
 from ..program import Op, Program
+from ..trace import Ring
 from ..work import Steps
 from .base import Calls, Request
 
 Array = npt.NDArray[Any]
 
 _DONE = int(Status.DONE)
+_RING, _CALLED, _SEQUENCE, _ENTRY = map(int, (Word.RING, Word.CALLED, Word.SEQUENCE, Word.ENTRY))
 _RUNNING = int(Status.RUNNING)
 
 FIRST_LOOKS = 20
@@ -139,6 +142,13 @@ class Compiled:
         )
         record[Word.ADDING] = lane.window
         self._at = _address(record)
+        self._words = record.data
+        self._ring: Ring | None = None
+
+    def note(self, ring: Ring, call: int, sequence: int) -> None:
+        """Let the next run note in a ring, from compiled code, that it starts and how it ends."""
+        words, self._ring = self._words, ring
+        words[_RING], words[_CALLED], words[_SEQUENCE] = ring.address, call, sequence
 
     def run(self, tag: int) -> Steps:
         """Run once; yields the ranks it waits for.
@@ -147,7 +157,10 @@ class Compiled:
         """
         if self._busy:
             # A run that was given up, or goes on after a timeout: MPI may still use its records.
-            yield from Compiled(*self._bound, self._in_flight).run(tag)
+            other = Compiled(*self._bound, self._in_flight)
+            if self._ring is not None:
+                other.note(self._ring, self._words[_CALLED], self._words[_SEQUENCE])
+            yield from other.run(tag)
             return
         self._busy = True
         scratch = self._in_flight.take(self._scratch_bytes)
@@ -166,6 +179,8 @@ class Compiled:
                 self._in_flight.give(scratch)
             else:
                 self._in_flight.abandoned.append((self, scratch))
+                if self._ring is not None:
+                    self._ring.end(self._words[_ENTRY], Outcome.FAILED)
 
     def _pending(self) -> list[Request]:
         tail = int(self._record[Word.TAIL]) % int(self._record[Word.WINDOW])

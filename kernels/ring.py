@@ -1,0 +1,46 @@
+"""Note operations in a rank's ring from compiled code, as `comm.trace.Ring` does from Python."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba.np.numpy_support import carray
+
+from .native import nanoseconds, store
+from .records import RING_BYTES, RING_ENTRIES, EntryWord, RingWord
+from .scalars import compiled, pointer_to
+
+_RING_WORDS, _HEAD = RING_BYTES // 8, int(RingWord.WORDS)
+_NEXT, _CLOCK, _CLOCK_ID = map(int, (RingWord.NEXT, RingWord.CLOCK, RingWord.CLOCK_ID))
+_MASK, _ENTRY_WORDS = RING_ENTRIES - 1, int(EntryWord.WORDS)
+_NUMBER, _CALL, _SEQUENCE = map(int, (EntryWord.NUMBER, EntryWord.CALL, EntryWord.SEQUENCE))
+_START, _END, _OUTCOME = map(int, (EntryWord.START, EntryWord.END, EntryWord.OUTCOME))
+
+
+@compiled
+def note_start(address: Any, call: Any, sequence: Any) -> Any:
+    """Note in the ring at an address that a call begins; return the entry's number."""
+    ring = carray(pointer_to(address, np.int64), _RING_WORDS)
+    ring[_NEXT] += 1
+    number = ring[_NEXT]
+    at = _HEAD + (number & _MASK) * _ENTRY_WORDS
+    # The number is written last, and 0 before: a peer that reads meanwhile skips the entry.
+    store(address + 8 * at, 0)
+    ring[at + _CALL] = call
+    ring[at + _SEQUENCE] = sequence
+    ring[at + _END] = 0
+    ring[at + _OUTCOME] = 0
+    ring[at + _START] = nanoseconds(ring[_CLOCK], ring[_CLOCK_ID])
+    store(address + 8 * at, number)
+    return number
+
+
+@compiled
+def note_end(address: Any, number: Any, outcome: Any) -> Any:
+    """Note how it has ended, unless newer ones have taken its place."""
+    ring = carray(pointer_to(address, np.int64), _RING_WORDS)
+    at = _HEAD + (number & _MASK) * _ENTRY_WORDS
+    if ring[at + _NUMBER] == number:
+        ring[at + _OUTCOME] = outcome
+        ring[at + _END] = nanoseconds(ring[_CLOCK], ring[_CLOCK_ID])
