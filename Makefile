@@ -94,7 +94,7 @@ test: test-main test-simulator test-processes test-mpich
 # that have limits of time, one after the other.
 test-main: $(READY)
 	python -m pytest $(FAST) --numprocesses 2 --dist loadfile
-	python -m pytest $(CALM) --numprocesses 2
+	python -m pytest $(CALM) --numprocesses 2 --timeout 300
 	python -m pytest tests/jobs tests/hosts $(addprefix --ignore=,$(CALM))
 
 # Kernels for GPUs, run as Python on host memory. Numba reads the variable when it is imported.

@@ -39,7 +39,7 @@ def train(job: Callable[..., Any], tmp_path: Path) -> Callable[..., dict[str, An
 
     def run(ranks: int, *options: object) -> dict[str, Any]:
         path = tmp_path / "report.json"
-        done = job(ranks, TRAIN, *options, "--report", path, timeout=100)
+        done = job(ranks, TRAIN, *options, "--report", path, timeout=250)
         assert done.returncode == 0 and not done.leftovers, done.output
         report: dict[str, Any] = json.loads(path.read_text())
         assert len(report["losses"]) == report["steps"]
@@ -66,12 +66,13 @@ def test_digits_go_on_as_if_nothing_had_happened(
     assert unbroken["checkpoints"]["count"] == 5  # after 8, 16, 24, 32, and the last
     assert unbroken["checkpoints"]["stood_still_seconds"] > 0
     stop = random.SystemRandom().randint(25, 33)
-    killed = job(4, KILLED, stop, "--pipe", 2, *options, "--checkpoint", tmp_path / "killed")
+    store = ("--checkpoint", tmp_path / "killed")
+    killed = job(4, KILLED, stop, "--pipe", 2, *options, *store, timeout=250)
     assert killed.returncode != 0 and not killed.leftovers
     for ranks, pipe in grids:
-        store = tmp_path / f"{ranks}-{pipe}"
-        shutil.copytree(tmp_path / "killed", store)
-        resumed = train(ranks, "--pipe", pipe, *options, "--checkpoint", store, "--resume")
+        folder = tmp_path / f"{ranks}-{pipe}"
+        shutil.copytree(tmp_path / "killed", folder)
+        resumed = train(ranks, "--pipe", pipe, *options, "--checkpoint", folder, "--resume")
         assert resumed["resumed_at"] in (16, 24, 32), stop
         np.testing.assert_allclose(resumed["losses"], unbroken["losses"], rtol=0, atol=1e-5)
         if (ranks, pipe) == (4, 2):

@@ -11,7 +11,15 @@ from ringfold.kernels.operations import ALLOWED
 from ringfold.kernels.records import FOLD_BLOCK, FOLD_WORDS, SCRATCH_BYTES
 from ringfold.kernels.storage import FLOATS, HALVES, STORAGE
 
-PAIRS = [(op, dtype) for op, dtypes in ALLOWED.items() for dtype in dtypes]
+FIRST = (*HALVES, *FLOATS, "int64", "uint8", "bool")
+"""Types on which every op is compiled in each run; of the other integers, sums alone."""
+PAIRS = [
+    (op, dtype)
+    if op == "sum" or dtype in FIRST
+    else pytest.param(op, dtype, marks=pytest.mark.slow)
+    for op, dtypes in ALLOWED.items()
+    for dtype in dtypes
+]
 MEANS = [("mean", dtype) for dtype in (*HALVES, *FLOATS)]
 SIZES = [0, 1, 3, 17, FOLD_BLOCK, FOLD_BLOCK + 5]
 
