@@ -7,20 +7,17 @@ where one still reads: the library that sends looks at no stream.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import zip_longest
 
 from .device import Device, Event, Stream
+from .device_wait import reached
 from .executor import Segment, segments
 from .program import Op, Program
 from .transport.base import Channel, DeviceMessages, Request
 from .work import Steps
-
-_LOOKS, _GLANCES = 200, 12
-"""How often a rank looks at an event at a time, if somebody waits for the operation and if not."""
 
 Add = Callable[[int, int, int], None]
 """(target address, incoming address, count): put an addition on the site's stream."""
@@ -45,18 +42,6 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Reached:
-    """An event of this rank's own device that an operation waits for."""
-
-    peer: int
-    event: Event
-
-    def done(self) -> bool:
-        """Look whether it has ended."""
-        return self.event.ended()
-
-
-@dataclass(frozen=True)
 class Memory:
     """What a program works on: addresses of elements of one size.
 
@@ -73,17 +58,6 @@ def landing_bytes(program: Program, itemsize: int, segment_bytes: int, window: i
     """Return the bytes that what arrives to be added needs."""
     added = program.rows[program.rows[:, 1] == Op.RECV_REDUCE, 4]
     return window * min(max(1, segment_bytes // itemsize), int(added.max(initial=0))) * itemsize
-
-
-def reached(event: Event, rank: int) -> Steps:
-    """Wait until an event has ended; nobody will tell, so look several times before yielding."""
-    patient: bool | None = False
-    while True:
-        for _ in range(_LOOKS if patient else _GLANCES):
-            if event.ended():
-                return
-            os.sched_yield()
-        patient = yield [Reached(rank, event)]
 
 
 def execute_on_device(program: Program, site: Site, memory: Memory, add: Add) -> Steps:

@@ -39,7 +39,7 @@ WINDOW_BYTES = 4 << 20
 
 Algorithm = str | Schedule | None
 
-Exchange = Callable[["Operations", Typed], Prepared]
+Prepare = Callable[["Operations", Typed], Prepared]
 """Prepare a window's collective on the host."""
 
 
@@ -260,7 +260,7 @@ class DeviceOperations:
         signature: Signature,
         array: DeviceArray,
         windows: Sequence[Window],
-        prepare: Exchange,
+        prepare: Prepare,
         algorithm: Algorithm,
         make: Callable[[Device], Any] | None = None,
     ) -> Prepared:
@@ -345,13 +345,17 @@ class DeviceOperations:
     def _receipt(
         self, signature: Signature, array: DeviceArray, windows: Sequence[Window], ipc: Ipc | None
     ) -> Receipt:
-        name, nbytes = signature.operation, array.nbytes
-        if ipc is not None and ipc.offer(signature, array).exported is not None:
+        name, size, nbytes = signature.operation, self._comm.size, array.nbytes
+        way = f"staged, {self._copy_of_group(array).host_operations.way}"
+        offer = None if ipc is None else ipc.offer(signature, array)
+        if offer is not None and offer.exported is not None:
             why = "registered memory of one node; staged where another rank's is not registered"
-            return Receipt(name, "pairwise, in place", "ipc", self._comm.size, nbytes, why)
-        way = self._copy_of_group(array).host_operations.way
+            return Receipt(name, "pairwise, in place", "ipc", size, nbytes, why)
+        if offer is not None and offer.fits:
+            why = "ipc where the root's memory is registered, which it alone knows"
+            return Receipt(name, "pairwise, in place", f"ipc or {way}", size, nbytes, why)
         why = f"{_REASON}; no ipc: {self._no_ipc}" if self._no_ipc else _REASON
-        return Receipt(name, f"{len(windows)} windows", f"staged, {way}", 1, nbytes, why)
+        return Receipt(name, f"{len(windows)} windows", way, 1, nbytes, why)
 
 
 _REASON = "device memory passes through pinned host memory"

@@ -8,22 +8,18 @@ synchronise.
 
 from __future__ import annotations
 
-import os
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .device import Device, DeviceArray, Event, Stream, describe
+from .device_wait import reached
 from .staging import Place, Staging, Typed
-from .transport.base import Request
 from .windows import Window
 from .work import Steps
-
-_LOOKS, _GLANCES = 200, 4
-"""How often a rank looks at an event before it does other things, if somebody waits, and if not."""
 
 Exchange = Callable[[Typed], Steps]
 """A window's collective on the host; returns what its operation returns."""
@@ -41,17 +37,6 @@ class Lane:
     def caller(self, array: DeviceArray) -> Stream:
         """Return the caller's stream as it is now: a plan may have been made under another."""
         return self.device.caller(describe(array.owner, writable=False))
-
-
-@dataclass(frozen=True)
-class _Copying:
-    """What an operation that waits for this rank's own device shows: nobody else is waited for."""
-
-    peer: int
-    event: Event
-
-    def done(self) -> bool:
-        return self.event.ended()
 
 
 def run_windows(
@@ -78,7 +63,7 @@ def run_windows(
         if index + 1 < len(windows):
             ahead = slots[(index + 1) % 2]
             fetched.append(ahead.fetch(windows[index + 1], array.address))
-        patient = yield from _until(fetched.popleft(), rank, patient)
+        patient = yield from reached(fetched.popleft(), rank, patient)
         slot = slots[index % 2]
         result = yield from exchange(typed(slot.passed(window), array, window.shape))
         slot.deliver(window, result, into)
@@ -88,18 +73,6 @@ def run_windows(
     device.follow(caller, last)
     for slot in slots:
         lane.staging.give(slot.place, last)
-
-
-def _until(
-    event: Event, rank: int, patient: bool | None
-) -> Generator[list[Request], bool | None, bool | None]:
-    """Wait for an event; take and return whether somebody waits for the operation."""
-    while True:
-        for _ in range(_LOOKS if patient else _GLANCES):
-            if event.ended():
-                return patient
-            os.sched_yield()
-        patient = yield [_Copying(rank, event)]
 
 
 class _Slot:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...comm.texts import gather_texts
 from ..sharded_optimizer import ShardedOptimizer
-from .agreement import agree, gather_texts
+from .agreement import agree
 from .errors import CheckpointError
 from .files import DTYPES
 from .manifest import Entry, Manifest

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .agreement import agree, gather_texts
+from ...comm.texts import gather_texts
+from .agreement import agree
 from .errors import CheckpointError, Damaged
 from .files import read_tensors
 from .manifest import Manifest

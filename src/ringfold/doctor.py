@@ -19,9 +19,9 @@ import numpy as np
 
 from . import units
 from .comm.errors import CommError
+from .comm.texts import gather_texts
 from .doctor_gpu import gpu_memory, gpus, has_gpu
 from .findings import Finding, State, broken, good, note, screen, status, ways_table
-from .workloads.agree import gather_text
 
 if TYPE_CHECKING:
     from .comm.communicator import Communicator
@@ -158,7 +158,7 @@ def _cores(comm: Communicator) -> Finding:
 def _gathered(comm: Communicator, findings: list[Finding]) -> list[Finding]:
     """Return this rank's findings, with what the first of the others lacks; collective."""
     mine = "\n".join(f"{f.name}: {f.value}" for f in findings if f.state is State.BROKEN)
-    others = [(rank, text) for rank, text in enumerate(gather_text(comm, mine)) if rank and text]
+    others = [(rank, text) for rank, text in enumerate(gather_texts(comm, mine)) if rank and text]
     advice = "run ringfold doctor there alone"
     return [*findings, *(broken(f"rank {rank}", text, advice) for rank, text in others[:1])]
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .comm.texts import gather_texts
 from .findings import Finding, State, broken, good, note, ways_table
-from .workloads.agree import gather_text
 
 if TYPE_CHECKING:
     from .comm.communicator import Communicator
@@ -55,7 +55,7 @@ def gpu_memory(
 
     advice = "train with --device cpu, and report it with this screen"
     x, complaint = _alone(make, mine)
-    refused = [f"rank {r}: {text}" for r, text in enumerate(gather_text(comm, complaint)) if text]
+    refused = [f"rank {r}: {text}" for r, text in enumerate(gather_texts(comm, complaint)) if text]
     if refused:
         return [broken("GPU memory", "; ".join(refused[:3]), advice)]
     found = [good("GPU messages", ways_table(device_ways(comm, x)))]

@@ -74,6 +74,8 @@ sys.stdin.read()
 """
 
 
-def test_where_nothing_can_be_locked_everybody_compiles(tmp_path):
-    with compiled._turn(tmp_path / "missing", "kernel"):
-        pass
+def test_where_nothing_can_be_locked_everybody_compiles(tmp_path, capsys):
+    for _ in range(2):
+        with compiled._turn(tmp_path / "missing", "kernel"):
+            assert not (tmp_path / "missing").exists()
+    assert capsys.readouterr().err.count("compiling kernels") == 2

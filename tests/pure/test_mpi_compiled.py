@@ -10,6 +10,7 @@ import pytest
 
 from ringfold.comm.executor import Arithmetic, Lane, Native
 from ringfold.comm.program import Op, Program
+from ringfold.comm.trace import Ring, Signature, State
 from ringfold.comm.transport.base import Calls, Channel
 from ringfold.comm.transport.mpi_abi import find_calls, handle_value
 from ringfold.comm.transport.mpi_compiled import Compiled, can_run, execute_compiled
@@ -130,6 +131,35 @@ def test_segments_travel_in_order_and_a_window_at_a_time(window: int) -> None:
     sizes = [64, 64, 64, 8]
     assert mpi.log == [(kind, 0, 7, n) for n in sizes for kind in ("recv", "send")]
     assert mpi.most_in_flight == 2 * min(window, 4)
+
+
+def test_a_run_is_noted_from_its_start_to_its_end_well_or_not() -> None:
+    ring = Ring()
+    call = ring.intern(Signature("allreduce", "sum", "int32", 100), "world", 2, "a:1")
+    x = np.arange(100, dtype=np.int32)
+    well = Compiled(SWAP, lane(Loopback(patience=2)), x, x)
+    well.note(ring, call, 7)
+    finish(well.run(7))
+    (entry,) = ring.entries()
+    assert (entry.sequence, entry.state, entry.signature.elements) == (7, State.DONE, 100)
+    assert 0 < entry.start <= entry.end
+    given_up = Compiled(SWAP, lane(Loopback(patience=1000)), x, x)
+    given_up.note(ring, call, 8)
+    steps = given_up.run(7)
+    steps.send(None)
+    assert ring.entries(1)[0].state is State.RUNNING
+    given_up.note(ring, call, 9)  # once more, while the first still flies
+    again = given_up.run(7)
+    again.send(None)
+    again.close()
+    steps.close()
+    assert [(e.sequence, e.state) for e in ring.entries(2)] == [
+        (8, State.FAILED),
+        (9, State.FAILED),
+    ]
+    quiet = Ring()
+    finish(Compiled(SWAP, lane(Loopback()), x, x).run(7))
+    assert len(ring.entries()) == 3  # nobody asked for a note
 
 
 def test_more_segments_fly_where_nothing_is_added() -> None:

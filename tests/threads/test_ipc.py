@@ -66,10 +66,12 @@ def check_reduce_scatter(comm: Communicator, gpu: FakeGpu, count: int, root: int
 
 
 def check_broadcast(comm: Communicator, gpu: FakeGpu, count: int, root: int) -> None:
-    """Into memory that is registered nowhere but at the root; the receipt can't know of that."""
+    """Into memory that is registered nowhere but at the root, as the root alone knows."""
     x = late(gpu, data(comm.rank, count, np.float32), registered=comm.rank == root)
     before = len(gpu.log)
-    comm.broadcast(x, root)
+    work = comm.broadcast(x, root, blocking=False)
+    work.wait()
+    assert work.receipt.transport == ("ipc" if comm.rank == root else "ipc or staged, local")
     assert "to_host" not in {entry[0] for entry in gpu.log[before:]}
     np.testing.assert_array_equal(x.get(), data(root, count, np.float32))
 

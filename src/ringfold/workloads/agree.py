@@ -5,26 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
-
+from ..comm.texts import gather_texts
 from .options import UsageError
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
 
-__all__ = ["check_equal", "gather_text", "settle"]
+__all__ = ["check_equal", "settle"]
 
 Result = TypeVar("Result")
-
-
-def gather_text(comm: Communicator, text: str) -> list[str]:
-    """Return every rank's text, by rank.  Collective."""
-    mine = np.frombuffer(text.encode(), np.uint8)
-    lengths = comm.allgather(np.array([len(mine)], np.int64))[:, 0]
-    padded = np.zeros(int(lengths.max()), np.uint8)
-    padded[: len(mine)] = mine
-    everyone = comm.allgather(padded)
-    return [bytes(row[:n]).decode() for row, n in zip(everyone, lengths, strict=True)]
 
 
 def settle(comm: Communicator, decide: Callable[[], Result]) -> Result:
@@ -37,7 +26,7 @@ def settle(comm: Communicator, decide: Callable[[], Result]) -> Result:
         results.append(decide())
     except UsageError as error:
         complaint = str(error) or "unknown"
-    complaints = gather_text(comm, complaint)
+    complaints = gather_texts(comm, complaint)
     first = next((found for found in complaints if found), None)
     if first is not None:
         raise UsageError(first)
@@ -49,7 +38,7 @@ def check_equal(comm: Communicator, text: str, what: str) -> None:
 
     Collective.  The message names the ranks that differ from rank 0.
     """
-    texts = gather_text(comm, text)
+    texts = gather_texts(comm, text)
     differing = [rank for rank, found in enumerate(texts) if found != texts[0]]
     if differing:
         raise UsageError(

@@ -7,7 +7,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any
 
-from .agree import gather_text
+from ..comm.texts import gather_texts
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -40,7 +40,7 @@ class History:
         return made
 
     def _learn_hosts(self, comm: Communicator) -> None:
-        hosts = gather_text(comm, socket.gethostname())
+        hosts = gather_texts(comm, socket.gethostname())
         self.hosts = dict(zip(self.members, hosts, strict=True))
 
     def _note(self, event: str, rank: int, step: int, lost: str) -> None:
@@ -71,7 +71,7 @@ class History:
     def share(self, comm: Communicator, step: int, joined: int) -> None:
         """Make every rank's history that of rank 0, and note who has joined.  Collective."""
         mine = json.dumps([self.members, self.next, self.events])
-        self.members, self.next, self.events = json.loads(gather_text(comm, mine)[0])
+        self.members, self.next, self.events = json.loads(gather_texts(comm, mine)[0])
         self._learn_hosts(comm)
         for rank in self.members[len(self.members) - joined :]:
             self._note("joined", rank, step, "nothing")

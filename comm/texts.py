@@ -1,0 +1,22 @@
+"""Texts that ranks tell each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .communicator import Communicator
+
+
+def gather_texts(comm: Communicator, text: str) -> list[str]:
+    """Return every rank's text, by rank; collective."""
+    mine = np.frombuffer(text.encode(), np.uint8)
+    lengths = comm.allgather(np.array([len(mine)], np.int64))[:, 0]
+    if not lengths.any():
+        return [""] * comm.size
+    padded = np.zeros(int(lengths.max()), np.uint8)
+    padded[: len(mine)] = mine
+    rows = comm.allgather(padded)
+    return [bytes(row[:n]).decode() for row, n in zip(rows, lengths.tolist(), strict=True)]
