@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from .arithmetic import mean_scales
 from .chunks import bounds
 from .device import Device, DeviceArithmetic, DeviceArray, Event, Stream, describe
-from .device_executor import Memory, Site, execute_on_device, landing_bytes, reached
+from .device_executor import Memory, Site, execute_on_device, landing_bytes
+from .device_wait import reached
 from .dtypes import DTYPES
 from .executor import NETWORK_WINDOW
 from .fingerprint import fingerprint

@@ -157,7 +157,6 @@ def test_a_run_is_noted_from_its_start_to_its_end_well_or_not() -> None:
         (8, State.FAILED),
         (9, State.FAILED),
     ]
-    quiet = Ring()
     finish(Compiled(SWAP, lane(Loopback()), x, x).run(7))
     assert len(ring.entries()) == 3  # nobody asked for a note
 
