@@ -50,6 +50,7 @@ class Timeline:
     thread: int = field(default_factory=threading.get_ident)
 
     def __post_init__(self) -> None:
+        self.ring.time_ends()
         self.start = time.monotonic_ns()
         self.end = 0
         self._collected = self.ring.newest

@@ -200,12 +200,14 @@ class RingWord(IntEnum):
     """Words at the head of a rank's ring of operations; the entries follow.
 
     NEXT: operations begun so far.
-    CLOCK, CLOCK_ID: address of clock_gettime, and the clock that it is asked for.
+    CLOCK, STARTS, ENDS: address of clock_gettime, and the clocks that it is asked for when an
+        operation starts and ends.
     """
 
     NEXT = 0
     CLOCK = 1
-    CLOCK_ID = 2
+    STARTS = 2
+    ENDS = 3
     WORDS = 8
 
 

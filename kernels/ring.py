@@ -12,7 +12,8 @@ from .records import RING_BYTES, RING_ENTRIES, EntryWord, RingWord
 from .scalars import compiled, pointer_to
 
 _RING_WORDS, _HEAD = RING_BYTES // 8, int(RingWord.WORDS)
-_NEXT, _CLOCK, _CLOCK_ID = map(int, (RingWord.NEXT, RingWord.CLOCK, RingWord.CLOCK_ID))
+_NEXT, _CLOCK = int(RingWord.NEXT), int(RingWord.CLOCK)
+_STARTS, _ENDS = int(RingWord.STARTS), int(RingWord.ENDS)
 _MASK, _ENTRY_WORDS = RING_ENTRIES - 1, int(EntryWord.WORDS)
 _NUMBER, _CALL, _SEQUENCE = map(int, (EntryWord.NUMBER, EntryWord.CALL, EntryWord.SEQUENCE))
 _START, _END, _OUTCOME = map(int, (EntryWord.START, EntryWord.END, EntryWord.OUTCOME))
@@ -31,7 +32,7 @@ def note_start(address: Any, call: Any, sequence: Any) -> Any:
     ring[at + _SEQUENCE] = sequence
     ring[at + _END] = 0
     ring[at + _OUTCOME] = 0
-    ring[at + _START] = nanoseconds(ring[_CLOCK], ring[_CLOCK_ID])
+    ring[at + _START] = nanoseconds(ring[_CLOCK], ring[_STARTS])
     store(address + 8 * at, number)
     return number
 
@@ -43,4 +44,5 @@ def note_end(address: Any, number: Any, outcome: Any) -> Any:
     at = _HEAD + (number & _MASK) * _ENTRY_WORDS
     if ring[at + _NUMBER] == number:
         ring[at + _OUTCOME] = outcome
-        ring[at + _END] = nanoseconds(ring[_CLOCK], ring[_CLOCK_ID])
+        # A coarse clock may be behind the one of the start.
+        ring[at + _END] = max(ring[at + _START], nanoseconds(ring[_CLOCK], ring[_ENDS]))

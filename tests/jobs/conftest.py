@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 MARKER = "RINGFOLD_TEST_JOB"
+STARTUP = Path(__file__).parent / "startup"
 LEFTOVER_GRACE_SECONDS = 3.0
 
 
@@ -88,7 +89,8 @@ def launcher_environment() -> dict[str, str]:
     }
     if os.geteuid() == 0:
         environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return {**environment, **os.environ}
+    path = os.pathsep.join(filter(None, [str(STARTUP), os.environ.get("PYTHONPATH")]))
+    return {**environment, **os.environ, "PYTHONPATH": path}
 
 
 def program(script: str | Path | list[str], folder: Path) -> list[str]:

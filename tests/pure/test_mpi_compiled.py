@@ -1,6 +1,7 @@
 """The compiled executor against a make-believe MPI, whose every call is seen."""
 
 import ctypes
+import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -142,7 +143,13 @@ def test_a_run_is_noted_from_its_start_to_its_end_well_or_not() -> None:
     finish(well.run(7))
     (entry,) = ring.entries()
     assert (entry.sequence, entry.state, entry.signature.elements) == (7, State.DONE, 100)
-    assert 0 < entry.start <= entry.end
+    assert 0 < entry.start <= entry.end <= time.monotonic_ns()
+    ring.time_ends()
+    well.note(ring, call, 7)
+    before = time.monotonic_ns()
+    finish(well.run(7))
+    after = time.monotonic_ns()
+    assert before <= ring.entries(1)[0].start < ring.entries(1)[0].end <= after
     given_up = Compiled(SWAP, lane(Loopback(patience=1000)), x, x)
     given_up.note(ring, call, 8)
     steps = given_up.run(7)
@@ -158,7 +165,7 @@ def test_a_run_is_noted_from_its_start_to_its_end_well_or_not() -> None:
         (9, State.FAILED),
     ]
     finish(Compiled(SWAP, lane(Loopback()), x, x).run(7))
-    assert len(ring.entries()) == 3  # nobody asked for a note
+    assert len(ring.entries()) == 4  # nobody asked for a note
 
 
 def test_more_segments_fly_where_nothing_is_added() -> None:

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 
 from ringfold.parallel.sampler import GlobalBatchSampler
 from ringfold.workloads import WORKLOADS, load
+from ringfold.workloads.digits import images
 from ringfold.workloads.linear import Linear, rows, uniform
 from ringfold.workloads.text import Text, unigram_entropy
 from ringfold.workloads.workload import Share, cosine
@@ -28,6 +30,13 @@ def small_linear(share):
 
 def small_text(share):
     return Text(share, np.arange(60_000).astype(np.uint8) * np.uint8(7))
+
+
+def test_the_digits_are_those_of_scikit_learn():
+    found = load_digits()
+    pixels, labels = images()
+    np.testing.assert_array_equal(pixels[:, 0] * 16, found.images)
+    np.testing.assert_array_equal(labels, found.target)
 
 
 @pytest.mark.parametrize("make", [small_linear, small_text, lambda s: load("digits").data(s)])

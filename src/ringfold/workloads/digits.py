@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..parallel.sampler import GlobalBatchSampler, ShardSampler
@@ -44,13 +46,25 @@ def optimizer(parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Opti
     return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=1e-4)
 
 
+def images() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return all digits: pixels (n, 1, 8, 8) in float32 from 0 to 1, and labels (n,) in int64.
+
+    What sklearn.datasets.load_digits gives, read from the same file: importing scikit-learn, and
+    SciPy with it, takes longer on every rank than the first twenty steps of training.
+    """
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise ImportError("the workload digits needs scikit-learn's data: pip install scikit-learn")
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    table = np.loadtxt(file, delimiter=",", dtype=np.int64)
+    return table[:, :-1].reshape(-1, 1, 8, 8).astype(np.float32) / 16, table[:, -1]
+
+
 class Digits:
     """1797 images of 8 x 8 pixels: 1437 to train on, 360 to test."""
 
     def __init__(self, share: Share) -> None:
-        found = load_digits()
-        pixels = found.images.astype(np.float32)[:, None] / 16
-        labels = found.target.astype(np.int64)
+        pixels, labels = images()
         order = np.random.default_rng(SPLIT_SEED).permutation(len(labels))
         test, train = order[:NUM_TEST], order[NUM_TEST:]
         self.train = torch.from_numpy(pixels[train]), torch.from_numpy(labels[train])
