@@ -5,8 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from traceback import print_exception
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from .progress import Progress
 from .transport.base import Transport
@@ -26,6 +27,18 @@ class Job(Protocol):
     def abort(self, status: int) -> Any:
         """End every process of the job."""
         ...
+
+
+def _reaches_a_file(stream: TextIO) -> bool:
+    """Tell whether what is written is seen outside.
+
+    A later hook may call this one with a buffer in place of stderr, and mean to print that
+    afterwards, when the job has been ended: torch.distributed's does.
+    """
+    try:
+        return stream.fileno() >= 0
+    except (AttributeError, OSError, ValueError):
+        return False
 
 
 class Guard:
@@ -61,11 +74,14 @@ class Guard:
             self._before(kind, error, traceback)
         finally:
             if os.getpid() == self._process and self._job.size > 1:
-                print(
+                told = (
                     f"ringfold: rank {self._job.rank} of {self._job.size} failed with "
-                    f"{kind.__name__}; ending the job on every rank",
-                    file=sys.stderr,
+                    f"{kind.__name__}; ending the job on every rank"
                 )
+                print(told, file=sys.stderr)
+                if sys.__stderr__ is not None and not _reaches_a_file(sys.stderr):
+                    print_exception(kind, error, traceback, file=sys.__stderr__)
+                    print(told, file=sys.__stderr__, flush=True)
                 sys.stdout.flush()
                 sys.stderr.flush()
                 self._job.abort(_FAILED)

@@ -33,6 +33,25 @@ weight.register_hook(hook)
 weight.sum().backward()
 """
 
+HELD_BACK = """
+import io, sys
+import numpy as np
+import ringfold
+
+comm = ringfold.Communicator()
+before = sys.excepthook
+
+def hook(*error):  # as torch.distributed installs one, to put the rank before every line
+    stderr, sys.stderr = sys.stderr, io.StringIO()
+    before(*error)
+    stderr.write(sys.stderr.getvalue())
+
+sys.excepthook = hook
+if comm.rank == 1:
+    raise ValueError("under a later hook")
+comm.allreduce(np.ones(1_000_000))
+"""
+
 LOADER = """
 import torch
 import ringfold
@@ -57,8 +76,9 @@ for item in torch.utils.data.DataLoader(Data()):
         (WAITING.format(failure='raise ValueError("no such file")'), "ValueError: no such file"),
         (BACKWARD, "ValueError: in the hook"),
         (LOADER, "ValueError: in the loader"),
+        (HELD_BACK, "ValueError: under a later hook"),
     ],
-    ids=["in main", "in a backward hook", "in the loader"],
+    ids=["in main", "in a backward hook", "in the loader", "under a hook that writes later"],
 )
 def test_an_exception_ends_the_job(job: Callable[..., Any], script: str, shown: str) -> None:
     done = job(2, script, timeout=30)
