@@ -81,9 +81,14 @@ class Runner:
         return owner
 
     def fly(self, meeting: Meeting, receipt: Receipt, owner: Any) -> Work:
-        """Start a meeting behind what is in flight."""
+        """Start a meeting behind what is in flight; it may have ended when this returns."""
         self.require_open()
-        return self._advance(lambda: meeting.steps(meeting.launch(), owner), receipt, True)
+        if self._progress.works:
+            return self._advance(lambda: meeting.steps(meeting.launch(), owner), receipt, True)
+        status = meeting.launch()
+        if status == _DONE:
+            return Work(None, receipt, self._transport, self._progress, self.name, owner)
+        return self._advance(lambda: meeting.steps(status, owner), receipt, True)
 
     def start(self, prepared: Prepared, blocking: bool) -> Any:
         """Note a call and begin it."""

@@ -68,24 +68,29 @@ class Work:
 
     def __init__(
         self,
-        steps: Steps,
+        steps: Steps | None,
         receipt: Receipt,
         transport: Transport,
         progress: Progress,
         group: str = "",
+        result: Any = None,
     ) -> None:
-        """group: the name under which the ranks of a collective compare what they call."""
+        """Begin.  steps: None for an operation that has ended well already, with a result.
+
+        group: the name under which the ranks of a collective compare what they call.
+        """
         self.receipt = receipt
         self.transport = transport
         self.group = group
         self.background = False
         self.told = False
-        self._steps: Steps | None = steps
+        self._steps = steps
         self._progress = progress
-        self._result: Any = None
+        self._result = result
         self._error: BaseException | None = None
         self.pending: list[Request] = []
-        self._take(steps, None)
+        if steps is not None:
+            self._take(steps, None)
 
     def advance(self, patient: bool = False) -> bool:
         """Go on as far as possible; tell whether the work has ended.

@@ -65,7 +65,7 @@ def _pack_few(members: Sequence[tuple[Tensor, int]], flat: Tensor, scale: float)
     torch._foreach_copy_(places, [tensor.view(-1) for tensor, _ in members])
     if scale != 1.0:
         torch._foreach_mul_(places, scale)
-    return all(isfinite(value) for place in places for value in place.tolist())
+    return all(all(map(isfinite, place.tolist())) for place in places)
 
 
 def _unpack_by_kernel(members: Sequence[tuple[Tensor, int]], flat: Tensor) -> None:
