@@ -1,9 +1,10 @@
-"""The only reader of the environment."""
+"""The only reader of the environment, and writer."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,3 +136,22 @@ class Seat:
 
 
 _SEAT = ("RANK", "SIZE", "LOCAL_SIZE")
+_COMPONENTS = "OMPI_MCA_btl"
+
+
+@contextmanager
+def without_one_sided() -> Iterator[None]:
+    """Let Open MPI start without what is for one-sided messages, unless the user has chosen.
+
+    Ordinary messages over libfabric or UCX go other ways. Where `ofi` finds no network of its own,
+    Open MPI 5 sleeps a second as it closes it (opal/mca/btl/ofi/btl_ofi_component.c); in a process
+    without mpirun `uct` may not return at all (open-mpi/ompi issue 14383).
+    """
+    chosen = _COMPONENTS in os.environ
+    if not chosen:
+        os.environ[_COMPONENTS] = "^ofi,uct"
+    try:
+        yield
+    finally:
+        if not chosen:
+            del os.environ[_COMPONENTS]

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from ..lookout import Lookout
-from ..settings import Seat
+from ..settings import Seat, without_one_sided
 
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGABRT)
 
@@ -43,7 +43,7 @@ def import_mpi(make_lookout: Callable[[], Lookout] | None) -> Any:
     if not mpi.Is_initialized():
         defaults = [number for number in _CRASHES if signal.getsignal(number) is signal.SIG_DFL]
         lookout = None if make_lookout is None else make_lookout()
-        with nullcontext() if lookout is None else lookout.starting():
+        with nullcontext() if lookout is None else lookout.starting(), without_one_sided():
             _start(mpi, rc.thread_level if rc.threads else "single")
         _take_back(defaults)
         if rc.finalize is not False:

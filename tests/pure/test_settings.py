@@ -1,8 +1,11 @@
+import os
 from pathlib import Path
 
 import pytest
 
-from ringfold.comm.settings import Settings
+from ringfold.comm.settings import Settings, without_one_sided
+
+COMPONENTS = "OMPI_MCA_btl"
 
 
 def test_names_are_read() -> None:
@@ -35,3 +38,20 @@ def test_what_cannot_be_read_is_named(name: str, value: str) -> None:
 def test_impossible_settings_are_refused(changes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         Settings(**changes)
+
+
+def test_one_sided_components_are_left_out_at_the_start_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(COMPONENTS, raising=False)
+    with pytest.raises(RuntimeError), without_one_sided():
+        assert os.environ[COMPONENTS] == "^ofi,uct"
+        raise RuntimeError
+    assert COMPONENTS not in os.environ
+
+
+def test_what_the_user_has_chosen_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(COMPONENTS, "self,tcp")
+    with without_one_sided():
+        assert os.environ[COMPONENTS] == "self,tcp"
+    assert os.environ[COMPONENTS] == "self,tcp"
