@@ -57,7 +57,8 @@ def images() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         raise ImportError("the workload digits needs scikit-learn's data: pip install scikit-learn")
     file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
     table = np.loadtxt(file, delimiter=",", dtype=np.int64)
-    return table[:, :-1].reshape(-1, 1, 8, 8).astype(np.float32) / 16, table[:, -1]
+    pixels = table[:, :-1].reshape(-1, 1, 8, 8).astype(np.float32) / np.float32(16)
+    return pixels, table[:, -1]
 
 
 class Digits:
