@@ -60,8 +60,9 @@ class Communicator:
     node: Communicator
 
     def __init__(self, comm: Any = None, *, settings: Settings | None = None) -> None:
-        self._join(Job.start(comm, settings or Settings.read()))
-        self._job.watch(self, self._nodes)
+        with Job.started(comm, settings or Settings.read()) as job:
+            self._join(job)
+            job.watch(self, self._nodes)
 
     @classmethod
     def of(cls, job: Job) -> Communicator:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -40,14 +41,18 @@ class Job:
         self.watchdog: Watchdog | None = None
 
     @classmethod
-    def start(cls, comm: Any, settings: Settings) -> Job:
-        """Start MPI; collective over mpi4py's `comm`, MPI.COMM_WORLD where None."""
+    @contextmanager
+    def started(cls, comm: Any, settings: Settings) -> Iterator[Job]:
+        """Start MPI, and look after the node's other ranks until `watch` does; collective.
+
+        comm: mpi4py's, MPI.COMM_WORLD where None.
+        """
         if multiprocessing.parent_process() is not None:
             raise CommError(
                 "a multiprocessing worker is no rank of the job: open the Communicator in the "
                 "process that mpirun started, and call collectives there"
             )
-        from .transport.mpi import MpiTransport
+        from .transport.mpi import MpiTransport, load_mpi
         from .transport.mpi_start import Starting
 
         seat = Seat.read()
@@ -55,12 +60,14 @@ class Job:
         lookout = None
         if seat is not None and seat.size > 1 and settings.watch:
             lookout = partial(Lookout, seat, settings.timeout)
-        job = cls(MpiTransport.open(comm, lookout), settings)
-        if guard is not None:
-            job.guard_by(guard)
-            if job.transport.size == 1:
-                job.release()
-        return job
+        load_mpi(lookout)
+        with nullcontext() if lookout is None else lookout().opening():
+            job = cls(MpiTransport.open(comm), settings)
+            if guard is not None:
+                job.guard_by(guard)
+                if job.transport.size == 1:
+                    job.release()
+            yield job
 
     def guard_by(self, guard: Guard) -> None:
         """Let a guard end the job on an exception."""

@@ -1,8 +1,9 @@
 """See that MPI comes up, and goes down, with all ranks of this node.
 
-MPI_Init and MPI_Finalize wait for every rank, for ever. A rank that stands still, or that ended
-before the others knew it, is found by its process; what is known of it is written, and the job
-ended by ending this rank, as the launcher takes that for a failure.
+MPI_Init and MPI_Finalize wait for every rank, for ever; and until a communicator is open its ranks
+do not know each other's processes. A rank that stands still, or that ended before the others knew
+it, is found by its process; what is known of it is written, and the job ended by ending this rank,
+as the launcher takes that for a failure.
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ class Lookout:
         without a word: then this rank says why.
         """
         with told_to_end() as told, self._looking(self._why_not_started, told):
+            yield
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """End this rank where another stands still while they open a communicator."""
+        with self._looking(self._why_not_opened, None):
             yield
 
     @contextmanager
@@ -99,15 +106,14 @@ class Lookout:
 
     def _why_not_started(self, waited: float) -> str:
         here = "waits for MPI to start, but"
-        if len(self._others) + 1 < self._seat.local_size:  # they may just not have been there yet
-            self._others = company(self._seat)
+        self._complete()
         known = {*self._others, self._seat.rank}
         if self._seat.local_size > len(known) and waited > _GRACE:
             return f"{here} {self._missing(known)} ended before it did"
         gone = self._for_long(lambda process: not process.lives, _GRACE)
         if gone is not None:
             return f"{here} {self._name(gone)} has died"
-        return self._why_not_ended(waited, here) or (
+        return self._why_stopped(here) or (
             f"has waited {waited:.0f} s for MPI to start; its node's other ranks are there, and "
             "those of other nodes may not be"
             if waited > self._timeout
@@ -121,7 +127,19 @@ class Lookout:
         count = seat.local_size - len(known)
         return f"{count} of the ranks of {socket.gethostname()}, other than {sorted(known)},"
 
-    def _why_not_ended(self, waited: float, here: str = "waits for MPI to end, but") -> str:
+    def _complete(self) -> None:
+        """Look for those who were not there yet."""
+        if len(self._others) + 1 < self._seat.local_size:
+            self._others = company(self._seat)
+
+    def _why_not_opened(self, waited: float) -> str:
+        self._complete()
+        return self._why_stopped("opens a communicator, but")
+
+    def _why_not_ended(self, waited: float) -> str:
+        return self._why_stopped("waits for MPI to end, but")
+
+    def _why_stopped(self, here: str) -> str:
         still = self._for_long(lambda process: process.state == "T", STOPPED_SECONDS)
         return "" if still is None else f"{here} {self._name(still)} is stopped (SIGSTOP)"
 

@@ -79,11 +79,6 @@ class Progress:
         """Tell whether a work is in flight that is to advance while nobody waits."""
         return any(work.background for work in self.works)
 
-    @property
-    def idle(self) -> bool:
-        """Tell whether no work is in flight."""
-        return not self.works
-
     def advance(self) -> None:
         """Advance all works once; does nothing where another thread is at it."""
         if self._lock.acquire(blocking=False):
@@ -109,6 +104,7 @@ class Progress:
     def _wait(self, work: Work, timeout: float | None) -> None:
         with self._lock:
             self._waiting += 1
+            work.overdue = False
             self._server.interrupt()
         try:
             patience = self.timeout if timeout is None else timeout
@@ -124,6 +120,9 @@ class Progress:
             with self._lock:
                 work.fail(error)
             raise
+        except CommTimeout:
+            work.overdue = True
+            raise
         except MismatchError as error:
             # Ranks that disagree about one call do not agree about those in flight behind it.
             with self._lock:
@@ -138,9 +137,12 @@ class Progress:
                 self._notify()
 
     def drain(self, timeout: float) -> None:
-        """Advance until nothing is in flight, the works' own errors aside."""
+        """Advance until nothing is in flight, the works' own errors aside.
+
+        A work that somebody has waited for in vain is not waited for again.
+        """
         end = time.monotonic() + timeout
-        while not self.idle and time.monotonic() < end:
+        while not all(work.overdue for work in self.works) and time.monotonic() < end:
             self.advance()
             time.sleep(_LOOK)
 

@@ -84,6 +84,7 @@ class Work:
         self.group = group
         self.background = False
         self.told = False
+        self.overdue = False  # somebody has waited for it in vain
         self._steps = steps
         self._progress = progress
         self._result = result

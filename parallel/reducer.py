@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from ..comm.timeline import PACK
-from .buckets import Bucket, choose_limit, plan_buckets
+from .bucketing import Bucketing, arrived, buckets_of, lay_out, limit_for
+from .buckets import Bucket, Member
 from .carried import Carried, Layout, digest_of, placed, stateful
 from .finite import FiniteCheck
 from .flight import Flight, Load, carrier_of
@@ -83,16 +84,6 @@ def check_weight(weight: float) -> None:
 def _all_finite(found: Sequence[Finite]) -> bool | None:
     verdicts = [one() if callable(one) else one for one in found]
     return False if False in verdicts else None if None in verdicts else True
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """What the ranks have agreed on: which parameters are reduced, and in which buckets."""
-
-    trainable: tuple[bool, ...]
-    buckets: tuple[Bucket, ...]
-    bucket_of: dict[int, int]
-    order: tuple[int, ...] | None
 
 
 @dataclass
@@ -267,7 +258,6 @@ class Reducer:
 
     def carried(self, steps: int) -> Carried:
         """Return what the next pass depends on besides the gradients; not copied."""
-        chosen = tuple(index for index, flag in enumerate(self._layout.trainable) if flag)
         limit = self.bucket_bytes if self._chooses_size and self._size_known else None
         hook = stateful(self.wire.hook)
         return Carried(
@@ -275,7 +265,13 @@ class Reducer:
             rank=self._comm.rank,
             size=self._comm.size,
             steps=steps,
-            layout=Layout(self._digest, chosen, self._layout.order, self._arrival_known, limit),
+            layout=Layout(
+                self._digest,
+                tuple(self._layout.chosen),
+                self._layout.order,
+                self._arrival_known,
+                limit,
+            ),
             wire="" if hook is None else type(hook).__name__,
             hook={} if hook is None else dict(hook.state_dict()),
             sparse=tuple(
@@ -310,28 +306,11 @@ class Reducer:
     def _trainable(self) -> tuple[bool, ...]:
         return tuple(parameter.requires_grad for parameter in self._parameters)
 
-    def _lay_out(self, trainable: tuple[bool, ...], order: Sequence[int] | None) -> _Layout:
-        chosen = [index for index, flag in enumerate(trainable) if flag]
-        buckets = self._plan(chosen, order)
-        # Without a parameter there is still a bucket, to carry the flag of a change.
-        buckets = buckets or (Bucket((), (), (), 0, "float32"),)
-        bucket_of = {i: place for place, bucket in enumerate(buckets) for i in bucket.indices}
-        return _Layout(trainable, buckets, bucket_of, None if order is None else tuple(order))
+    def _lay_out(self, trainable: tuple[bool, ...], order: Sequence[int] | None) -> Bucketing:
+        return lay_out(self._describe, trainable, order, self.bucket_bytes)
 
-    def _plan(self, chosen: Sequence[int], order: Sequence[int] | None) -> tuple[Bucket, ...]:
-        members = [member_of(self._names[index], self._parameters[index]) for index in chosen]
-        positions = {index: position for position, index in enumerate(chosen)}
-        places = None if order is None else [positions[index] for index in order]
-        return tuple(
-            Bucket(
-                tuple(chosen[position] for position in bucket.indices),
-                bucket.offsets,
-                bucket.counts,
-                bucket.count,
-                bucket.dtype,
-            )
-            for bucket in plan_buckets(members, self.bucket_bytes, places)
-        )
+    def _describe(self, index: int) -> Member:
+        return member_of(self._names[index], self._parameters[index])
 
     def _start(self, current: _Pass, bucket: Bucket) -> None:
         names = tuple(self._names[index] for index in bucket.indices)
@@ -406,7 +385,7 @@ class Reducer:
         late = [i for i, flag in enumerate(trainable) if flag and not before[i]]
         self._layout = self._lay_out(trainable, order=None)
         self._arrival_known = False
-        buckets = self._plan(late, order=None)
+        buckets = buckets_of(self._describe, late, None, self.bucket_bytes)
         extra = _Pass([], False, current.weight, current.total)
         for bucket in buckets:
             self._start(extra, bucket)
@@ -420,31 +399,18 @@ class Reducer:
         self._arrival_known = True
         if len(self._layout.buckets) < 2:
             return
-        order = np.array(self._order(current), dtype=np.int64)
+        order = np.array(arrived(self._layout, current.arrival), dtype=np.int64)
         self._comm.broadcast(order, root=0)
         self._layout = self._lay_out(self._layout.trainable, order.tolist())
         self._carrier.forget()
-
-    def _order(self, current: _Pass) -> list[int]:
-        chosen = [index for index, flag in enumerate(self._layout.trainable) if flag]
-        arrived = [index for index in current.arrival if index in self._layout.bucket_of]
-        return arrived + [index for index in reversed(chosen) if index not in current.seen]
 
     def _follow_times(self, current: _Pass) -> None:
         """Choose the size of the buckets by rank 0's times of a pass, the first being untypical."""
         self._size_known = True
         pace = measure_pace(self._comm)
-        order = self._order(current)
-        last = max(current.times, default=0.0)
+        order = arrived(self._layout, current.arrival)
         when = dict(zip(current.arrival, current.times, strict=True))
-        chosen = sorted(order)
-        place = {index: position for position, index in enumerate(chosen)}
-        limit = choose_limit(
-            [member_of(self._names[index], self._parameters[index]) for index in chosen],
-            [place[index] for index in order],
-            [when.get(index, last) for index in chosen],
-            pace,
-        )
+        limit = limit_for(self._describe, order, when, pace)
         plan = np.array([limit, *order], dtype=np.int64)
         self._comm.broadcast(plan, root=0)
         self.bucket_bytes, *order = plan.tolist()

@@ -105,12 +105,12 @@ class MpiTransport:
                 group.Revoke()
 
     @classmethod
-    def open(cls, comm: Any = None, lookout: Callable[[], Lookout] | None = None) -> MpiTransport:
+    def open(cls, comm: Any = None) -> MpiTransport:
         """Open over an mpi4py communicator, COMM_WORLD where None; collective.
 
         Raises: CommError without an MPI library.
         """
-        mpi = load_mpi(lookout)
+        mpi = load_mpi()
         return cls(mpi, mpi.COMM_WORLD if comm is None else comm)
 
     def isend(self, data: Bytes, dst: int, tag: int, channel: Channel) -> MpiRequest:

@@ -86,6 +86,33 @@ while True:
     assert not done.leftovers
 
 
+@pytest.mark.parametrize("where", ["transport.mpi:MpiTransport", "node_memory:NodeMemory"])
+def test_a_rank_that_stops_while_a_communicator_opens_is_named(
+    job: Callable[..., Any], where: str
+) -> None:
+    module, name = where.split(":")
+    script = f"""
+import os, signal
+import ringfold
+from ringfold.comm.{module} import {name} as made
+
+begin = made.__init__
+
+def stop(*arguments, **options):
+    if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    begin(*arguments, **options)
+
+made.__init__ = stop
+ringfold.Communicator()
+"""
+    done = job(3, script, timeout=40)
+    assert not done.timed_out and done.returncode != 0, done.output
+    assert "opens a communicator, but rank 1 (process " in done.stderr, done.output
+    assert "is stopped (SIGSTOP)" in done.stderr
+    assert not done.leftovers
+
+
 @pytest.mark.parametrize("ft", [False, True])
 def test_a_rank_that_stops_while_mpi_ends_is_named(job: Callable[..., Any], ft: bool) -> None:
     script = f"""

@@ -17,9 +17,9 @@ FOLDERS = {
 }
 ORDER = ("ringfold.kernels", "ringfold.comm", "ringfold.parallel", "ringfold")
 OPTIONAL = {"mpi4py", "torch", "cupy", "sklearn", "tqdm", "rich", "matplotlib", "safetensors"}
-PURE_IN_PARALLEL = {f"ringfold.parallel.{name}" for name in ("actions", "plan", "buckets")} | {
-    "ringfold.parallel.partition"
-}
+PURE_IN_PARALLEL = {
+    f"ringfold.parallel.{name}" for name in ("actions", "plan", "buckets", "bucketing")
+} | {"ringfold.parallel.partition"}
 
 
 def allowed(module: str) -> set[str]:

@@ -97,6 +97,24 @@ def test_a_wait_may_time_out_and_be_taken_up_again() -> None:
     run_local(2, main)
 
 
+def test_a_work_that_was_waited_for_in_vain_holds_nobody_up_at_the_end() -> None:
+    def main(comm: Communicator) -> None:
+        if comm.rank == 0:
+            work = comm.irecv(np.zeros(3), 1)
+            with pytest.raises(CommTimeout):
+                work.wait(timeout=0.1)
+            start = time.monotonic()
+            comm._progress.drain(60)
+            assert time.monotonic() - start < 20
+            comm.barrier()
+            assert (work.wait() == 7).all()
+        else:
+            comm.barrier()
+            comm.send(np.full(3, 7.0), 0)
+
+    run_local(2, main)
+
+
 def test_a_message_of_another_length_is_refused_at_both_ends() -> None:
     def main(comm: Communicator) -> None:
         with pytest.raises(MismatchError, match="rank 0 sends 32 bytes where rank 1 expects 24"):

@@ -1,0 +1,91 @@
+"""Which parameters are reduced, and in which buckets: what the ranks agree on from pass to pass.
+
+Pure: equal arguments give equal answers on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from .buckets import Bucket, Member, Pace, choose_limit, plan_buckets
+
+__all__ = ["Bucketing", "Describe", "arrived", "buckets_of", "lay_out", "limit_for"]
+
+Describe = Callable[[int], Member]
+"""Return what a bucket needs to know of the parameter at an index."""
+
+
+@dataclass(frozen=True)
+class Bucketing:
+    """What a pass follows; parameters are known by their indices.
+
+    trainable: of every parameter, whether it is reduced.
+    buckets: in the order in which they are started.
+    bucket_of: the position of each reduced parameter's bucket.
+    order: in which the gradients arrive, None before that is known.
+    """
+
+    trainable: tuple[bool, ...]
+    buckets: tuple[Bucket, ...]
+    bucket_of: Mapping[int, int]
+    order: tuple[int, ...] | None
+
+    @property
+    def chosen(self) -> list[int]:
+        """Return the parameters that are reduced."""
+        return [index for index, flag in enumerate(self.trainable) if flag]
+
+
+def lay_out(
+    describe: Describe, trainable: tuple[bool, ...], order: Sequence[int] | None, limit: int
+) -> Bucketing:
+    """Lay the trainable parameters out in buckets of at most `limit` bytes."""
+    chosen = [index for index, flag in enumerate(trainable) if flag]
+    # Without a parameter there is still a bucket, to carry the flag of a change.
+    buckets = buckets_of(describe, chosen, order, limit) or (Bucket((), (), (), 0, "float32"),)
+    bucket_of = {i: place for place, bucket in enumerate(buckets) for i in bucket.indices}
+    return Bucketing(trainable, buckets, bucket_of, None if order is None else tuple(order))
+
+
+def buckets_of(
+    describe: Describe, chosen: Sequence[int], order: Sequence[int] | None, limit: int
+) -> tuple[Bucket, ...]:
+    """Return buckets of the chosen parameters, as `plan_buckets` fills them."""
+    positions = {index: position for position, index in enumerate(chosen)}
+    places = None if order is None else [positions[index] for index in order]
+    return tuple(
+        Bucket(
+            tuple(chosen[position] for position in bucket.indices),
+            bucket.offsets,
+            bucket.counts,
+            bucket.count,
+            bucket.dtype,
+        )
+        for bucket in plan_buckets([describe(index) for index in chosen], limit, places)
+    )
+
+
+def arrived(bucketing: Bucketing, arrival: Sequence[int]) -> list[int]:
+    """Return the order of all reduced parameters: as they arrived, then those that did not."""
+    seen = set(arrival)
+    first = [index for index in arrival if index in bucketing.bucket_of]
+    return first + [index for index in reversed(bucketing.chosen) if index not in seen]
+
+
+def limit_for(
+    describe: Describe, order: Sequence[int], when: Mapping[int, float], pace: Pace
+) -> int:
+    """Return the size of buckets with which all reductions end first.
+
+    order: all reduced parameters.  when: seconds at which gradients arrived; the others come last.
+    """
+    last = max(when.values(), default=0.0)
+    chosen = sorted(order)
+    place = {index: position for position, index in enumerate(chosen)}
+    return choose_limit(
+        [describe(index) for index in chosen],
+        [place[index] for index in order],
+        [when.get(index, last) for index in chosen],
+        pace,
+    )
