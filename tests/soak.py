@@ -181,6 +181,7 @@ def swallowed(case: Case, seen: Seen) -> bool:
 
 
 _ERROR = re.compile(r"^([\w.]*(?:Error|Exception|Lost|Timeout|Interrupt|Finite))(?=:|$).*", re.M)
+_HANDLED = "\n\nDuring handling of the above exception, another exception occurred:"
 _DUE = ("PeerLost", "CommTimeout")
 _OWN = {
     "exception": ("SpoiltError", "StageError"),
@@ -189,9 +190,17 @@ _OWN = {
 
 
 def strange_errors(case: Case, stderr: str) -> list[str]:
-    """Return the lines of errors that a fault of this kind does not explain."""
+    """Return the lines of errors that a fault of this kind does not explain.
+
+    An error that was being handled when another came, as an interrupt may at any moment, is none.
+    """
     due = (*_DUE, *_OWN.get(case.fault.removesuffix(" all"), ()))
-    return [found[0] for found in _ERROR.finditer(stderr) if found[1].rpartition(".")[2] not in due]
+    return [
+        found[0]
+        for found in _ERROR.finditer(stderr)
+        if found[1].rpartition(".")[2] not in due
+        and not stderr.startswith(_HANDLED, found.end())
+    ]
 
 
 # -- running -------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ def test_runs_in_a_row_have_each_fault_at_each_moment() -> None:
 
 
 KILLED = dataclasses.replace(case_of(0), fault="kill", victim=1)
+HANDLED = "\n\nDuring handling of the above exception, another exception occurred:"
 FINE = Seen(137, fault=5.0, returned=None, ended=5.5, stderr="process rank 1 ... was killed")
 
 
@@ -49,6 +50,8 @@ FINE = Seen(137, fault=5.0, returned=None, ended=5.5, stderr="process rank 1 ...
         ({"stderr": "process rank 2 ... was killed"}, "no word of rank 1"),
         ({"stderr": "rank 1\nMismatchError: the ranks' calls differ"}, "another kind"),
         ({"stderr": "PeerLost: rank 1 (process 7 on here) has died"}, None),
+        ({"stderr": f"KeyError: 'x'{HANDLED}\n\nPeerLost: rank 1 (process 7) has died"}, None),
+        ({"stderr": f"PeerLost: rank 1 has died{HANDLED}\n\nKeyError: 'x'"}, "another kind"),
         ({"processes": ("7: python train.py",)}, "a process is left"),
         ({"files": ("/dev/shm/x",)}, "a file is left"),
     ],
