@@ -198,8 +198,7 @@ def strange_errors(case: Case, stderr: str) -> list[str]:
     return [
         found[0]
         for found in _ERROR.finditer(stderr)
-        if found[1].rpartition(".")[2] not in due
-        and not stderr.startswith(_HANDLED, found.end())
+        if found[1].rpartition(".")[2] not in due and not stderr.startswith(_HANDLED, found.end())
     ]
 
 
