@@ -44,8 +44,7 @@ _MASK = RING_ENTRIES - 1
 _HEAD, _ENTRY_WORDS = int(RingWord.WORDS), int(EntryWord.WORDS)
 _DONE, _FAILED = int(Outcome.DONE), int(Outcome.FAILED)
 _CLOCK_MONOTONIC_COARSE = 6
-"""The same clock at the kernel's last tick, a fifth of the time to read (linux/time.h; `time` has
-no name for it)."""
+"""The same clock at the kernel's last tick, quicker to read (linux/time.h; `time` has no name)."""
 _QUIET = ("ringfold", "torch")
 """Packages whose frames are not where the user called."""
 
@@ -142,7 +141,7 @@ class Ring:
         self._place(memory[:TRACE_BYTES])
 
     def time_ends(self) -> None:
-        """Let compiled code take the exact time of an end too: 25 ns more for each operation."""
+        """Let compiled code take the exact time of an end too: 16 ns more for each operation."""
         self._words[RingWord.ENDS] = time.CLOCK_MONOTONIC
 
     def intern(self, signature: Signature, group: str, size: int, site: str) -> int:

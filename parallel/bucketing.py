@@ -34,14 +34,14 @@ class Bucketing:
     @property
     def chosen(self) -> list[int]:
         """Return the parameters that are reduced."""
-        return [index for index, flag in enumerate(self.trainable) if flag]
+        return _chosen(self.trainable)
 
 
 def lay_out(
     describe: Describe, trainable: tuple[bool, ...], order: Sequence[int] | None, limit: int
 ) -> Bucketing:
     """Lay the trainable parameters out in buckets of at most `limit` bytes."""
-    chosen = [index for index, flag in enumerate(trainable) if flag]
+    chosen = _chosen(trainable)
     # Without a parameter there is still a bucket, to carry the flag of a change.
     buckets = buckets_of(describe, chosen, order, limit) or (Bucket((), (), (), 0, "float32"),)
     bucket_of = {i: place for place, bucket in enumerate(buckets) for i in bucket.indices}
@@ -89,3 +89,7 @@ def limit_for(
         [when.get(index, last) for index in chosen],
         pace,
     )
+
+
+def _chosen(trainable: Sequence[bool]) -> list[int]:
+    return [index for index, flag in enumerate(trainable) if flag]
