@@ -66,9 +66,10 @@ class Communicator:
 
     @classmethod
     def of(cls, job: Job) -> Communicator:
-        """Open over all ranks of a job, as after some have died; collective."""
+        """Open over all ranks of a job that goes on when some die; collective."""
         made = cls.__new__(cls)
         made._join(job)
+        job.watch(made, made._nodes, survives=True)
         return made
 
     @classmethod

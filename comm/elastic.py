@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from . import watchdog
 from .communicator import Communicator
 from .errors import CommError, PeerLost
 from .guard import Guard
@@ -91,6 +92,8 @@ class Elastic:
         from .transport.mpi_survivors import Survivors
 
         self._settings = settings or Settings.read()
+        if self._settings.watch:
+            watchdog.catch(self)  # while one communicator is given up for another, too
         self._command = command
         self._attempts = attempts
         self._starts = 0  # in a row, without progress beyond _reached
@@ -196,7 +199,7 @@ class Elastic:
         error = PeerLost("this communicator is given up: a rank of it has died")
         # MPI may still write to what is under way.
         self._kept += [self.comm, *self._job.progress.abandon(error)]
-        self._job.release()
+        self._job.leave()
         self.comm.give_up()
 
     def __enter__(self) -> Elastic:
@@ -212,3 +215,5 @@ class Elastic:
             with suppress(PeerLost):  # all have done what there was to do
                 self.comm.close()
             self._survivors.leave()
+        if self._settings.watch:
+            watchdog.let_go(self)

@@ -80,9 +80,14 @@ class Job:
             self.guard.release()
         self.guard = None
 
-    def watch(self, world: Communicator, nodes: NodeMemory | None) -> None:
-        """Start the watchdog, and tell it of the other ranks of this node; collective."""
-        if not self.settings.watch or world.size == 1:
+    def watch(
+        self, world: Communicator, nodes: NodeMemory | None, *, survives: bool = False
+    ) -> None:
+        """Start the watchdog, and tell it of the other ranks of this node; collective.
+
+        survives: MPI tells of the dead, and the job goes on without them.
+        """
+        if not self.settings.watch or (world.size == 1 and not survives):
             return
         inquiry = self.progress.inquiry
         assert inquiry is not None
@@ -91,12 +96,13 @@ class Job:
         node = world.node.allgather(mine).tolist()
         ranks = [rank for rank, _, _ in node]
         known = {rank: Process(pid, started) for rank, pid, started in node if rank != world.rank}
-        self.progress.deaths = Deaths(known, _last_of(ranks, nodes))
-        watchdog = Watchdog(inquiry, self.transport, self.progress.deaths, self.settings.abort)
+        deaths = Deaths({} if survives else known, _last_of(ranks, nodes))
+        self.progress.deaths = None if survives else deaths
+        watchdog = Watchdog(inquiry, self.transport, deaths, self.settings.abort)
+        self.watchdog = watchdog
         files = world.node.allgather(np.array([watchdog.file])).ravel().tolist()
         of = dict(zip(ranks, files, strict=True))
         watchdog.start({rank: (process, of[rank]) for rank, process in known.items()})
-        self.watchdog = watchdog
 
     def leave(self) -> None:
         """Go on with no work, and look after nobody, any more."""

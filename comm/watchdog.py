@@ -50,9 +50,7 @@ class Watchdog:
         self._peers: dict[int, tuple[Process, int]] = {}
         self.file = _stacks_file()
         self._written = os.fstat(self.file).st_size
-        if not _ALIVE:
-            chain = callable(signal.getsignal(_SIGNAL))
-            faulthandler.register(_SIGNAL, file=self.file, all_threads=True, chain=chain)
+        catch(self)
         _ALIVE.append(self)
         self._thread = threading.Thread(target=self._run, name="ringfold-watchdog", daemon=True)
 
@@ -137,13 +135,29 @@ class Watchdog:
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(5)
         _ALIVE.remove(self)
-        if not _ALIVE:
-            faulthandler.unregister(_SIGNAL)
+        let_go(self)
         self._deaths.close()
 
 
 _ALIVE: list[Watchdog] = []
-"""Those of this process: they share its signal, which is given back with the last of them."""
+"""Those of this process: the first of them answers the signal."""
+
+_CATCHING: list[object] = []
+
+
+def catch(holder: object) -> None:
+    """Let the signal write this process's stacks, where it would end the process otherwise."""
+    if not _CATCHING:
+        chain = callable(signal.getsignal(_SIGNAL))
+        faulthandler.register(_SIGNAL, file=_stacks_file(), all_threads=True, chain=chain)
+    _CATCHING.append(holder)
+
+
+def let_go(holder: object) -> None:
+    """Give the signal back once nobody holds it any more."""
+    _CATCHING.remove(holder)
+    if not _CATCHING:
+        faulthandler.unregister(_SIGNAL)
 
 
 @functools.cache

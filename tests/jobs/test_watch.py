@@ -65,6 +65,53 @@ assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
     assert "running" in report
 
 
+def test_sigusr1_tells_where_the_ranks_of_an_elastic_job_are_also_after_deaths(
+    job: Callable[..., Any],
+) -> None:
+    script = """
+import os, signal, threading, time
+import numpy as np
+import ringfold
+
+def ask():
+    os.kill(os.getpid(), signal.SIGUSR1)
+
+def ask_until(over):  # nobody dies of it while there is no communicator
+    while not over.wait(0.005):
+        ask()
+
+with ringfold.Elastic() as world:
+    for step in range(3):
+        if world.comm.rank == 0:
+            threading.Timer(0.5, ask).start()
+        time.sleep(3 if world.comm.rank or world.comm.size == 1 else 0)
+        assert world.comm.allreduce(np.ones(1))[0] == world.comm.size == 3 - step
+        if step == 2:
+            break
+        if world.comm.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            while True:
+                world.comm.allreduce(np.ones(1))
+        except ringfold.PeerLost:
+            recovering = threading.Thread(target=ask_until, args=[over := threading.Event()])
+            recovering.start()
+            world.recover(step)
+            over.set()
+            recovering.join()
+assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+"""
+    done = job(3, script, timeout=60, ft=True)
+    assert done.returncode == 0, done.output
+    reports = done.stderr.split("where the ranks are (SIGUSR1 at rank 0)")[1:]
+    for size in (3, 2, 1):
+        assert any(
+            all(f"rank {rank}: world" in report for rank in range(size))
+            and f"rank {size}:" not in report
+            for report in reports
+        ), done.stderr
+
+
 @pytest.mark.parametrize(
     "death",
     ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(0)", "os.kill(os.getpid(), signal.SIGSTOP)"],
