@@ -296,8 +296,6 @@ def count_steps(options: Options, data: Data) -> int:
 
 def run(world: World, training: Training) -> None:
     """Train, evaluate, report, whatever becomes of other ranks.  Collective."""
-    from ringfold.workloads.report import write
-
     if world.comm.rank == 0:
         print(describe(training), flush=True)
         if training.crew is not None:
@@ -307,7 +305,10 @@ def run(world: World, training: Training) -> None:
     start = time.perf_counter()
     while True:
         try:
-            found = None if training.crew is None else life(world, training, training.crew, start)
+            if training.crew is not None:
+                found = life(world, training, training.crew, start)
+                if world.comm.rank == 0:  # before all agree to end: others do it if it dies here
+                    tell(training, found)
             while not world.finished():
                 pass
             break
@@ -315,10 +316,15 @@ def run(world: World, training: Training) -> None:
             if not world.survives:
                 raise
             training = go_on(world, training)
-    if world.comm.rank == 0 and found is not None:
-        print(*summary(training, found), sep="\n")
-        if training.options.report is not None:
-            write(training.options.report, found)
+
+
+def tell(training: Training, found: Report) -> None:
+    """Print what a run came to, and write its report."""
+    from ringfold.workloads.report import write
+
+    print(*summary(training, found), sep="\n", flush=True)
+    if training.options.report is not None:
+        write(training.options.report, found)
 
 
 def life(world: World, training: Training, crew: Crew, start: float) -> Report:

@@ -133,7 +133,8 @@ TRAIN = Path(__file__).parents[2] / "train.py"
 # or between a recovery that has ended and the next step.
 KILLED = f"""
 import os, runpy, signal, sys
-from ringfold.workloads import engines
+import ringfold
+from ringfold.workloads import engines, report
 
 deaths, size, *sys.argv[1:] = sys.argv[1:]
 deaths = {{tuple(pair.split(":")) for pair in deaths.split(",")}}
@@ -164,6 +165,21 @@ def dying(cls):
 
 dying(engines.Replicas)
 dying(engines.Stages)
+
+finished, write = ringfold.Elastic.finished, report.write
+
+def agreed(self):
+    done = finished(self)
+    if done and (me, "end", "agreed") in deaths:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return done
+
+def writing(*arguments):
+    if (me, "end", "writing") in deaths:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(*arguments)
+
+ringfold.Elastic.finished, report.write = agreed, writing
 sys.argv[0] = {str(TRAIN)!r}
 runpy.run_path({str(TRAIN)!r}, run_name="__main__")
 """
@@ -233,6 +249,14 @@ def test_what_a_recovery_has_dealt_out_is_not_lost_with_a_rank_that_dies_before_
     expected = planned(job, tmp_path, "1:9,2:9", *wire)
     assert found["weights_sha256"] == expected["weights_sha256"]
     assert found["losses"] == expected["losses"]
+
+
+@pytest.mark.parametrize("place, told", [("agreed", []), ("writing", [("died", 0, 24)])])
+def test_the_report_is_written_whoever_dies_in_the_end(
+    killed: Callable[..., dict[str, Any]], place: str, told: list[Any]
+) -> None:
+    found = killed(f"0:end:{place}", "--elastic")
+    assert [(event["event"], event["rank"], event["step"]) for event in found["events"]] == told
 
 
 @pytest.mark.timeout(250)
