@@ -31,6 +31,9 @@ RANKS, STEPS = 4, 60
 LIMITS = {"shrink": 5.0, "end": 5.0, "pipe": 5.0, "grow": 40.0}
 """Seconds from a kill until a step is finished without the killed; others have to start Python."""
 
+VAIN = "processes started in place of dead ranks, not all have opened MPI"
+"""What ends a run whose newcomer is killed before MPI knows of it."""
+
 PATIENCE = 100.0
 """Seconds that a whole run may take."""
 
@@ -185,10 +188,15 @@ def departures(events: Sequence[Mapping[str, Any]]) -> str:
 def complaints(case: Case, found: Outcome, expected: Mapping[str, Any] | None) -> list[str]:
     """Return all that is wrong with a run, given the report of that with the same membership."""
     wrong = []
-    if found.status != 0:
+    newcomer = any(not name.startswith("rank-") for name in found.killed)
+    vain = newcomer and VAIN in found.output
+    right = (137, 1) if vain else (0, 137) if newcomer else (0,)  # of mpirun, see docs/elastic.md
+    if found.status not in right:
         wrong.append(f"it ended with status {found.status}")
     if found.leftovers:
         wrong.append(f"it left processes: {found.leftovers}")
+    if vain:
+        return wrong
     if found.report is None:
         return [*wrong, "it has written no report"]
     report, seen = found.report, 0

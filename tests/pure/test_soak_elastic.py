@@ -62,3 +62,25 @@ def test_what_was_before_a_checkpoint_that_counts_has_not_been():
         {"event": "died", "rank": 1, "step": 15, "lost": fell},
     ]
     assert departures(events) == "2:10,1:10" and departures(events[:2]) == "2:12"
+
+
+def test_the_launcher_counts_newcomers_that_died_and_nobody_else():
+    found = outcome()
+    found.status = 137
+    assert complaints(CASE, found, REPORT) == ["it ended with status 137"]
+    found.killed["new-77"] = 11.0
+    assert complaints(CASE, found, REPORT) == []
+    found.status = 1
+    assert complaints(CASE, found, REPORT) == ["it ended with status 1"]
+
+
+def test_a_newcomer_that_never_opened_mpi_ends_the_run_with_a_word_of_it():
+    text = "of 1 processes started in place of dead ranks, not all have opened MPI"
+    found = Outcome(137, "", None, killed={"rank-1": 10.0, "new-77": 11.0})
+    assert complaints(CASE, found, None) == ["it has written no report"]
+    found.output = text
+    assert complaints(CASE, found, None) == []
+    found.status = 0
+    assert complaints(CASE, found, None) == ["it ended with status 0"]
+    found.status, found.killed = 137, {"rank-1": 10.0}
+    assert "it has written no report" in complaints(CASE, found, None)
