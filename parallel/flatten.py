@@ -1,4 +1,4 @@
-"""Gather gradients into a flat bucket and bring them back, in one compiled call each."""
+"""Gather gradients into a flat bucket and bring them back, in one call each."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .replicas import real_view
 from .sparse import as_dense
-from .transfer import Finite, transfer_of
+from .transfer import Finite, are_few, pack_few, transfer_of
 
-__all__ = ["WIRES", "Flattened", "in_place", "wire_of"]
+__all__ = ["WIRES", "Flattened", "Home", "in_place", "wire_of"]
 
 # The user's word for the wire to the element that a bucket of each dtype then has. A half is
 # never narrowed to the other half: that would only lose bits.
@@ -37,6 +37,32 @@ def wire_of(dtype: str, wire: str | None) -> str:
     return WIRES[wire].get(dtype, dtype)
 
 
+class Home:
+    """The flat memory of a bucket, and where its gradients live in it from pass to pass.
+
+    offsets: of the gradients in it.  places: their elements, flat.  addresses: of these.
+    rest: what lies behind the last of them.
+    """
+
+    def __init__(self, flat: Tensor, offsets: Sequence[int], counts: Sequence[int]) -> None:
+        self.flat = flat
+        self.offsets = offsets
+        self.places = [flat[o : o + count] for o, count in zip(offsets, counts, strict=True)]
+        self.rest = flat[sum(counts) :]
+        start, itemsize = flat.data_ptr(), flat.element_size()
+        self.addresses = [start + offset * itemsize for offset in offsets]
+        self._views: list[tuple[torch.Size, Tensor] | None] = [None] * len(self.places)
+
+    def view(self, i: int, parameter: Tensor) -> Tensor:
+        """Return a place as the gradient of a parameter, as real pairs where that is complex."""
+        known = self._views[i]
+        if known is None or known[0] != parameter.shape:
+            shape, strides = _plain_place(parameter)
+            start = self.flat.storage_offset() + self.offsets[i]
+            known = self._views[i] = parameter.shape, self.flat.as_strided(shape, strides, start)
+        return known[1].detach()  # what an owner does to its gradient, such as setting flags, stays
+
+
 class Flattened:
     """Tie gradients to their places in a flat bucket, where they live once they were reduced.
 
@@ -44,20 +70,17 @@ class Flattened:
     not copied, neither in nor out.
     """
 
-    def __init__(
-        self, gradients: Sequence[Tensor | None], offsets: Sequence[int], flat: Tensor
-    ) -> None:
+    def __init__(self, gradients: Sequence[Tensor | None], home: Home) -> None:
         self._gradients = list(gradients)
-        self._offsets = list(offsets)
-        self._flat = flat
+        self._home = home
+        self._flat = flat = home.flat
         self._dense = [None if g is None else _dense(g) for g in gradients]
-        start, itemsize = flat.data_ptr(), flat.element_size()
         self._at_home = [
-            d is not None and d.dtype == flat.dtype and d.data_ptr() == start + offset * itemsize
-            for d, offset in zip(self._dense, offsets, strict=True)
+            d is not None and d.dtype == flat.dtype and d.data_ptr() == address
+            for d, address in zip(self._dense, home.addresses, strict=True)
         ]
 
-    def pack(self, parameters: Sequence[Tensor], scale: float) -> Finite:
+    def pack(self, scale: float) -> Finite:
         """Write the gradients times `scale` into the bucket, zeros for those that are not there.
 
         A scale of 0 takes no gradient in. Tell whether all are finite, as `transfer.Finite` has
@@ -66,20 +89,27 @@ class Flattened:
         if scale == 0.0:
             self._flat.zero_()
             return True
-        looked_at = True
+        looked_at, away = True, []
         for i, dense in enumerate(self._dense):
             if dense is None:
-                self._place(i, real_view(parameters[i]).numel()).zero_()
-            elif self._at_home[i] and dense.numel():
+                self._home.places[i].zero_()
+            elif not self._at_home[i]:
+                away.append(i)
+            elif dense.numel():
                 looked_at = False
                 if scale != 1.0:
-                    self._place(i, dense.numel()).mul_(scale)
-        members = self._members([i for i, at_home in enumerate(self._at_home) if not at_home])
-        if not members:
+                    self._home.places[i].mul_(scale)
+        if not away:
             return True if looked_at else None
-        pack, _ = transfer_of(self._flat)
-        finite = pack(members, self._flat, scale)
+        finite = self._bring(away, scale)
         return finite if looked_at or finite is False else None
+
+    def _bring(self, away: Sequence[int], scale: float) -> Finite:
+        members = self._members(away)
+        if are_few(members, self._flat):
+            return pack_few(members, [self._home.places[i] for i in away], scale)
+        pack, _ = transfer_of(self._flat)
+        return pack(members, self._flat, scale)
 
     def unpack(self, used: Sequence[bool], parameters: Sequence[Tensor]) -> None:
         """Make the bucket's values the gradients of the used parameters.
@@ -108,24 +138,18 @@ class Flattened:
         for i in written:
             _bring_back(self._gradients[i], self._dense[i], parameters[i])
 
-    def _place(self, i: int, count: int) -> Tensor:
-        return self._flat[self._offsets[i] : self._offsets[i] + count]
-
     def _settle(self, i: int, parameter: Tensor) -> None:
         """Let a gradient that the bucket can hold live there."""
         if self._at_home[i]:
             return
-        gradient = self._gradients[i]
-        shape, strides = _plain_place(parameter)
-        start = self._flat.storage_offset() + self._offsets[i]
-        view = self._flat.as_strided(shape, strides, start)
+        gradient, view = self._gradients[i], self._home.view(i, parameter)
         if gradient is None or _can_move(gradient, parameter):
             parameter.grad = torch.view_as_complex(view) if parameter.is_complex() else view
         else:
             _bring_back(gradient, view, parameter)
 
     def _members(self, chosen: Sequence[int]) -> list[tuple[Tensor, int]]:
-        pairs = [(self._dense[i], self._offsets[i]) for i in chosen]
+        pairs = [(self._dense[i], self._home.offsets[i]) for i in chosen]
         return [(tensor, offset) for tensor, offset in pairs if tensor is not None]
 
 
@@ -160,7 +184,10 @@ def _can_move(gradient: Tensor, parameter: Tensor) -> bool:
 
 
 def _dense(gradient: Tensor) -> Tensor:
-    return real_view(as_dense(gradient.detach())).contiguous()
+    plain = gradient.layout == torch.strided and gradient.is_contiguous()
+    if plain and not (gradient.is_complex() or gradient.is_neg() or gradient.requires_grad):
+        return gradient
+    return real_view(as_dense(gradient.detach()).resolve_neg()).contiguous()
 
 
 def _bring_back(gradient: Tensor | None, dense: Tensor | None, parameter: Tensor) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..comm.work import Work
 from .buckets import Bucket
-from .flatten import Flattened, in_place, wire_of
+from .flatten import Flattened, Home, in_place, wire_of
 from .hooks import GradientBucket, Rounds, Wire, WireHook, payload
 from .replicas import real_view
 from .transfer import Finite
@@ -140,30 +140,22 @@ class DenseCarrier:
     def __init__(self, comm: Communicator, op: str, dtype: str | None) -> None:
         self._comm = comm
         self._op = op
-        self._dtype = dtype
-        self._flats: dict[tuple[Bucket, int], Tensor] = {}
+        self._homes = Homes(comm, dtype)
         self._rows: dict[tuple[tuple[bool, ...], torch.dtype, torch.device], Tensor] = {}
 
     def start(self, bucket: Bucket, load: Load) -> Flight:
         flags = load.flags
         scale, op = (1.0, self._op) if load.share is None else (load.share, "sum")
-        flat = _reused(
-            self._flats,
-            bucket,
-            bucket.count + len(flags),
-            getattr(torch, wire_of(bucket.dtype, self._dtype)),
-            self._comm,
-            load.device,
-        )
-        flattened = Flattened(load.gradients, bucket.offsets, flat)
-        finite = flattened.pack(load.parameters, scale)
-        flat[bucket.count :] = self._row_of(flags, flat)
-        work = self._comm.allreduce(flat, op=op, blocking=False)
+        home = self._homes.of(bucket, load.device, len(flags))
+        flattened = Flattened(load.gradients, home)
+        finite = flattened.pack(scale)
+        home.rest.copy_(self._row_of(flags, home.flat))
+        work = self._comm.allreduce(home.flat, op=op, blocking=False)
         size = self._comm.size
         per_flag = size if op == "mean" else 1
 
         def counts() -> list[float]:
-            return [per_flag * float(flag) for flag in flat[bucket.count :].tolist()]
+            return [per_flag * float(flag) for flag in home.rest.tolist()]
 
         return Flight(load, size, flattened, finite, Rounds(_one(work)), counts)
 
@@ -178,7 +170,7 @@ class DenseCarrier:
         return row
 
     def forget(self) -> None:
-        self._flats.clear()
+        self._homes.forget()
         self._rows.clear()
 
 
@@ -193,7 +185,7 @@ class LargeCarrier:
     def __init__(self, comm: Communicator, op: str) -> None:
         self._comm = comm
         self._op = op
-        self._flats: dict[tuple[Bucket, int], Tensor] = {}
+        self._homes = Homes(comm)
         self._counters = Counters()
         self._reduced: dict[Bucket, weakref.ref[Tensor]] = {}
 
@@ -206,10 +198,9 @@ class LargeCarrier:
         flat = None if kept or scale != 1.0 else in_place(gradient, parameter)
         flattened, finite = None, None
         if flat is None:
-            dtype = getattr(torch, bucket.dtype)
-            flat = _reused(self._flats, bucket, bucket.count, dtype, self._comm, load.device)
-            flattened = Flattened(load.gradients, bucket.offsets, flat)
-            finite = flattened.pack(load.parameters, scale)
+            home = self._homes.of(bucket, load.device)
+            flattened = Flattened(load.gradients, home)
+            flat, finite = home.flat, flattened.pack(scale)
         elif gradient is not None:
             self._reduced[bucket] = weakref.ref(gradient)
         counting = self._comm.allreduce(flags, op="sum", blocking=False)
@@ -218,7 +209,7 @@ class LargeCarrier:
         return Flight(load, self._comm.size, flattened, finite, rounds, flags.tolist)
 
     def forget(self) -> None:
-        self._flats.clear()
+        self._homes.forget()
         self._counters.forget()
         self._reduced.clear()
 
@@ -243,6 +234,29 @@ class Counters:
         self._arrays.clear()
 
 
+class Homes:
+    """The memory of each bucket, the same in each pass.
+
+    wire: the word for the dtype that it has, see `flatten.WIRES`; None for the gradients' own.
+    """
+
+    def __init__(self, comm: Communicator, wire: str | None = None) -> None:
+        self._comm, self._wire = comm, wire
+        self._known: dict[tuple[Bucket, int], Home] = {}
+
+    def of(self, bucket: Bucket, device: torch.device, num_flags: int = 0) -> Home:
+        """Return the memory of a bucket, with places for flags behind its elements."""
+        home = self._known.get((bucket, num_flags))
+        if home is None:
+            dtype = getattr(torch, wire_of(bucket.dtype, self._wire))
+            flat = _allocate(self._comm, bucket.count + num_flags, dtype, device)
+            home = self._known[bucket, num_flags] = Home(flat, bucket.offsets, bucket.counts)
+        return home
+
+    def forget(self) -> None:
+        self._known.clear()
+
+
 class HookCarrier:
     """Hand a bucket to a wire hook; its flags are added in a small message of their own."""
 
@@ -252,20 +266,19 @@ class HookCarrier:
         # A hook computes means; the mean of gradients times their number is the sum.
         self._plain = float(comm.size) if op == "sum" else 1.0
         self._counters = Counters()
-        self._flats: dict[tuple[Bucket, int], Tensor] = {}
+        self._homes = Homes(comm)
 
     def start(self, bucket: Bucket, load: Load) -> Flight:
         scale = self._plain if load.share is None else load.share * self._comm.size
-        dtype = getattr(torch, bucket.dtype)
-        flat = _reused(self._flats, bucket, bucket.count, dtype, self._comm, load.device)
-        flattened = Flattened(load.gradients, bucket.offsets, flat)
-        finite = flattened.pack(load.parameters, scale)
+        home = self._homes.of(bucket, load.device)
+        flattened = Flattened(load.gradients, home)
+        finite = flattened.pack(scale)
         flags = self._counters.fill(bucket, load)
         handed = GradientBucket(
             names=load.names,
             shapes=tuple(tuple(real_view(p).shape) for p in load.parameters),
             offsets=bucket.offsets,
-            flat=flat,
+            flat=home.flat,
             present=tuple(g is not None and scale != 0.0 for g in load.gradients),
         )
         rounds = Rounds(self._run(flags, handed))
@@ -285,7 +298,7 @@ class HookCarrier:
         yield counting
 
     def forget(self) -> None:
-        self._flats.clear()
+        self._homes.forget()
         self._counters.forget()
 
 
@@ -296,20 +309,6 @@ def _one(work: Work) -> Generator[Work, Any, None]:
 def _two(first: Work, second: Work) -> Generator[Work, Any, None]:
     yield first
     yield second
-
-
-def _reused(
-    flats: dict[tuple[Bucket, int], Tensor],
-    bucket: Bucket,
-    length: int,
-    dtype: torch.dtype,
-    comm: Communicator,
-    device: torch.device,
-) -> Tensor:
-    flat = flats.get((bucket, length))
-    if flat is None:
-        flat = flats[bucket, length] = _allocate(comm, length, dtype, device)
-    return flat
 
 
 def _allocate(comm: Communicator, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:

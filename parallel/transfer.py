@@ -22,8 +22,10 @@ __all__ = [
     "Finite",
     "Pack",
     "Unpack",
+    "are_few",
     "host_array",
     "pack_by_torch",
+    "pack_few",
     "transfer_of",
     "unpack_by_torch",
 ]
@@ -49,23 +51,32 @@ def host_array(flat: Tensor) -> NDArray[Any]:
     return bits.numpy()
 
 
-def _pack_by_kernel(members: Sequence[tuple[Tensor, int]], flat: Tensor, scale: float) -> bool:
-    plain = flat.dtype in _PLAIN and members[0][0].dtype == flat.dtype
-    if plain and sum(tensor.numel() for tensor, _ in members) <= _FEW:
-        return _pack_few(members, flat, scale)
-    from ..kernels.pack import pack
+def are_few(members: Sequence[tuple[Tensor, int]], flat: Tensor) -> bool:
+    """Tell whether `pack_few` may and should pack tensors of one dtype into a bucket."""
+    return (
+        sum(tensor.numel() for tensor, _ in members) <= _FEW
+        and flat.dtype in _PLAIN
+        and members[0][0].dtype == flat.dtype
+        and flat.device.type == "cpu"
+    )
 
-    table, dtype = _point(members)
-    return bool(pack(table, dtype, host_array(flat), dtype_name(flat.dtype), scale).finite)
 
+def pack_few(members: Sequence[tuple[Tensor, int]], places: list[Tensor], scale: float) -> bool:
+    """Do as the kernel does, without the cost of pointing it to every tensor.
 
-def _pack_few(members: Sequence[tuple[Tensor, int]], flat: Tensor, scale: float) -> bool:
-    """Do as the kernel does, without the cost of pointing it to every tensor."""
-    places = [flat[offset : offset + tensor.numel()] for tensor, offset in members]
+    places: of the members in the bucket, flat.
+    """
     torch._foreach_copy_(places, [tensor.view(-1) for tensor, _ in members])
     if scale != 1.0:
         torch._foreach_mul_(places, scale)
     return all(all(map(isfinite, place.tolist())) for place in places)
+
+
+def _pack_by_kernel(members: Sequence[tuple[Tensor, int]], flat: Tensor, scale: float) -> bool:
+    from ..kernels.pack import pack
+
+    table, dtype = _point(members)
+    return bool(pack(table, dtype, host_array(flat), dtype_name(flat.dtype), scale).finite)
 
 
 def _unpack_by_kernel(members: Sequence[tuple[Tensor, int]], flat: Tensor) -> None:

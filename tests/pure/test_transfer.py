@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from ringfold.parallel.transfer import pack_by_torch, transfer_of, unpack_by_torch
+from ringfold.parallel.transfer import (
+    are_few,
+    pack_by_torch,
+    pack_few,
+    transfer_of,
+    unpack_by_torch,
+)
 
 FLOATS, HALVES = (torch.float64, torch.float32), (torch.bfloat16, torch.float16)
 PAIRS = [
@@ -45,19 +51,26 @@ def test_both_give_the_same_bits(dtype: torch.dtype, flat_dtype: torch.dtype, sc
 @pytest.mark.parametrize("scale", [1.0, 1 / 3])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_few_elements_take_no_kernel_and_give_its_bits(
-    dtype: torch.dtype, scale: float, odd: float, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, scale: float, odd: float
 ) -> None:
-    pack, _ = transfer_of(torch.empty(0))
-    found = []
-    for limit in (128, 0):
-        monkeypatch.setattr("ringfold.parallel.transfer._FEW", limit)
-        flat = torch.full((70,), -9.0, dtype=dtype)
-        tensors = members(dtype)
-        tensors[0][0][1] = odd
-        finite = pack(tensors, flat, scale)
-        found.append((finite, flat.numpy().tobytes()))
-    assert found[0] == found[1]
-    assert found[0][0] == (odd == 0.0)
+    by_kernel, by_torch = (torch.full((70,), -9.0, dtype=dtype) for _ in range(2))
+    tensors = members(dtype)
+    tensors[0][0][1] = odd
+    places = [by_torch[offset : offset + tensor.numel()] for tensor, offset in tensors]
+    assert are_few(tensors, by_torch)
+    assert pack_few(tensors, places, scale) == (odd == 0.0)
+    pack, _ = transfer_of(by_kernel)
+    assert pack(tensors, by_kernel, scale) == (odd == 0.0)
+    assert by_kernel.numpy().tobytes() == by_torch.numpy().tobytes()
+
+
+def test_what_the_kernel_does_otherwise_is_not_few() -> None:
+    flat = torch.empty(200)
+    assert are_few([(torch.ones(64), 0), (torch.ones(64), 64)], flat)
+    assert not are_few([(torch.ones(64), 0), (torch.ones(65), 64)], flat)
+    assert not are_few([(torch.ones(3, dtype=torch.float64), 0)], flat)
+    assert not are_few([(torch.ones(3, dtype=torch.bfloat16), 0)], flat.bfloat16())
+    assert not are_few([(torch.ones(3), 0)], flat.to("meta"))
 
 
 def test_a_device_that_nothing_moves_is_refused() -> None:
