@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from ..kernels.records import (
     Where,
 )
 from . import fused
-from .cma import reading
+from .cma import access
 from .memory import Block
 from .node_memory import NodeMemory, patience, yielding
 from .notices import MESSAGES
@@ -40,6 +40,7 @@ class Board:
         self.rank, self.size = rank, len(members)
         self.memory = nodes.memory
         self.broken = ""
+        self._abandoned: list[Any] = []
         self._blocks = blocks
         self._bases = np.array([nodes.addresses[row[1]] for row in members.tolist()], np.int64)
         self._traces = [nodes.traces[row[1]] for row in members.tolist()]
@@ -59,7 +60,7 @@ class Board:
         self._processes = np.zeros(self.size, np.int64)
         if nodes.processes is not None:
             self._processes[:] = nodes.processes[members[:, 1]]
-            self.record[BoardWord.READ] = reading()
+            self.record[BoardWord.READ], self.record[BoardWord.WRITE] = access()
             self.record[BoardWord.PROCESSES] = self._processes.ctypes.data
         self.record[BoardWord.BELL] = self._bell.ctypes.data
         self.record[BoardWord.BELLS] = self._bells.ctypes.data
@@ -70,7 +71,7 @@ class Board:
 
     @property
     def reads(self) -> bool:
-        """Tell whether each rank can read the others' own memory, see `cma.readable`."""
+        """Tell whether each rank has access to the others' own memory, see `cma.accessible`."""
         return bool(self.record[BoardWord.READ])
 
     @classmethod
@@ -119,8 +120,12 @@ class Board:
         """Return a table of addresses that programs name, to fill in: a row for each Where."""
         return self._lists.copy()
 
-    def give_up(self, name: str) -> None:
-        """Refuse everything from now on: a work ended before the ranks were done with it."""
+    def give_up(self, name: str, buffer: Any) -> None:
+        """Refuse everything from now on: a work ended before the ranks were done with it.
+
+        buffer: what peers may still write to; nothing else is to come to lie there.
+        """
+        self._abandoned.append(buffer)
         self.broken = f"an earlier {name} was given up halfway, so the ranks may differ"
         self.record[BoardWord.BROKEN] = 1
 

@@ -8,8 +8,8 @@ place, everybody is done.
 eager: up to EAGER_BYTES are copied to a place of this rank's in the shared memory, and read from
 there by all after one meeting.  Two places are used by turns, so that nobody waits to write.
 staged: larger private buffers pass through cache-sized places, chunk by chunk.
-cma: larger private buffers where processes can read each other's memory (`comm.cma`): what a rank
-folds it copies from there, a cache-sized chunk at a time; what others have folded it takes whole.
+cma: larger private buffers where processes have access to each other's memory (`comm.cma`): what a
+rank folds it copies from there, a cache-sized chunk at a time, and writes back to all.
 
 Pure functions; addresses come in when a program is bound to a group (`comm.board`).
 """
@@ -208,19 +208,18 @@ def _point(target: int, entry: int, source: int, origin: int, start: int) -> _Ro
 
 
 def allreduce_cma(shape: Shape) -> Rows:
-    """Fold this rank's part of all buffers into its own, then take the other parts from there."""
+    """Fold this rank's part of all buffers, chunk by chunk, and write each back while it is hot."""
     item, rank, size = shape.itemsize, shape.rank, shape.size
     low, high = part(shape.count, item, size, rank)
     rows = [_MEET]
     for first, last in _chunks(high - low, _room(shape) // item):
-        rows += _read_peers(shape, (low + first) * item, (last - first) * item)
-        here = (low + first) * item
-        rows += _fold(Where.OWN, INPUT, here, Where.SOURCES, 0, last - first)
-    rows.append(_MEET)
-    for peer in _others(shape):
-        first, last = part(shape.count, item, size, peer)
-        at, nbytes = first * item, (last - first) * item
-        rows += _read(Where.OWN, INPUT, at, peer, at, nbytes)
+        at, nbytes = (low + first) * item, (last - first) * item
+        rows += _read_peers(shape, at, nbytes)
+        rows += _fold(Where.OWN, INPUT, at, Where.SOURCES, 0, last - first)
+        rows += [
+            (Row.WRITE, Where.PEERS, peer, at, Where.OWN, INPUT, at, nbytes)
+            for peer in _others(shape)
+        ]
     return _table([*rows, _MEET])
 
 
@@ -430,7 +429,7 @@ def cma(name: str, shape: Shape) -> Rows:
 
 
 def private_form(name: str, shape: Shape, reads: bool) -> str:
-    """Return the form for private buffers; reads: ranks can read each other's memory."""
+    """Return the form for private buffers; reads: ranks have access to each other's memory."""
     return "cma" if reads and shape.nbytes >= READ_FROM.get(name, shape.nbytes + 1) else "staged"
 
 

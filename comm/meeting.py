@@ -125,7 +125,10 @@ class Meeting:
         return bool(self._record[WorkWord.FLYING])
 
     def steps(self, status: int, owner: Any = None) -> Steps:
-        """Go on from a status until the work has ended; return the owner, alive until then."""
+        """Go on from a status until the work has ended; return the owner, alive until then.
+
+        owner: of the memory that peers read or write meanwhile.
+        """
         from ..kernels.meeting import abandon_kernel
 
         try:
@@ -143,7 +146,7 @@ class Meeting:
                     yield waiting
                 status = self._advance(self.address)
         except GeneratorExit:
-            self._board.give_up(self.name)
+            self._board.give_up(self.name, owner)
             abandon_kernel()(self.address)
             raise
         self._take(self._program)

@@ -18,7 +18,7 @@ from .work import Prepared, Receipt, Steps
 _FORMS = {
     "shared": "all buffers are in shared memory",
     "eager": "small buffers are copied for everybody",
-    "cma": "private buffers are read where they are",
+    "cma": "private buffers are read and written where they are",
     "staged": "private buffers pass through shared memory",
 }
 
@@ -73,7 +73,7 @@ class Meetings:
 
         def run(_: int) -> Steps:
             buffer.stage()
-            yield from meeting.steps(meeting.launch())
+            yield from meeting.steps(meeting.launch(), buffer)
             if written:
                 buffer.commit()
             return buffer.owner

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..kernels.records import BellWord
-from .cma import readable
+from .cma import accessible
 from .errors import CommError
 from .memory import BELL_AT, Block, Handle, Mapping, Memory
 
@@ -41,7 +41,7 @@ class NodeMemory:
     def __init__(self, node: Communicator, reads: bool = True) -> None:
         """Create this rank's memory and map the others'; collective over the node.
 
-        reads: try whether ranks can read each other's own memory.
+        reads: try whether ranks have access to each other's own memory.
         """
         self.rank = node.rank
         self.memory: Memory | None = None
@@ -65,7 +65,7 @@ class NodeMemory:
         if node.allreduce(told, op="min")[0]:
             self.token = int(handles[0, 3])
             _equip(self.bell, self.bell_of(self.rank))
-            self.processes = readable(node) if reads and node.size > 1 else None
+            self.processes = accessible(node) if reads and node.size > 1 else None
         else:
             self.reason = self.reason or "another rank of the node cannot map this rank's memory"
 

@@ -21,7 +21,7 @@ class Settings:
     compiled: messages are sent and added in compiled code where the transport has a way; the
         results are the same.  RINGFOLD_COMPILED (0 or 1)
     shared: ranks of one node meet in shared memory.  RINGFOLD_SHARED (0 or 1)
-    cma: ranks of one node read each other's own memory where they may, see comm/cma.py.
+    cma: ranks of one node read and write each other's own memory where they may, see comm/cma.py.
         RINGFOLD_CMA (0 or 1)
     watch: a thread of every rank says where it is when others ask, or when SIGUSR1 comes, and looks
         for ranks that have died.

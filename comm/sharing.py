@@ -33,7 +33,7 @@ class Sharing:
 
     @property
     def reads(self) -> bool:
-        """Tell whether the ranks of the group read each other's own memory, see `cma.readable`."""
+        """Tell whether the ranks of the group have access to each other's own memory, see `cma`."""
         return self.board is not None and self.board.reads
 
     def close(self) -> None:

@@ -16,11 +16,11 @@ from numba.np.numpy_support import carray
 from .bell import ring_bell, set_bell, sleep_by_bell
 from .compiled import Kernel, compile_callback, compile_kernel, flat
 from .native import (
+    access_process,
     call,
     copy_bytes,
     fence,
     load,
-    read_process,
     relax,
     store,
     try_lock,
@@ -46,12 +46,14 @@ from .scalars import compiled, pointer_to
 
 _RUNNING, _DONE = np.int64(Status.RUNNING), np.int64(Status.DONE)
 _MISMATCH, _MIXED = np.int64(Status.MISMATCH), np.int64(Status.MIXED)
-_MEET, _COPY, _POINT, _READ = map(np.int64, (Row.MEET, Row.COPY, Row.POINT, Row.READ))
+_MEET, _COPY, _POINT = map(np.int64, (Row.MEET, Row.COPY, Row.POINT))
+_READ, _WRITE = np.int64(Row.READ), np.int64(Row.WRITE)
 _FLAGS, _NOTES, _BASES = int(BoardWord.FLAGS), int(BoardWord.NOTES), int(BoardWord.BASES)
 _RANK, _SIZE, _ARRIVED = int(BoardWord.RANK), int(BoardWord.SIZE), int(BoardWord.ARRIVED)
 _TICKETS, _TURN, _YIELD = int(BoardWord.TICKET), int(BoardWord.TURN), int(BoardWord.YIELD)
 _BELL, _BELLS, _BOARD_WORDS = int(BoardWord.BELL), int(BoardWord.BELLS), int(BoardWord.WORDS)
-_READING, _PROCESSES = int(BoardWord.READ), int(BoardWord.PROCESSES)
+_READING, _WRITING = int(BoardWord.READ), int(BoardWord.WRITE)
+_PROCESSES = int(BoardWord.PROCESSES)
 _PLACE, _CALL, _ROOT, _NOTE_WORDS = int(Note.PLACE), int(Note.CALL), int(Note.ROOT), int(Note.WORDS)
 _ADDRESS, _PEERS = int(Note.ADDRESS), int(Where.PEERS)
 _PRIVATE = int(Place.PRIVATE)
@@ -125,12 +127,12 @@ def _address(work: Any, which: Any, index: Any, offset: Any) -> Any:
 
 
 @compiled
-def _read(board: Any, peer: Any, target: Any, source: Any, nbytes: Any) -> Any:
-    """Copy from a peer's own memory; tell whether it could be read."""
+def _access(function: Any, board: Any, peer: Any, own: Any, remote: Any, nbytes: Any) -> Any:
+    """Copy from a peer's own memory, or to it; tell whether that could be done."""
     process = _words(board[_PROCESSES], board[_SIZE])[peer]
     done = 0
     while done < nbytes:
-        got = read_process(board[_READING], process, target + done, source + done, nbytes - done)
+        got = access_process(function, process, own + done, remote + done, nbytes - done)
         if got <= 0:
             return False
         done += got
@@ -217,9 +219,15 @@ def _advance(record: Any, awaited: Any) -> Any:
         elif row[0] == _READ:
             target = _address(work, row[1], row[2], row[3])
             source = _address(work, row[4], row[5], row[6])
-            if not _read(board, row[5], target, source, row[7]):
+            if not _access(board[_READING], board, row[5], target, source, row[7]):
                 # Its process ends, or has ended: whoever waits for it will be told.
                 work[_WAITING_FOR] = row[5]
+                return _RUNNING
+        elif row[0] == _WRITE:
+            target = _address(work, row[1], row[2], row[3])
+            source = _address(work, row[4], row[5], row[6])
+            if not _access(board[_WRITING], board, row[2], source, target, row[7]):
+                work[_WAITING_FOR] = row[2]
                 return _RUNNING
         elif row[0] == _POINT:
             entry = work[_LISTS] + row[1] * work[_LIST_BYTES] + 8 * row[2]

@@ -105,19 +105,21 @@ def system_call(
 
 
 @builtin
-def read_process(
-    _context: Any, function: Any, process: Any, target: Any, source: Any, nbytes: Any
+def access_process(
+    _context: Any, function: Any, process: Any, own: Any, remote: Any, nbytes: Any
 ) -> Any:
-    """Copy bytes from another process's memory by process_vm_readv(2), whose address is given.
+    """Copy between own and another process's memory by process_vm_readv(2) or process_vm_writev.
+
+    function: address of the one or the other.
 
     Returns: how many were copied, which may be fewer than asked for; -1 where none could be.
     """
 
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        function, process, target, source, nbytes = arguments
+        function, process, own, remote, nbytes = arguments
         both = ir.ArrayType(_WORD, 2)
         vectors = []
-        for address in (target, source):
+        for address in (own, remote):
             vector = cgutils.alloca_once(builder, both)
             for word, value in enumerate((address, nbytes)):
                 builder.store(value, cgutils.gep_inbounds(builder, vector, 0, word))

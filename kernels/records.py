@@ -25,6 +25,7 @@ class Row(IntEnum):
     target is one entry of its list, all of them with index ALL, or the first two with index PAIR.
     POINT: the same as COPY, but the entry itself becomes the address of the source.
     READ: the same as COPY, from the memory of another process: the index is its rank.
+    WRITE: the same as COPY, to the memory of another process.
     Offsets are in bytes.
     """
 
@@ -33,6 +34,7 @@ class Row(IntEnum):
     FOLD = 2
     POINT = 3
     READ = 4
+    WRITE = 5
 
 
 ALL = -1
@@ -55,7 +57,8 @@ class BoardWord(IntEnum):
     COUNTER: address of the number of collectives that the group has begun.
     BELL: address of the rank's BellWord record.
     BELLS: address of a table of the addresses of all ranks' bells.
-    READ: address of process_vm_readv, 0 where the ranks cannot read each other's memory.
+    READ, WRITE: addresses of process_vm_readv and process_vm_writev, 0 where the ranks have no
+    access to each other's memory.
     PROCESSES: address of a table of all ranks' processes.
     """
 
@@ -76,8 +79,9 @@ class BoardWord(IntEnum):
     BELL = 14
     BELLS = 15
     READ = 16
-    PROCESSES = 17
-    WORDS = 18
+    WRITE = 17
+    PROCESSES = 18
+    WORDS = 19
 
 
 class BellWord(IntEnum):

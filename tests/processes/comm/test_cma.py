@@ -1,6 +1,6 @@
-"""Ranks that read each other's own memory: the contract, and what the kernel may refuse."""
+"""Ranks that read and write each other's own memory: the contract, and what the kernel may refuse."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import contract
 import numpy as np
@@ -76,13 +76,23 @@ def test_buffers_from_a_size_on_are_read(comm: Communicator) -> None:
         assert algorithm_of(other, "allreduce", large) == "pairwise, staged"
 
 
-def test_one_rank_that_may_not_read_is_enough(
-    comm: Communicator, monkeypatch: pytest.MonkeyPatch
+def _reads_nothing(process: int, address: int) -> int | None:
+    return None
+
+
+def _writes_elsewhere(process: int, address: int, value: int) -> bool:
+    return True
+
+
+@pytest.mark.parametrize("fault", [_reads_nothing, _writes_elsewhere])
+def test_one_rank_that_may_not_read_or_write_is_enough(
+    comm: Communicator, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., object]
 ) -> None:
     if comm.size == 1:
         return
     if comm.rank == comm.size - 1:
-        monkeypatch.setattr(cma, "_read_word", lambda process, address: None)
+        name = "_read_word" if fault is _reads_nothing else "_write_word"
+        monkeypatch.setattr(cma, name, fault)
     with Communicator() as other:
         x = data(comm.rank, 2 << 18, np.float64)
         assert algorithm_of(other, "allreduce", x) == "pairwise, staged"
@@ -100,9 +110,12 @@ def test_memory_that_has_gone_is_a_timeout_that_names_the_rank(
         assert prepared.meeting is not None
         if comm.rank == last:  # nothing is mapped at the beginning of a process
             prepared.meeting._record[WorkWord.NOTE + Note.ADDRESS] = 8
+        assert other._sharing is not None and other._sharing.board is not None
         work = other._runner.start(prepared, False)
         missed = rf"for ranks \[{last}\]" if comm.rank != last else "allreduce"
         with pytest.raises(CommTimeout, match=missed):
             work.wait()
         work.fail(CommError("enough"))
+        (kept,) = other._sharing.board._abandoned  # a peer that goes on might write there
+        assert kept.owner is prepared.owner
         comm.barrier()
