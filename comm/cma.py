@@ -1,8 +1,8 @@
-"""Read and write the memory of the other processes of a machine with one copy: cross-memory attach.
+"""Read and write the memory of other processes of a machine with one copy: cross-memory attach.
 
-process_vm_readv(2) and process_vm_writev(2) are allowed where ptrace(2) is: between processes of one
-user, unless the kernel (Yama), a container's filter or separate process names forbid it. So the ranks
-try both once.
+process_vm_readv(2) and process_vm_writev(2) are allowed where ptrace(2) is: between processes of
+one user, unless the kernel (Yama), a container's filter or separate process names forbid it. So the
+ranks try both once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class _Range(ctypes.Structure):
 
 
 def access() -> tuple[int, int]:
-    """Return the addresses of the C library's process_vm_readv and process_vm_writev, 0 for none."""
+    """Return the addresses of the C library's process_vm_readv and process_vm_writev, or 0."""
     try:
         functions = _library().process_vm_readv, _library().process_vm_writev
     except AttributeError:
@@ -43,11 +43,11 @@ def access() -> tuple[int, int]:
 
 
 def accessible(node: Communicator) -> Words | None:
-    """Return the process of each rank of a node, if all have access to all others' memory; collective.
+    """Return the process of each rank of a node, if all have access to all others' memory.
 
-    Every rank gets the same answer. That a process answers to a number is not taken for enough:
-    what is read has to be what that rank says that it has written there, and what is written has to
-    arrive.
+    Collective. Every rank gets the same answer. That a process answers to a number is not taken for
+    enough: what is read has to be what that rank says that it has written there, and what is
+    written has to arrive.
     """
     token = np.array([secrets.randbits(62)], np.int64)
     marks = np.zeros(node.size, np.int64)
@@ -60,7 +60,7 @@ def accessible(node: Communicator) -> Words | None:
     for process, source, target, expected in told.tolist() if able[0] else ():
         able[0] &= _read_word(process, source) == expected
         able[0] &= _write_word(process, target + marks.itemsize * node.rank, expected)
-    # Nobody's token goes away before all have read it, nor are marks looked at before all are there.
+    # Nobody's token goes away before all have read it; all marks are there when one looks.
     node.barrier()
     able[0] &= (marks == token).all()
     return told[:, 0].copy() if node.allreduce(able, op="min")[0] else None

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from .buckets import Bucket, Member, Pace, choose_limit, plan_buckets
 
 __all__ = ["Bucketing", "Describe", "arrived", "buckets_of", "lay_out", "limit_for"]
+
+SMALL = 1024
+"""Up to so many elements the last bucket waits for the end of backward."""
 
 Describe = Callable[[int], Member]
 """Return what a bucket needs to know of the parameter at an index."""
@@ -30,6 +34,15 @@ class Bucketing:
     buckets: tuple[Bucket, ...]
     bucket_of: Mapping[int, int]
     order: tuple[int, ...] | None
+
+    @cached_property
+    def eager(self) -> int:
+        """Return how many buckets are started as soon as they are full.
+
+        A small last one is not: backward has little left to do, and to wait for a work costs more
+        than to reduce so few elements at once.
+        """
+        return len(self.buckets) - (self.buckets[-1].count <= SMALL)
 
     @property
     def chosen(self) -> list[int]:

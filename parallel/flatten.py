@@ -41,14 +41,16 @@ class Home:
     """The flat memory of a bucket, and where its gradients live in it from pass to pass.
 
     offsets: of the gradients in it.  places: their elements, flat.  addresses: of these.
-    rest: what lies behind the last of them.
+    elements: all of them.  rest: what lies behind.  left: what the last pass has left there, None
+    where that is not known.
     """
 
     def __init__(self, flat: Tensor, offsets: Sequence[int], counts: Sequence[int]) -> None:
         self.flat = flat
         self.offsets = offsets
         self.places = [flat[o : o + count] for o, count in zip(offsets, counts, strict=True)]
-        self.rest = flat[sum(counts) :]
+        self.elements, self.rest = flat[: sum(counts)], flat[sum(counts) :]
+        self.left: list[float] | None = None
         start, itemsize = flat.data_ptr(), flat.element_size()
         self.addresses = [start + offset * itemsize for offset in offsets]
         self._views: list[tuple[torch.Size, Tensor] | None] = [None] * len(self.places)
@@ -87,7 +89,7 @@ class Flattened:
         it; None where some lay there already and were not looked at.
         """
         if scale == 0.0:
-            self._flat.zero_()
+            self._home.elements.zero_()
             return True
         looked_at, away = True, []
         for i, dense in enumerate(self._dense):

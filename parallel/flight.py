@@ -20,7 +20,7 @@ from torch import Tensor
 from ..comm.work import Work
 from .buckets import Bucket
 from .flatten import Flattened, Home, in_place, wire_of
-from .hooks import GradientBucket, Rounds, Wire, WireHook, payload
+from .hooks import Ended, GradientBucket, Rounds, Wire, WireHook, payload
 from .replicas import real_view
 from .transfer import Finite
 
@@ -77,7 +77,7 @@ class Flight:
     size: int
     flattened: Flattened | None
     finite: Finite
-    rounds: Rounds
+    rounds: Rounds | Ended
     counts: Callable[[], list[float]]
 
     @property
@@ -100,7 +100,9 @@ class Flight:
 class Carrier(Protocol):
     """Start buckets. Collective: every rank starts equal buckets in equal order."""
 
-    def start(self, bucket: Bucket, load: Load) -> Flight: ...
+    def start(self, bucket: Bucket, load: Load, *, last: bool) -> Flight:
+        """Start a bucket; last: nothing else is left to do, so that this rank may wait here."""
+        ...
 
     def forget(self) -> None:
         """Give the memory of the buckets back, since others are to come."""
@@ -121,13 +123,13 @@ class PlainCarrier:
         self._dense = DenseCarrier(comm, op, dtype)
         self._large = LargeCarrier(comm, op)
 
-    def start(self, bucket: Bucket, load: Load) -> Flight:
+    def start(self, bucket: Bucket, load: Load, *, last: bool) -> Flight:
         large = (
             len(bucket.indices) == 1
             and bucket.count * getattr(torch, bucket.dtype).itemsize >= LARGE_BYTES
             and wire_of(bucket.dtype, self._dtype) == bucket.dtype
         )
-        return (self._large if large else self._dense).start(bucket, load)
+        return (self._large if large else self._dense).start(bucket, load, last=last)
 
     def forget(self) -> None:
         self._dense.forget()
@@ -142,22 +144,40 @@ class DenseCarrier:
         self._op = op
         self._homes = Homes(comm, dtype)
         self._rows: dict[tuple[tuple[bool, ...], torch.dtype, torch.device], Tensor] = {}
+        self._plans: dict[tuple[Home, str], tuple[Callable[[], object], Ended]] = {}
 
-    def start(self, bucket: Bucket, load: Load) -> Flight:
+    def start(self, bucket: Bucket, load: Load, *, last: bool) -> Flight:
         flags = load.flags
         scale, op = (1.0, self._op) if load.share is None else (load.share, "sum")
         home = self._homes.of(bucket, load.device, len(flags))
         flattened = Flattened(load.gradients, home)
         finite = flattened.pack(scale)
-        home.rest.copy_(self._row_of(flags, home.flat))
-        work = self._comm.allreduce(home.flat, op=op, blocking=False)
+        if home.left != flags:
+            home.rest.copy_(self._row_of(flags, home.flat))
+        home.left = None
+        rounds = self._reduce(home, op, last)
         size = self._comm.size
         per_flag = size if op == "mean" else 1
 
         def counts() -> list[float]:
-            return [per_flag * float(flag) for flag in home.rest.tolist()]
+            home.left = home.rest.tolist()
+            return [per_flag * flag for flag in home.left]
 
-        return Flight(load, size, flattened, finite, Rounds(_one(work)), counts)
+        return Flight(load, size, flattened, finite, rounds, counts)
+
+    def _reduce(self, home: Home, op: str, last: bool) -> Rounds | Ended:
+        """Start to reduce a bucket; wait for it where it is the last, by a plan from then on."""
+        if not last or home.flat.device.type != "cpu":
+            return Rounds(_one(self._comm.allreduce(home.flat, op=op, blocking=False)))
+        known = self._plans.get((home, op))
+        if known is None:
+            work = self._comm.allreduce(home.flat, op=op, blocking=False)
+            plan = self._comm.plan("allreduce", home.flat, op=op)
+            self._plans[home, op] = plan, Ended([work.receipt])
+            return Rounds(_one(work))
+        plan, ended = known
+        plan()
+        return ended
 
     def _row_of(self, flags: list[bool], flat: Tensor) -> Tensor:
         """Return flags as elements of the bucket; most steps have those of the step before."""
@@ -172,6 +192,7 @@ class DenseCarrier:
     def forget(self) -> None:
         self._homes.forget()
         self._rows.clear()
+        self._plans.clear()
 
 
 class LargeCarrier:
@@ -189,7 +210,7 @@ class LargeCarrier:
         self._counters = Counters()
         self._reduced: dict[Bucket, weakref.ref[Tensor]] = {}
 
-    def start(self, bucket: Bucket, load: Load) -> Flight:
+    def start(self, bucket: Bucket, load: Load, *, last: bool) -> Flight:
         flags = self._counters.fill(bucket, load)
         (gradient,), (parameter,) = load.gradients, load.parameters
         scale, op = (1.0, self._op) if load.share is None else (load.share, "sum")
@@ -268,7 +289,7 @@ class HookCarrier:
         self._counters = Counters()
         self._homes = Homes(comm)
 
-    def start(self, bucket: Bucket, load: Load) -> Flight:
+    def start(self, bucket: Bucket, load: Load, *, last: bool) -> Flight:
         scale = self._plain if load.share is None else load.share * self._comm.size
         home = self._homes.of(bucket, load.device)
         flattened = Flattened(load.gradients, home)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ..comm.communicator import Communicator
     from ..comm.work import Receipt, Work
 
-__all__ = ["GradientBucket", "Rounds", "Wire", "WireHook", "payload", "wire_format"]
+__all__ = ["Ended", "GradientBucket", "Rounds", "Wire", "WireHook", "payload", "wire_format"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,20 @@ class Rounds:
             self._work = None
         else:
             self.receipts.append(self._work.receipt)
+
+
+class Ended:
+    """Rounds of works that have ended, by their receipts."""
+
+    def __init__(self, receipts: list[Receipt]) -> None:
+        self.receipts = receipts
+
+    def advance(self) -> bool:
+        """Tell that there is nothing to wait for."""
+        return False
+
+    def abandon(self) -> None:
+        """Do nothing."""
 
 
 WireHook: TypeAlias = "Callable[[GradientBucket, Communicator], Work | Rounds]"

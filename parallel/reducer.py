@@ -50,7 +50,7 @@ class ReductionRecord:
 
     receipts: of the collectives, bucket by bucket in the order in which they were started.
     bucket_nbytes: bytes that this rank put into the collectives of each bucket, flags included.
-    overlapped: how many buckets were started before backward had ended.
+    overlapped: how many buckets were started before backward had ended; a small last one never is.
     unused: names of the parameters that had no gradient on this rank.
     partial: names of the parameters that had a gradient on some ranks only; equal on all ranks.
     finite: whether every gradient packed on this rank was finite in the dtype of the wire; None
@@ -206,8 +206,8 @@ class Reducer:
             return
         current.waiting[place] -= 1
         started = len(current.flights)
-        while started < len(current.waiting) and current.waiting[started] == 0:
-            self._start(current, self._layout.buckets[started])
+        while started < self._layout.eager and current.waiting[started] == 0:
+            self._start(current, self._layout.buckets[started], last=False)
             current.overlapped += 1
             started += 1
 
@@ -215,8 +215,7 @@ class Reducer:
         """Start all buckets that have not been started; no more gradients will come."""
         current = self._pass
         assert current is not None
-        for bucket in self._layout.buckets[len(current.flights) :]:
-            self._start(current, bucket)
+        self._start_all(current, self._layout.buckets[len(current.flights) :])
 
     def finish(self) -> ReductionRecord:
         """Wait for all buckets; the results are the gradients then.
@@ -312,7 +311,12 @@ class Reducer:
     def _describe(self, index: int) -> Member:
         return member_of(self._names[index], self._parameters[index])
 
-    def _start(self, current: _Pass, bucket: Bucket) -> None:
+    def _start_all(self, current: _Pass, buckets: Sequence[Bucket]) -> None:
+        """Start what is left of a pass."""
+        for left, bucket in zip(range(len(buckets), 0, -1), buckets, strict=True):
+            self._start(current, bucket, last=left == 1)
+
+    def _start(self, current: _Pass, bucket: Bucket, *, last: bool) -> None:
         names = tuple(self._names[index] for index in bucket.indices)
         gradients = [self._gradient(index) for index in bucket.indices]
         if self._finite is not None:
@@ -326,11 +330,11 @@ class Reducer:
         )
         timeline = self._comm.timeline
         if timeline is None:
-            current.flights.append(self._carrier.start(bucket, load))
+            current.flights.append(self._carrier.start(bucket, load, last=last))
             return
         label = f"bucket {len(current.flights)}"
         with timeline.span(PACK, label), timeline.labelled(label):
-            current.flights.append(self._carrier.start(bucket, load))
+            current.flights.append(self._carrier.start(bucket, load, last=last))
 
     def _share(self, current: _Pass) -> float | None:
         if current.weight is None or current.total is None:
@@ -387,8 +391,7 @@ class Reducer:
         self._arrival_known = False
         buckets = buckets_of(self._describe, late, None, self.bucket_bytes)
         extra = _Pass([], False, current.weight, current.total)
-        for bucket in buckets:
-            self._start(extra, bucket)
+        self._start_all(extra, buckets)
         self._land(extra)
         self._carrier.forget()
         current.flights += extra.flights

@@ -615,7 +615,7 @@ def test_arrival_order_of_the_first_step_lays_out_the_next():
         return overlapped, model._reducer._layout.buckets[0].indices
 
     for overlapped, first in run_local(2, main):
-        assert overlapped[1] == 2
+        assert overlapped == [1, 1]  # a small last bucket waits for the end of backward
         assert first == (0,)
 
 
@@ -841,3 +841,40 @@ def test_recomputed_layers(reentrant):
     for found in run_local(2, main):
         for gradient, parameter in zip(found, whole.parameters(), strict=True):
             torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_flags_follow_the_gradients_from_pass_to_pass():
+    """What the last pass has left behind the elements is sent again only where it is right."""
+
+    def main(comm):
+        module = Scalars(first=2, last=3)
+        model = DataParallel(module, comm)
+        seen = []
+        for users in ((0, 1), (0, 1), (0,), (), (0, 1)):  # ranks that use `last`
+            module.zero_grad()
+            uses = comm.rank in users
+            model(lambda m, uses=uses: m.first * (m.last if uses else 1)).backward()
+            seen.append((module.last.grad is None, model.last_step.partial))
+        return seen
+
+    all_use, one, none = (False, ()), (False, ("last",)), (True, ())
+    assert run_local(2, main) == [[all_use, all_use, one, none, all_use]] * 2
+
+
+def test_the_last_small_bucket_tells_the_same_in_every_pass():
+    """From the second pass on a plan reduces it: receipts, bytes and the result stay."""
+
+    def main(comm):
+        module = Scalars(first=2, last=3)
+        model = DataParallel(module, comm)
+        seen = []
+        for _ in range(3):
+            module.zero_grad()
+            model(lambda m: m.first * m.last * (comm.rank + 1)).backward()
+            record = model.last_step
+            seen.append((record.receipts, record.bucket_nbytes, module.first.grad.item()))
+        return seen
+
+    for first, second, third in run_local(2, main):
+        assert first == second == third
+        assert first[2] == 3 * 1.5

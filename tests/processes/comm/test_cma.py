@@ -1,4 +1,4 @@
-"""Ranks that read and write each other's own memory: the contract, and what the kernel may refuse."""
+"""Ranks that read and write each other's own memory: the contract, and what may be refused."""
 
 from collections.abc import Callable, Iterator
 
