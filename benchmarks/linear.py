@@ -4,7 +4,8 @@
 
 The batch of 32 rows of the workload `linear` is split over the ranks; a gradient has 11 numbers, so
 that what is measured is what a reduction costs besides its data.  alone: one process with the whole
-batch while the others sleep.  ours: ringfold.DataParallel.  ddp: torch's, on gloo.
+batch while the others sleep.  no_sync: all ranks at once, without any reduction.  limit: the same,
+and then one planned allreduce of 11 numbers.  ours: ringfold.DataParallel.  ddp: torch's, on gloo.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from options import parser_of, read_peers, read_sizes
 from peers import gloo
 from plots import plot_bars
 from torch import nn
-from training import Alone, Trainer, differing, repeated, wrapped
+from training import Alone, Trainer, differing, limited, repeated, unsynchronised, wrapped
 
 import ringfold
 from ringfold.workloads.linear import NUM_COLUMNS, Linear
@@ -29,11 +30,11 @@ BATCH = 32
 NUM_BATCHES = 1000
 
 
-def stepper(trainer: Trainer, rank: int, size: int) -> Any:
-    """Return a function that trains on this rank's rows of the next batch."""
+def stepper(trainer: Trainer, rank: int, size: int, take: Any = Trainer.step) -> Any:
+    """Return a function that does take(trainer, x, y) with this rank's rows of the next batch."""
     data = Linear(Share(BATCH, rank, size, 0), num_rows=BATCH * NUM_BATCHES)
     batches = cycle(list(data.batches(0)))
-    return lambda: trainer.step(*next(batches))
+    return lambda: take(trainer, *next(batches))
 
 
 def compare(comm: ringfold.Communicator, alone: Alone, arguments: Any) -> list[dict[str, Any]]:
@@ -47,8 +48,12 @@ def compare(comm: ringfold.Communicator, alone: Alone, arguments: Any) -> list[d
         return repeated(stepper(trainer, rank, size), arguments.steps)
 
     loss = nn.functional.mse_loss
+    free = Trainer(ringfold.DataParallel(fresh(), comm), loss)
+    step = stepper(free, comm.rank, comm.size, unsynchronised)
     lined = [
         alone.contender(window(Trainer(fresh(), loss), 0, 1)),
+        Contender("no_sync", repeated(step, arguments.steps)),
+        Contender("limit", repeated(limited(step, comm, free), arguments.steps)),
         *(
             Contender(
                 name,

@@ -4,7 +4,8 @@
         [--peers gloo] [--device cuda] [--json FILE] [--plot FILE]
 
 alone: one process while the others sleep.  no_sync: all ranks at once, without any reduction; what
-it takes more than alone is what ranks lose by sharing the memory and the cores.  ours: with
+it takes more than alone is what ranks lose by sharing the memory and the cores.  limit: the same,
+and then one planned allreduce of as many bytes in registered memory.  ours: with
 ringfold.DataParallel.  ddp: torch.nn.parallel.DistributedDataParallel on gloo.  Every rank has a
 batch of its own of the same size, so that alone / ours is the efficiency of weak scaling.
 
@@ -29,7 +30,7 @@ from options import parser_of, read_peers, read_sizes
 from peers import gloo
 from plots import plot_bars
 from torch import Tensor, nn
-from training import Alone, Trainer, differing, wrapped
+from training import Alone, Trainer, differing, limited, unsynchronised, wrapped
 
 import ringfold
 from ringfold.parallel.hooks import Rounds
@@ -185,13 +186,13 @@ def compare(
     ours = wrapped(fresh, comm, arguments.sizes, trainer)
     free = trainer(ringfold.DataParallel(fresh(), comm))
 
-    def unsynchronised() -> None:
-        with free.no_sync():
-            free.step(x, y)
+    def step() -> None:
+        unsynchronised(free, x, y)
 
     lined = [
         alone.contender(lambda: single.step(x, y)),
-        Contender("no_sync", unsynchronised),
+        Contender("no_sync", step),
+        Contender("limit", limited(step, comm, free)),
         *(
             Contender(
                 name,

@@ -94,6 +94,34 @@ def wrapped(
     ]
 
 
+def unsynchronised(trainer: Trainer, x: Tensor, y: Tensor) -> None:
+    """Take a step whose gradients stay this rank's own."""
+    with trainer.no_sync():
+        trainer.step(x, y)
+
+
+def limited(
+    step: Callable[[], object], comm: ringfold.Communicator, trainer: Trainer
+) -> Callable[[], None]:
+    """Return what takes a step and then reduces as many bytes as it has gradients.
+
+    The bytes are no gradients, but lie in registered memory from the start, and a plan reduces
+    them: no reduction of gradients that autograd has made elsewhere can cost less than that.
+    """
+    parameters = list(trainer.model.parameters())
+    count, device = sum(parameter.numel() for parameter in parameters), parameters[0].device
+    plan = comm.plan(
+        "allreduce", comm.empty(count, torch.float32, device=device.type).fill_(1.0), op="mean"
+    )
+
+    def run() -> None:
+        step()
+        plan()
+        trainer.settle()
+
+    return run
+
+
 def repeated(step: Callable[[], object], times: int) -> Callable[[], None]:
     """Return a function that takes so many steps."""
 

@@ -119,7 +119,7 @@ def test_training_steps_beside_torch(bench: Callable[..., list[dict[str, Any]]])
     assert [(row["model"], row["impl"]) for row in rows] == [
         (model, impl)
         for model in ("mlp", "transformer")
-        for impl in ("alone", "no_sync", "ours", "ddp")
+        for impl in ("alone", "no_sync", "limit", "ours", "ddp")
     ]
     for row in rows:
         assert row["ranks"] == 2 and row["wrong"] == 0 and row["median_us"] > 0
@@ -134,7 +134,7 @@ def test_training_steps_beside_torch(bench: Callable[..., list[dict[str, Any]]])
 @pytest.mark.slow
 def test_the_linear_workload_beside_torch(bench: Callable[..., list[dict[str, Any]]]) -> None:
     rows = bench(3, "linear.py", "--steps", 3)
-    assert [row["impl"] for row in rows] == ["alone", "ours", "ddp"]
+    assert [row["impl"] for row in rows] == ["alone", "no_sync", "limit", "ours", "ddp"]
     assert all(row["wrong"] == 0 and row["steps_per_second"] > 0 for row in rows)
 
 

@@ -103,7 +103,8 @@ assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 """
     done = job(3, script, timeout=60, ft=True)
     assert done.returncode == 0, done.output
-    reports = done.stderr.split("where the ranks are (SIGUSR1 at rank 0)")[1:]
+    # A rank that was still asked when its recovery ended may tell before rank 0 does.
+    reports = done.stderr.split("where the ranks are (SIGUSR1 at rank ")[1:]
     for size in (3, 2, 1):
         assert any(
             all(f"rank {rank}: world" in report for rank in range(size))

@@ -59,3 +59,17 @@ def test_shares_and_times_are_read_in_the_right_direction() -> None:
     assert "| 0.75 | 16 MiB, 2 ranks | reached |" in line(rows, "share of the measured")
     assert "| 0.833 | 16 MiB, 2 ranks | reached |" in line(rows, "bf16 against fp32")
     assert "| 0.25 s |  | **missed** |" in line(rows, "import ringfold")
+
+
+def test_steps_say_what_the_limit_would_allow() -> None:
+    times = {"alone": 60.0, "limit": 75.0, "ours": 100.0, "ddp": 150.0}
+    rows = [
+        {"impl": impl, "model": "mlp", "ranks": 2, "median_us": us} for impl, us in times.items()
+    ]
+    assert "| 0.6 | 2 ranks; at the limit 0.8 | **missed** |" in line(rows, "MLP")
+    rows = [
+        {"impl": impl, "workload": "linear", "ranks": 2, "median_us": us}
+        for impl, us in times.items()
+        if impl != "limit"
+    ]
+    assert "| 1.5 x | 2 ranks | **missed** |" in line(rows, "workload linear")
