@@ -178,8 +178,7 @@ class Communicator:
         if progress.timeline is not None:
             raise CommError(f"rank {self.rank} is traced already")
         progress.timeline = timeline = Timeline(progress.ring)
-        for group in progress.groups:
-            group.attentive = True
+        progress.attend()
         return timeline
 
     def stop_timeline(self) -> None:
@@ -188,8 +187,7 @@ class Communicator:
         if progress.timeline is not None:
             progress.timeline.stop()
         progress.timeline = None
-        for group in progress.groups:
-            group.attentive = group.closed
+        progress.attend()
 
     @property
     def library(self) -> str:

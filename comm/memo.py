@@ -20,10 +20,11 @@ _CAPACITY = 256
 class Known:
     """A call that was made before, ready to run again as long as the array is what it was.
 
-    fits: tell whether an array is the same object over the same memory.
+    fits: tell whether the array lies over the same memory as then. reference: to the array.
     """
 
     fits: Callable[[Any], bool]
+    reference: Any
     meeting: Meeting
     receipt: Receipt
 
@@ -40,12 +41,12 @@ class Memo:
         if len(self._known) >= _CAPACITY:
             self._known.clear()
         key = id(x), op
-        try:
+        try:  # no other array has this identity before this one is forgotten
             reference = weakref.ref(x, lambda _: self._known.pop(key, None))
         except TypeError:  # such as a memoryview
-            return Known(_never, meeting, receipt)
-        fits = _numpy_fits(x, reference) if type(x) is np.ndarray else _tensor_fits(x, reference)
-        known = Known(fits, meeting, receipt)
+            return Known(_never, None, meeting, receipt)
+        fits = _numpy_fits(x) if type(x) is np.ndarray else _tensor_fits(x)
+        known = Known(fits, reference, meeting, receipt)
         self._known[key] = known
         return known
 
@@ -58,33 +59,27 @@ def _never(_: Any) -> bool:
     return False
 
 
-def _numpy_fits(x: np.ndarray[Any, Any], reference: Any) -> Callable[[Any], bool]:
-    shape, strides, dtype = x.shape, x.strides, x.dtype
+def _numpy_fits(x: np.ndarray[Any, Any]) -> Callable[[Any], bool]:
+    """An array that others refer to keeps its memory; how it is seen may change."""
+    size, dtype = x.size, x.dtype
 
     def fits(y: np.ndarray[Any, Any]) -> bool:
-        return (
-            reference() is y
-            and y.shape == shape
-            and y.strides == strides
-            and y.dtype is dtype
-            and y.flags.writeable
-        )
+        return y.flags.carray and y.size == size and y.dtype is dtype
 
     return fits
 
 
-def _tensor_fits(x: Any, reference: Any) -> Callable[[Any], bool]:
-    if not hasattr(x, "data_ptr") or not hasattr(x, "stride"):
+def _tensor_fits(x: Any) -> Callable[[Any], bool]:
+    if not hasattr(x, "data_ptr") or not hasattr(x, "is_contiguous"):
         return _never
-    address, shape, strides, dtype = x.data_ptr(), x.shape, x.stride(), x.dtype
+    address, count, dtype = x.data_ptr(), x.numel(), x.dtype
 
     def fits(y: Any) -> bool:
         return (
-            reference() is y
-            and y.data_ptr() == address
-            and y.shape == shape
-            and y.stride() == strides
+            y.data_ptr() == address
+            and y.numel() == count
             and y.dtype is dtype
+            and y.is_contiguous()
         )
 
     return fits

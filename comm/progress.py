@@ -6,6 +6,7 @@ for one, or a background thread that looks now and then while nobody waits.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
@@ -56,6 +57,12 @@ class Progress:
         self._nap = _LOOK
         self.inquiry: Inquiry | None = None
         self.deaths: Deaths | None = None
+        _watch_forks(self)
+
+    def attend(self) -> None:
+        """Let every group decide anew what its calls have to look at."""
+        for group in self.groups:
+            group.attend()
 
     def start(self, make: Callable[[], Work], background: bool) -> Work:
         """Make a work, which starts it, and look after it until it has ended.
@@ -201,6 +208,21 @@ class Progress:
             pending = [r for work in self.works if work.background for r in work.pending]
         waiting = [request for request in pending if isinstance(request, Waiting)]
         return waiting if len(waiting) == len(pending) else []
+
+
+def _watch_forks(progress: Progress) -> None:
+    """Let calls notice that they are made in a fork of the rank's process.
+
+    Asking for the process in each call would be a tenth of a small one.
+    """
+    found = weakref.ref(progress)  # what is registered stays so
+
+    def forked() -> None:
+        progress = found()
+        if progress is not None:
+            progress.attend()
+
+    os.register_at_fork(after_in_child=forked)
 
 
 class Watch:

@@ -30,8 +30,8 @@ class Runner:
     name: what the group is called.
     counter: how many collectives, and messages, the group has begun.
     closed: whether the group takes no more calls.
-    attentive: whether a call has to look at more than the group's own state: it is closed, or this
-        rank records what it does.
+    attentive: whether a call has to look at more than the group's own state: it is closed, this
+        rank records what it does, or this is a fork of the rank's process.
     """
 
     def __init__(self, transport: Transport, progress: Progress, name: str) -> None:
@@ -40,17 +40,23 @@ class Runner:
         self._counts = self.counter.data
         self._shares = shares_of(transport.max_tag)
         self.closed = False
-        self.attentive = progress.timeline is not None
         self._transport = transport
         self._progress = progress
         self._ring = progress.ring
         self._sites = Sites()
         self._process = os.getpid()
+        self.attend()
         progress.groups.add(self)
+
+    def attend(self) -> None:
+        """Decide anew what calls have to look at."""
+        recorded = self._progress.timeline is not None
+        self.attentive = self.closed or recorded or os.getpid() != self._process
 
     def close(self) -> None:
         """Refuse every call from now on."""
-        self.closed = self.attentive = True
+        self.closed = True
+        self.attend()
 
     def require_open(self) -> None:
         """Raise CommError where the group is closed, or this process is a fork of the rank's."""
@@ -66,7 +72,7 @@ class Runner:
     def run(self, meeting: Meeting, receipt: Receipt, owner: Any) -> Any:
         """Run a meeting to its end; at once, without a Work, where nothing is in flight before."""
         start = 0
-        if self.attentive or os.getpid() != self._process:
+        if self.attentive:
             self.require_open()
             start = time.monotonic_ns()
         if not self._progress.works:

@@ -1,6 +1,7 @@
 """Meeting in shared memory: the contract, and what only registered memory can get wrong."""
 
 import gc
+import os
 import time
 
 import contract
@@ -95,6 +96,24 @@ def test_an_array_that_was_changed_is_not_taken_for_what_it_was(comm: Communicat
         comm.allreduce(x)
     for length in range(3, 300):  # new arrays at old addresses
         assert (comm.allreduce(np.ones(length)) == comm.size).all()
+
+
+def test_a_fork_of_a_rank_is_refused_whatever_it_has_called_before(comm: Communicator) -> None:
+    x = np.ones(5)
+    step = comm.plan("allreduce", x)
+    step()
+    comm.allreduce(x)
+    child = os.fork()
+    if child == 0:
+        refused = 0
+        for call in (step, lambda: comm.allreduce(x), comm.stop_timeline, step):
+            try:
+                call()
+            except CommError as error:
+                refused += "fork of rank" in str(error)
+        os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    assert (comm.allreduce(x) == comm.size**3).all()
 
 
 def test_receipts_name_the_form(comm: Communicator) -> None:
