@@ -171,6 +171,7 @@ def machine(mpi: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "mpi": mpi or mpi_version(),
+        "malloc": os.environ.get("GLIBC_TUNABLES", ""),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }

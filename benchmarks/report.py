@@ -261,17 +261,21 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
         yield f"| {goal.what} | {limit} | {found} | {worst.where} | {verdict} |"
 
 
+def where(machine: Mapping[str, Any]) -> str:
+    """Say on what machine, and in what environment, a file was measured."""
+    return (
+        f"- {machine['cpu']}, {machine['cores']} cores; {machine['mpi']}; "
+        f"Python {machine['python']}, NumPy {machine['numpy']}; "
+        f"{machine.get('malloc') or 'malloc as it is'}; "
+        f"commit {machine['commit']}, {machine['date']}"
+    )
+
+
 def document(records: Iterable[Mapping[str, Any]]) -> str:
     """Return the whole README of the results."""
     records = list(records)
     rows = [row for record in records for row in record["rows"]]
-    machines = dict.fromkeys(
-        f"- {record['machine']['cpu']}, {record['machine']['cores']} cores; "
-        f"{record['machine']['mpi']}; Python {record['machine']['python']}, "
-        f"NumPy {record['machine']['numpy']}; commit {record['machine']['commit']}, "
-        f"{record['machine']['date']}"
-        for record in records
-    )
+    machines = dict.fromkeys(where(record["machine"]) for record in records)
     wrong = sum(row.get("wrong", 0) for row in rows)
     return "\n".join(
         (

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from . import units
 from .comm.errors import CommError
 from .comm.texts import gather_texts
 from .doctor_gpu import gpu_memory, gpus, has_gpu
+from .doctor_pages import ENABLED, huge_pages
 from .findings import Finding, State, broken, good, note, screen, status, ways_table
 
 if TYPE_CHECKING:
@@ -46,7 +48,14 @@ def examine(out: Callable[[str], None] = print) -> int:
         out(screen(findings))
         return status(findings)
     with comm:
-        findings = [*alone, *_mpi(comm), *_shared(comm), _cores(comm), *gpus(comm.library)]
+        findings = [
+            *alone,
+            *_mpi(comm),
+            *_shared(comm),
+            _cores(comm),
+            *_pages(),
+            *gpus(comm.library),
+        ]
         findings = _gathered(comm, findings)
         ways = ways_of(comm)
         findings.append(good("transport", ways_table(ways)))
@@ -153,6 +162,14 @@ def _cores(comm: Communicator) -> Finding:
     if ranks > cores:
         return note("CPU cores", f"{text}: ranks that wait give their core away, at some cost")
     return good("CPU cores", text)
+
+
+def _pages() -> list[Finding]:
+    try:
+        words = Path(ENABLED).read_text()
+    except OSError:
+        words = ""
+    return huge_pages(words, os.environ)
 
 
 def _gathered(comm: Communicator, findings: list[Finding]) -> list[Finding]:

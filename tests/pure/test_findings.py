@@ -1,6 +1,9 @@
 """The doctor's screen: what is broken decides the status, and everything fits."""
 
-from ringfold.findings import WIDTH, broken, good, note, screen, status, ways_table
+import pytest
+
+from ringfold.doctor_pages import huge_pages
+from ringfold.findings import WIDTH, State, broken, good, note, screen, status, ways_table
 
 
 def test_only_what_is_broken_fails():
@@ -38,3 +41,27 @@ def test_ways_of_two_kinds_are_drawn():
         ]
     )
     assert ways_table(ways, most=2) == "shared: 1 pairs, mpi: 2 pairs"
+
+
+MADVISE = "always [madvise] never"
+
+
+@pytest.mark.parametrize(
+    ("words", "environ", "state"),
+    [
+        ("[always] madvise never", {}, State.GOOD),
+        ("always madvise [never]", {"THP_MEM_ALLOC_ENABLE": "1"}, State.NOTE),
+        (MADVISE, {}, State.NOTE),
+        (MADVISE, {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, State.NOTE),
+        (MADVISE, {"GLIBC_TUNABLES": "glibc.malloc.check=1:glibc.malloc.hugetlb=1"}, State.GOOD),
+        (MADVISE, {"THP_MEM_ALLOC_ENABLE": "1"}, State.GOOD),
+    ],
+)
+def test_huge_pages_are_as_linux_and_malloc_say(words, environ, state):
+    (finding,) = huge_pages(words, environ)
+    assert finding.state is state
+    assert bool(finding.advice) == (words == MADVISE and state is State.NOTE)
+
+
+def test_of_a_kernel_without_huge_pages_nothing_is_said():
+    assert huge_pages("", {}) == []
