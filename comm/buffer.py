@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import dlpack
-from .device import on_device
+from .device import bare, on_device
 from .dtypes import DType, dtype_named
 from .memory import Memory
 from .staging import Typed
@@ -133,7 +133,7 @@ def _from_numpy(x: Any) -> tuple[Array, DType]:
 
 def _from_dlpack(x: Any) -> tuple[Array, DType]:
     # A tensor that requires a gradient does not export its memory; the same memory detached does.
-    return dlpack.read_host(x.detach() if hasattr(x, "detach") else x)
+    return dlpack.read_host(bare(x))
 
 
 def _from_buffer(x: Any) -> tuple[Array, DType]:

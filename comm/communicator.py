@@ -208,6 +208,8 @@ class Communicator:
         """
         known = self._memo.find((id(x), op)) if algorithm is None else None
         if known is None or not known.fits(x):
+            known = self._memo.at(x, op) if algorithm is None else None
+        if known is None:
             prepared = self._side(x).allreduce(x, op, algorithm)
             if algorithm is not None or not prepared.plain or prepared.meeting is None:
                 return self._start(prepared, blocking)

@@ -225,19 +225,34 @@ def on_device(x: Any) -> bool:
     return hasattr(x, "__cuda_array_interface__") if said is None else bool(said)
 
 
+def bare(x: Any) -> Any:
+    """Return x without its gradient.
+
+    Raises: TypeError for a torch tensor in whose memory lie the negatives of its values: neither
+    DLPack nor the CUDA array interface tells.
+    """
+    plain = x.detach() if hasattr(x, "detach") else x
+    if hasattr(plain, "is_neg") and plain.is_neg():
+        raise TypeError(
+            "a tensor whose memory holds its values negated (torch's is_neg(), as of a conjugate's "
+            "imaginary part) cannot be moved; pass resolve_neg() of it"
+        )
+    return plain
+
+
 def describe(x: Any, *, writable: bool, what: str = "x") -> DeviceArray:
     """Read what an array in device memory says of itself (CUDA Array Interface, version 3).
 
     writable: a result will be written into it.
 
-    Raises: TypeError for an element type that the table lacks, and for masked arrays; ValueError
-    for arrays that are not contiguous, or read-only where a result is to be written.
+    Raises: TypeError for an element type that the table lacks, and for masked or negated arrays;
+    ValueError for arrays that are not contiguous, or read-only where a result is to be written.
     """
-    bare = x.detach() if hasattr(x, "detach") else x
-    interface: Mapping[str, Any] = bare.__cuda_array_interface__
-    shape = tuple(int(length) for length in interface["shape"])
     try:
-        dtype = _dtype(bare, interface["typestr"])
+        plain = bare(x)
+        interface: Mapping[str, Any] = plain.__cuda_array_interface__
+        shape = tuple(int(length) for length in interface["shape"])
+        dtype = _dtype(plain, interface["typestr"])
     except TypeError as error:
         raise TypeError(f"{what}: {error}") from None
     if interface.get("mask") is not None:

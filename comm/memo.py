@@ -1,4 +1,4 @@
-"""Remember what was decided for arrays that a program passes again and again."""
+"""Remember what was decided for memory that a program passes again and again."""
 
 from __future__ import annotations
 
@@ -18,68 +18,77 @@ _CAPACITY = 256
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """A call that was made before, ready to run again as long as the array is what it was.
+    """A call that was made before, ready to run again.
 
-    fits: tell whether the array lies over the same memory as then. reference: to the array.
+    fits: tell whether an array is what it was; a tensor was compared when it was found.
+    reference: to the array, which nothing else keeps alive.
     """
 
     fits: Callable[[Any], bool]
-    reference: Any
     meeting: Meeting
     receipt: Receipt
+    reference: Any = None
 
 
 class Memo:
-    """The known calls of one communicator, by the identity of their array; keeps no array alive."""
+    """The known calls of one communicator: on arrays by their identity, on tensors by their memory.
+
+    Where gradients are made anew in every step, they come to lie where they lay before. What is
+    known of an address stays right: memory that was registered stays so as long as the
+    communicator, and any other may be read as what it was.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, str], Known] = {}
-        self.find = self._known.get
+        self._arrays: dict[tuple[int, str], Known] = {}
+        self._tensors: dict[tuple[Any, ...], Known] = {}
+        self.find = self._arrays.get
+
+    def at(self, x: Any, op: str) -> Known | None:
+        """Return what is known of a tensor over the same elements."""
+        try:
+            known = self._tensors.get((x.data_ptr(), x.numel(), x.dtype, op))
+        except (AttributeError, RuntimeError):  # no tensor, or one without memory
+            return None
+        if known is None or not (x.is_contiguous() and x.is_cpu) or x.is_neg():
+            return None
+        return known
 
     def add(self, x: Any, op: str, meeting: Meeting, receipt: Receipt) -> Known:
         """Remember the meeting of a call on x, where x allows it."""
-        if len(self._known) >= _CAPACITY:
-            self._known.clear()
-        key = id(x), op
-        try:  # no other array has this identity before this one is forgotten
-            reference = weakref.ref(x, lambda _: self._known.pop(key, None))
-        except TypeError:  # such as a memoryview
-            return Known(_never, None, meeting, receipt)
-        fits = _numpy_fits(x) if type(x) is np.ndarray else _tensor_fits(x)
-        known = Known(fits, reference, meeting, receipt)
-        self._known[key] = known
+        if type(x) is np.ndarray and x.flags.carray:
+            return self._add_array(x, op, meeting, receipt)
+        known = Known(_never, meeting, receipt)
+        if hasattr(x, "data_ptr") and x.is_contiguous():
+            _make_room(self._tensors)
+            self._tensors[x.data_ptr(), x.numel(), x.dtype, op] = known
+        return known
+
+    def _add_array(
+        self, x: np.ndarray[Any, Any], op: str, meeting: Meeting, receipt: Receipt
+    ) -> Known:
+        _make_room(self._arrays)
+        key, size, dtype = (id(x), op), x.size, x.dtype
+
+        def fits(y: np.ndarray[Any, Any]) -> bool:
+            # The same array, since no other has its identity before it is forgotten. Its memory
+            # does not change while others refer to it; how it is seen may.
+            return y.flags.carray and y.size == size and y.dtype is dtype
+
+        forget = self._arrays.pop
+        known = Known(fits, meeting, receipt, weakref.ref(x, lambda _: forget(key, None)))
+        self._arrays[key] = known
         return known
 
     def forget(self) -> None:
         """Know nothing any more."""
-        self._known.clear()
+        self._arrays.clear()
+        self._tensors.clear()
+
+
+def _make_room(known: dict[Any, Known]) -> None:
+    if len(known) >= _CAPACITY:
+        known.clear()
 
 
 def _never(_: Any) -> bool:
     return False
-
-
-def _numpy_fits(x: np.ndarray[Any, Any]) -> Callable[[Any], bool]:
-    """An array that others refer to keeps its memory; how it is seen may change."""
-    size, dtype = x.size, x.dtype
-
-    def fits(y: np.ndarray[Any, Any]) -> bool:
-        return y.flags.carray and y.size == size and y.dtype is dtype
-
-    return fits
-
-
-def _tensor_fits(x: Any) -> Callable[[Any], bool]:
-    if not hasattr(x, "data_ptr") or not hasattr(x, "is_contiguous"):
-        return _never
-    address, count, dtype = x.data_ptr(), x.numel(), x.dtype
-
-    def fits(y: Any) -> bool:
-        return (
-            y.data_ptr() == address
-            and y.numel() == count
-            and y.dtype is dtype
-            and y.is_contiguous()
-        )
-
-    return fits

@@ -102,6 +102,14 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
     return tuning.parent if tuning else None
 
 
+def asks_for_huge_pages(environ: Mapping[str, str] = os.environ) -> str:
+    """Name who asks Linux for huge pages for host tensors: "malloc", "torch" or nobody."""
+    tunables = environ.get("GLIBC_TUNABLES", "").split(":")
+    if {"glibc.malloc.hugetlb=1", "glibc.malloc.hugetlb=2"} & set(tunables):
+        return "malloc"
+    return "torch" if environ.get("THP_MEM_ALLOC_ENABLE") == "1" else ""
+
+
 _PARSERS: dict[str, Callable[[str], object]] = {
     "timeout": float,
     "segment_bytes": int,

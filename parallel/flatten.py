@@ -109,7 +109,8 @@ class Flattened:
     def _bring(self, away: Sequence[int], scale: float) -> Finite:
         members = self._members(away)
         if are_few(members, self._flat):
-            return pack_few(members, [self._home.places[i] for i in away], scale)
+            places = [self._home.places[i] for i in away]
+            return pack_few(members, places, self._home.elements, scale)
         pack, _ = transfer_of(self._flat)
         return pack(members, self._flat, scale)
 

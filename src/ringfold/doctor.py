@@ -20,6 +20,7 @@ import numpy as np
 
 from . import units
 from .comm.errors import CommError
+from .comm.settings import asks_for_huge_pages
 from .comm.texts import gather_texts
 from .doctor_gpu import gpu_memory, gpus, has_gpu
 from .doctor_pages import ENABLED, huge_pages
@@ -169,7 +170,7 @@ def _pages() -> list[Finding]:
         words = Path(ENABLED).read_text()
     except OSError:
         words = ""
-    return huge_pages(words, os.environ)
+    return huge_pages(words, asks_for_huge_pages())
 
 
 def _gathered(comm: Communicator, findings: list[Finding]) -> list[Finding]:

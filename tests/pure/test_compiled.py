@@ -6,19 +6,22 @@ import subprocess
 import sys
 import zlib
 
+import numpy as np
 import pytest
+from numba import types
 
 from ringfold.kernels import compiled
 
 SCRIPT = """
 from numba import types
-from ringfold.kernels.compiled import compile_kernel
+import numpy
+from ringfold.kernels.compiled import compile_kernel, flat
 
 def twice(x):
-    return 2 * x
+    return 2 * x[0]
 
-kernel = compile_kernel("twice", twice, types.int64)
-assert kernel(4) == 8
+kernel = compile_kernel("twice", twice, flat(types.int64))
+assert kernel(numpy.array([4])) == 8
 print(sum(kernel.stats.cache_misses.values()))
 """
 
@@ -44,6 +47,14 @@ def test_one_process_compiles_and_says_so(tmp_path):
     assert words.startswith("ringfold: compiling kernels for this machine, once; they are kept in ")
     again = start(tmp_path, script).communicate(timeout=100)
     assert again == ("0\n", "")
+
+
+def test_numbers_are_converted_and_nothing_else_is_taken():
+    kernel = compiled.compile_kernel("half", lambda x, y: x // y, types.int64, types.int64)
+    assert kernel(8, np.int64(2)) == kernel(8.9, True) / 2 == 4
+    for wrong in ((8,), (8, 2, 1), (np.zeros(3), 2), (None, 2)):
+        with pytest.raises(TypeError):
+            kernel(*wrong)
 
 
 def test_patience_ends_where_another_process_stands_still(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from ringfold.comm.settings import asks_for_huge_pages
 from ringfold.doctor_pages import huge_pages
 from ringfold.findings import WIDTH, State, broken, good, note, screen, status, ways_table
 
@@ -58,10 +59,10 @@ MADVISE = "always [madvise] never"
     ],
 )
 def test_huge_pages_are_as_linux_and_malloc_say(words, environ, state):
-    (finding,) = huge_pages(words, environ)
+    (finding,) = huge_pages(words, asks_for_huge_pages(environ))
     assert finding.state is state
     assert bool(finding.advice) == (words == MADVISE and state is State.NOTE)
 
 
 def test_of_a_kernel_without_huge_pages_nothing_is_said():
-    assert huge_pages("", {}) == []
+    assert huge_pages("", "") == []

@@ -58,16 +58,21 @@ def test_few_elements_take_no_kernel_and_give_its_bits(
     tensors[0][0][1] = odd
     places = [by_torch[offset : offset + tensor.numel()] for tensor, offset in tensors]
     assert are_few(tensors, by_torch)
-    assert pack_few(tensors, places, scale) == (odd == 0.0)
+    # What lies beside them is no reason, whatever the sum of all is.
+    by_torch[-1] = float("inf")
+    assert pack_few(tensors, places, by_torch, scale) == (odd == 0.0)
+    by_torch[-1] = -9.0
     pack, _ = transfer_of(by_kernel)
     assert pack(tensors, by_kernel, scale) == (odd == 0.0)
     assert by_kernel.numpy().tobytes() == by_torch.numpy().tobytes()
 
 
 def test_what_the_kernel_does_otherwise_is_not_few() -> None:
-    flat = torch.empty(200)
-    assert are_few([(torch.ones(64), 0), (torch.ones(64), 64)], flat)
-    assert not are_few([(torch.ones(64), 0), (torch.ones(65), 64)], flat)
+    flat = torch.empty(1 << 18)
+    half = torch.ones(1 << 16)
+    assert are_few([(half, 0), (half, 1 << 16)], flat)
+    assert not are_few([(half, 0), (half, 1 << 16), (torch.ones(1), 1 << 17)], flat)
+    assert not are_few([(torch.ones(1), place) for place in range(17)], flat)
     assert not are_few([(torch.ones(3, dtype=torch.float64), 0)], flat)
     assert not are_few([(torch.ones(3, dtype=torch.bfloat16), 0)], flat.bfloat16())
     assert not are_few([(torch.ones(3), 0)], flat.to("meta"))

@@ -150,6 +150,13 @@ def test_an_unknown_type_is_refused() -> None:
         describe(x, writable=False)
 
 
+def test_a_negated_tensor_is_refused() -> None:
+    x = strided(strides=(24, 4))
+    x.is_neg = lambda: True
+    with pytest.raises(TypeError, match="x: a tensor whose memory holds its values negated"):
+        describe(x, writable=False)
+
+
 def test_what_is_contiguous_in_other_words() -> None:
     x = strided(strides=(24, 4))
     assert describe(x, writable=True).count == 24
