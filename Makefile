@@ -41,8 +41,8 @@ IMPI_VENV   := $(VENV)-impi
 IMPI_READY  := $(IMPI_VENV)/ringfold.stamp
 INPUTS      := pyproject.toml setup.py constraints.txt tools/setup_venv.py
 
-# Jobs whose tests set no limits of seconds: two at a time.
-CALM        := $(addprefix tests/jobs/test_,$(addsuffix .py,doctor readme resume trace train tune))
+# Jobs whose tests set no limits of seconds, or wide ones: two at a time.
+CALM        := $(addprefix tests/jobs/test_,$(addsuffix .py,benchmarks doctor readme resume shared_verdict trace train tune))
 FAST        := tests --ignore=tests/processes --ignore=tests/jobs --ignore=tests/hosts --ignore=tests/simulator
 
 .PHONY: help setup train test test-main test-simulator test-processes test-mpich test-impi test-hosts test-fast fuzz soak soak-elastic lint format bench bench-hosts clean python-version
