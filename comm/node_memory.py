@@ -112,4 +112,4 @@ def patience(num_ranks: int) -> tuple[int, int]:
 
     It spins where every rank of the node has a core, and yields where they share cores.
     """
-    return (2000, 20) if num_ranks <= len(os.sched_getaffinity(0)) else (20, 100)
+    return (2000, 20) if num_ranks <= len(os.sched_getaffinity(0)) else (4, 100)
