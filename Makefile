@@ -86,10 +86,10 @@ python-version:
 	  echo "Name another one: make PYTHON=/path/to/python3.12 ..."; exit 1; } >&2
 
 # Huge pages for large tensors: without them a step of a large model takes up to a quarter longer.
-train bench: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+HUGE_PAGES  := GLIBC_TUNABLES=$(or $(GLIBC_TUNABLES),glibc.malloc.hugetlb=1)
 
 train: $(READY)
-	mpirun -n $(NP) python train.py $(ARGS)
+	$(HUGE_PAGES) mpirun -n $(NP) python train.py $(ARGS)
 
 test: test-main test-simulator test-processes test-mpich
 
@@ -176,11 +176,11 @@ bench: $(READY)
 	  mpirun -n $$ranks python benchmarks/collectives.py $(ARGS) \
 	    --json $(RESULTS)/collectives-$$ranks.json --plot $(RESULTS)/collectives-$$ranks.png; \
 	  for name in train_step linear pipeline; do \
-	    mpirun -n $$ranks python benchmarks/$$name.py $(ARGS) \
+	    $(HUGE_PAGES) mpirun -n $$ranks python benchmarks/$$name.py $(ARGS) \
 	      --json $(RESULTS)/$$name-$$ranks.json --plot $(RESULTS)/$$name-$$ranks.png; \
 	  done; \
 	done
-	mpirun -n 4 python benchmarks/scaling.py $(ARGS) \
+	$(HUGE_PAGES) mpirun -n 4 python benchmarks/scaling.py $(ARGS) \
 	  --json $(RESULTS)/scaling-4.json --plot $(RESULTS)/scaling-4.png
 	mpirun -n 4 python benchmarks/model_error.py --json $(RESULTS)/model_error.json
 	mpirun -n 2 python benchmarks/checkpoint.py --json $(RESULTS)/checkpoint-2.json
