@@ -68,7 +68,7 @@ def test_the_sum_is_the_same_in_every_form(comm: Communicator, always: None) -> 
 def test_buffers_from_a_size_on_are_read(comm: Communicator) -> None:
     if comm.size == 1 or comm._sharing is None or not comm._sharing.reads:
         return
-    large = np.ones(1 << 18)
+    large = np.ones(comm.size << 19)
     assert algorithm_of(comm, "allreduce", large) == "pairwise, cma"
     assert algorithm_of(comm, "allreduce", large[1:]) == "pairwise, staged"
     assert algorithm_of(comm, "allgather", large[:9999]) == "pairwise, cma"
