@@ -206,8 +206,12 @@ class Communicator:
 
         op: sum, mean (over the ranks; floats only), min, max or prod; bool allows min and max.
         """
-        known = self._memo.find((id(x), op)) if algorithm is None else None
-        if known is None or not known.fits(x):
+        known = self._memo.find((id(x), op))
+        if (  # here and not in a function, which a small call would notice
+            known is None
+            or algorithm is not None
+            or not (x.flags.carray and x.size == known.size and x.dtype is known.dtype)
+        ):
             known = self._memo.at(x, op) if algorithm is None else None
         if known is None:
             prepared = self._side(x).allreduce(x, op, algorithm)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +19,15 @@ _CAPACITY = 256
 class Known:
     """A call that was made before, ready to run again.
 
-    fits: tell whether an array is what it was; a tensor was compared when it was found.
+    size, dtype: of the array, which is the same one as long as it has these and is contiguous; a
+        tensor was compared when it was found.
     reference: to the array, which nothing else keeps alive.
     """
 
-    fits: Callable[[Any], bool]
     meeting: Meeting
     receipt: Receipt
+    size: int = 0
+    dtype: Any = None
     reference: Any = None
 
 
@@ -57,7 +58,7 @@ class Memo:
         """Remember the meeting of a call on x, where x allows it."""
         if type(x) is np.ndarray and x.flags.carray:
             return self._add_array(x, op, meeting, receipt)
-        known = Known(_never, meeting, receipt)
+        known = Known(meeting, receipt)
         if hasattr(x, "data_ptr") and x.is_contiguous():
             _make_room(self._tensors)
             self._tensors[x.data_ptr(), x.numel(), x.dtype, op] = known
@@ -67,16 +68,11 @@ class Memo:
         self, x: np.ndarray[Any, Any], op: str, meeting: Meeting, receipt: Receipt
     ) -> Known:
         _make_room(self._arrays)
-        key, size, dtype = (id(x), op), x.size, x.dtype
-
-        def fits(y: np.ndarray[Any, Any]) -> bool:
-            # The same array, since no other has its identity before it is forgotten. Its memory
-            # does not change while others refer to it; how it is seen may.
-            return y.flags.carray and y.size == size and y.dtype is dtype
-
-        forget = self._arrays.pop
-        known = Known(fits, meeting, receipt, weakref.ref(x, lambda _: forget(key, None)))
-        self._arrays[key] = known
+        key, forget = (id(x), op), self._arrays.pop
+        # No other array has this identity before it is forgotten, and none moves its memory while
+        # others refer to it; how it is seen may change.
+        reference = weakref.ref(x, lambda _: forget(key, None))
+        known = self._arrays[key] = Known(meeting, receipt, x.size, x.dtype, reference)
         return known
 
     def forget(self) -> None:
@@ -88,7 +84,3 @@ class Memo:
 def _make_room(known: dict[Any, Known]) -> None:
     if len(known) >= _CAPACITY:
         known.clear()
-
-
-def _never(_: Any) -> bool:
-    return False
