@@ -85,7 +85,7 @@ python-version:
 	  echo "ringfold needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)."; \
 	  echo "Name another one: make PYTHON=/path/to/python3.12 ..."; exit 1; } >&2
 
-# Huge pages for large tensors: without them a step of a large model takes up to a quarter longer.
+# Huge pages for large tensors: without them a step of a large model takes up to a third longer.
 HUGE_PAGES  := GLIBC_TUNABLES=$(or $(GLIBC_TUNABLES),glibc.malloc.hugetlb=1)
 
 train: $(READY)

@@ -261,7 +261,7 @@ def lines(rows: Sequence[Row]) -> Iterator[str]:
         yield f"| {goal.what} | {limit} | {found} | {worst.where} | {verdict} |"
 
 
-def where(machine: Mapping[str, Any]) -> str:
+def origin(machine: Mapping[str, Any]) -> str:
     """Say on what machine, and in what environment, a file was measured."""
     return (
         f"- {machine['cpu']}, {machine['cores']} cores; {machine['mpi']}; "
@@ -275,7 +275,7 @@ def document(records: Iterable[Mapping[str, Any]]) -> str:
     """Return the whole README of the results."""
     records = list(records)
     rows = [row for record in records for row in record["rows"]]
-    machines = dict.fromkeys(where(record["machine"]) for record in records)
+    machines = dict.fromkeys(origin(record["machine"]) for record in records)
     wrong = sum(row.get("wrong", 0) for row in rows)
     return "\n".join(
         (

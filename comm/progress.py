@@ -213,7 +213,7 @@ class Progress:
 def _watch_forks(progress: Progress) -> None:
     """Let calls notice that they are made in a fork of the rank's process.
 
-    Asking for the process in each call would be a tenth of a small one.
+    Asking for the process in each call would be a fifth of a small one.
     """
     found = weakref.ref(progress)  # what is registered stays so
 
