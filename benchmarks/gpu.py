@@ -6,18 +6,17 @@ Ranks go round the GPUs of their node; several on one card is what one card can 
 ends when the device has the result. Every result is checked. `registered` is memory from
 comm.empty(device="cuda"), which ranks of a node open; the transport says which way was taken. Rows
 named copy are of one rank alone: device to device, and between pinned host memory and the device,
-each byte counted once.
+each byte counted once. `limit` is what the memory of one card allows: as many copies as ranks.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-import numpy as np
+from gpu_clock import Clock
 from harness import Contender, contest, rates, table, verdict, write_json
 from options import parser_of, read_peers, read_sizes
 from peers import Buffers, gloo, gloo_run
@@ -34,30 +33,24 @@ COLUMNS = {
     "transport": "",
     "wrong": "d",
 }
-COPIES = 20
+ON_DEVICE = "copy, on the device"
 
 
-def copies(cupy: Any, nbytes: int) -> dict[str, float]:
-    """Return GB/s of copies of nbytes, medians: within the device, to it and from it."""
+def copies(cupy: Any, clock: Clock, nbytes: int) -> dict[str, float]:
+    """Return the device's seconds for copies of nbytes: within it, to it and from it."""
+    runtime = cupy.cuda.runtime
     device, other = cupy.zeros(nbytes, cupy.uint8), cupy.zeros(nbytes, cupy.uint8)
-    memory = cupy.cuda.alloc_pinned_memory(max(nbytes, 1))
-    host = np.frombuffer(memory, np.uint8, nbytes)
-    calls: dict[str, Callable[[], Any]] = {
-        "copy, on the device": lambda: cupy.copyto(other, device),
-        "copy, to the device": lambda: device.set(host),
-        "copy, to the host": lambda: device.get(out=host, blocking=False),
+    pinned = cupy.cuda.alloc_pinned_memory(max(nbytes, 1))
+    here, there, host = device.data.ptr, other.data.ptr, pinned.ptr
+    ways = {
+        ON_DEVICE: (there, here, runtime.memcpyDeviceToDevice),
+        "copy, to the device": (here, host, runtime.memcpyHostToDevice),
+        "copy, to the host": (host, here, runtime.memcpyDeviceToHost),
     }
-    found = {}
-    for name, call in calls.items():
-        times = []
-        for _ in range(COPIES):
-            cupy.cuda.runtime.deviceSynchronize()
-            start = time.perf_counter()
-            call()
-            cupy.cuda.runtime.deviceSynchronize()
-            times.append(time.perf_counter() - start)
-        found[name] = nbytes / float(np.median(times)) / 1e9
-    return found
+    return {
+        name: clock.seconds(lambda t=to, s=source, k=kind: runtime.memcpyAsync(t, s, nbytes, k, 0))
+        for name, (to, source, kind) in ways.items()
+    }
 
 
 def contenders(comm: ringfold.Communicator, torch: Any, count: int, peers: list[str]) -> Any:
@@ -115,10 +108,15 @@ def main() -> int:
         torch.cuda.set_device(ordinal)
         card = cupy.cuda.runtime.getDeviceProperties(ordinal)["name"].decode()
         with cupy.cuda.Device(ordinal), gloo(comm) if "gloo" in peers else nullcontext():
+            clock = Clock(cupy)
             for nbytes in read_sizes(parser, options.sizes):
                 if comm.rank == 0:
-                    for name, rate in copies(cupy, nbytes).items():
-                        rows.append(row(card, comm, name, nbytes, nbytes / rate / 1e9, "-", 0))
+                    copied = copies(cupy, clock, nbytes)
+                    if comm.size > 1 and cupy.cuda.runtime.getDeviceCount() == 1:
+                        # Every rank's bytes are read once and written once, on the one card.
+                        copied["limit"] = comm.size * copied[ON_DEVICE]
+                    for name, seconds in copied.items():
+                        rows.append(row(card, comm, name, nbytes, seconds, "-", 0))
                 comm.barrier()
                 found = contenders(comm, torch, nbytes // 4, peers)
                 outcomes = contest(comm, found, repeats=options.repeats, budget=options.budget)

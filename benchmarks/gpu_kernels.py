@@ -3,19 +3,19 @@
     python benchmarks/gpu_kernels.py [--sizes 1MiB,16MiB,64MiB] [--json FILE]
 
 sizes: of the float32 side. A kernel's bytes are those that it has to read and write, and a copy of
-as many reads half of them and writes half; `share` is the kernel's rate over the copy's. Medians of
-launches that are waited for one by one.
+as many reads half of them and writes half; `share` is the kernel's rate over the copy's. Times are
+the device's own, of launches one behind the other (`gpu_clock`).
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from gpu_clock import Clock
 from harness import table, write_json
 from options import parser_of, read_sizes
 
@@ -95,34 +95,19 @@ def cases(count: int, launcher: Any) -> Iterator[Case]:
     )
 
 
-def seconds(launch: Callable[[], Any], wait: Callable[[], Any], repeats: int) -> float:
-    """Return the median time of a launch that is waited for; the first compiles, and is not it."""
-    launch()
-    wait()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        launch()
-        wait()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
-
-
 def measure(
     count: int,
     launcher: Any,
     copy: Callable[[int], Callable[[], Any]],
-    wait: Callable[[], Any],
-    repeats: int,
+    seconds: Callable[[Callable[[], Any]], float],
 ) -> list[dict[str, Any]]:
     """Time every kernel, and the copy that moves as many bytes.
 
-    copy: return what copies so many bytes within the device.
+    copy: return what copies so many bytes within the device.  seconds: time what launches.
     """
     rows = []
     for case in cases(count, launcher):
-        took = seconds(case.launch, wait, repeats)
-        copied = seconds(copy(case.nbytes // 2), wait, repeats)
+        took, copied = seconds(case.launch), seconds(copy(case.nbytes // 2))
         rows.append(
             {
                 "kernel": case.name,
@@ -150,9 +135,9 @@ def main() -> int:
         return lambda: cupy.copyto(target, source)
 
     card = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
-    wait, rows = cupy.cuda.runtime.deviceSynchronize, []
+    clock, rows = Clock(cupy), []
     for nbytes in read_sizes(parser, options.sizes):
-        found = measure(max(nbytes // 4, 16), Launcher(), copy, wait, options.repeats)
+        found = measure(max(nbytes // 4, 16), Launcher(), copy, clock.seconds)
         rows += [{"card": card, "size": nbytes, **row} for row in found]
     print(f"{card} (measured)")
     print(table(rows, COLUMNS))

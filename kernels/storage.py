@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -80,3 +81,14 @@ def check_divisor(divisor: float) -> None:
     """Refuse a divisor of zero: every quotient would be infinite or not a number."""
     if divisor == 0:
         raise ValueError(f"divisor is {divisor}; expected a number other than zero")
+
+
+def change_by(divisor: float) -> tuple[str, float]:
+    """Return ("multiply", factor) or ("divide", divisor), which give the same bits.
+
+    The reciprocal of a power of two is exact, and multiplying is many times cheaper.
+    """
+    fraction, exponent = math.frexp(divisor)
+    if abs(fraction) == 0.5 and abs(exponent) < 100:
+        return "multiply", 1.0 / divisor
+    return "divide", divisor

@@ -4,6 +4,7 @@ Memory is Numba's own, so no other array library is needed. Buffers lie between 
 distances from an alignment of 64 bytes; reading one back checks its guards.
 """
 
+import dataclasses
 import itertools
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from ringfold.kernels.storage import FLOATS, HALVES, STORAGE
 from ringfold.kernels.table import PAIRS, Packed, PointerTable
 
 GUARD = 64
-LAYOUTS = [[], [0, 0], [1], [0, 3, 0, 70, 1], [37, 16], [33] * 5]
+LAYOUTS = [[], [0, 0], [1], [0, 3, 0, 70, 1], [37, 16], [33] * 5, [300]]
 DTYPES = [(tensor, bucket) for tensor, buckets in PAIRS.items() for bucket in buckets]
 REAL = (*FLOATS, *HALVES)
 
@@ -108,7 +109,8 @@ class Bucket:
             offsets=np.array(offsets, np.int64),
             itemsize=size,
         )
-        self.tiles = kernels.table.Tiles.of(placed, *dtypes, launcher, tile=32)
+        tile = 32 if max(counts, default=0) < 100 else 144
+        self.tiles = kernels.table.Tiles.of(placed, *dtypes, launcher, tile=tile)
         self.learned = kernels.table.ByProducts.of(launcher)
 
 
@@ -187,11 +189,12 @@ def test_no_launch_of_nothing_and_no_thread_beyond_the_end(
     "dtypes", [("float32", "float32"), ("bfloat16", "float32"), ("float16", "float16")]
 )
 def test_pack_add(kernels, launcher, dtypes):
-    case = Bucket(kernels, launcher, dtypes, [0, 3, 70], special=True)
-    kernels.pack.pack_add(case.tiles, case.bucket.span, launcher, learned=case.learned)
-    wanted = reference.pack_add(case.table, dtypes[0], case.host, dtypes[1])
-    assert same(case.bucket.read(), case.host, dtypes[1])
-    agrees(case.learned.read(launcher), wanted, 73)
+    for counts in ([0, 3, 70], [200]):
+        case = Bucket(kernels, launcher, dtypes, counts, special=True)
+        kernels.pack.pack_add(case.tiles, case.bucket.span, launcher, learned=case.learned)
+        wanted = reference.pack_add(case.table, dtypes[0], case.host, dtypes[1])
+        assert same(case.bucket.read(), case.host, dtypes[1])
+        agrees(case.learned.read(launcher), wanted, sum(counts))
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
@@ -224,7 +227,7 @@ def test_what_is_learned_of_nothing(kernels, launcher):
     assert full.learned.read(launcher) == Packed(True, 0.0)
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 31, 100])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 31, 300])
 @pytest.mark.parametrize(
     ("source", "target"),
     [("float32", half) for half in HALVES]
@@ -235,7 +238,7 @@ def test_cast(kernels, launcher, source, target, count):
     values = noise(count, source, 3, special=True)
     there = Memory(kernels, launcher, values, shift=2 * STORAGE[source].itemsize)
     into = Memory(kernels, launcher, np.zeros(count, STORAGE[target]), shift=0)
-    for divisor in (1.0, 3.0):
+    for divisor in (1.0, 3.0, -0.25):
         launched = kernels.pack.cast(
             there.span, source, into.span, target, launcher, divisor=divisor
         )
@@ -256,7 +259,7 @@ def test_combine(kernels, launcher, op, dtype):
             kernels.fold.combine(op, dtype, a.span, a.span, launcher)
         return
     size = STORAGE[dtype].itemsize
-    for count, shift in ((0, 0), (1, size), (37, size), (53, 0)):
+    for count, shift in ((0, 0), (1, size), (37, size), (53, 0), (400 // size, size)):
         target, incoming = (noise(count, dtype, seed, special=True) for seed in (1, 2))
         a = Memory(kernels, launcher, target, shift=shift)
         b = Memory(kernels, launcher, incoming, shift=size)
@@ -269,7 +272,7 @@ def test_combine(kernels, launcher, op, dtype):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("op", ALLOWED)
 def test_accumulate(kernels, launcher, op, dtype):
-    for count in (0, 3, 45):
+    for count in (0, 3, 45, 150):
         target, incoming = noise(count, "float32", 1), noise(count, dtype, 2, special=True)
         a, b = Memory(kernels, launcher, target), Memory(kernels, launcher, incoming)
         kernels.fold.accumulate(op, dtype, a.span, b.span, launcher)
@@ -298,6 +301,22 @@ def test_fold_of_several_ranks_copies(kernels, launcher, op, dtype, ranks):
         reference.fold(
             op, dtype, [copy[part] for copy in copies], [copy[part] for copy in chosen], 2.0, 3.0
         )
+    for memory, copy in zip(memories, copies, strict=True):
+        assert same(memory.read(), copy, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("last", [4.0, 3.0])
+def test_fold_of_more_than_a_thread_reads_at_once(kernels, launcher, dtype, last):
+    """A power of two divides by its reciprocal, which has to give the same bits."""
+    op = "sum" if dtype == "int8" else "mean"
+    launcher = dataclasses.replace(launcher, blocks=1, threads=2)
+    count = 300 // STORAGE[dtype].itemsize
+    copies = [noise(count, dtype, rank, special=True) for rank in range(3)]
+    memories = [Memory(kernels, launcher, copy) for copy in copies]
+    peers = kernels.fold.Peers.of(tuple(memory.address for memory in memories), launcher)
+    kernels.fold.fold(op, dtype, peers, peers, count, launcher, first=2.0, last=last)
+    reference.fold(op, dtype, copies, copies, 2.0, last)
     for memory, copy in zip(memories, copies, strict=True):
         assert same(memory.read(), copy, dtype)
 

@@ -23,11 +23,17 @@ _TABLES = 256
 """Tables of addresses that are kept: one for each buffer that is reduced again and again."""
 
 
+BLOCK_BYTES = 2 << 20
+"""Smaller allocations may be pieces of one block, and a handle opens the block, with what else is
+in it (CUDA C++ Programming Guide, Interprocess Communication)."""
+
+
 class Allocation:
-    """Device memory of its own, given back when nobody refers to it."""
+    """Device memory of its own, in whole blocks, given back when nobody refers to it."""
 
     def __init__(self, runtime: Any, nbytes: int) -> None:
-        self.base, self.nbytes = int(runtime.malloc(nbytes)), nbytes
+        self.nbytes = -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
+        self.base = int(runtime.malloc(self.nbytes))
         self.token = secrets.randbits(62) | 1
         weakref.finalize(self, runtime.free, self.base).atexit = False
 

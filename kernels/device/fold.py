@@ -18,8 +18,8 @@ import numpy as np
 from numba import cuda
 
 from ..operations import check_operation
-from ..storage import FLOATS, HALVES, STORAGE, check_divisor
-from .lanes import each, pairs, reader, writer
+from ..storage import FLOATS, HALVES, STORAGE, change_by, check_divisor
+from .lanes import deal, each, num_steps, pairs, places, reader, writer
 from .launch import Launcher, compile_kernel
 from .pack import head_of
 from .primitives import Function, element, primitives
@@ -88,6 +88,18 @@ def combine_kernel(op: str, into_dtype: str, incoming_dtype: str) -> Any:
     one = compiled(one)
     both, read, read_in = pairs(one, vector), reader(into, vector), reader(incoming, vector)
     write, head_between = writer(into, vector), head_of(size, size_in, vector)
+    wide, wide_in = vector * size, vector * size_in
+    steps = num_steps(wide + wide_in)
+
+    def fetch_one(target: Any, other: Any) -> Any:
+        return read(target), read_in(other)
+
+    def finish_one(fetched: Any, target: Any, _more: Any) -> Any:
+        write(target, both(fetched[0], fetched[1]))
+        return 0
+
+    fetch_one, finish_one = compiled(fetch_one), compiled(finish_one)
+    fetch, finish = places(fetch_one, steps), deal(finish_one, steps)
 
     def combine(target: Any, other: Any, count: Any, threads: Any) -> None:
         head = head_between(target, other)
@@ -95,11 +107,16 @@ def combine_kernel(op: str, into_dtype: str, incoming_dtype: str) -> Any:
         skip = head if vectors > 0 else 0
         start = np.int64(cuda.blockIdx.x) * threads + cuda.threadIdx.x
         stride = np.int64(cuda.gridDim.x) * threads
+        target_at, other_at = target + skip * size, other + skip * size_in
         i = start
+        while i + (steps - 1) * stride < vectors:
+            there, step = target_at + i * wide, stride * wide
+            fetched = fetch(there, step, other_at + i * wide_in, stride * wide_in)
+            finish(fetched, there, step, 0)
+            i += steps * stride
         while i < vectors:
-            at = skip + i * vector
-            there = target + at * size
-            write(there, both(read(there), read_in(other + at * size_in)))
+            there = target_at + i * wide
+            finish_one(fetch_one(there, other_at + i * wide_in), there, 0)
             i += stride
         i = start
         while i < count - vectors * vector:
@@ -112,8 +129,11 @@ def combine_kernel(op: str, into_dtype: str, incoming_dtype: str) -> Any:
 
 
 @functools.cache
-def fold_kernel(op: str, dtype: str) -> Any:
-    """Return the kernel that folds `Peers`: see `fold` for its arguments, in that order."""
+def fold_kernel(op: str, dtype: str, change: str = "multiply") -> Any:
+    """Return the kernel that folds `Peers`: see `fold` for its arguments, in that order.
+
+    change: how op "mean" applies `first` and `last`, "multiply" or "divide".
+    """
     p = primitives()
     load, store, compiled = p.load, p.store, p.compiled
     kind = element(dtype)
@@ -122,14 +142,17 @@ def fold_kernel(op: str, dtype: str) -> Any:
     mean = op == "mean"
     operation = _operation("sum" if mean else op, dtype)
 
+    changed = {"multiply": operator.mul, "divide": operator.truediv}[change]
+    change_half = p.float32_product if change == "multiply" else operator.truediv
+
     def prepare_mean_of_halves(stored: Any, first: Any) -> Any:
-        return widen(stored) / first
+        return change_half(widen(stored), first)
 
     def prepare_plain(stored: Any, _first: Any) -> Any:
         return widen(stored)
 
     def finish_mean(value: Any, last: Any) -> Any:
-        return narrow(value / last)
+        return narrow(changed(value, last))
 
     def finish_plain(value: Any, _last: Any) -> Any:
         return narrow(value)
@@ -138,6 +161,25 @@ def fold_kernel(op: str, dtype: str) -> Any:
     finish = compiled(finish_mean if mean else finish_plain)
     prepared, finished = each(prepare, vector), each(finish, vector)
     combined, read, write = pairs(operation, vector), reader(kind, vector), writer(kind, vector)
+
+    def read_one(address: Any, _second: Any) -> Any:
+        return read(address)
+
+    def prepare_one(stored: Any, _address: Any, first: Any) -> Any:
+        return prepared(stored, first)
+
+    def finish_one(values: Any, _address: Any, last: Any) -> Any:
+        return finished(values, last)
+
+    def write_one(results: Any, address: Any, _more: Any) -> Any:
+        write(address, results)
+        return 0
+
+    wide = vector * size
+    steps = num_steps(wide)
+    fetch = places(compiled(read_one), steps)
+    prepare_all, finish_all = deal(compiled(prepare_one), steps), deal(compiled(finish_one), steps)
+    combine_all, write_all = pairs(combined, steps), deal(compiled(write_one), steps)
 
     def common_head(table: Any, count: Any, skip: Any, head: Any) -> Any:
         for i in range(count):
@@ -169,8 +211,18 @@ def fold_kernel(op: str, dtype: str) -> Any:
         start = np.int64(cuda.blockIdx.x) * threads + cuda.threadIdx.x
         stride = np.int64(cuda.gridDim.x) * threads
         i = start
+        while i + (steps - 1) * stride < vectors:
+            at, step = before * size + i * wide, stride * wide
+            values = prepare_all(fetch(lead + at, step, 0, 0), 0, 0, first)
+            for r in range(1, num_sources):
+                incoming = fetch(load(sources + r * 8, np.int64) + skip + at, step, 0, 0)
+                values = combine_all(values, prepare_all(incoming, 0, 0, first))
+            results = finish_all(values, 0, 0, last)
+            for r in range(num_targets):
+                write_all(results, load(targets + r * 8, np.int64) + into + at, step, 0)
+            i += steps * stride
         while i < vectors:
-            at = (before + i * vector) * size
+            at = before * size + i * wide
             values = prepared(read(lead + at), first)
             for r in range(1, num_sources):
                 incoming = read(load(sources + r * 8, np.int64) + skip + at)
@@ -281,11 +333,14 @@ def fold(
     )
     for divisor in (first, last):
         check_divisor(divisor)
+    changes = [change_by(divisor) for divisor in (first, last)]
+    exact = all(change == "multiply" for change, _ in changes)
+    before, after = (changes[0][1], changes[1][1]) if exact else (first, last)
     for what, peers, offset in (("source", sources, skip), ("target", targets, into)):
         for index, address in enumerate(peers.addresses):
             Span(address + offset, count).check(dtype, f"{what} {index}")
     return launcher.launch(
-        fold_kernel(op, dtype),
+        fold_kernel(op, dtype, "multiply" if exact else "divide"),
         _grid(count, element(dtype).lanes, launcher),
         np.int64(sources.table.span.address),
         np.int64(len(sources.addresses)),
@@ -294,7 +349,7 @@ def fold(
         np.int64(len(targets.addresses)),
         np.int64(into),
         np.int64(count),
-        _wide(dtype, first),
-        _wide(dtype, last),
+        _wide(dtype, before),
+        _wide(dtype, after),
         np.int64(launcher.threads),
     )

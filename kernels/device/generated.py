@@ -64,6 +64,20 @@ def load_fresh(_context: Any, _address: Any, element: Any) -> Any:
     return kind(types.int64, element), generate
 
 
+def float32_product(_context: Any, _first: Any, _second: Any) -> Any:
+    """Type and generate `float32_product(first, second)`, rounded before anything is added to it.
+
+    In PTX, since a plain product is fused with an addition that follows.
+    """
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        kind = ir.FloatType()
+        form = ir.FunctionType(kind, [kind, kind])
+        return builder.call(ir.InlineAsm(form, "mul.rn.f32 $0, $1, $2;", "=f,f,f"), arguments)
+
+    return types.float32(types.float32, types.float32), generate
+
+
 # Vectors of narrow elements would be loaded and stored in pieces: 16 bytes are at most four words.
 def _split(builder: Any, words: Any, width: int) -> list[Any]:
     parts = []

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numba import cuda, types
 
-from ..storage import FLOATS, HALVES, check_divisor, storage
+from ..storage import FLOATS, HALVES, change_by, check_divisor, storage
 from ..table import check_dtypes
-from .lanes import each, pairs, reader, total, writer
+from .lanes import deal, each, num_steps, pairs, places, reader, total, writer
 from .launch import Launcher, compile_kernel
 from .primitives import DeviceElement, Function, element, primitives
 from .table import ROW_WORDS, ByProducts, Span, Tiles
@@ -39,8 +39,13 @@ def head_of(first_size: int, second_size: int, vector: int) -> Function:
 
 
 @functools.cache
-def _mover(source_kind: DeviceElement, target_kind: DeviceElement, real: Any, way: str) -> Function:
-    """Return the device function that moves elements start, start + stride, ... of two spans."""
+def _mover(
+    source_kind: DeviceElement, target_kind: DeviceElement, real: Any, change: str
+) -> Function:
+    """Return the device function that moves elements start, start + stride, ... of two spans.
+
+    change: "multiply" or "divide" by a factor, or "add" to what is there.
+    """
     p = primitives()
     load, store, compiled = p.load, p.store, p.compiled
     size_in, size_out = source_kind.size, target_kind.size
@@ -48,7 +53,7 @@ def _mover(source_kind: DeviceElement, target_kind: DeviceElement, real: Any, wa
     widen, narrow, is_finite = source_kind.widen, target_kind.narrow, target_kind.is_finite
     scalar_in, scalar_out = source_kind.scalar, target_kind.scalar
     widen_target = target_kind.widen
-    operation = _CHANGES.get(way)
+    operation = _CHANGES.get(change)
 
     def change_one(value: Any, factor: Any) -> Any:
         return operation(real(widen(value)), factor)  # type: ignore[misc]
@@ -73,11 +78,14 @@ def _mover(source_kind: DeviceElement, target_kind: DeviceElement, real: Any, wa
     add_all, any_of = total(operator.add, vector), total(operator.or_, vector)
     head_between = head_of(size_in, size_out, vector)
 
-    if way == "add":
+    if change == "add":
         present, summed = reader(target_kind, vector), pairs(add_one, vector)
 
-        def values_of(raw: Any, target: Any, factor: Any) -> Any:
-            return summed(raw, present(target))
+        def fetch_one(source: Any, target: Any) -> Any:
+            return read(source), present(target)
+
+        def values_of(fetched: Any, factor: Any) -> Any:
+            return summed(fetched[0], fetched[1])
 
         def value_of(raw: Any, target: Any, factor: Any) -> Any:
             return add_one(raw, load(target, scalar_out))
@@ -85,27 +93,51 @@ def _mover(source_kind: DeviceElement, target_kind: DeviceElement, real: Any, wa
     else:
         changed = each(change_one, vector)
 
-        def values_of(raw: Any, target: Any, factor: Any) -> Any:
-            return changed(raw, factor)
+        def fetch_one(source: Any, target: Any) -> Any:
+            return read(source)
+
+        def values_of(fetched: Any, factor: Any) -> Any:
+            return changed(fetched, factor)
 
         def value_of(raw: Any, target: Any, factor: Any) -> Any:
             return change_one(raw, factor)
 
-    values_of, value_of = compiled(values_of), compiled(value_of)
+    fetch_one, values_of, value_of = map(compiled, (fetch_one, values_of, value_of))
+
+    def finish_one(fetched: Any, target: Any, factor: Any) -> Any:
+        values = values_of(fetched, factor)
+        stored = narrowed(values, 0)
+        write(target, stored)
+        return add_all(squares(values, 0)), any_of(breaks(stored, 0))
+
+    def both(first: Any, second: Any) -> Any:
+        return first[0] + second[0], first[1] | second[1]
+
+    finish_one, both = compiled(finish_one), compiled(both)
+    wide_in, wide_out = vector * size_in, vector * size_out
+    steps = num_steps(wide_in + (wide_out if change == "add" else 0))
+    fetch, finish, learned = places(fetch_one, steps), deal(finish_one, steps), total(both, steps)
 
     def move(source: Any, target: Any, count: Any, start: Any, stride: Any, factor: Any) -> Any:
         square, broken = 0.0, 0
         head = head_between(source, target)
         vectors = (count - head) // vector if 0 <= head < count else 0
         skip = head if vectors > 0 else 0
+        source_at, target_at = source + skip * size_in, target + skip * size_out
         i = start
+        while i + (steps - 1) * stride < vectors:
+            there, step = target_at + i * wide_out, stride * wide_out
+            # All loads before the first store: memory answers them together.
+            fetched = fetch(source_at + i * wide_in, stride * wide_in, there, step)
+            more, wrong = learned(finish(fetched, there, step, factor))
+            square += more
+            broken |= wrong
+            i += steps * stride
         while i < vectors:
-            at = skip + i * vector
-            values = values_of(read(source + at * size_in), target + at * size_out, factor)
-            stored = narrowed(values, 0)
-            write(target + at * size_out, stored)
-            square += add_all(squares(values, 0))
-            broken |= any_of(breaks(stored, 0))
+            there = target_at + i * wide_out
+            more, wrong = finish_one(fetch_one(source_at + i * wide_in, there), there, factor)
+            square += more
+            broken |= wrong
             i += stride
         i = start
         while i < count - vectors * vector:
@@ -197,16 +229,16 @@ def _real(first: str, second: str) -> Any:
 
 @functools.cache
 def transfer_kernel(
-    tensor_dtype: str, bucket_dtype: str, way: str, threads: int, measure: bool
+    tensor_dtype: str, bucket_dtype: str, way: str, change: str, threads: int, measure: bool
 ) -> Any:
     """Return the kernel (rows, tiles, bucket, factor, by-products) that moves tiles.
 
-    way: "multiply" and "add" move into the bucket, "divide" out of it.
+    way: "pack" or "unpack".  change: "multiply" or "divide" by the factor, or "add".
     """
-    into = way != "divide"
+    into = way == "pack"
     tensor, bucket_kind = element(tensor_dtype), element(bucket_dtype)
     kinds = (tensor, bucket_kind) if into else (bucket_kind, tensor)
-    move = _mover(*kinds, _real(tensor_dtype, bucket_dtype), way)
+    move = _mover(*kinds, _real(tensor_dtype, bucket_dtype), change)
     end, load = _ender(measure, threads), primitives().load
     size, row_bytes = bucket_kind.size, 8 * ROW_WORDS
 
@@ -227,25 +259,27 @@ def transfer_kernel(
             tile += cuda.gridDim.x
         end(square, broken, learned)
 
-    name = f"{way}_{tensor_dtype}_{bucket_dtype}_{threads}{'_measured' if measure else ''}"
-    return compile_kernel(name, transfer)
+    name = f"{way}_{change}_{tensor_dtype}_{bucket_dtype}_{threads}"
+    return compile_kernel(f"{name}_measured" if measure else name, transfer)
 
 
 @functools.cache
-def span_kernel(source_dtype: str, target_dtype: str, threads: int, measure: bool) -> Any:
-    """Return the kernel (source, target, count, divisor, by-products) that moves one span."""
+def span_kernel(
+    source_dtype: str, target_dtype: str, change: str, threads: int, measure: bool
+) -> Any:
+    """Return the kernel (source, target, count, factor, by-products) that moves one span."""
     real = _real(source_dtype, target_dtype)
-    move = _mover(element(source_dtype), element(target_dtype), real, "divide")
+    move = _mover(element(source_dtype), element(target_dtype), real, change)
     end = _ender(measure, threads)
 
-    def span(source: Any, target: Any, count: Any, divisor: Any, learned: Any) -> None:
+    def span(source: Any, target: Any, count: Any, factor: Any, learned: Any) -> None:
         start = np.int64(cuda.blockIdx.x) * threads + cuda.threadIdx.x
         stride = np.int64(cuda.gridDim.x) * threads
-        square, broken = move(source, target, count, start, stride, divisor)
+        square, broken = move(source, target, count, start, stride, factor)
         end(square, broken, learned)
 
-    name = f"cast_{source_dtype}_{target_dtype}_{threads}{'_measured' if measure else ''}"
-    return compile_kernel(name, span)
+    name = f"cast_{change}_{source_dtype}_{target_dtype}_{threads}"
+    return compile_kernel(f"{name}_measured" if measure else name, span)
 
 
 def _run(
@@ -253,14 +287,14 @@ def _run(
     bucket: Span,
     launcher: Launcher,
     way: str,
-    factor: float,
+    change: tuple[str, float],
     learned: ByProducts | None,
 ) -> bool:
     tiles.check_bucket(bucket)
-    real = _real(tiles.tensor_dtype, tiles.bucket_dtype)
-    kernel = transfer_kernel(
-        tiles.tensor_dtype, tiles.bucket_dtype, way, launcher.threads, learned is not None
-    )
+    operation, factor = change
+    dtypes = tiles.tensor_dtype, tiles.bucket_dtype
+    real = _real(*dtypes)
+    kernel = transfer_kernel(*dtypes, way, operation, launcher.threads, learned is not None)
     return _launch(
         launcher,
         learned,
@@ -302,7 +336,7 @@ def pack(
 
     Raises: ValueError for a bucket too small, before anything is launched.
     """
-    return _run(tiles, bucket, launcher, "multiply", scale, learned)
+    return _run(tiles, bucket, launcher, "pack", ("multiply", scale), learned)
 
 
 def unpack(
@@ -318,7 +352,7 @@ def unpack(
     As `pack`. Raises: ValueError also for a divisor of zero.
     """
     check_divisor(divisor)
-    return _run(tiles, bucket, launcher, "divide", divisor, learned)
+    return _run(tiles, bucket, launcher, "unpack", change_by(divisor), learned)
 
 
 def pack_add(
@@ -329,7 +363,7 @@ def pack_add(
     PowerSGD's packing: a bucket of the errors of the step before becomes the matrices to compress
     (Vogels et al. 2019, Algorithm 2, line 5). As `pack`.
     """
-    return _run(tiles, bucket, launcher, "add", 1.0, learned)
+    return _run(tiles, bucket, launcher, "pack", ("add", 1.0), learned)
 
 
 def cast(
@@ -358,7 +392,9 @@ def cast(
             f"source has {source.count} elements and target has {target.count}; "
             "expected equal sizes"
         )
-    kernel = span_kernel(source_dtype, target_dtype, launcher.threads, learned is not None)
+    change, factor = change_by(divisor)
+    measure = learned is not None
+    kernel = span_kernel(source_dtype, target_dtype, change, launcher.threads, measure)
     vector = max(element(source_dtype).lanes, element(target_dtype).lanes)
     return _launch(
         launcher,
@@ -368,7 +404,7 @@ def cast(
         np.int64(source.address),
         np.int64(target.address),
         np.int64(source.count),
-        _real(source_dtype, target_dtype)(divisor),
+        _real(source_dtype, target_dtype)(factor),
     )
 
 

@@ -26,6 +26,7 @@ class Primitives:
     store_lanes: Function
     atomic_add: Function
     float32_bits: Function
+    float32_product: Function
     float16_to_float32: Function
     float32_to_float16: Function
     bfloat16_to_float32: Function

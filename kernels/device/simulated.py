@@ -63,6 +63,11 @@ def float32_bits(value: Any) -> Any:
     return np.float32(value).view(np.uint32)
 
 
+def float32_product(first: Any, second: Any) -> Any:
+    """Return a product, rounded."""
+    return np.float32(first) * np.float32(second)
+
+
 def _widened(bits: Any, dtype: str) -> Any:
     return reference.to_float32(np.array([bits], np.uint16).view(STORAGE[dtype]), dtype)[0]
 

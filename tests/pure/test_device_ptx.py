@@ -2,7 +2,8 @@
 
 In a process of its own: Numba asks the driver which GPU it compiles inner functions for, and NVRTC,
 a large library that is needed for nothing else, for the names of architectures; both answers are
-put in place there. PTX is not machine code; the driver's assembler does the rest.
+put in place there. PTX is not machine code: the toolkit's assembler, which is the driver's too,
+tells what becomes of it.
 """
 
 import importlib.util
@@ -10,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,10 +35,12 @@ from ringfold.kernels.device import fold, pack, threshold
 
 i, f = types.int64, types.float32
 peers = (i,) * 7 + (f, f, i)
+tiles = (i, i, i, f, i)
+move = pack.transfer_kernel
 kernels = {
-    "pack": (pack.transfer_kernel("float32", "bfloat16", "multiply", 256, True), (i, i, i, f, i)),
-    "unpack": (pack.transfer_kernel("float32", "float16", "divide", 256, False), (i, i, i, f, i)),
-    "add": (pack.transfer_kernel("float32", "float32", "add", 256, False), (i, i, i, f, i)),
+    "pack": (move("float32", "bfloat16", "pack", "multiply", 256, True), tiles),
+    "unpack": (move("float32", "float16", "unpack", "divide", 256, False), tiles),
+    "add": (move("float32", "float32", "pack", "add", 256, False), tiles),
     "combine": (fold.combine_kernel("sum", "float32", "float32"), (i,) * 4),
     "fold": (fold.fold_kernel("mean", "bfloat16"), peers),
     "digit": (threshold.digit_kernel("float32", 20, 11, 256), (i,) * 3),
@@ -99,6 +103,16 @@ def test_kernels_move_sixteen_bytes_at_a_time(compiled):
             assert loads == ratio * stores, name
 
 
+def test_a_thread_asks_for_64_bytes_before_it_stores(compiled):
+    """Fewer would leave memory idle: see lanes.BYTES_IN_FLIGHT."""
+    for name, ptx in compiled[1].items():
+        most = run = 0
+        for line in instructions(ptx):
+            run = 0 if re.search(STORE, line) else run + bool(re.search(LOAD, line))
+            most = max(most, run)
+        assert most >= 4 or name == "digit", name
+
+
 def test_kernels_use_no_local_memory_and_call_nothing(compiled):
     for name, ptx in compiled[1].items():
         assert not re.search(r"\.local\b", ptx), name
@@ -121,3 +135,35 @@ def test_floats_are_not_made_inexact(compiled):
         assert count(ptx, r"\.ftz\b|\bdiv\.(approx|full)") == 0, name
         assert count(ptx, r"\bfma\S*\.f32") == 0, name
     assert count(kernels["unpack"], r"\bdiv\.rn\.f32") > 0
+
+
+def assembler():
+    """Where the toolkit's assembler lies, as its wheel installs it; None where it is not."""
+    import nvidia
+
+    found = [Path(place, "cu13", "bin", "ptxas") for place in nvidia.__path__]
+    return next((path for path in found if path.exists()), None)
+
+
+MULTIPROCESSOR_REGISTERS = 65536
+BLOCK = 256
+
+
+def test_machine_code_leaves_room_for_768_threads(compiled, tmp_path):
+    """With 64 bytes of each on their way, that is 48 KB; and nothing is spilled to memory."""
+    ptxas = assembler()
+    if ptxas is None:
+        pytest.skip("not installed: nvidia-cuda-nvcc (extra gpu-test)")
+    (major, minor), kernels = compiled
+    for name, ptx in kernels.items():
+        source = tmp_path / f"{name}.ptx"
+        source.write_text(ptx)
+        command = [ptxas, "-v", f"-arch=sm_{major}{minor}", source, "-o", tmp_path / "out"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        told = done.stdout + done.stderr
+        assert done.returncode == 0, told
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in told, name
+        registers = int(re.search(r"Used (\d+) registers", told).group(1))
+        # They are given to a warp by eights.
+        threads = MULTIPROCESSOR_REGISTERS // (-(-registers // 8) * 8 * BLOCK) * BLOCK
+        assert threads >= 768, (name, registers)

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ringfold.kernels import cast, reference
-from ringfold.kernels.storage import HALVES, STORAGE
+from ringfold.kernels.storage import HALVES, STORAGE, change_by
 
 PATTERNS = np.arange(1 << 16, dtype=np.uint16)
 
@@ -191,3 +193,18 @@ def test_bad_arguments_are_refused_with_what_came(module):
     with pytest.raises(ValueError, match="target: the array is read-only"):
         module.narrow(singles, frozen, "bfloat16")
     module.widen(frozen, singles, "bfloat16")
+
+
+@given(st.floats(width=32), st.integers(-16, 16))
+def test_a_power_of_two_divides_by_its_reciprocal(value: float, exponent: int) -> None:
+    change, factor = change_by(2.0**exponent)
+    assert change == "multiply"
+    with np.errstate(over="ignore"):
+        quotient = np.float32(value) / np.float32(2.0**exponent)
+        product = np.float32(value) * np.float32(factor)
+    assert quotient.tobytes() == product.tobytes() or np.isnan(value)
+
+
+def test_other_divisors_divide() -> None:
+    assert change_by(3.0) == ("divide", 3.0) and change_by(2.0**120)[0] == "divide"
+    assert change_by(-4.0) == ("multiply", -0.25)
