@@ -102,7 +102,7 @@ test-main: $(READY)
 
 # Kernels for GPUs, run as Python on host memory. Numba reads the variable when it is imported.
 test-simulator: $(READY)
-	NUMBA_ENABLE_CUDASIM=1 python -m pytest tests/simulator
+	NUMBA_ENABLE_CUDASIM=1 python -m pytest tests/simulator tests/threads/test_cuda_engines.py
 
 # Real transports and engines; the ranks share one verdict (tests/processes/conftest.py).
 test-processes: $(READY)

@@ -37,7 +37,7 @@ class Case:
 
 def cases(count: int, launcher: Any) -> Iterator[Case]:
     """Yield the kernels over count float32 elements, in memory of Numba's own."""
-    from ringfold.kernels.device import fold, pack, table, threshold
+    from ringfold.kernels.device import fold, masks, pack, table, threshold
     from ringfold.kernels.table import PointerTable
 
     def room(dtype: str) -> Any:
@@ -86,6 +86,8 @@ def cases(count: int, launcher: Any) -> Iterator[Case]:
             count * size * 4,
             lambda d=dtype, p=peers: fold.fold("max", d, p, p, count, launcher),
         )
+    flags = table.Span(other.span.address, count)
+    yield Case("mask", count, lambda: masks.mask(flags, 1, 3, (1, 2), 1 << 30, launcher))
     selection = threshold.Selection.of(launcher)
     wanted = max(1, count // 100)
     yield Case(

@@ -46,7 +46,7 @@ class DevicePacker:
         from ..kernels.device.pack import pack
         from ..kernels.device.table import ByProducts, Span
 
-        launcher = self._launcher()
+        launcher = self.launcher()
         key = flat.data_ptr(), flat.numel(), launcher.stream
         learned = self._learned.get(key)
         if learned is None:
@@ -63,11 +63,12 @@ class DevicePacker:
         from ..kernels.device.pack import unpack
         from ..kernels.device.table import Span
 
-        launcher = self._launcher()
+        launcher = self.launcher()
         bucket = Span(flat.data_ptr(), flat.numel())
         unpack(self._tiles(members, flat, launcher), bucket, launcher)
 
-    def _launcher(self) -> Launcher:
+    def launcher(self) -> Launcher:
+        """Return where kernels run: the caller's current stream."""
         from ..kernels.device.launch import Launcher
 
         return Launcher(self._ordinal, self._stream_of(), **self._grid)
@@ -105,6 +106,12 @@ def _packer(ordinal: int) -> DevicePacker | None:
     except ImportError:
         return None
     return DevicePacker(lambda: int(torch.cuda.current_stream(ordinal).cuda_stream) or 1, ordinal)
+
+
+def launcher_of(device: torch.device) -> Launcher | None:
+    """Return where kernels run on the caller's stream; None for no GPU, or without Numba's CUDA."""
+    packer = _packer(device.index or 0) if device.type == "cuda" else None
+    return None if packer is None else packer.launcher()
 
 
 def pack_on_device(

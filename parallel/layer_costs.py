@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import count_rows
+from .generators import GeneratorStates
 from .random_keys import Samples, show_samples
 from .structure import put_together, take_apart
 
@@ -131,10 +132,12 @@ def _undone(named: Named) -> Iterator[None]:
     buffers = [(b, b.clone()) for _, layer in named for b in layer.buffers()]
     for parameter in parameters:
         parameter.grad = None
+    generators = GeneratorStates(parameters)
     try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with torch.enable_grad():
             yield
     finally:
+        generators.restore()
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         with torch.no_grad():

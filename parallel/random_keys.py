@@ -16,6 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..kernels.masks import mask, random_words
+from .device_masks import mask_on_device
+
 __all__ = ["Dropout", "Samples", "name_layers", "random_bits", "show_samples"]
 
 
@@ -28,24 +31,28 @@ class Samples:
     rows: int
 
 
+def key_of(seed: int, layer: str, call: int, step: int) -> tuple[int, int]:
+    """Return what a mask is drawn by: 64 bits that are hashed of seed, layer and call; the step."""
+    text = f"{seed}/{call}/{layer}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"), step
+
+
 def random_bits(
     seed: int, layer: str, call: int, step: int, samples: Iterable[int], count: int
 ) -> NDArray[np.uint32]:
     """Return `count` random 32-bit words for every sample, shape (samples, count).
 
-    Philox 4x64-10 (Salmon et al. 2011, section 3.3): a key of 64 bits that are hashed of seed,
-    layer and call, then the step; the sample is in the counter's third word, so that the streams
-    of two samples meet after 2**128 draws.
+    See `kernels.masks.random_words`; the key is that of `key_of`.
     """
-    text = f"{seed}/{call}/{layer}".encode()
-    word = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-    key = np.array([word, step], dtype=np.uint64)
-    rows = []
-    for sample in samples:
-        counter = np.array([0, 0, sample, 0], dtype=np.uint64)
-        raw = np.random.Philox(key=key, counter=counter).random_raw(-(-count // 2))
-        rows.append(raw.astype("<u8").view("<u4")[:count])
+    key = key_of(seed, layer, call, step)
+    rows = [random_words(key, sample, count) for sample in samples]
     return np.array(rows, dtype=np.uint32).reshape(len(rows), count)
+
+
+def _mask_on_host(key: tuple[int, int], samples: Samples, count: int, least: int) -> Tensor:
+    kept = np.empty(samples.rows * count, dtype=np.bool_)
+    mask(kept, samples.rows, samples.first, key, least)
+    return torch.from_numpy(kept)
 
 
 class Dropout(nn.Module):
@@ -81,13 +88,15 @@ class Dropout(nn.Module):
                 f"got shape {tuple(x.shape)}"
             )
         call, self.calls = self.calls, self.calls + 1
-        numbers = range(samples.first, samples.first + samples.rows)
+        key = key_of(self.seed, self.layer, call, samples.step)
         count = x[0].numel() if samples.rows else 0
-        bits = random_bits(self.seed, self.layer, call, samples.step, numbers, count)
         # The greatest p, 1, drops all: 2**32 is above every word.
-        kept = torch.from_numpy(bits >= np.uint64(round(self.p * 2**32))).view(x.shape)
+        least = round(self.p * 2**32)
+        kept = mask_on_device(x.device, key, samples.first, samples.rows, count, least)
+        if kept is None:
+            kept = _mask_on_host(key, samples, count, least).to(x.device)
         scale = 1.0 / (1.0 - self.p) if self.p < 1.0 else 0.0
-        return x * (kept.to(x.device, x.dtype) * scale)
+        return x * (kept.view(x.shape).to(x.dtype) * scale)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, seed={self.seed}"

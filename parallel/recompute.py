@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
+from .generators import GeneratorStates
 from .random_keys import show_samples
 from .structure import Description
 
@@ -21,8 +21,8 @@ __all__ = ["Replay"]
 class Replay:
     """Hold what a forward of `module` depends on, from just before it runs.
 
-    That is its input, the samples that keyed layers were shown, the state of torch's generator, and
-    the buffers, such as running statistics, of which copies are kept.
+    That is its input, the samples that keyed layers were shown, the states of torch's generators,
+    and the buffers, such as running statistics, of which copies are kept.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Replay:
         self.tensors = tensors
         self._module = module
         self._samples = samples
-        self._generator = torch.get_rng_state()
+        self._generators = self._states()
         self._buffers = {b: b.clone() for b in module.buffers()}
 
     @contextmanager
@@ -51,9 +51,9 @@ class Replay:
             for name, buffer in place._buffers.items()
             if buffer is not None
         ]
-        generator = torch.get_rng_state()
+        generators = self._states()
         show_samples(self._module, self._samples)
-        torch.set_rng_state(self._generator)
+        self._generators.restore()
         for place, name, buffer in kept:
             place._buffers[name] = self._buffers[buffer]
         try:
@@ -61,4 +61,7 @@ class Replay:
         finally:
             for place, name, buffer in kept:
                 place._buffers[name] = buffer
-            torch.set_rng_state(generator)
+            generators.restore()
+
+    def _states(self) -> GeneratorStates:
+        return GeneratorStates((*self.tensors, *self._module.parameters()))

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ringfold.kernels import reference
+from ringfold.kernels import masks, reference
 from ringfold.kernels.operations import ALLOWED
 from ringfold.kernels.storage import FLOATS, HALVES, STORAGE
 from ringfold.kernels.table import PAIRS, Packed, PointerTable
@@ -25,9 +25,11 @@ REAL = (*FLOATS, *HALVES)
 @pytest.fixture
 def kernels():
     """The modules of the kernels, which import Numba CUDA."""
-    from ringfold.kernels.device import fold, launch, pack, table, threshold
+    from ringfold.kernels import device
+    from ringfold.kernels.device import fold, launch, masks, pack, table, threshold
 
-    return SimpleNamespace(fold=fold, launch=launch, pack=pack, table=table, threshold=threshold)
+    found = (fold, launch, masks, pack, table, threshold)
+    return SimpleNamespace(**dict(zip(device.__all__, found, strict=True)))
 
 
 def same(first, second, dtype):
@@ -359,6 +361,22 @@ def test_threshold(kernels, launcher, dtype, count):
             found = selection.read(launcher)
             expected = reference.threshold(values, dtype, wanted)
             np.testing.assert_equal(tuple(found), expected)
+
+
+@pytest.mark.parametrize("shift", [0, 3, 8])
+@pytest.mark.parametrize(
+    ("rows", "count"), [(0, 0), (3, 0), (1, 1), (2, 7), (1, 8), (3, 33), (2, 80)]
+)
+def test_mask(kernels, launcher, rows, count, shift):
+    """The host's words, whatever the place, and for keys and samples beyond 32 bits."""
+    for sample, key, p in ((0, (0, 0), 0.0), (5, (1 << 63, 7), 0.3), (1 << 40, (3, 1 << 50), 1.0)):
+        least = round(p * 2**32)
+        wanted = np.zeros(rows * count, np.uint8)
+        masks.mask(wanted, rows, sample, key, least)
+        found = Memory(kernels, launcher, np.full(rows * count, 9, np.uint8), shift=shift)
+        launched = kernels.masks.mask(found.span, rows, sample, key, least, launcher)
+        assert launched is (wanted.size > 0)
+        np.testing.assert_array_equal(found.read(), wanted)
 
 
 def test_misuse_is_refused_before_a_launch(kernels, launcher):

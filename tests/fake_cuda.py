@@ -3,11 +3,12 @@
 They compute as CPU tensors do, and differ in what goes wrong on a GPU: an operation that mixes them
 with tensors of the host is refused, and so is a view as NumPy memory. `cuda:0` in a factory, `to`
 and comm.empty gives such tensors within `pretend`. Communicators take them by address, on a device
-that runs at once what is put on a stream.
+that runs at once what is put on a stream. In Numba's simulator, kernels of GPUs run on them.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,9 @@ from ringfold import Communicator
 from ringfold.comm.device import DeviceArray
 from ringfold.comm.device_operations import DeviceOperations
 from ringfold.comm.device_ways import DeviceWays
+from ringfold.kernels.device.launch import Launcher
+from ringfold.kernels.device.primitives import simulating
+from ringfold.parallel.device_transfer import DevicePacker
 
 CUDA = torch.device("cuda", 0)
 _GRAD: Any = Tensor.grad
@@ -221,6 +225,18 @@ def pretend() -> Iterator[None]:
         yield
 
 
+def simulated_packer(monkeypatch: Any) -> DevicePacker:
+    """Return what launches kernels in Numba's simulator, which runs one at a time."""
+    launch, lock = Launcher.launch, threading.Lock()
+
+    def alone(self: Launcher, kernel: Any, wanted: int, *arguments: Any) -> bool:
+        with lock:
+            return launch(self, kernel, wanted, *arguments)
+
+    monkeypatch.setattr(Launcher, "launch", alone)
+    return DevicePacker(lambda: 1, 0, blocks=2, threads=4)
+
+
 def find_anywhere(monkeypatch: Any) -> None:
     """Let every communicator of this process take the tensors, and give such as registered."""
     from ringfold.comm.transport import device, gpu_aware
@@ -246,6 +262,7 @@ def find_anywhere(monkeypatch: Any) -> None:
     monkeypatch.setattr(nn.Module, "to", moved)
     engine = torch.autograd.Variable._execution_engine
     monkeypatch.setattr(torch.autograd.Variable, "_execution_engine", _Engine(engine))
-    monkeypatch.setattr(device_transfer, "_packer", lambda ordinal: None)  # torch's operations
+    packer = simulated_packer(monkeypatch) if simulating() else None  # else torch's operations
+    monkeypatch.setattr(device_transfer, "_packer", lambda ordinal: packer)
     monkeypatch.setattr(gpu_aware, "cuda_ways", ways)
     monkeypatch.setattr(device, "empty", empty)

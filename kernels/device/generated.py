@@ -78,6 +78,17 @@ def float32_product(_context: Any, _first: Any, _second: Any) -> Any:
     return types.float32(types.float32, types.float32), generate
 
 
+def word_product_high(_context: Any, _first: Any, _second: Any) -> Any:
+    """Type and generate `word_product_high(first, second)`: the upper 64 bits of 128."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        wide = ir.IntType(128)
+        product = builder.mul(*(builder.zext(word, wide) for word in arguments))
+        return builder.trunc(builder.lshr(product, wide(64)), ir.IntType(64))
+
+    return types.uint64(types.uint64, types.uint64), generate
+
+
 # Vectors of narrow elements would be loaded and stored in pieces: 16 bytes are at most four words.
 def _split(builder: Any, words: Any, width: int) -> list[Any]:
     parts = []

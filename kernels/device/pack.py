@@ -102,7 +102,8 @@ def _mover(
         def value_of(raw: Any, target: Any, factor: Any) -> Any:
             return change_one(raw, factor)
 
-    fetch_one, values_of, value_of = map(compiled, (fetch_one, values_of, value_of))
+    fetch_one, values_of = compiled(fetch_one), compiled(values_of)
+    value_of = compiled(value_of)
 
     def finish_one(fetched: Any, target: Any, factor: Any) -> Any:
         values = values_of(fetched, factor)

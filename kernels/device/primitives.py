@@ -27,6 +27,7 @@ class Primitives:
     atomic_add: Function
     float32_bits: Function
     float32_product: Function
+    word_product_high: Function
     float16_to_float32: Function
     float32_to_float16: Function
     bfloat16_to_float32: Function

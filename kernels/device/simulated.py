@@ -68,6 +68,11 @@ def float32_product(first: Any, second: Any) -> Any:
     return np.float32(first) * np.float32(second)
 
 
+def word_product_high(first: Any, second: Any) -> Any:
+    """Return the upper 64 bits of a product of 128."""
+    return np.uint64(int(first) * int(second) >> 64)
+
+
 def _widened(bits: Any, dtype: str) -> Any:
     return reference.to_float32(np.array([bits], np.uint16).view(STORAGE[dtype]), dtype)[0]
 

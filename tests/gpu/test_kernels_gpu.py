@@ -62,3 +62,17 @@ def test_a_place_beyond_four_giga_elements(kernels, launcher):
     span = kernels.table.Span(int(room.device_ctypes_pointer.value), place + 8)
     kernels.pack.pack(tiles, span, launcher)
     assert room[place : place + 3].copy_to_host().tolist() == [0x3F80, 0xC000, 0x4040]
+
+
+def test_dropout_drops_what_it_drops_on_the_host():
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("torch is built without CUDA")
+    from ringfold.parallel import Dropout, show_samples
+    from ringfold.parallel.random_keys import Samples
+
+    layer, found = Dropout(0.3, seed=4), []
+    for device in ("cpu", "cuda"):
+        show_samples(layer, Samples(7, 100, 33))
+        found.append(layer(torch.ones(33, 1001, device=device)).cpu())
+    assert torch.equal(*found)

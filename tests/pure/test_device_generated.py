@@ -101,3 +101,20 @@ def test_one_element_and_an_addition_by_address():
     cells = np.array([41, 0, 2, 3], np.int64)
     assert work(cells.ctypes.data) == 2
     assert cells.tolist() == [41, 42, 7, 3]
+
+
+def test_the_upper_half_of_a_product():
+    rng = np.random.default_rng(6)
+    words = rng.integers(0, 1 << 64, 1000, np.uint64, endpoint=False)
+    words[:3] = 0, 1, (1 << 64) - 1
+    one = intrinsic(generated.word_product_high)
+
+    @numba.njit
+    def loop(words, target):
+        for i in range(words.size):
+            target[i] = one(words[i], words[-1 - i])
+
+    target = np.empty_like(words)
+    loop(words, target)
+    wanted = [int(a) * int(b) >> 64 for a, b in zip(words, words[::-1], strict=True)]
+    assert target.tolist() == wanted

@@ -16,6 +16,9 @@ from ringfold.parallel.random_keys import Dropout
 
 SETTINGS = Settings(timeout=60)
 
+# Words that overflow, where kernels run in the simulator.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
 
 @pytest.fixture(autouse=True)
 def cuda_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,11 +5,14 @@ import weakref
 
 import pytest
 import torch
+from fake_cuda import CUDA, on_cuda
 from torch import nn
 
 from ringfold import Dropout, Mesh, Pipeline, run_local
 from ringfold.parallel.plan import PLANS, plan_function, whole_plan
 from ringfold.parallel.plan_check import check_plan, stage_peaks
+from ringfold.parallel.recompute import Replay
+from ringfold.parallel.structure import take_apart
 
 LOCK = threading.Lock()  # torch's seed is one for all threads
 
@@ -177,3 +180,24 @@ def test_live_activations_are_as_many_as_the_plan_says(schedule, microbatches, r
         else:
             assert peaks == [stage_peaks(rows)[stage] for stage in (rank, rank + ranks)]
             assert sum(peaks) >= report.peak_activations[rank]
+
+
+def test_a_gpus_generator_is_where_it_was(monkeypatch):
+    """nn.Dropout on a GPU draws from the GPU's generator, which the host's does not tell."""
+    states = {CUDA: torch.tensor([5])}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda place: states[place].clone())
+    monkeypatch.setattr(
+        torch.cuda, "set_rng_state", lambda state, place: states.update({place: state})
+    )
+
+    def draw():
+        states[CUDA] = states[CUDA] + 1
+        return int(states[CUDA])
+
+    x = on_cuda(torch.ones(2))
+    replay = Replay(nn.ReLU(), take_apart(x, "x")[0], [x], None)
+    first = draw(), draw()
+    with replay.again():
+        assert (draw(), draw()) == first
+    assert draw() == first[1] + 1
