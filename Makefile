@@ -100,9 +100,12 @@ test-main: $(READY)
 	python -m pytest $(CALM) --numprocesses 2 --timeout 300
 	python -m pytest tests/jobs tests/hosts $(addprefix --ignore=,$(CALM))
 
-# Kernels for GPUs, run as Python on host memory. Numba reads the variable when it is imported.
+# Kernels for GPUs, run as Python on host memory, and what needs a GPU on a CuPy that pretends one. Numba
+# reads the variable when it is imported.
 test-simulator: $(READY)
-	NUMBA_ENABLE_CUDASIM=1 python -m pytest tests/simulator tests/threads/test_cuda_engines.py
+	NUMBA_ENABLE_CUDASIM=1 python -m pytest tests/simulator tests/threads/test_cuda_engines.py --numprocesses 2
+	NUMBA_ENABLE_CUDASIM=1 PYTHONPATH=tests python -m pytest -p fake_cupy tests/gpu \
+	  --ignore=tests/gpu/test_kernels_gpu.py --numprocesses 2
 
 # Real transports and engines; the ranks share one verdict (tests/processes/conftest.py).
 test-processes: $(READY)

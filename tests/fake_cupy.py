@@ -1,0 +1,505 @@
+"""A CuPy whose GPU is a thread for each stream, over memory that other processes can open.
+
+It stands in for what `ringfold.comm.transport` calls of CuPy and of CUDA's runtime, with the same
+arguments, and is as strict: an address outside of every allocation, a handle of this very process,
+an event that is not for other processes, or memory that is registered twice are errors. What is put
+on a stream runs a little later, and each stream on its own, so that what is not ordered by events
+goes wrong. In Numba's simulator, kernels run on these streams as well.
+
+    fake_cupy.install(folder)   # a folder of this job alone; before anything imports cupy
+    pytest -p fake_cupy tests/gpu/test_staged_gpu.py    # tests of a GPU, without one
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+import operator
+import os
+import queue
+import random
+import sys
+import tempfile
+import threading
+import time
+import types
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+LATE = 0.002
+"""Seconds that a job waits at most, before it runs."""
+
+HANDLE_BYTES = 64
+
+
+class CUDARuntimeError(RuntimeError):
+    """As CuPy's."""
+
+
+def view(address: int, nbytes: int) -> np.ndarray:
+    return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), np.uint8)
+
+
+class SharedWords:
+    """Two counters in a file: how often an event was put on a stream, and was reached."""
+
+    def __init__(self, path: Path, *, new: bool) -> None:
+        if new:
+            path.write_bytes(bytes(16))
+        with path.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), 16)
+        self.words = np.frombuffer(self._map, np.int64)
+
+    @property
+    def recorded(self) -> int:
+        return int(self.words[0])
+
+    @property
+    def reached(self) -> int:
+        return int(self.words[1])
+
+
+class Worker:
+    """One stream: runs its jobs in their order, late."""
+
+    def __init__(self) -> None:
+        self.jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.failed: BaseException | None = None
+        self._random = random.Random(id(self))
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        while True:
+            job = self.jobs.get()
+            time.sleep(self._random.random() * LATE)
+            try:
+                job()
+            except BaseException as error:  # told by whoever synchronises
+                self.failed = error
+
+    def synchronize(self) -> None:
+        ended = threading.Event()
+        self.jobs.put(ended.set)
+        ended.wait()
+        if self.failed is not None:
+            raise CUDARuntimeError(f"a job of this stream failed: {self.failed!r}")
+
+
+class Runtime:
+    """The calls of CUDA's runtime, as CuPy has them."""
+
+    CUDARuntimeError = CUDARuntimeError
+    memcpyHostToDevice, memcpyDeviceToHost, memcpyDeviceToDevice, memcpyDefault = 1, 2, 3, 4
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.spans: dict[int, int] = {}
+        self.registered: dict[int, int] = {}
+        self.opened: dict[int, str] = {}
+        self._files: dict[int, tuple[str, mmap.mmap]] = {}
+        self._graves: list[tuple[str, mmap.mmap]] = []
+        self._events: dict[int, tuple[str, SharedWords, bool]] = {}
+        self._workers: dict[int, Worker] = {}
+        self._numbers = itertools.count(2)
+        self._lock = threading.RLock()
+
+    # -- memory ------------------------------------------------------------------------------
+
+    def malloc(self, size: int) -> int:
+        name = f"{os.getpid()}-{next(self._numbers)}"
+        (self.folder / name).write_bytes(bytes([0xEE]) * size)
+        return self._map(name)
+
+    def _map(self, name: str) -> int:
+        with (self.folder / name).open("r+b") as file:
+            mapped = mmap.mmap(file.fileno(), 0)
+        address = np.frombuffer(mapped, np.uint8).ctypes.data
+        with self._lock:
+            self._files[address] = name, mapped
+            self.spans[address] = len(mapped)
+        return address
+
+    def free(self, ptr: int) -> None:
+        """As CUDA's, which waits for the device; but where a job of its own lets go of memory."""
+        if all(worker.thread is not threading.current_thread() for worker in self._all()):
+            self.deviceSynchronize()
+        name = self._files[ptr][0]
+        if name.partition("-")[0] != str(os.getpid()):
+            raise CUDARuntimeError("memory of another process is freed")
+        self._forget(ptr)
+        (self.folder / name).unlink()
+
+    def _forget(self, ptr: int) -> None:
+        with self._lock:
+            self._graves.append(self._files.pop(ptr))  # what still reads there reads old bytes
+            del self.spans[ptr]
+
+    def find(self, address: int, nbytes: int) -> np.ndarray:
+        """View device memory by address."""
+        with self._lock:
+            for base, size in self.spans.items():
+                if base <= address and address + nbytes <= base + size:
+                    return view(address, nbytes)
+        raise CUDARuntimeError(f"cudaErrorIllegalAddress: {nbytes} bytes at {address:#x}")
+
+    def pointerGetAttributes(self, ptr: int) -> SimpleNamespace:
+        self.find(ptr, 1)
+        return SimpleNamespace(device=0)
+
+    def memcpyAsync(self, dst: int, src: int, size: int, kind: int, stream: int) -> None:
+        to_device = kind != self.memcpyDeviceToHost
+        from_device = kind != self.memcpyHostToDevice
+        target = self.find(dst, size) if to_device else self._host(dst, size, stream)
+        source = self.find(src, size) if from_device else self._host(src, size, stream)
+        self.put(stream, lambda: np.copyto(target, source))
+        if not (self._pinned(dst, size) or to_device) or not (
+            self._pinned(src, size) or from_device
+        ):
+            self.streamSynchronize(stream)  # memory that is not pinned: the host waits
+
+    def _host(self, address: int, nbytes: int, stream: int) -> np.ndarray:
+        return view(address, nbytes)
+
+    def _pinned(self, address: int, nbytes: int) -> bool:
+        return any(
+            base <= address and address + nbytes <= base + size
+            for base, size in list(self.registered.items())
+        )
+
+    def hostRegister(self, ptr: int, size: int, flags: int) -> None:
+        if self._pinned(ptr, 1):
+            raise CUDARuntimeError("cudaErrorHostMemoryAlreadyRegistered")
+        self.registered[ptr] = size
+
+    def hostUnregister(self, ptr: int) -> None:
+        if self.registered.pop(ptr, None) is None:
+            raise CUDARuntimeError("cudaErrorHostMemoryNotRegistered")
+
+    # -- between processes -------------------------------------------------------------------
+
+    def ipcGetMemHandle(self, devPtr: int) -> bytes:
+        return self._files[devPtr][0].encode().ljust(HANDLE_BYTES, b"\0")
+
+    def ipcOpenMemHandle(self, handle: bytes, flags: int = 1) -> int:
+        name = self._name(handle)
+        if name in self.opened.values():
+            raise CUDARuntimeError("cudaErrorAlreadyMapped")
+        address = self._map(name)
+        self.opened[address] = name
+        return address
+
+    def ipcCloseMemHandle(self, devPtr: int) -> None:
+        del self.opened[devPtr]
+        self._forget(devPtr)
+
+    def _name(self, handle: bytes) -> str:
+        assert isinstance(handle, bytes) and len(handle) == HANDLE_BYTES
+        name = handle.rstrip(b"\0").decode()
+        if name.partition("-")[0] == str(os.getpid()):
+            raise CUDARuntimeError("cudaErrorInvalidResourceHandle: of this very process")
+        return name
+
+    def ipcGetEventHandle(self, event: int) -> bytes:
+        name, _, interprocess = self._events[event]
+        if not interprocess:
+            raise CUDARuntimeError("cudaErrorInvalidResourceHandle: not an interprocess event")
+        return name.encode().ljust(HANDLE_BYTES, b"\0")
+
+    def ipcOpenEventHandle(self, handle: bytes) -> int:
+        return self._event(self._name(handle), new=False, interprocess=True)
+
+    # -- streams and events ------------------------------------------------------------------
+
+    def put(self, stream: int, job: Callable[[], Any]) -> None:
+        self.worker(stream).jobs.put(job)
+
+    def worker(self, stream: int) -> Worker:
+        with self._lock:
+            if (stream or 1) not in self._workers:
+                self._workers[stream or 1] = Worker()
+            return self._workers[stream or 1]
+
+    def make_event(self, interprocess: bool) -> int:
+        name = f"{os.getpid()}-event-{next(self._numbers)}"
+        return self._event(name, new=True, interprocess=interprocess)
+
+    def _event(self, name: str, *, new: bool, interprocess: bool) -> int:
+        number = 1000 + next(self._numbers)
+        self._events[number] = name, SharedWords(self.folder / name, new=new), interprocess
+        return number
+
+    def forget_event(self, event: int) -> None:
+        name, _, _ = self._events.pop(event)
+        (self.folder / name).unlink(missing_ok=True)
+
+    def eventRecord(self, event: int, stream: int) -> None:
+        words = self._events[event][1].words
+        words[0] += 1
+        number = int(words[0])
+
+        def reach() -> None:
+            words[1] = max(int(words[1]), number)
+
+        self.put(stream, reach)
+
+    def event_ended(self, event: int) -> bool:
+        shared = self._events[event][1]
+        return shared.reached >= shared.recorded
+
+    def streamWaitEvent(self, stream: int, event: int, flags: int = 0) -> None:
+        shared = self._events[event][1]
+        number = shared.recorded
+
+        def wait() -> None:
+            while shared.reached < number:
+                time.sleep(5e-5)
+
+        self.put(stream, wait)
+
+    def streamSynchronize(self, stream: int) -> None:
+        self.worker(stream).synchronize()
+
+    def deviceSynchronize(self) -> None:
+        for worker in self._all():
+            worker.synchronize()
+
+    def _all(self) -> list[Worker]:
+        with self._lock:
+            return list(self._workers.values())
+
+    def getDeviceCount(self) -> int:
+        return 1
+
+    def getDevice(self) -> int:
+        return 0
+
+    def memGetInfo(self) -> tuple[int, int]:
+        return 1 << 33, 1 << 34
+
+
+_CURRENT = threading.local()
+
+
+def current_stream() -> int:
+    """Return the handle of this thread's current stream; 0 for the default one."""
+    stack = getattr(_CURRENT, "stack", [])
+    return stack[-1] if stack else 0
+
+
+def module(runtime: Runtime) -> Any:
+    """Return the module that `import cupy` gives."""
+
+    class Device:
+        def __init__(self, device: int = 0) -> None:
+            if device != 0:
+                raise CUDARuntimeError("cudaErrorInvalidDevice")
+
+        def __enter__(self) -> Device:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            return None
+
+    class Stream:
+        numbers = itertools.count(100)
+
+        def __init__(self, null: bool = False, non_blocking: bool = False) -> None:
+            self.ptr = 0 if null else next(self.numbers)
+
+        def __enter__(self) -> Stream:
+            _CURRENT.stack = [*getattr(_CURRENT, "stack", []), self.ptr]
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            _CURRENT.stack.pop()
+
+        def synchronize(self) -> None:
+            runtime.streamSynchronize(self.ptr)
+
+    class Event:
+        def __init__(
+            self, block: bool = False, disable_timing: bool = False, interprocess: bool = False
+        ) -> None:
+            if interprocess and not disable_timing:
+                raise CUDARuntimeError("cudaErrorInvalidValue: such events have no clock")
+            self.ptr = runtime.make_event(interprocess)
+            if not interprocess:
+                weakref.finalize(self, runtime.forget_event, self.ptr).atexit = False
+
+        @property
+        def done(self) -> bool:
+            return runtime.event_ended(self.ptr)
+
+    class UnownedMemory:
+        def __init__(self, ptr: int, size: int, owner: object, device_id: int = -1) -> None:
+            runtime.find(ptr, size)
+            self.ptr, self.owner = ptr, owner
+
+    class MemoryPointer:
+        def __init__(self, mem: Any, offset: int) -> None:
+            self.mem, self.ptr = mem, mem.ptr + offset
+
+    def on_stream(function: Callable[..., Any], *operands: Any) -> ndarray:
+        """Put a kernel of the user's on the current stream, and return what it will write."""
+        values = [x.host if isinstance(x, ndarray) else x for x in operands]
+        shape = np.broadcast_shapes(*(np.shape(value) for value in values))
+        ones = (np.ones(1, v.dtype) if isinstance(v, np.ndarray) else v for v in values)
+        made = empty(shape, function(*ones).dtype)
+
+        def kernel(_keeps: Any = operands) -> None:
+            np.copyto(made.host, function(*values))
+
+        runtime.put(current_stream(), kernel)
+        return made
+
+    class ndarray:
+        """An array in device memory; host: the same memory, as the device's jobs see it."""
+
+        def __init__(self, shape: Any, dtype: Any = float, memptr: Any = None) -> None:
+            self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+            self.dtype = np.dtype(dtype)
+            count = int(np.prod(self.shape, dtype=np.int64))
+            if memptr is None:
+                memory = np.full(max(count, 1) * self.dtype.itemsize, 0xEE, np.uint8)
+                self.memory: Any = memory
+                address = memory.ctypes.data
+                runtime.spans[address] = memory.nbytes
+                weakref.finalize(self, runtime.spans.pop, address, None).atexit = False
+            else:
+                self.memory, address = memptr, memptr.ptr
+            self.data = SimpleNamespace(ptr=address)
+            raw = view(address, count * self.dtype.itemsize)
+            self.host = raw.view(self.dtype).reshape(self.shape)
+
+        @property
+        def __cuda_array_interface__(self) -> dict[str, Any]:
+            return {
+                "version": 3,
+                "shape": self.shape,
+                "typestr": self.dtype.str,
+                "data": (self.data.ptr if self.host.size else 0, False),
+                "strides": None,
+                "stream": current_stream() or 1,
+            }
+
+        @property
+        def size(self) -> int:
+            return self.host.size
+
+        def get(self) -> np.ndarray:
+            runtime.streamSynchronize(current_stream())
+            return self.host.copy()
+
+        def set(self, values: np.ndarray) -> None:
+            self[...] = values
+
+        def __setitem__(self, where: Any, values: Any) -> None:
+            source = values.host if isinstance(values, ndarray) else np.array(values)
+            target = self.host[where]
+
+            def kernel(_keeps: Any = (self, values)) -> None:
+                np.copyto(target, source)
+
+            runtime.put(current_stream(), kernel)
+
+        def all(self) -> ndarray:
+            made = empty((), np.bool_)
+
+            def kernel(_keeps: Any = self) -> None:
+                made.host[()] = self.host.all()
+
+            runtime.put(current_stream(), kernel)
+            return made
+
+        def __bool__(self) -> bool:
+            return bool(self.get())
+
+        def __rmul__(self, other: Any) -> ndarray:
+            return on_stream(np.multiply, self, other)
+
+        def __abs__(self) -> ndarray:
+            return on_stream(np.abs, self)
+
+        def __iadd__(self, other: Any) -> ndarray:
+            self[...] = on_stream(np.add, self, self.dtype.type(other))
+            return self
+
+        def __imul__(self, other: Any) -> ndarray:
+            self[...] = on_stream(np.multiply, self, self.dtype.type(other))
+            return self
+
+    for name in ("eq", "lt", "add", "sub", "mul", "mod"):
+        made = getattr(operator, name)
+        setattr(ndarray, f"__{name}__", lambda a, b, made=made: on_stream(made, a, b))
+    ndarray.__module__ = "cupy"
+
+    def empty(shape: Any, dtype: Any = float) -> ndarray:
+        return ndarray(shape, dtype)
+
+    def asarray(values: Any, dtype: Any = None) -> ndarray:
+        source = np.asarray(values, dtype)
+        made = empty(source.shape, source.dtype)
+        made[...] = source
+        return made
+
+    cuda = SimpleNamespace(
+        runtime=runtime,
+        Device=Device,
+        Stream=Stream,
+        Event=Event,
+        UnownedMemory=UnownedMemory,
+        MemoryPointer=MemoryPointer,
+        get_current_stream=lambda: SimpleNamespace(ptr=current_stream()),
+    )
+    made_module: Any = types.ModuleType("cupy")
+    made_module.fake = True
+    made_module.cuda, made_module.ndarray = cuda, ndarray
+    made_module.empty, made_module.asarray = empty, asarray
+    made_module.arange = lambda *a, dtype=None: asarray(np.arange(*a, dtype=dtype))
+    made_module.full = lambda shape, value, dtype: asarray(np.full(shape, value, dtype))
+    made_module.zeros = lambda shape, dtype=float: asarray(np.zeros(shape, dtype))
+    for name in ("float32", "float64", "uint8", "bool_"):
+        setattr(made_module, name, getattr(np, name))
+    return made_module
+
+
+def install(folder: Path | str) -> Runtime:
+    """Let `import cupy` give this one, and let kernels in the simulator run on its streams."""
+    runtime = Runtime(Path(folder))
+    sys.modules["cupy"] = module(runtime)
+    from ringfold.kernels.device import launch
+    from ringfold.kernels.device.primitives import simulating
+
+    if simulating():
+        _launch_on_streams(runtime, launch)
+    return runtime
+
+
+def _launch_on_streams(runtime: Runtime, launch: Any) -> None:
+    made, run, one = launch.Launcher, launch.Launcher.launch, threading.Lock()
+
+    def put(self: Any, kernel: Any, wanted: int, *arguments: Any) -> bool:
+        def job() -> None:
+            with one:  # the simulator runs one kernel at a time
+                run(self, kernel, wanted, *arguments)
+
+        if wanted:
+            runtime.put(self.stream, job)
+        return wanted > 0
+
+    made.launch = put
+    launch.Launcher = lambda device=0, stream=1, blocks=2, threads=4: made(
+        device, stream, blocks, threads
+    )
+
+
+def pytest_configure(config: Any) -> None:
+    """Let the tests that need a GPU have this one."""
+    install(tempfile.mkdtemp(prefix="ringfold-fake-gpu-"))
