@@ -169,6 +169,13 @@ class Peering(Protocol):
         """Return how others open memory; None for memory that is not registered."""
         ...
 
+    def room(self, nbytes: int) -> tuple[int, Any]:
+        """Return the address of new registered memory, and what owns it.
+
+        Raises: CommError where none is left.
+        """
+        ...
+
     def open(self, handle: bytes) -> int:
         """Return the address here of another process's allocation."""
         ...

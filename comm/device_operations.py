@@ -1,8 +1,7 @@
-"""Operations on device memory: collectives in place by `ipc`, and all through pinned host memory.
+"""Collectives on device memory: in place by `ipc`, and all through pinned host memory.
 
-Where the ranks of a group open each other's memory, and what an operation reads of others is
-registered, their kernels do it (`ipc`). Everything else is staged: a collective window by window
-(`windowed`), a message as a whole.
+Where the ranks of a group open each other's memory, and what a collective reads of others is
+registered, their kernels do it (`ipc`). Everything else is staged, window by window (`windowed`).
 
 Operations of a group take turns, in the order of the calls, on a group of their own: when a copy
 ends differs from rank to rank, so they could not keep an order with the host's operations.
@@ -10,25 +9,26 @@ ends differs from rank to rank, so they could not keep an order with the host's 
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .device import Device, DeviceArray, describe
+from .device_messages import REASON, DeviceMessages
 from .fingerprint import fingerprint
 from .ipc import Ipc, open_ipc
 from .schedule import Schedule
 from .staging import Staging, Typed
 from .trace import Signature
 from .transport.base import Channel
-from .windowed import Lane, run_windows, typed
+from .windowed import Lane, run_windows
 from .windows import Window, elementwise, exchanged, gathered, scattered
-from .work import Prepared, Receipt, Steps
+from .work import Behind, Prepared, Receipt, Steps
 
 if TYPE_CHECKING:
     from .communicator import Communicator
@@ -72,6 +72,7 @@ class DeviceOperations:
         self._group: Communicator | None = None
         self._ipc: Ipc | None = None
         self._no_ipc = ""
+        self.messages = DeviceMessages(comm, self._lane)
 
     def close(self) -> None:
         """Give the group back; collective where a collective was called."""
@@ -79,6 +80,7 @@ class DeviceOperations:
         ipc, self._ipc = self._ipc, None
         if ipc is not None:
             ipc.close()
+        self.messages.close()
         if group is not None:
             group.close()
 
@@ -193,66 +195,6 @@ class DeviceOperations:
             lambda device: device.like(array, array.shape),
         )
 
-    # -- point to point ----------------------------------------------------------------------
-
-    def send(self, x: Any, dst: int, tag: int = 0) -> Prepared:
-        """Copy x to the host while the caller waits, then send it as any host memory.
-
-        A message keeps its place among the others to that rank, which wait for no copy.
-        """
-        array = describe(x, writable=False)
-        host = self._comm.host_operations
-        lane = self._lane(array)
-
-        def run(_: int) -> Steps:
-            place = lane.staging.take(array.nbytes)
-            lane.device.follow(lane.inward, lane.device.record(lane.caller(array)))
-            part = place.part(0, array.nbytes)
-            if array.nbytes:
-                lane.device.to_host(part, array.address, lane.inward)
-            copied = lane.device.record(lane.inward)
-            while not copied.ended():
-                os.sched_yield()
-            yield from host.send(typed(part, array, (array.count,)), dst, tag).run(0)
-            lane.staging.give(place, None)
-            return array.owner
-
-        return self._message(host.send(np.empty(0), dst, tag), array, run)
-
-    def recv(self, x: Any, src: int, tag: int = 0) -> Prepared:
-        array = describe(x, writable=True)
-        host = self._comm.host_operations
-        lane = self._lane(array)
-
-        def run(_: int) -> Steps:
-            device, caller = lane.device, lane.caller(array)
-            ready = device.record(caller)
-            place = lane.staging.take(array.nbytes)
-            part = place.part(0, array.nbytes)
-            yield from host.recv(typed(part, array, (array.count,)), src, tag).run(0)
-            device.follow(lane.outward, ready)
-            if array.nbytes:
-                device.to_device(array.address, part, lane.outward)
-            copied = device.record(lane.outward)
-            device.follow(caller, copied)
-            lane.staging.give(place, copied)
-            return array.owner
-
-        return self._message(host.recv(np.empty(0), src, tag), array, run)
-
-    def _message(
-        self, empty: Prepared, array: DeviceArray, run: Callable[[int], Steps]
-    ) -> Prepared:
-        """Prepare a message as one of no elements was prepared."""
-        receipt = replace(
-            empty.receipt,
-            transport=f"staged, {empty.receipt.transport}",
-            nbytes=array.nbytes,
-            reason=_REASON,
-        )
-        signature = empty.signature._replace(dtype=array.dtype.name, elements=array.count)
-        return Prepared(receipt, empty.channel, run, signature)
-
     # -- the two ways ------------------------------------------------------------------------
 
     def _collective(
@@ -286,13 +228,14 @@ class DeviceOperations:
                 while not turn.done():
                     yield [turn]
                 if ipc is not None:
-                    done = yield from ipc.run(signature, array, into, ready, caller, tag)
-                    if done:
-                        return result
-                yield from run_windows(
-                    lane, group.rank, array, into, windows, exchange, ready, caller
+                    last = yield from ipc.run(signature, array, into, ready, tag)
+                    if last is not None:
+                        return Behind(result, partial(lane.device.follow, caller, last), "ipc")
+                last = yield from run_windows(
+                    lane, group.rank, array, into, windows, exchange, ready
                 )
-            return result
+            way = f"staged, {group.host_operations.way}"
+            return Behind(result, partial(lane.device.follow, caller, last), way)
 
         return Prepared(
             self._receipt(signature, array, windows, ipc),
@@ -331,6 +274,7 @@ class DeviceOperations:
         return group, self._ipc is not None
 
     def _lane(self, array: DeviceArray) -> Lane:
+        """Return what this rank keeps for the device that an array lies on."""
         device = self._find(array)
         lane = self._lanes.get(device.name)
         if lane is None:
@@ -354,8 +298,5 @@ class DeviceOperations:
         if offer is not None and offer.fits:
             why = "ipc where the root's memory is registered, which it alone knows"
             return Receipt(name, "pairwise, in place", f"ipc or {way}", size, nbytes, why)
-        why = f"{_REASON}; no ipc: {self._no_ipc}" if self._no_ipc else _REASON
+        why = f"{REASON}; no ipc: {self._no_ipc}" if self._no_ipc else REASON
         return Receipt(name, f"{len(windows)} windows", way, 1, nbytes, why)
-
-
-_REASON = "device memory passes through pinned host memory"

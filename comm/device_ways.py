@@ -1,6 +1,7 @@
 """Choose, for each operation on device memory, the way that it takes.
 
-1. `ipc`: ranks of one node read each other's registered memory (`ipc`, tried by `open_ipc`).
+1. `ipc`: ranks of one node read each other's registered memory (`ipc`, tried by `open_ipc`), and
+   send notes of where a message lies (`device_mail`).
 2. `gpu-aware mpi`: where data goes through MPI anyway, and a child process has seen the library
    send device memory (`direct`). For messages that is decided by each pair of ranks; either end may
    be in host memory, so the two need not agree. A collective takes it where all ranks can.
@@ -123,18 +124,22 @@ class DeviceWays:
     def send(self, x: Any, dst: int, tag: int = 0) -> Prepared:
         array = describe(x, writable=False)
         empty = self._comm.host_operations.send(np.empty(0, np.uint8), dst, tag)
-        return self._message(array, empty, dst, tag) or self._staged.send(x, dst, tag)
+        return self._message(array, empty, dst, tag) or self._staged.messages.send(x, dst, tag)
 
     def recv(self, x: Any, src: int, tag: int = 0) -> Prepared:
         array = describe(x, writable=True)
         empty = self._comm.host_operations.recv(np.empty(0, np.uint8), src, tag)
-        return self._message(array, empty, src, tag) or self._staged.recv(x, src, tag)
+        return self._message(array, empty, src, tag) or self._staged.messages.recv(x, src, tag)
 
     def _message(self, array: DeviceArray, empty: Prepared, peer: int, tag: int) -> Prepared | None:
         messages = self._comm._transport.device_messages
         if messages is None or self.way_to(peer) is not None:
             return None
         return message(self._comm, messages, self._find(array), array, empty, peer, tag)
+
+    def opens(self, x: Any) -> bool:
+        """Tell whether the group's ranks open each other's memory; collective."""
+        return self._staged.open(describe(x, writable=False))[1]
 
     def way_to(self, peer: int) -> str | None:
         """Return why messages to a peer are staged; None where MPI sends them as they lie."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .arithmetic import mean_scales
@@ -21,7 +22,7 @@ from .executor import NETWORK_WINDOW
 from .fingerprint import fingerprint
 from .trace import Signature
 from .transport.base import Channel, DeviceMessages
-from .work import Prepared, Receipt, Steps
+from .work import Behind, Prepared, Receipt, Steps
 
 if TYPE_CHECKING:
     from .choice import Chosen
@@ -240,8 +241,7 @@ class Direct:
             device.follow(self._stream, device.record(caller))
             yield from self._settled()
             result = yield from run(tag, caller)
-            device.follow(caller, device.record(self._stream))
-            return result
+            return Behind(result, partial(device.follow, caller, device.record(self._stream)))
 
         receipt = Receipt(
             signature.operation,

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from ..kernels.records import ALL, Row, Where
 from . import fused
 from .call_codes import code_of
-from .device import HANDLE_BYTES, Device, DeviceArray, Event, Exported, Peering, Stream, describe
+from .device import HANDLE_BYTES, Device, DeviceArray, Event, Exported, Peering, describe
 from .errors import CommError
 from .trace import Signature
 from .transport.base import Channel
@@ -112,13 +112,13 @@ class Ipc:
         array: DeviceArray,
         into: int,
         ready: Event,
-        caller: Stream,
         tag: int,
     ) -> Steps:
-        """Run on this rank; return whether it was done, which is alike on all of them.
+        """Run on this rank; return the event behind all ranks' work.
+
+        None where it is not done; so it is on all ranks, then.
 
         into: the address of the result.  ready: behind which this rank's memory may be used.
-        caller: the stream that is to follow.
         """
         device, peering = self._device, self._peering
         offer = self.offer(signature, array)
@@ -127,7 +127,7 @@ class Ipc:
         rows = yield from self._exchange(offer.words(), tag)
         # Calls that differ go the staged way on all ranks, which tells how they differ.
         if not rows[:, 0].all() or (rows[:, 2:5] != rows[0, 2:5]).any():
-            return False
+            return None
         bases = [self._base(rank, row, array) for rank, row in enumerate(rows)]
         for event in self._ready:
             device.follow(self._stream, event)
@@ -137,8 +137,8 @@ class Ipc:
         peering.place(self._mine[1][0], self._stream)
         yield from self._exchange(np.zeros(1, np.int64), tag)
         for event in self._done:
-            device.follow(caller, event)
-        return True
+            device.follow(self._stream, event)
+        return device.record(self._stream)
 
     def close(self) -> None:
         """Give back the others' memory; after the last operation has ended."""
@@ -221,7 +221,10 @@ def open_ipc(comm: Communicator, device: Device) -> tuple[Ipc | None, str]:
 
     def run(tag: int) -> Steps:
         ready = device.record(caller)
-        return (yield from made.run(signature, array, array.address, ready, caller, tag))
+        last = yield from made.run(signature, array, array.address, ready, tag)
+        if last is not None:
+            device.follow(caller, last)
+        return last is not None
 
     receipt = Receipt("allreduce", "pairwise, in place", "ipc", comm.size, array.nbytes, "trial")
     done = comm._start(Prepared(receipt, Channel.COLLECTIVE, run, signature), True)

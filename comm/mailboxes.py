@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels.mailbox_words import BOX_BYTES, SLOT_BYTES, SLOTS, Letter, Slot
+from ..kernels.mailbox_words import ANSWERS, BOX_BYTES, SLOT_BYTES, SLOTS, Kind, Letter, Slot
 from ..kernels.records import Status
 from .buffer import Buffer
 from .errors import MismatchError
@@ -40,6 +40,9 @@ OUTSTANDING_BYTES = 64 << 20
 WINDOW_BYTES = 1 << 19
 PIECE_BYTES = 1 << 17
 """Larger private messages pass through a window, piece by piece."""
+
+NOTE_BYTES = 512
+"""Room for a note of where a message's bytes lie, and for the receiver's reply."""
 
 _SPARE_BYTES = 32 << 20
 
@@ -88,15 +91,18 @@ class Box:
     """The messages of one ordered pair of ranks, as one of them sees it.
 
     address: of the slots.  base: where the sender's memory begins, in this process.
-    low: a word below which a receiver has finished with every message.
     bell: address of the other side's bell.
+    low: a word below which a receiver has finished with every message; low_at: its address.
     """
 
     address: int
     base: int
-    low: Words
     bell: int
     sent: int = 0
+
+    def __post_init__(self) -> None:
+        self.low = np.ones(1, np.int64)
+        self.low_at = _at(self.low)
 
 
 class Mailboxes:
@@ -117,12 +123,13 @@ class Mailboxes:
                 base = nodes.addresses[node_rank]
                 slots = base + offset + rank * BOX_BYTES
                 bell = nodes.bell_of(node_rank)
-                self._inboxes[peer] = Box(slots, base, np.ones(1, np.int64), bell)
+                self._inboxes[peer] = Box(slots, base, bell)
                 slots = own_base + block.offset + peer * BOX_BYTES
-                self._outboxes[peer] = Box(slots, own_base, np.ones(1, np.int64), bell)
+                self._outboxes[peer] = Box(slots, own_base, bell)
         self._bell = nodes.bell
         self._ordinals: Counter[tuple[bool, int, int]] = Counter()
-        self._yield = yielding()
+        self._blank = np.zeros(Letter.WORDS, np.int64)
+        self._blank[Letter.YIELD], self._blank[Letter.BELL] = yielding(), _at(nodes.bell)
         self._patience = patience(len(nodes.addresses))
 
     @classmethod
@@ -159,7 +166,8 @@ class Mailboxes:
 
         def run(_: int) -> Steps:
             buffer.stage()
-            yield from self._post(buffer, dst, tag, place).steps(self._patience)
+            bytes_ = _Bytes(_address(buffer), nbytes, buffer)
+            yield from self._post(bytes_, dst, tag, place).steps(self._patience)
             return buffer.owner
 
         receipt = Receipt("send", "message", "shared", 1, nbytes, reason)
@@ -167,28 +175,91 @@ class Mailboxes:
 
     def recv(self, buffer: Buffer, src: int, tag: int) -> Prepared:
         """Prepare to receive a message from a rank that this one reaches."""
+        nbytes = buffer.flat.nbytes
 
         def run(_: int) -> Steps:
             buffer.stage()
-            box = self._inboxes[src]
-            words = self._words(box, False, src, tag, buffer)
-            words[Letter.BASE], words[Letter.LOW] = box.base, box.low.ctypes.data
-            yield from Message(words, self.rank, src, tag, (buffer, box)).steps(self._patience)
+            bytes_ = _Bytes(_address(buffer), nbytes, buffer)
+            message = self._await(bytes_, src, tag)
+            if (yield from message.steps(self._patience)) == Status.BYTES:
+                answer = self._await(bytes_, src, ANSWERS, message.sequence)
+                yield from answer.steps(self._patience)
             buffer.commit()
             return buffer.owner
 
-        receipt = Receipt("recv", "message", "shared", 1, buffer.flat.nbytes)
-        large = buffer.flat.nbytes > IN_PLACE_BYTES
+        receipt = Receipt("recv", "message", "shared", 1, nbytes)
+        large = nbytes > IN_PLACE_BYTES
         return Prepared(receipt, None, run, _signature("recv", buffer, src), background=large)
 
-    def _post(self, buffer: Buffer, dst: int, tag: int, place: int | None) -> Message:
-        box, nbytes = self._outboxes[dst], buffer.flat.nbytes
-        words = self._words(box, True, dst, tag, buffer)
+    # -- messages whose bytes lie elsewhere ---------------------------------------------------
+
+    def note(self) -> npt.NDArray[np.uint8]:
+        """Return memory for notes, which both sides of a message can write."""
+        return self._memory.lend(NOTE_BYTES)
+
+    def send_note(
+        self, note: npt.NDArray[np.uint8], nbytes: int, dst: int, tag: int
+    ) -> Generator[list[Request], bool | None, int]:
+        """Send what tells how to come by nbytes; end when the receiver has done with it.
+
+        Nothing else may be written to the note meanwhile. Returns: 0, or what to answer with the
+        bytes themselves, which the receiver asks for.
+        """
+        words, box = self._addressed(_Bytes(0, nbytes, note), dst, tag)
+        words[Letter.KIND], words[Letter.PLACE] = Kind.NOTE, _at(note) - box.base
+        words[Letter.PEER_BELL] = box.bell
+        message = Message(words, self.rank, dst, tag, note)
+        status = yield from message.steps(self._patience)
+        return message.sequence if status == Status.BYTES else 0
+
+    def answer(self, part: npt.NDArray[np.uint8], dst: int, number: int) -> Steps:
+        """Send the bytes that were asked for: `number` is what `send_note` has returned."""
+        bytes_ = _Bytes(_at(part), part.nbytes, part)
+        yield from self._post(bytes_, dst, ANSWERS, None, number).steps(self._patience)
+
+    def hope(
+        self, nbytes: int, src: int, tag: int
+    ) -> Generator[list[Request], bool | None, Message]:
+        """Wait for a message that may be a note; see what it is by its `note`."""
+        message = self._await(_Bytes(0, nbytes, None), src, tag)
+        message.hope()
+        yield from message.steps(self._patience)
+        return message
+
+    def take(self, message: Message, part: npt.NDArray[np.uint8], src: int) -> Steps:
+        """Receive the bytes of what `hope` has found: those that came, or that it asks for."""
+        if message.note:
+            message.settle(served=False)
+            bytes_ = _Bytes(_at(part), part.nbytes, part)
+            answer = self._await(bytes_, src, ANSWERS, message.sequence)
+            yield from answer.steps(self._patience)
+        else:
+            message.put_at(part)
+            yield from message.steps(self._patience)
+
+    # -- parts of them -----------------------------------------------------------------------
+
+    def _await(self, bytes_: _Bytes, src: int, tag: int, ordinal: int = 0) -> Message:
+        box = self._inboxes[src]
+        words = self._words(box, False, src, tag, bytes_, ordinal)
+        words[Letter.BASE], words[Letter.LOW] = box.base, box.low_at
+        return Message(words, self.rank, src, tag, (bytes_, box))
+
+    def _addressed(self, bytes_: _Bytes, dst: int, tag: int, ordinal: int = 0) -> tuple[Words, Box]:
+        box = self._outboxes[dst]
+        words = self._words(box, True, dst, tag, bytes_, ordinal)
         box.sent += 1
         words[Letter.SEQUENCE] = box.sent
+        return words, box
+
+    def _post(
+        self, bytes_: _Bytes, dst: int, tag: int, place: int | None, ordinal: int = 0
+    ) -> Message:
+        words, box = self._addressed(bytes_, dst, tag, ordinal)
+        nbytes = bytes_.nbytes
         if place is not None:
             words[Letter.PLACE], words[Letter.WINDOW] = place, nbytes
-            return Message(words, self.rank, dst, tag, buffer)
+            return Message(words, self.rank, dst, tag, bytes_)
         at_once = nbytes <= BUFFERED_BYTES and self._pool.outstanding < OUTSTANDING_BYTES
         if at_once:
             words[Letter.PEER_BELL] = 0
@@ -196,25 +267,38 @@ class Mailboxes:
         if not at_once and nbytes <= WINDOW_BYTES:
             room = min(PIECE_BYTES, nbytes)
         window = self._pool.take(room)
-        address = int(window.__array_interface__["data"][0])
+        address = _at(window)
         words[Letter.PLACE] = address - box.base
         words[Letter.WINDOW_AT], words[Letter.WINDOW] = address, max(room, 1)
         words[Letter.PIECE] = min(PIECE_BYTES, max(room, 1))
         self._pool.lend(window, _returned(box, box.sent))
-        return Message(words, self.rank, dst, tag, (buffer, window))
+        return Message(words, self.rank, dst, tag, (bytes_, window))
 
-    def _words(self, box: Box, sends: bool, peer: int, tag: int, buffer: Buffer) -> Words:
-        self._ordinals[sends, peer, tag] += 1
-        words = np.zeros(Letter.WORDS, np.int64)
+    def _words(
+        self, box: Box, sends: bool, peer: int, tag: int, bytes_: _Bytes, ordinal: int
+    ) -> Words:
+        if not ordinal:
+            self._ordinals[sends, peer, tag] += 1
+            ordinal = self._ordinals[sends, peer, tag]
+        words = self._blank.copy()
         words[Letter.SENDS], words[Letter.BOX] = sends, box.address
         words[Letter.TAG] = tag
-        words[Letter.ORDINAL] = self._ordinals[sends, peer, tag]
-        words[Letter.NBYTES], words[Letter.ADDRESS] = buffer.flat.nbytes, _address(buffer)
-        words[Letter.YIELD] = self._yield
-        words[Letter.BELL] = self._bell.ctypes.data
-        if buffer.flat.nbytes > IN_PLACE_BYTES:
+        words[Letter.ORDINAL] = ordinal
+        words[Letter.NBYTES], words[Letter.ADDRESS] = bytes_.nbytes, bytes_.address
+        if bytes_.nbytes > IN_PLACE_BYTES:
             words[Letter.PEER_BELL] = box.bell
         return words
+
+
+class _Bytes(NamedTuple):
+    """A message's bytes on this side; address 0 where they lie elsewhere.
+
+    keeps: what must stay alive until the message has ended.
+    """
+
+    address: int
+    nbytes: int
+    keeps: object
 
 
 class Message:
@@ -224,7 +308,7 @@ class Message:
         """keeps: what must stay alive until the message has ended."""
         self._words, self._rank, self._peer, self._tag = words, rank, peer, tag
         self._keeps = keeps
-        self.address = int(words.ctypes.data)
+        self.address = _at(words)
         self.bell = int(words[Letter.BELL])
 
     @property
@@ -234,8 +318,39 @@ class Message:
 
         return advance_letter_callback()
 
-    def steps(self, patience: tuple[int, int]) -> Steps:
-        """Go on until the message has ended; patience: of a rank that waits for nothing else."""
+    @property
+    def sequence(self) -> int:
+        """Return its number among all of its box; 0 until a receiver has found it."""
+        return int(self._words[Letter.SEQUENCE])
+
+    @property
+    def note(self) -> int:
+        """Return the address of the note that was found; 0 where it is bytes."""
+        words = self._words
+        found = words[Letter.STATUS] == Status.NOTE
+        return int(words[Letter.BASE] + words[Letter.PLACE]) if found else 0
+
+    def hope(self) -> None:
+        """Take a note as well, from before the first step."""
+        self._words[Letter.KIND] = Kind.NOTE
+
+    def put_at(self, part: npt.NDArray[np.uint8]) -> None:
+        """Let the bytes that have come instead of a note be put somewhere, in further steps."""
+        self._keeps = (self._keeps, part)
+        self._words[Letter.ADDRESS], self._words[Letter.KIND] = _at(part), Kind.BYTES
+        self._words[Letter.STATUS] = Status.RUNNING
+
+    def settle(self, *, served: bool) -> None:
+        """Have done with a note: it has served, or the bytes are asked for."""
+        from ..kernels.mailbox import settle_note_kernel
+
+        settle_note_kernel()(self.address, served)
+
+    def steps(self, patience: tuple[int, int]) -> Generator[list[Request], bool | None, int]:
+        """Go on until the message has ended; patience: of a rank that waits for nothing else.
+
+        Returns: its status: DONE, NOTE or BYTES.
+        """
         from ..kernels.mailbox import abandon_letter_kernel, advance_letter_kernel
 
         advance = advance_letter_kernel()
@@ -254,6 +369,7 @@ class Message:
             raise MismatchError(
                 f"rank {src} sends {sent} bytes where rank {dst} expects {wanted} (tag {self._tag})"
             )
+        return int(status)
 
 
 def _signature(name: str, buffer: Buffer, peer: int) -> Signature:
@@ -261,7 +377,11 @@ def _signature(name: str, buffer: Buffer, peer: int) -> Signature:
 
 
 def _address(buffer: Buffer) -> int:
-    return int(buffer.flat.__array_interface__["data"][0])
+    return _at(buffer.flat)
+
+
+def _at(array: npt.NDArray[Any]) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 def _returned(box: Box, sequence: int) -> Callable[[], bool]:

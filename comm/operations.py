@@ -304,6 +304,11 @@ class Operations:
             return self._mail.recv(buffer, src, tag)
         return self._message("recv", Op.RECV, buffer, src, tag)
 
+    @property
+    def mail(self) -> Mailboxes | None:
+        """Return this rank's messages through shared memory."""
+        return self._mail
+
     def by_mail(self, peer: int) -> bool:
         """Tell whether messages to and from a peer pass through shared memory."""
         return self._mail is not None and self._mail.reaches(peer)

@@ -10,6 +10,7 @@ from .operations import Operations
 
 if TYPE_CHECKING:
     from .communicator import Communicator
+    from .device_ways import DeviceWays
 
 
 def shares_memory(comm: Communicator) -> str | None:
@@ -39,10 +40,33 @@ def device_ways(comm: Communicator, x: Any) -> list[list[str]]:
 
     Raises: ValueError where x is in host memory.
     """
+    side = _device_side(comm, x)
+    others = _device_side(comm.node, x) if comm.node.size < comm.size else side
+    opens = comm.node.size > 1 and others.opens(x)
+    mail = comm.host_operations.by_mail
+
+    def way_to(rank: int) -> int:
+        if rank == comm.rank:
+            return 0
+        return _IPC if opens and mail(rank) else int(side.way_to(rank) is None)
+
+    ends = comm.allgather(np.array([way_to(rank) for rank in range(comm.size)], np.int64))
+    return [[_WAYS[both] for both in row] for row in (ends + ends.T).tolist()]
+
+
+def _device_side(comm: Communicator, x: Any) -> DeviceWays:
     side = comm._side(x)
     if isinstance(side, Operations):
         raise ValueError("x: expected an array in GPU memory, got one in host memory")
-    direct = [rank != comm.rank and side.way_to(rank) is None for rank in range(comm.size)]
-    ends = comm.allgather(np.array(direct, np.int64))
-    named = ("staged", "gpu-aware mpi at one end", "gpu-aware mpi")
-    return [[named[count] for count in row] for row in (ends + ends.T).tolist()]
+    return side
+
+
+_IPC = 3
+_WAYS = {
+    0: "staged",
+    1: "gpu-aware mpi at one end",
+    2: "gpu-aware mpi",
+    _IPC: "staged",
+    2 * _IPC: "ipc",
+}
+"""What both ends can do, added up: one of them alone cannot use ipc."""

@@ -47,9 +47,8 @@ def run_windows(
     windows: Sequence[Window],
     exchange: Exchange,
     ready: Event,
-    caller: Stream,
 ) -> Steps:
-    """Run the windows from an array to the address `into`; the caller's stream follows.
+    """Run the windows from an array to the address `into`; return the event behind all of it.
 
     ready: behind which the array may be read, and written to `into`.
     """
@@ -68,11 +67,11 @@ def run_windows(
         result = yield from exchange(typed(slot.passed(window), array, window.shape))
         slot.deliver(window, result, into)
     # Also where there was nothing to copy out: what comes next may change what was read.
+    device.follow(lane.outward, device.record(lane.inward))
     last = device.record(lane.outward)
-    device.follow(caller, device.record(lane.inward))
-    device.follow(caller, last)
     for slot in slots:
         lane.staging.give(slot.place, last)
+    return last
 
 
 class _Slot:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .transport.base import Channel, Request, Transport
@@ -35,6 +35,20 @@ class Receipt:
     chunks: int
     nbytes: int
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Behind:
+    """A result that is there for the caller once its own stream follows what makes it.
+
+    follow: lets the stream do so; called once, in the thread that sees that the operation has
+    ended. Earlier it would hold up what the caller puts on the stream meanwhile.
+    transport: that was taken, where the receipt left it open.
+    """
+
+    result: Any
+    follow: Callable[[], None]
+    transport: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,6 +135,8 @@ class Work:
     def _end(self, result: Any, error: BaseException | None) -> None:
         if error is not None:
             self.transport.soiled = True
+        if type(result) is Behind and result.transport:
+            self.receipt = replace(self.receipt, transport=result.transport)
         self._steps, self._result, self._error, self.pending = None, result, error, []
 
     @property
@@ -132,7 +148,13 @@ class Work:
         """Tell whether the work has ended, well or not; never waits."""
         if self._steps is not None:
             self._progress.advance()
+        if type(self._result) is Behind:
+            self._follow(self._result)
         return self._steps is None
+
+    def _follow(self, behind: Behind) -> None:
+        self._result = behind.result
+        behind.follow()
 
     def exception(self) -> BaseException | None:
         """Return the error that ended the work, None where it ended well or goes on."""
@@ -149,4 +171,6 @@ class Work:
             self._progress.wait(self, timeout)
         if self._error is not None:
             raise self._error
+        if type(self._result) is Behind:
+            self._follow(self._result)
         return self._result

@@ -17,15 +17,18 @@ from numba.np.numpy_support import carray
 
 from .bell import ring_bell
 from .compiled import Kernel, compile_callback, compile_kernel
-from .mailbox_words import SLOT_BYTES, SLOTS, Letter, Slot
+from .mailbox_words import ASKED, SLOT_BYTES, SLOTS, Kind, Letter, Slot
 from .native import call, copy_bytes, fence, load, relax, store, try_lock
 from .records import Status
 from .scalars import compiled, pointer_to
 
 _RUNNING, _DONE = np.int64(Status.RUNNING), np.int64(Status.DONE)
 _MISMATCH, _REFUSED = np.int64(Status.MISMATCH), np.int64(Status.REFUSED)
+_FOUND_NOTE, _WANTS_BYTES = np.int64(Status.NOTE), np.int64(Status.BYTES)
+_NOTE, _ASKED = int(Kind.NOTE), int(ASKED)
 _S_SEQUENCE, _S_TAG, _S_ORDINAL = int(Slot.SEQUENCE), int(Slot.TAG), int(Slot.ORDINAL)
 _S_NBYTES, _S_PLACE, _S_WINDOW = int(Slot.NBYTES), int(Slot.PLACE), int(Slot.WINDOW)
+_S_KIND = int(Slot.KIND)
 _S_PRODUCED, _S_CONSUMED, _S_DONE = 8 * Slot.PRODUCED, 8 * Slot.CONSUMED, 8 * Slot.DONE
 _S_WORDS = SLOT_BYTES // 8
 _STATUS, _LOCK, _SENDS, _BOX = map(int, (Letter.STATUS, Letter.LOCK, Letter.SENDS, Letter.BOX))
@@ -35,7 +38,7 @@ _WINDOW_AT, _WINDOW, _PIECE = int(Letter.WINDOW_AT), int(Letter.WINDOW), int(Let
 _PUBLISHED, _MOVED, _BASE = int(Letter.PUBLISHED), int(Letter.MOVED), int(Letter.BASE)
 _LOW, _FOUND, _YIELD = int(Letter.LOW), int(Letter.FOUND), int(Letter.YIELD)
 _SPINS, _YIELDS, _WORDS = int(Letter.SPINS), int(Letter.YIELDS), int(Letter.WORDS)
-_BELL, _PEER_BELL = int(Letter.BELL), int(Letter.PEER_BELL)
+_BELL, _PEER_BELL, _KIND = int(Letter.BELL), int(Letter.PEER_BELL), int(Letter.KIND)
 
 
 @compiled
@@ -73,6 +76,7 @@ def _publish(letter: Any, at: Any) -> Any:
     slot[_S_NBYTES] = nbytes
     slot[_S_PLACE] = letter[_PLACE]
     slot[_S_WINDOW] = letter[_WINDOW]
+    slot[_S_KIND] = letter[_KIND]
     store(at + _S_CONSUMED, 0)
     produced = nbytes
     if letter[_WINDOW_AT] != 0:
@@ -88,6 +92,8 @@ def _publish(letter: Any, at: Any) -> Any:
 def _verdict(letter: Any, consumed: Any) -> Any:
     if consumed >= 0:
         return _DONE
+    if consumed == _ASKED:
+        return _WANTS_BYTES
     letter[_FOUND] = -1 - consumed
     return _MISMATCH
 
@@ -152,6 +158,13 @@ def _find(letter: Any) -> Any:
 
 
 @compiled
+def _ask(letter: Any, at: Any) -> Any:
+    """Have done with a note, and ask for the bytes."""
+    store(at + _S_CONSUMED, _ASKED)
+    _tell(letter, at + _S_DONE, letter[_SEQUENCE])
+
+
+@compiled
 def _receive(letter: Any) -> Any:
     looks = 0
     while letter[_SEQUENCE] == 0:
@@ -167,6 +180,13 @@ def _receive(letter: Any) -> Any:
         store(at + _S_CONSUMED, -1 - letter[_NBYTES])
         _tell(letter, at + _S_DONE, letter[_SEQUENCE])
         return _MISMATCH
+    if slot[_S_KIND] != letter[_KIND]:
+        if slot[_S_KIND] == _NOTE:
+            _ask(letter, at)
+        return _WANTS_BYTES
+    if slot[_S_KIND] == _NOTE:
+        letter[_PLACE] = slot[_S_PLACE]
+        return _FOUND_NOTE
     source, window = letter[_BASE] + slot[_S_PLACE], slot[_S_WINDOW]
     while letter[_MOVED] < letter[_NBYTES]:
         moved = letter[_MOVED]
@@ -217,6 +237,21 @@ def advance_letter_callback() -> int:
         return _advance_alone(record)
 
     return compile_callback("advance_letter_here", advance_letter_here)
+
+
+@functools.cache
+def settle_note_kernel() -> Kernel:
+    """Return the compiled (letter record, whether it served) that has done with a found note."""
+
+    def settle_note(record: Any, served: Any) -> None:
+        letter = carray(pointer_to(record, np.int64), _WORDS)
+        at = _slot_of(letter, letter[_SEQUENCE])
+        if served != 0:
+            _tell(letter, at + _S_DONE, letter[_SEQUENCE])
+        else:
+            _ask(letter, at)
+
+    return compile_kernel("settle_note", settle_note, types.int64, types.int64)
 
 
 @functools.cache

@@ -15,13 +15,32 @@ SLOTS = 256
 SLOT_BYTES = 3 * LINE_BYTES
 BOX_BYTES = SLOTS * SLOT_BYTES
 
+ASKED = -(1 << 62)
+"""In CONSUMED: the receiver of a note asks for the bytes themselves."""
+
+
+class Kind(IntEnum):
+    """What lies at a message's place: its bytes, or a note that tells how to come by them.
+
+    The sender decides. A receiver that hopes for a note takes bytes as well; one that wants bytes,
+    and finds a note, asks for them. They then come as a message of their own: see `ANSWERS`.
+    """
+
+    BYTES = 0
+    NOTE = 1
+
+
+ANSWERS = -1
+"""The tag of bytes that were asked for; the ordinal is the note's SEQUENCE."""
+
 
 class Slot(IntEnum):
     """Words of a slot: two cache lines that the sender writes, and one that the receiver does.
 
     SEQUENCE: the message's number among all of its box, from 1; written last.
     ORDINAL: its number among those with its tag.
-    PLACE: where its bytes, or its window of WINDOW bytes, lie in the sender's memory.
+    PLACE: where its bytes, its window of WINDOW bytes, or its note lie in the sender's memory.
+    KIND: of `Kind`. NBYTES are those of the message, also of one that is only noted.
     PRODUCED, CONSUMED: bytes that are there, and that were copied; CONSUMED is -1 - n where the
     receiver refuses the message, since it wants n bytes.
     DONE: SEQUENCE of the last message here that the receiver has finished with.
@@ -33,6 +52,7 @@ class Slot(IntEnum):
     NBYTES = 3
     PLACE = 4
     WINDOW = 5
+    KIND = 6
     PRODUCED = 8
     CONSUMED = 16
     DONE = 17
@@ -47,6 +67,7 @@ class Letter(IntEnum):
     PIECE: bytes that it copies at once; WINDOW is a multiple, or as large as the message.
     LOW: address of a word of the receiver's, below which all messages of the box are done.
     FOUND: the bytes that the other side has in mind, where the lengths differ.
+    KIND: what is sent, or hoped for.
     BELL: address of the rank's BellWord record.  PEER_BELL: address of the other's bell,
     0 where it need not be woken.
     """
@@ -74,4 +95,5 @@ class Letter(IntEnum):
     YIELDS = 20
     BELL = 21
     PEER_BELL = 22
-    WORDS = 23
+    KIND = 23
+    WORDS = 24

@@ -184,6 +184,8 @@ class Status(IntEnum):
     MIXED: some ranks' buffers are shared and others private; every rank must go on with a program
     for private buffers.
     REFUSED: it was not started, as the board is broken, or this very work still runs.
+    NOTE: of a message, the receiver has found a note, and has not finished with the message.
+    BYTES: of a message, whoever hoped to do with a note has to do with bytes.
     """
 
     RUNNING = 0
@@ -191,6 +193,8 @@ class Status(IntEnum):
     MISMATCH = 2
     MIXED = 3
     REFUSED = 4
+    NOTE = 5
+    BYTES = 6
 
 
 RING_ENTRIES = 256

@@ -6,14 +6,14 @@ from typing import Any
 
 from ..device import Stream
 from ..dtypes import DTYPES
-from ..errors import CommError
+from .cuda_memory import CudaMemory
 
 
 class CudaArithmetic:
     """The kernels as the device protocol has them."""
 
-    def __init__(self, cupy: Any, ordinal: int) -> None:
-        self._cupy, self._ordinal = cupy, ordinal
+    def __init__(self, cupy: Any, ordinal: int, memory: CudaMemory) -> None:
+        self._cupy, self._ordinal, self._memory = cupy, ordinal, memory
 
     def knows(self, op: str, dtype: str) -> bool:
         """Tell whether `combine` knows an op on a type."""
@@ -24,14 +24,8 @@ class CudaArithmetic:
 
         Raises: CommError where there is none left.
         """
-        from .cuda_ipc import Allocation
-
-        with self._cupy.cuda.Device(self._ordinal):
-            try:
-                made = Allocation(self._cupy.cuda.runtime, max(nbytes, 1))
-            except self._cupy.cuda.runtime.CUDARuntimeError as error:
-                raise CommError(f"no {nbytes} bytes of GPU memory are left: {error}") from error
-        return made.base, made
+        made = self._memory.allocate(nbytes)
+        return made.piece.base, made
 
     def copy(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
         """Copy within the device."""

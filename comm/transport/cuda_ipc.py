@@ -1,41 +1,20 @@
-"""CUDA's memory and events as other processes open them, and kernels that fold such memory.
-
-Source: CUDA Runtime API, section Device Management, cudaIpc*. A handle stands for a whole
-allocation, and no process can open its own.
-"""
+"""CUDA's memory and events as other processes open them, and kernels that fold such memory."""
 
 from __future__ import annotations
 
-import secrets
-import weakref
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from ..arithmetic import divisors
-from ..device import Event, Exported, Stream
+from ..device import Event, Stream
 from ..dtypes import DTYPES
 from ..errors import CommError
+from .cuda_memory import CudaMemory
 
 _TABLES = 256
 """Tables of addresses that are kept: one for each buffer that is reduced again and again."""
-
-
-BLOCK_BYTES = 2 << 20
-"""Smaller allocations may be pieces of one block, and a handle opens the block, with what else is
-in it (CUDA C++ Programming Guide, Interprocess Communication)."""
-
-
-class Allocation:
-    """Device memory of its own, in whole blocks, given back when nobody refers to it."""
-
-    def __init__(self, runtime: Any, nbytes: int) -> None:
-        self.nbytes = -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
-        self.base = int(runtime.malloc(self.nbytes))
-        self.token = secrets.randbits(62) | 1
-        weakref.finalize(self, runtime.free, self.base).atexit = False
 
 
 class OpenedEvent:
@@ -49,41 +28,32 @@ class CudaPeering:
     """What one GPU of this process offers to other processes."""
 
     def __init__(
-        self, cupy: Any, ordinal: int, event_of: Callable[[Any], Event], handle_of: Any
+        self,
+        cupy: Any,
+        ordinal: int,
+        memory: CudaMemory,
+        event_of: Callable[[Any], Event],
+        handle_of: Any,
     ) -> None:
         """event_of: wrap an event as the device does.  handle_of: unwrap it, to CUDA's handle."""
         self._cupy, self._runtime, self._ordinal = cupy, cupy.cuda.runtime, ordinal
+        self._memory = memory
+        self.export, self.open, self.close = memory.export, memory.open, memory.close
+        self._told = memory.told
         self._event_of, self._handle_of = event_of, handle_of
         self._tables: dict[tuple[tuple[int, ...], Stream], tuple[Any, Any]] = {}
-        self._allocations: weakref.WeakSet[Allocation] = weakref.WeakSet()
 
     def allocate(self, shape: tuple[int, ...], storage: np.dtype[Any]) -> Any:
         """Return a CuPy array in registered memory."""
-        nbytes = max(1, int(np.prod(shape, dtype=np.int64)) * storage.itemsize)
-        with self._cupy.cuda.Device(self._ordinal):
-            allocation = Allocation(self._runtime, nbytes)
-        self._allocations.add(allocation)
-        return self._view(allocation.base, shape, storage, allocation)
+        allocation = self._memory.allocate(int(np.prod(shape, dtype=np.int64)) * storage.itemsize)
+        piece = allocation.piece
+        held = self._cupy.cuda.UnownedMemory(piece.base, piece.nbytes, allocation, self._ordinal)
+        return self._cupy.ndarray(shape, storage, self._cupy.cuda.MemoryPointer(held, 0))
 
-    def export(self, address: int, nbytes: int) -> Exported | None:
-        """Return how others open memory; None for memory that is not registered."""
-        for one in self._allocations:
-            offset = address - one.base
-            if offset >= 0 and offset + nbytes <= one.nbytes:
-                with self._told("memory cannot be shared"):
-                    handle = self._runtime.ipcGetMemHandle(one.base)
-                return Exported(bytes(handle), one.token, offset)
-        return None
-
-    def open(self, handle: bytes) -> int:
-        """Return the address here of another process's allocation."""
-        with self._told("another rank's memory cannot be opened"):
-            return int(self._runtime.ipcOpenMemHandle(handle))
-
-    def close(self, address: int) -> None:
-        """Give back what `open` returned."""
-        with self._told("another rank's memory cannot be given back"):
-            self._runtime.ipcCloseMemHandle(address)
+    def room(self, nbytes: int) -> tuple[int, Any]:
+        """Return the address of new registered memory, and what owns it."""
+        allocation = self._memory.allocate(nbytes)
+        return allocation.piece.base, allocation
 
     def make_event(self) -> tuple[Event, bytes]:
         """Return an event that other processes can open, and its handle."""
@@ -156,18 +126,3 @@ class CudaPeering:
             with self._cupy.cuda.Device(self._ordinal):
                 x[...] = 1
         return x, lambda number: bool((x == number).all())
-
-    def _view(
-        self, address: int, shape: tuple[int, ...], storage: np.dtype[Any], owner: Any
-    ) -> Any:
-        nbytes = max(1, int(np.prod(shape, dtype=np.int64)) * storage.itemsize)
-        memory = self._cupy.cuda.UnownedMemory(address, nbytes, owner, self._ordinal)
-        return self._cupy.ndarray(shape, storage, self._cupy.cuda.MemoryPointer(memory, 0))
-
-    @contextmanager
-    def _told(self, what: str) -> Any:
-        try:
-            with self._cupy.cuda.Device(self._ordinal):
-                yield
-        except self._runtime.CUDARuntimeError as error:
-            raise CommError(f"{what}: {error}") from error

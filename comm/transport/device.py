@@ -20,6 +20,7 @@ from ..dtypes import dtype_named
 from ..errors import CommError
 from .cuda_arithmetic import CudaArithmetic
 from .cuda_ipc import CudaPeering
+from .cuda_memory import CudaMemory
 
 _CURRENT: Mapping[str, Callable[[Any, int], int]] = MappingProxyType(
     {
@@ -102,8 +103,9 @@ class CudaDevice:
         self._ordinal = ordinal
         self._device = cupy.cuda.Device(ordinal)
         self._streams: list[Any] = []
-        self.peering = CudaPeering(cupy, ordinal, CudaEvent, _handle_of)
-        self.arithmetic = CudaArithmetic(cupy, ordinal)
+        memory = CudaMemory(cupy, ordinal)
+        self.peering = CudaPeering(cupy, ordinal, memory, CudaEvent, _handle_of)
+        self.arithmetic = CudaArithmetic(cupy, ordinal, memory)
 
     def caller(self, array: DeviceArray) -> Stream:
         """Return the stream that the array names, else its library's current one."""

@@ -10,9 +10,10 @@ SCRIPT = """
 from types import SimpleNamespace
 import numpy as np
 from ringfold.comm.transport.cuda_ipc import CudaPeering
+from ringfold.comm.transport.cuda_memory import CudaMemory
 
-cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=None))
-peering = CudaPeering(cupy, 0, None, None)
+cupy = SimpleNamespace(cuda=SimpleNamespace(runtime=None, Device=lambda ordinal: None))
+peering = CudaPeering(cupy, 0, CudaMemory(cupy, 0), None, None)
 for count in (1, 3, 37):
     for op in ("sum", "mean", "min", "max", "prod"):
         for dtype, storage in (("float32", "f4"), ("float16", "f2"), ("float64", "f8")):

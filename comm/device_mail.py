@@ -1,0 +1,238 @@
+"""Messages between GPUs of one node: contents stay on the devices, and notes travel by mail.
+
+The sender copies what it sends into a room of its own, which other processes can open, on the
+caller's stream; the note tells where that is, and behind which event. The receiver's device copies
+it from there, and its reply tells behind which event the room is free again. The hosts wait for
+nothing but the note. A receiver that has host memory, or cannot open the room, asks for the bytes,
+which are then sent as those of any other message; so neither side has to know of the other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .device import HANDLE_BYTES, DeviceArray, Event, Peering, Stream
+from .device_wait import reached
+from .errors import CommError
+from .mailboxes import NOTE_BYTES, Mailboxes
+from .windowed import Lane
+from .work import Behind, Steps
+
+Words = npt.NDArray[np.int64]
+
+WAY = "ipc"
+
+_HANDLE_WORDS = HANDLE_BYTES // 8
+_NUMBER, _TOKEN, _OFFSET = 0, 1, 2
+_MEMORY = slice(8, 8 + _HANDLE_WORDS)
+_READY = slice(16, 16 + _HANDLE_WORDS)
+_REFUSED = 24
+_TAKEN = slice(32, 32 + _HANDLE_WORDS)
+
+_LEAST_ROOM = 1 << 16
+
+
+@dataclass
+class Berth:
+    """What one message of a time needs at its sender.
+
+    taken: behind which the last receiver has read the room; None before the first.
+    """
+
+    note: Words
+    room: int
+    size: int
+    owner: object
+    ready: Event
+    taken: Event | None = None
+
+
+@dataclass(frozen=True)
+class Landing:
+    """A sender's berth, as a receiver sees it, and the event that tells that its room was read."""
+
+    ready: Event
+    taken: Event
+    handle: bytes
+
+
+class DeviceMail:
+    """One rank's messages of one device, to and from ranks that it shares memory with."""
+
+    def __init__(self, mail: Mailboxes, lane: Lane, peering: Peering, staged: str) -> None:
+        """staged: the way of a message whose bytes were asked for."""
+        self._mail, self._lane, self._peering, self._staged = mail, lane, peering, staged
+        self._stream: Stream | None = None
+        self._berths: dict[int, list[Berth]] = {}
+        self._landings: dict[tuple[int, int], Landing] = {}
+        self._opened: dict[tuple[int, int], int] = {}
+        self._events: dict[bytes, Event] = {}
+        self._made = 0
+        self._lost: list[Berth] = []
+        self.refused: dict[int, str] = {}
+
+    def close(self) -> None:
+        """Give back the others' rooms; after the last message has ended."""
+        opened, self._opened = self._opened, {}
+        for address in opened.values():
+            self._peering.close(address)
+
+    # -- sending -----------------------------------------------------------------------------
+
+    def send(
+        self, array: DeviceArray, dst: int, tag: int, staged: Callable[[int], Steps]
+    ) -> Callable[[int], Steps]:
+        """Return what sends an array, which may be changed by what is launched behind the call.
+
+        staged: sends it where no room can be had that others can open.
+        """
+        lane, device, peering = self._lane, self._lane.device, self._peering
+
+        def run(lane_tag: int) -> Steps:
+            try:
+                berth = self._take(array.nbytes)
+            except CommError as error:
+                self.refused[dst] = str(error)
+                yield from staged(lane_tag)
+                return Behind(array.owner, _nothing, self._staged)
+            caller = lane.caller(array)
+            if berth.taken is not None:
+                device.follow(caller, berth.taken)
+            peering.copy(berth.room, array.address, array.nbytes, caller)
+            peering.place(berth.ready, caller)
+            copied = device.record(caller)
+            asked = yield from self._mail.send_note(
+                berth.note.view(np.uint8), array.nbytes, dst, tag
+            )
+            if asked:
+                if berth.note[_REFUSED]:
+                    self.refused[dst] = "its device refuses this one's memory"
+                yield from self._answer(array, berth, copied, dst, asked)
+                self._berths[berth.size].append(berth)
+            else:
+                self._taken(berth, dst)
+            return Behind(array.owner, _nothing, self._staged if asked else WAY)
+
+        return run
+
+    def _taken(self, berth: Berth, dst: int) -> None:
+        """Have a berth back that a receiver's device will have read some time."""
+        try:
+            berth.taken = self._event(berth.note[_TAKEN].tobytes())
+        except CommError as error:  # nobody can tell when, so it is not used again
+            self.refused[dst] = str(error)
+            self._lost.append(berth)
+        else:
+            self._berths[berth.size].append(berth)
+
+    def _answer(
+        self, array: DeviceArray, berth: Berth, copied: Event, dst: int, asked: int
+    ) -> Steps:
+        lane = self._lane
+        place = lane.staging.take(array.nbytes)
+        part = place.part(0, array.nbytes)
+        lane.device.follow(lane.inward, copied)
+        lane.device.to_host(part, berth.room, lane.inward)
+        yield from reached(lane.device.record(lane.inward), self._mail.rank)
+        yield from self._mail.answer(part, dst, asked)
+        lane.staging.give(place, None)
+
+    def _take(self, nbytes: int) -> Berth:
+        """Return a berth that nobody uses.
+
+        Raises: CommError where there is no memory for it, or none that others can open.
+        """
+        size = max(_LEAST_ROOM, 1 << max(nbytes - 1, 0).bit_length())
+        free = self._berths.setdefault(size, [])
+        return free.pop() if free else self._make(size)
+
+    def _make(self, size: int) -> Berth:
+        room, owner = self._peering.room(size)
+        exported = self._peering.export(room, size)
+        assert exported is not None
+        ready, handle = self._peering.make_event()
+        note = self._mail.note().view(np.int64)
+        note[:] = 0
+        self._made += 1
+        note[_NUMBER], note[_TOKEN], note[_OFFSET] = self._made, exported.token, exported.offset
+        note[_MEMORY], note[_READY] = _words(exported.handle), _words(handle)
+        return Berth(note, room, size, owner, ready)
+
+    # -- receiving ---------------------------------------------------------------------------
+
+    def recv(self, array: DeviceArray, src: int, tag: int) -> Callable[[int], Steps]:
+        """Return what receives into an array; the caller's stream follows."""
+        lane, device, peering = self._lane, self._lane.device, self._peering
+
+        def run(_: int) -> Steps:
+            caller = lane.caller(array)
+            ready = device.record(caller)
+            message = yield from self._mail.hope(array.nbytes, src, tag)
+            if message.note:
+                note = _note_at(message.note)
+                try:
+                    room, landing = self._room(src, note), self._landing(src, note)
+                except CommError:
+                    note[_REFUSED] = 1
+                else:
+                    stream = self._receiving()
+                    device.follow(stream, ready)
+                    device.follow(stream, landing.ready)
+                    peering.copy(array.address, room, array.nbytes, stream)
+                    peering.place(landing.taken, stream)
+                    note[_TAKEN] = _words(landing.handle)
+                    message.settle(served=True)
+                    copied = device.record(stream)
+                    return Behind(array.owner, lambda: device.follow(caller, copied), WAY)
+            place = lane.staging.take(array.nbytes)
+            part = place.part(0, array.nbytes)
+            yield from self._mail.take(message, part, src)
+            device.follow(lane.outward, ready)
+            device.to_device(array.address, part, lane.outward)
+            copied = device.record(lane.outward)
+            lane.staging.give(place, copied)
+            return Behind(array.owner, lambda: device.follow(caller, copied), self._staged)
+
+        return run
+
+    def _receiving(self) -> Stream:
+        if self._stream is None:
+            self._stream = self._lane.device.make_stream()
+        return self._stream
+
+    def _room(self, src: int, note: Words) -> int:
+        key = src, int(note[_TOKEN])
+        if key not in self._opened:
+            self._opened[key] = self._peering.open(note[_MEMORY].tobytes())
+        return self._opened[key] + int(note[_OFFSET])
+
+    def _landing(self, src: int, note: Words) -> Landing:
+        key = src, int(note[_NUMBER])
+        if key not in self._landings:
+            ready = self._event(note[_READY].tobytes())
+            self._landings[key] = Landing(ready, *self._peering.make_event())
+        return self._landings[key]
+
+    def _event(self, handle: bytes) -> Event:
+        if handle not in self._events:
+            self._events[handle] = self._peering.open_event(handle)
+        return self._events[handle]
+
+
+def _nothing() -> None:
+    """Let the caller's stream follow nothing."""
+
+
+def _words(handle: bytes) -> Words:
+    return np.frombuffer(handle.ljust(HANDLE_BYTES, b"\0"), np.int64)
+
+
+def _note_at(address: int) -> Words:
+    memory: Any = (ctypes.c_int64 * (NOTE_BYTES // 8)).from_address(address)
+    return np.frombuffer(memory, np.int64)

@@ -1,0 +1,142 @@
+"""Messages from and into device memory: from device to device by `device_mail`, or staged.
+
+A message may have host memory at one end, and device memory at the other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .device import DeviceArray, describe
+from .device_mail import DeviceMail
+from .windowed import Lane, typed
+from .work import Behind, Prepared, Steps
+
+if TYPE_CHECKING:
+    from .communicator import Communicator
+
+REASON = "device memory passes through pinned host memory"
+
+
+class DeviceMessages:
+    """Prepare messages of device memory for one rank of one group."""
+
+    def __init__(self, comm: Communicator, lane_of: Callable[[DeviceArray], Lane]) -> None:
+        self._comm, self._lane_of = comm, lane_of
+        self._mails: dict[str, DeviceMail] = {}
+
+    def close(self) -> None:
+        """Give back what was opened of others."""
+        mails, self._mails = self._mails, {}
+        for mail in mails.values():
+            mail.close()
+
+    def send(self, x: Any, dst: int, tag: int = 0) -> Prepared:
+        array = describe(x, writable=False)
+        empty, dst, tag = self._empty("send", dst, tag)
+        mail, staged = self._mail(array, dst), self._send_staged(array, dst, tag)
+        if mail is None:
+            return _staged(empty, array, staged)
+        if dst in mail.refused:
+            return _staged(empty, array, staged, mail.refused[dst])
+        return _by_note(empty, array, mail.send(array, dst, tag, staged))
+
+    def recv(self, x: Any, src: int, tag: int = 0) -> Prepared:
+        array = describe(x, writable=True)
+        empty, src, tag = self._empty("recv", src, tag)
+        mail = self._mail(array, src)
+        if mail is None:
+            return _staged(empty, array, self._recv_staged(array, src, tag))
+        return _by_note(empty, array, mail.recv(array, src, tag))
+
+    # -- staged ------------------------------------------------------------------------------
+
+    def _send_staged(self, array: DeviceArray, dst: int, tag: int) -> Callable[[int], Steps]:
+        """Copy to the host while the caller waits, then send it as any host memory.
+
+        A message keeps its place among the others to that rank, which wait for no copy.
+        """
+        host, lane = self._comm.host_operations, self._lane_of(array)
+
+        def run(_: int) -> Steps:
+            place = lane.staging.take(array.nbytes)
+            lane.device.follow(lane.inward, lane.device.record(lane.caller(array)))
+            part = place.part(0, array.nbytes)
+            if array.nbytes:
+                lane.device.to_host(part, array.address, lane.inward)
+            copied = lane.device.record(lane.inward)
+            while not copied.ended():
+                os.sched_yield()
+            yield from host.send(typed(part, array, (array.count,)), dst, tag).run(0)
+            lane.staging.give(place, None)
+            return array.owner
+
+        return run
+
+    def _recv_staged(self, array: DeviceArray, src: int, tag: int) -> Callable[[int], Steps]:
+        host, lane = self._comm.host_operations, self._lane_of(array)
+
+        def run(_: int) -> Steps:
+            device, caller = lane.device, lane.caller(array)
+            ready = device.record(caller)
+            place = lane.staging.take(array.nbytes)
+            part = place.part(0, array.nbytes)
+            yield from host.recv(typed(part, array, (array.count,)), src, tag).run(0)
+            device.follow(lane.outward, ready)
+            if array.nbytes:
+                device.to_device(array.address, part, lane.outward)
+            copied = device.record(lane.outward)
+            lane.staging.give(place, copied)
+            return Behind(array.owner, lambda: device.follow(caller, copied))
+
+        return run
+
+    def _empty(self, name: str, peer: int, tag: int) -> tuple[Prepared, int, int]:
+        """Return a message of no elements, and its peer and tag, checked."""
+        host = self._comm.host_operations
+        prepared = getattr(host, name)(np.empty(0), peer, tag)
+        return prepared, prepared.signature.peer, host.tag(tag)
+
+    # -- choosing ----------------------------------------------------------------------------
+
+    def _mail(self, array: DeviceArray, peer: int) -> DeviceMail | None:
+        """Return what carries notes to a peer; None where a message is staged."""
+        host = self._comm.host_operations
+        if not array.nbytes or peer == self._comm.rank or not host.by_mail(peer):
+            return None
+        lane = self._lane_of(array)
+        peering, mail = lane.device.peering, host.mail
+        if peering is None or mail is None:
+            return None
+        known = self._mails.get(lane.device.name)
+        if known is None:
+            known = self._mails[lane.device.name] = DeviceMail(
+                mail, lane, peering, "staged, shared"
+            )
+        return known
+
+
+def _staged(
+    empty: Prepared, array: DeviceArray, run: Callable[[int], Steps], why_not: str = ""
+) -> Prepared:
+    why = f"{REASON}; no ipc: {why_not}" if why_not else REASON
+    return _prepared(empty, array, f"staged, {empty.receipt.transport}", why, run)
+
+
+def _by_note(empty: Prepared, array: DeviceArray, run: Callable[[int], Steps]) -> Prepared:
+    why = "the receiver's device copies it; staged where one end is in host memory"
+    return _prepared(empty, array, f"ipc or staged, {empty.receipt.transport}", why, run)
+
+
+def _prepared(
+    empty: Prepared, array: DeviceArray, way: str, why: str, run: Callable[[int], Steps]
+) -> Prepared:
+    """Prepare a message as one of no elements was prepared."""
+    receipt = replace(empty.receipt, transport=way, nbytes=array.nbytes, reason=why)
+    signature = empty.signature._replace(dtype=array.dtype.name, elements=array.count)
+    return Prepared(receipt, empty.channel, run, signature)

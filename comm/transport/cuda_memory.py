@@ -1,0 +1,131 @@
+"""A GPU's memory that other processes open, and theirs that is opened here.
+
+Source: CUDA Runtime API, section Device Management, cudaIpc*. A handle stands for a whole
+allocation, no process can open its own, and memory must not be freed that others have open. Nobody
+tells when they no longer have, so what was shown to others is used again here, and never freed.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ..device import Exported
+from ..errors import CommError
+
+BLOCK_BYTES = 2 << 20
+"""Smaller allocations may be pieces of one block, and a handle opens the block, with what else is
+in it (CUDA C++ Programming Guide, Interprocess Communication)."""
+
+
+@dataclass
+class Piece:
+    """An allocation of CUDA's.
+
+    token: by which others know it.  handle: by which they open it; empty until it was shown.
+    """
+
+    base: int
+    nbytes: int
+    token: int
+    handle: bytes = b""
+
+
+class Allocation:
+    """A piece in use, which is given back when nobody refers to this."""
+
+    def __init__(self, piece: Piece, returned: Any) -> None:
+        self.piece = piece
+        weakref.finalize(self, returned, piece).atexit = False
+
+
+class CudaMemory:
+    """The memory of one GPU of this process."""
+
+    def __init__(self, cupy: Any, ordinal: int) -> None:
+        self._runtime, self._device = cupy.cuda.runtime, cupy.cuda.Device(ordinal)
+        self._allocations: weakref.WeakSet[Allocation] = weakref.WeakSet()
+        self._spare: deque[Piece] = deque()
+        self._opened: dict[bytes, tuple[int, int]] = {}  # address, and how often it was opened
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def told(self, what: str) -> Iterator[None]:
+        """Let CUDA's errors be CommErrors that say what could not be done."""
+        try:
+            with self._device:
+                yield
+        except self._runtime.CUDARuntimeError as error:
+            raise CommError(f"{what}: {error}") from error
+
+    def allocate(self, nbytes: int) -> Allocation:
+        """Return memory in whole blocks of its own.
+
+        Raises: CommError where there is none left.
+        """
+        size = max(1, -(-nbytes // BLOCK_BYTES)) * BLOCK_BYTES
+        with self.told(f"no {nbytes} bytes of GPU memory are left"):
+            piece = self._unused(size)
+            if piece is None:
+                base = int(self._runtime.malloc(size))
+                piece = Piece(base, size, secrets.randbits(62) | 1)
+            else:
+                # Streams follow what other ranks still do with it, and all of them end here.
+                self._runtime.deviceSynchronize()
+        made = Allocation(piece, self._return)
+        self._allocations.add(made)
+        return made
+
+    def _unused(self, size: int) -> Piece | None:
+        for _ in range(len(self._spare)):
+            piece = self._spare.popleft()
+            if piece.nbytes == size:
+                return piece
+            self._spare.append(piece)
+        return None
+
+    def _return(self, piece: Piece) -> None:
+        # Called by the garbage collector, at any moment and in any thread.
+        if piece.handle:
+            self._spare.append(piece)
+        else:
+            self._runtime.free(piece.base)
+
+    def export(self, address: int, nbytes: int) -> Exported | None:
+        """Return how others open memory; None for memory that was not allocated here."""
+        for one in self._allocations:
+            piece = one.piece
+            offset = address - piece.base
+            if offset >= 0 and offset + nbytes <= piece.nbytes:
+                if not piece.handle:
+                    with self.told("memory cannot be shared"):
+                        piece.handle = bytes(self._runtime.ipcGetMemHandle(piece.base))
+                return Exported(piece.handle, piece.token, offset)
+        return None
+
+    def open(self, handle: bytes) -> int:
+        """Return the address here of another process's allocation; each is opened once."""
+        with self._lock:
+            address, uses = self._opened.get(handle, (0, 0))
+            if not uses:
+                with self.told("another rank's memory cannot be opened"):
+                    address = int(self._runtime.ipcOpenMemHandle(handle))
+            self._opened[handle] = address, uses + 1
+            return address
+
+    def close(self, address: int) -> None:
+        """Give back what `open` returned."""
+        with self._lock:
+            handle = next(one for one, (at, _) in self._opened.items() if at == address)
+            _, uses = self._opened.pop(handle)
+            if uses > 1:
+                self._opened[handle] = address, uses - 1
+            else:
+                with self.told("another rank's memory cannot be given back"):
+                    self._runtime.ipcCloseMemHandle(address)
