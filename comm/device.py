@@ -8,8 +8,9 @@ recorded behind the write.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,7 +42,7 @@ class DeviceArray:
     @property
     def count(self) -> int:
         """Return the number of elements."""
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -245,6 +246,12 @@ def bare(x: Any) -> Any:
             "imaginary part) cannot be moved; pass resolve_neg() of it"
         )
     return plain
+
+
+def renewed(array: DeviceArray) -> DeviceArray:
+    """Return an array with what its owner says of its stream now."""
+    stream = bare(array.owner).__cuda_array_interface__.get("stream")
+    return array if stream == array.stream else replace(array, stream=stream)
 
 
 def describe(x: Any, *, writable: bool, what: str = "x") -> DeviceArray:

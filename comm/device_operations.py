@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -86,110 +86,87 @@ class DeviceOperations:
 
     # -- collectives -------------------------------------------------------------------------
 
-    def allreduce(self, x: Any, op: str = "sum", algorithm: Algorithm = None) -> Prepared:
-        array = describe(x, writable=True)
-        array.dtype.require(op)
+    def allreduce(self, array: DeviceArray, op: str, algorithm: Algorithm) -> Prepared:
         many = self._comm.size > 1
-        windows = elementwise(array.count, self._most(array), sends=many, takes=many)
         return self._collective(
             Signature("allreduce", op, array.dtype.name, array.count),
             array,
-            windows,
+            lambda: elementwise(array.count, self._most(array), sends=many, takes=many),
             lambda host, part: host.allreduce(part, op, algorithm),
             algorithm,
         )
 
-    def reduce(
-        self, x: Any, root: int = 0, op: str = "sum", algorithm: Algorithm = None
-    ) -> Prepared:
-        root = self._comm.host_operations.root(root)
+    def reduce(self, array: DeviceArray, root: int, op: str, algorithm: Algorithm) -> Prepared:
         at_root = self._comm.rank == root
-        array = describe(x, writable=at_root)
-        array.dtype.require(op)
-        windows = elementwise(array.count, self._most(array), sends=True, takes=at_root)
         return self._collective(
             Signature("reduce", op, array.dtype.name, array.count, root),
             array,
-            windows,
+            lambda: elementwise(array.count, self._most(array), sends=True, takes=at_root),
             lambda host, part: host.reduce(part, root, op, algorithm),
             algorithm,
         )
 
-    def broadcast(self, x: Any, root: int = 0, algorithm: Algorithm = None) -> Prepared:
-        root = self._comm.host_operations.root(root)
+    def broadcast(self, array: DeviceArray, root: int, algorithm: Algorithm) -> Prepared:
         at_root = self._comm.rank == root
-        array = describe(x, writable=not at_root)
-        windows = elementwise(array.count, self._most(array), sends=at_root, takes=not at_root)
         return self._collective(
             Signature("broadcast", "", array.dtype.name, array.count, root),
             array,
-            windows,
+            lambda: elementwise(array.count, self._most(array), sends=at_root, takes=not at_root),
             lambda host, part: host.broadcast(part, root, algorithm),
             algorithm,
         )
 
-    def reduce_scatter(self, x: Any, op: str = "sum", algorithm: Algorithm = None) -> Prepared:
-        array = describe(x, writable=False)
-        array.dtype.require(op)
+    def reduce_scatter(self, array: DeviceArray, op: str, algorithm: Algorithm) -> Prepared:
         size, rank = self._comm.size, self._comm.rank
-        windows = scattered(array.count, size, rank, self._most(array))
         own = -(-(array.count - rank) // size)
         return self._collective(
             Signature("reduce_scatter", op, array.dtype.name, array.count),
             array,
-            windows,
+            lambda: scattered(array.count, size, rank, self._most(array)),
             lambda host, part: host.reduce_scatter(part, op, algorithm),
             algorithm,
             lambda device: device.like(array, (max(own, 0),)),
         )
 
-    def allgather(self, x: Any, algorithm: Algorithm = None) -> Prepared:
-        array = describe(x, writable=False)
+    def allgather(self, array: DeviceArray, algorithm: Algorithm) -> Prepared:
         size = self._comm.size
-        windows = gathered(array.count, size, self._most(array), takes=True)
-        shape = (size, *array.shape)
         return self._collective(
             Signature("allgather", "", array.dtype.name, array.count),
             array,
-            windows,
+            lambda: gathered(array.count, size, self._most(array), takes=True),
             lambda host, part: host.allgather(part, algorithm),
             algorithm,
-            lambda device: device.like(array, shape),
+            lambda device: device.like(array, (size, *array.shape)),
         )
 
-    def gather(self, x: Any, root: int = 0, algorithm: Algorithm = None) -> Prepared:
-        root = self._comm.host_operations.root(root)
-        array = describe(x, writable=False)
+    def gather(self, array: DeviceArray, root: int, algorithm: Algorithm) -> Prepared:
         size, at_root = self._comm.size, self._comm.rank == root
-        windows = gathered(array.count, size, self._most(array), takes=at_root)
         return self._collective(
             Signature("gather", "", array.dtype.name, array.count, root),
             array,
-            windows,
+            lambda: gathered(array.count, size, self._most(array), takes=at_root),
             lambda host, part: host.gather(part, root, algorithm),
             algorithm,
             lambda device: device.like(array, (size, *array.shape)) if at_root else None,
         )
 
-    def scatter(self, x: Any = None, root: int = 0, algorithm: Algorithm = None) -> Prepared:
+    def scatter(self) -> Prepared:
         """Refuse: ranks that pass nothing could not tell on which device they want their row."""
         raise TypeError(
             "x: scatter takes host memory only, since the other ranks do not say where their row "
             "is to lie; broadcast it, or scatter a host copy"
         )
 
-    def alltoall(self, x: Any, algorithm: Algorithm = None) -> Prepared:
-        array = describe(x, writable=False)
+    def alltoall(self, array: DeviceArray, algorithm: Algorithm) -> Prepared:
         size = self._comm.size
         if not array.shape or array.shape[0] != size:
             raise ValueError(
                 f"x: expected a first axis of {size}, a row per rank, got shape {array.shape}"
             )
-        windows = exchanged(array.count // size, size, self._most(array))
         return self._collective(
             Signature("alltoall", "", array.dtype.name, array.count),
             array,
-            windows,
+            lambda: exchanged(array.count // size, size, self._most(array)),
             lambda host, part: host.alltoall(part, algorithm),
             algorithm,
             lambda device: device.like(array, array.shape),
@@ -201,17 +178,19 @@ class DeviceOperations:
         self,
         signature: Signature,
         array: DeviceArray,
-        windows: Sequence[Window],
+        cut: Callable[[], Sequence[Window]],
         prepare: Prepare,
         algorithm: Algorithm,
         make: Callable[[Device], Any] | None = None,
     ) -> Prepared:
         """Prepare it both ways: which one is taken, the ranks find when they meet.
 
+        cut: return the windows, where it is staged.
         make: return what takes the result, or None where nothing comes; the array itself without.
         """
         lane, group = self._lane(array), self._copy_of_group(array)
         ipc = self._ipc if algorithm is None else None
+        cut = cache(cut)
 
         def run(tag: int) -> Steps:
             def exchange(part: Typed) -> Steps:
@@ -220,8 +199,10 @@ class DeviceOperations:
                 return (yield from prepared.run(tag))
 
             caller = lane.caller(array)
-            result = array.owner if make is None else make(lane.device)
-            into = 0 if result is None else describe(result, writable=False).address
+            result, into = array.owner, array.address
+            if make is not None:
+                result = make(lane.device)
+                into = 0 if result is None else describe(result, writable=False).address
             # Recorded now, when the caller calls, and behind the making of its result.
             ready = lane.device.record(caller)
             with self._in_line() as turn:
@@ -231,14 +212,12 @@ class DeviceOperations:
                     last = yield from ipc.run(signature, array, into, ready, tag)
                     if last is not None:
                         return Behind(result, partial(lane.device.follow, caller, last), "ipc")
-                last = yield from run_windows(
-                    lane, group.rank, array, into, windows, exchange, ready
-                )
+                last = yield from run_windows(lane, group.rank, array, into, cut(), exchange, ready)
             way = f"staged, {group.host_operations.way}"
             return Behind(result, partial(lane.device.follow, caller, last), way)
 
         return Prepared(
-            self._receipt(signature, array, windows, ipc),
+            self._receipt(signature, array, cut, ipc),
             Channel.COLLECTIVE,
             run,
             signature,
@@ -287,7 +266,11 @@ class DeviceOperations:
         return max(1, self._window_bytes // array.dtype.itemsize)
 
     def _receipt(
-        self, signature: Signature, array: DeviceArray, windows: Sequence[Window], ipc: Ipc | None
+        self,
+        signature: Signature,
+        array: DeviceArray,
+        cut: Callable[[], Sequence[Window]],
+        ipc: Ipc | None,
     ) -> Receipt:
         name, size, nbytes = signature.operation, self._comm.size, array.nbytes
         way = f"staged, {self._copy_of_group(array).host_operations.way}"
@@ -299,4 +282,4 @@ class DeviceOperations:
             why = "ipc where the root's memory is registered, which it alone knows"
             return Receipt(name, "pairwise, in place", f"ipc or {way}", size, nbytes, why)
         why = f"{REASON}; no ipc: {self._no_ipc}" if self._no_ipc else REASON
-        return Receipt(name, f"{len(windows)} windows", way, 1, nbytes, why)
+        return Receipt(name, f"{len(cut())} windows", way, 1, nbytes, why)

@@ -65,7 +65,7 @@ class DeviceWays:
         direct = self._reducing(array, op)
         if direct is not None:
             return direct.allreduce(array, op, algorithm)
-        return self._told(self._staged.allreduce(x, op, algorithm))
+        return self._told(self._staged.allreduce(array, op, algorithm))
 
     def reduce(
         self, x: Any, root: int = 0, op: str = "sum", algorithm: Algorithm = None
@@ -76,7 +76,7 @@ class DeviceWays:
         direct = self._reducing(array, op)
         if direct is not None:
             return direct.reduce(array, root, op, algorithm)
-        return self._told(self._staged.reduce(x, root, op, algorithm))
+        return self._told(self._staged.reduce(array, root, op, algorithm))
 
     def reduce_scatter(self, x: Any, op: str = "sum", algorithm: Algorithm = None) -> Prepared:
         array = describe(x, writable=False)
@@ -84,7 +84,7 @@ class DeviceWays:
         direct = self._reducing(array, op)
         if direct is not None:
             return direct.reduce_scatter(array, op, algorithm)
-        return self._told(self._staged.reduce_scatter(x, op, algorithm))
+        return self._told(self._staged.reduce_scatter(array, op, algorithm))
 
     def broadcast(self, x: Any, root: int = 0, algorithm: Algorithm = None) -> Prepared:
         root = self._comm.host_operations.root(root)
@@ -92,14 +92,14 @@ class DeviceWays:
         direct = self._moving(array)
         if direct is not None:
             return direct.broadcast(array, root, algorithm)
-        return self._told(self._staged.broadcast(x, root, algorithm))
+        return self._told(self._staged.broadcast(array, root, algorithm))
 
     def allgather(self, x: Any, algorithm: Algorithm = None) -> Prepared:
         array = describe(x, writable=False)
         direct = self._moving(array)
         if direct is not None:
             return direct.allgather(array, algorithm)
-        return self._told(self._staged.allgather(x, algorithm))
+        return self._told(self._staged.allgather(array, algorithm))
 
     def gather(self, x: Any, root: int = 0, algorithm: Algorithm = None) -> Prepared:
         root = self._comm.host_operations.root(root)
@@ -107,17 +107,17 @@ class DeviceWays:
         direct = self._moving(array)
         if direct is not None:
             return direct.gather(array, root, algorithm)
-        return self._told(self._staged.gather(x, root, algorithm))
+        return self._told(self._staged.gather(array, root, algorithm))
 
     def scatter(self, x: Any = None, root: int = 0, algorithm: Algorithm = None) -> Prepared:
-        return self._staged.scatter(x, root, algorithm)
+        return self._staged.scatter()
 
     def alltoall(self, x: Any, algorithm: Algorithm = None) -> Prepared:
         array = describe(x, writable=False)
         direct = self._moving(array)
         if direct is not None:
             return direct.alltoall(array, algorithm)
-        return self._told(self._staged.alltoall(x, algorithm))
+        return self._told(self._staged.alltoall(array, algorithm))
 
     # -- point to point ----------------------------------------------------------------------
 

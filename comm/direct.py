@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arithmetic import mean_scales
 from .chunks import bounds
-from .device import Device, DeviceArithmetic, DeviceArray, Event, Stream, describe
+from .device import Device, DeviceArithmetic, DeviceArray, Event, Stream, describe, renewed
 from .device_executor import Memory, Site, execute_on_device, landing_bytes
 from .device_wait import reached
 from .dtypes import DTYPES
@@ -237,7 +237,7 @@ class Direct:
     ) -> Prepared:
         def begin(tag: int) -> Steps:
             device = self._device
-            caller = device.caller(describe(array.owner, writable=False))
+            caller = device.caller(renewed(array))
             device.follow(self._stream, device.record(caller))
             yield from self._settled()
             result = yield from run(tag, caller)
@@ -346,7 +346,7 @@ def message(
         if not array.nbytes:
             yield from empty.run(ours)
             return array.owner
-        wait_here(device.record(device.caller(describe(array.owner, writable=False))))
+        wait_here(device.record(device.caller(renewed(array))))
         pending = [
             start(array.address + low, min(limit, array.nbytes - low), peer, tag, channel)
             for low in range(0, array.nbytes, limit)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 Made = TypeVar("Made")
 Words = npt.NDArray[np.int64]
 
-_HANDLE_WORDS = HANDLE_BYTES // 8
+_OFFER_WORDS = 5 + HANDLE_BYTES // 8
+_KEPT = 256
 _TRIAL = 1000
 _NOT_REGISTERED, _NOTHING_SHOWN = 0, -1
 
@@ -55,14 +57,27 @@ class Offer:
         """Tell whether this rank can take part."""
         return self.token != _NOT_REGISTERED
 
-    def words(self) -> Words:
-        """Return it as int64: token, offset, call, handle."""
-        row = np.zeros(5 + _HANDLE_WORDS, np.int64)
+    def write(self, row: Words) -> Words:
+        """Write it as int64: token, offset, call, handle."""
+        row[:] = 0
         row[0], row[2:5] = self.token, self.call
         if self.exported is not None:
             row[1] = self.exported.offset
             row[5:] = np.frombuffer(self.exported.handle.ljust(HANDLE_BYTES, b"\0"), np.int64)
         return row
+
+
+class _Exchange:
+    """An allgather of a few words, prepared once; operations take turns, so none runs twice."""
+
+    def __init__(self, comm: Communicator, count: int) -> None:
+        self.words = np.zeros(count, np.int64)
+        self._prepared = comm.host_operations.keeping().allgather(self.words)
+        comm._runner.note(self._prepared)
+
+    def run(self, tag: int) -> Steps:
+        """Return a row of words from every rank, until the next run."""
+        return self._prepared.run(tag)
 
 
 class Ipc:
@@ -81,6 +96,8 @@ class Ipc:
         self._stream = device.make_stream()
         self._opened: dict[tuple[int, int], int] = {}
         self._mine = mine
+        self._told, self._end = _Exchange(comm, _OFFER_WORDS), _Exchange(comm, 1)
+        self._kept: dict[tuple[Signature, int, int], tuple[bytes, list[Callable[[], None]]]] = {}
         handles = np.zeros((2, HANDLE_BYTES), np.uint8)
         for line, (_, handle) in zip(handles, self._mine, strict=True):
             line[: len(handle)] = np.frombuffer(handle, np.uint8)
@@ -124,18 +141,17 @@ class Ipc:
         offer = self.offer(signature, array)
         device.follow(self._stream, ready)
         peering.place(self._mine[0][0], self._stream)
-        rows = yield from self._exchange(offer.words(), tag)
-        # Calls that differ go the staged way on all ranks, which tells how they differ.
-        if not rows[:, 0].all() or (rows[:, 2:5] != rows[0, 2:5]).any():
+        offer.write(self._told.words)
+        rows = yield from self._told.run(tag)
+        launches = self._launches(signature, array, into, rows)
+        if launches is None:
             return None
-        bases = [self._base(rank, row, array) for rank, row in enumerate(rows)]
         for event in self._ready:
             device.follow(self._stream, event)
-        program = fused.lower("shared", signature.operation, self._shape(signature, array))
-        for line in program.tolist():
-            self._put(line, signature, bases, into)
+        for launch in launches:
+            launch()
         peering.place(self._mine[1][0], self._stream)
-        yield from self._exchange(np.zeros(1, np.int64), tag)
+        yield from self._end.run(tag)
         for event in self._done:
             device.follow(self._stream, event)
         return device.record(self._stream)
@@ -152,20 +168,49 @@ class Ipc:
         root = max(signature.peer, 0)
         return fused.Shape(self._comm.rank, size, whole, array.dtype.itemsize, root)
 
-    def _put(
+    def _launches(
+        self, signature: Signature, array: DeviceArray, into: int, rows: Words
+    ) -> list[Callable[[], None]] | None:
+        """Return what puts this rank's part on its stream; kept for the next time.
+
+        None where ranks cannot, or where their calls differ: they go the staged way, all of them,
+        which tells how.
+        """
+        key, shown = (signature, array.address, into), rows.tobytes()
+        kept = self._kept.get(key)
+        if kept is not None and kept[0] == shown:
+            return kept[1]
+        if not rows[:, 0].all() or (rows[:, 2:5] != rows[0, 2:5]).any():
+            return None
+        bases = [self._base(rank, row, array) for rank, row in enumerate(rows)]
+        program = fused.lower("shared", signature.operation, self._shape(signature, array))
+        found = [self._launch(line, signature, bases, into) for line in program.tolist()]
+        launches = [launch for launch in found if launch is not None]
+        if len(self._kept) >= _KEPT:
+            self._kept.clear()
+        self._kept[key] = shown, launches
+        return launches
+
+    def _launch(
         self, line: Sequence[int], signature: Signature, bases: Sequence[int], into: int
-    ) -> None:
-        """Put one row of a program on this rank's stream; meetings are the events around all."""
+    ) -> Callable[[], None] | None:
+        """Return what puts one row of a program on this rank's stream.
+
+        None for meetings, which are the events around all.
+        """
         kind, target, entry, offset, _, origin, start, length = line
         places = [into] if target == Where.OWN else bases if entry == ALL else [bases[entry]]
         targets = [place + offset for place in places]
         if kind == Row.FOLD:
             sources = [base + start for base in bases]
-            self._peering.fold(
-                signature.op, signature.dtype, sources, targets, length, self._stream
+            fold = self._peering.fold
+            how = signature.op, signature.dtype, sources, targets, length, self._stream
+            return partial(fold, *how)
+        if kind == Row.COPY:
+            return partial(
+                self._peering.copy, targets[0], bases[origin] + start, length, self._stream
             )
-        elif kind == Row.COPY:
-            self._peering.copy(targets[0], bases[origin] + start, length, self._stream)
+        return None
 
     def _base(self, rank: int, row: Words, array: DeviceArray) -> int:
         """Return where a rank's array lies for this one; 0 where it shows none."""
@@ -174,11 +219,6 @@ class Ipc:
         if row[0] == _NOTHING_SHOWN:
             return 0
         return self._opened_at(rank, row) + int(row[1])
-
-    def _exchange(self, words: Words, tag: int) -> Steps:
-        prepared = self._comm.host_operations.allgather(words)
-        self._comm._runner.note(prepared)
-        return (yield from prepared.run(tag))
 
     def _opened_at(self, rank: int, row: Words) -> int:
         key = rank, int(row[0])
@@ -246,7 +286,7 @@ def _agree(comm: Communicator, fine: bool) -> bool:
 
 def _can_open(ipc: Ipc, signature: Signature, array: DeviceArray) -> bool:
     """Exchange handles, and open the others'; collective, and never an error on one rank only."""
-    rows = ipc._comm.allgather(ipc.offer(signature, array).words())
+    rows = ipc._comm.allgather(ipc.offer(signature, array).write(np.zeros(_OFFER_WORDS, np.int64)))
     try:
         for rank, row in enumerate(rows):
             if rank != ipc._comm.rank:

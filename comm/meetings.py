@@ -94,12 +94,17 @@ class Meetings:
         root: int = 0,
     ) -> Prepared:
         meeting = self._meeting(name, buffer, count, op, root)
+        last: Any = None
 
         def run(_: int) -> Steps:
+            nonlocal last
             buffer.stage()
             result = make()
-            flat = buffer.flat if result is None else wrap(result, writable=True).flat
-            meeting.result_at(address_of(flat))
+            if result is None:
+                meeting.result_at(address_of(buffer.flat))
+            elif result is not last:
+                meeting.result_at(address_of(wrap(result, writable=True).flat))
+            last = None if buffer.kept is None else result  # which is then made once
             yield from meeting.steps(meeting.launch())
             return result
 

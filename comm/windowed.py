@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .device import Device, DeviceArray, Event, Stream, describe
+from .device import Device, DeviceArray, Event, Stream, renewed
 from .device_wait import reached
 from .staging import Place, Staging, Typed
 from .windows import Window
@@ -36,7 +36,7 @@ class Lane:
 
     def caller(self, array: DeviceArray) -> Stream:
         """Return the caller's stream as it is now: a plan may have been made under another."""
-        return self.device.caller(describe(array.owner, writable=False))
+        return self.device.caller(renewed(array))
 
 
 def run_windows(

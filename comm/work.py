@@ -135,7 +135,7 @@ class Work:
     def _end(self, result: Any, error: BaseException | None) -> None:
         if error is not None:
             self.transport.soiled = True
-        if type(result) is Behind and result.transport:
+        if type(result) is Behind and result.transport not in ("", self.receipt.transport):
             self.receipt = replace(self.receipt, transport=result.transport)
         self._steps, self._result, self._error, self.pending = None, result, error, []
 

@@ -283,8 +283,13 @@ class Runtime:
     def getDevice(self) -> int:
         return 0
 
-    def memGetInfo(self) -> tuple[int, int]:
-        return 1 << 33, 1 << 34
+    def driverGetVersion(self) -> int:
+        return 13000
+
+    runtimeGetVersion = driverGetVersion
+
+    def getDeviceProperties(self, device: int) -> dict[str, bytes]:
+        return {"name": b"a pretended GPU"}
 
 
 _CURRENT = threading.local()
@@ -462,7 +467,7 @@ def module(runtime: Runtime) -> Any:
         get_current_stream=lambda: SimpleNamespace(ptr=current_stream()),
     )
     made_module: Any = types.ModuleType("cupy")
-    made_module.fake = True
+    made_module.fake, made_module.__version__ = True, "14, pretended"
     made_module.cuda, made_module.ndarray = cuda, ndarray
     made_module.empty, made_module.asarray = empty, asarray
     made_module.arange = lambda *a, dtype=None: asarray(np.arange(*a, dtype=dtype))

@@ -31,3 +31,10 @@ def test_what_one_rank_cannot_do_is_staged(call: str, tmp_path: Path) -> None:
 def test_events_that_nobody_follows_are_told(part: str, tmp_path: Path) -> None:
     done = run(2, "ipc_job.py", "3001", str(tmp_path), part)
     assert done.returncode != 0 and "AssertionError" in done.stderr, done.stdout + done.stderr
+
+
+def test_doctor_tells_the_ways_of_gpu_memory(tmp_path: Path) -> None:
+    done = run(3, "doctor_job.py", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "GPU messages     ipc, for all 3 pairs of ranks" in done.stdout, done.stdout
+    assert "GPU allreduce    right, ipc" in done.stdout, done.stdout
