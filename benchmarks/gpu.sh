@@ -89,17 +89,28 @@ step() {
   echo "gpu.sh: $*"
   timeout "$limit" "$@" || { echo "gpu.sh: failed with $?: $*" >&2; failed=1; }
 }
-step 40 mpirun -n 2 python -m ringfold doctor
+step 30 mpirun -n 2 python -m ringfold doctor
 # Side by side, since nearly all of their time goes into compiling 150 kernels.
-step 170 python -m pytest -q -p no:cacheprovider -m gpu tests/gpu --numprocesses "$(nproc)" --maxprocesses 8
-step 50 python benchmarks/gpu_kernels.py --json "$out/gpu-kernels.json"
+side_by_side=(--numprocesses "$(nproc)" --maxprocesses 8)
+step 120 python -m pytest -q -p no:cacheprovider -m gpu tests/gpu "${side_by_side[@]}"
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
+if [ -n "$sanitizer" ]; then
+  step 60 "$sanitizer" --target-processes all --error-exitcode 9 python -m pytest -q -p no:cacheprovider \
+    -m gpu tests/gpu/test_kernels_gpu.py -k "small and (pack or cast or mask or threshold)" "${side_by_side[@]}"
+else
+  echo "gpu.sh: there is no compute-sanitizer; kernels run without it" >&2
+fi
+step 40 python benchmarks/gpu_kernels.py --json "$out/gpu-kernels.json"
 for ranks in 2 4; do
-  step 60 mpirun -n "$ranks" python benchmarks/gpu.py --budget 1 --json "$out/gpu-$ranks.json"
-  step 50 mpirun -n "$ranks" python benchmarks/train_step.py --device cuda --budget 4 \
+  step 50 mpirun -n "$ranks" python benchmarks/gpu.py --budget 1 --json "$out/gpu-$ranks.json"
+  step 45 mpirun -n "$ranks" python benchmarks/train_step.py --device cuda --budget 4 \
     --json "$out/gpu-train-step-$ranks.json"
 done
-for device in cpu cuda; do
-  step 50 mpirun -n 2 python train.py --workload digits --steps 60 --device "$device" \
-    --report "$out/gpu-digits-$device.json"
+for workload in digits text; do
+  for device in cpu cuda; do
+    step 25 mpirun -n 2 python train.py --workload "$workload" --steps 40 --device "$device" \
+      --report "$out/gpu-$workload-$device.json"
+  done
+  step 10 python -m ringfold compare --rtol 1e-3 "$out/gpu-$workload-cpu.json" "$out/gpu-$workload-cuda.json"
 done
 exit $failed

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -189,7 +190,7 @@ class DeviceMail:
                     note[_TAKEN] = _words(landing.handle)
                     message.settle(served=True)
                     copied = device.record(stream)
-                    return Behind(array.owner, lambda: device.follow(caller, copied), WAY)
+                    return Behind(array.owner, partial(device.follow, caller, copied), WAY)
             place = lane.staging.take(array.nbytes)
             part = place.part(0, array.nbytes)
             yield from self._mail.take(message, part, src)
@@ -197,7 +198,7 @@ class DeviceMail:
             device.to_device(array.address, part, lane.outward)
             copied = device.record(lane.outward)
             lane.staging.give(place, copied)
-            return Behind(array.owner, lambda: device.follow(caller, copied), self._staged)
+            return Behind(array.owner, partial(device.follow, caller, copied), self._staged)
 
         return run
 

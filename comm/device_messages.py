@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,7 +93,7 @@ class DeviceMessages:
                 device.to_device(array.address, part, lane.outward)
             copied = device.record(lane.outward)
             lane.staging.give(place, copied)
-            return Behind(array.owner, lambda: device.follow(caller, copied))
+            return Behind(array.owner, partial(device.follow, caller, copied))
 
         return run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -37,18 +38,32 @@ class Receipt:
     reason: str = ""
 
 
-@dataclass(frozen=True)
 class Behind:
     """A result that is there for the caller once its own stream follows what makes it.
 
-    follow: lets the stream do so; called once, in the thread that sees that the operation has
-    ended. Earlier it would hold up what the caller puts on the stream meanwhile.
-    transport: that was taken, where the receipt left it open.
+    The stream follows where the thread that called sees that the operation has ended; earlier it
+    would hold up what the caller puts on the stream meanwhile. Where nobody looks, it follows
+    before the result is let go: who frees memory lets it be used again on that stream.
     """
 
-    result: Any
-    follow: Callable[[], None]
-    transport: str = ""
+    def __init__(self, result: Any, follow: Callable[[], None], transport: str = "") -> None:
+        """follow: lets the stream do so; refers to no array.
+
+        transport: that was taken, where the receipt left it open.
+        """
+        self.result, self.transport = result, transport
+        self._follow: Callable[[], None] | None = follow
+
+    def settle(self) -> Any:
+        """Let the stream follow, once, and return the result."""
+        follow, self._follow = self._follow, None
+        if follow is not None:
+            follow()
+        return self.result
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self.settle()
 
 
 @dataclass(frozen=True)
@@ -149,12 +164,8 @@ class Work:
         if self._steps is not None:
             self._progress.advance()
         if type(self._result) is Behind:
-            self._follow(self._result)
+            self._result = self._result.settle()
         return self._steps is None
-
-    def _follow(self, behind: Behind) -> None:
-        self._result = behind.result
-        behind.follow()
 
     def exception(self) -> BaseException | None:
         """Return the error that ended the work, None where it ended well or goes on."""
@@ -172,5 +183,5 @@ class Work:
         if self._error is not None:
             raise self._error
         if type(self._result) is Behind:
-            self._follow(self._result)
+            self._result = self._result.settle()
         return self._result

@@ -200,6 +200,22 @@ def test_what_nobody_waits_for_holds_up_no_stream(registered: bool) -> None:
     on_node(2, main)
 
 
+def test_a_stream_follows_what_nobody_has_waited_for_before_its_memory_is_free() -> None:
+    def main(comm: Communicator, gpu: FakeGpu) -> None:
+        comm.allreduce(late(gpu, np.ones(3, np.float32)))
+        x = late(gpu, np.ones(100, np.float32))
+        work = comm.allreduce(x, blocking=False)
+        while not work.ended:
+            comm._progress.advance()
+        before = len(gpu.log)
+        del work
+        assert [entry[:2] for entry in gpu.log[before:]] == [("follow", 7)]
+        assert (x.get() == comm.size).all()
+        comm.barrier()
+
+    on_node(2, main)
+
+
 def test_a_rank_without_registered_memory_sends_all_the_staged_way() -> None:
     def main(comm: Communicator, gpu: FakeGpu) -> None:
         for count in (1, 100):
