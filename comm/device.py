@@ -209,10 +209,11 @@ class Peering(Protocol):
         targets: Sequence[int],
         count: int,
         stream: Stream,
-    ) -> None:
-        """Put a kernel on a stream: fold count elements at all sources, in order, into all targets.
+    ) -> Callable[[], Any]:
+        """Return what puts a kernel on a stream, as often as it is called.
 
-        Addresses, here or of another's memory; a target may be one of the sources.
+        It folds count elements at all sources, in order, into all targets: addresses, here or of
+        another's memory; a target may be one of the sources.
         """
         ...
 

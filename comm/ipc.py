@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -97,7 +97,7 @@ class Ipc:
         self._opened: dict[tuple[int, int], int] = {}
         self._mine = mine
         self._told, self._end = _Exchange(comm, _OFFER_WORDS), _Exchange(comm, 1)
-        self._kept: dict[tuple[Signature, int, int], tuple[bytes, list[Callable[[], None]]]] = {}
+        self._kept: dict[tuple[Signature, int, int], tuple[bytes, list[Callable[[], Any]]]] = {}
         handles = np.zeros((2, HANDLE_BYTES), np.uint8)
         for line, (_, handle) in zip(handles, self._mine, strict=True):
             line[: len(handle)] = np.frombuffer(handle, np.uint8)
@@ -170,7 +170,7 @@ class Ipc:
 
     def _launches(
         self, signature: Signature, array: DeviceArray, into: int, rows: Words
-    ) -> list[Callable[[], None]] | None:
+    ) -> list[Callable[[], Any]] | None:
         """Return what puts this rank's part on its stream; kept for the next time.
 
         None where ranks cannot, or where their calls differ: they go the staged way, all of them,
@@ -193,7 +193,7 @@ class Ipc:
 
     def _launch(
         self, line: Sequence[int], signature: Signature, bases: Sequence[int], into: int
-    ) -> Callable[[], None] | None:
+    ) -> Callable[[], Any] | None:
         """Return what puts one row of a program on this rank's stream.
 
         None for meetings, which are the events around all.
@@ -203,9 +203,9 @@ class Ipc:
         targets = [place + offset for place in places]
         if kind == Row.FOLD:
             sources = [base + start for base in bases]
-            fold = self._peering.fold
-            how = signature.op, signature.dtype, sources, targets, length, self._stream
-            return partial(fold, *how)
+            return self._peering.fold(
+                signature.op, signature.dtype, sources, targets, length, self._stream
+            )
         if kind == Row.COPY:
             return partial(
                 self._peering.copy, targets[0], bases[origin] + start, length, self._stream

@@ -227,13 +227,18 @@ def pretend() -> Iterator[None]:
 
 def simulated_packer(monkeypatch: Any) -> DevicePacker:
     """Return what launches kernels in Numba's simulator, which runs one at a time."""
-    launch, lock = Launcher.launch, threading.Lock()
+    prepared, lock = Launcher.prepared, threading.Lock()
 
-    def alone(self: Launcher, kernel: Any, wanted: int, *arguments: Any) -> bool:
-        with lock:
-            return launch(self, kernel, wanted, *arguments)
+    def alone(self: Launcher, kernel: Any, wanted: int, *arguments: Any) -> Any:
+        launch = prepared(self, kernel, wanted, *arguments)
 
-    monkeypatch.setattr(Launcher, "launch", alone)
+        def locked() -> bool:
+            with lock:
+                return launch()
+
+        return locked
+
+    monkeypatch.setattr(Launcher, "prepared", alone)
     return DevicePacker(lambda: 1, 0, blocks=2, threads=4)
 
 

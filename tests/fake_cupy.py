@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 LATE = 0.002
-"""Seconds that a job waits at most, before it runs."""
+"""Seconds that a job waits at most, and half of them at least, before it runs."""
 
 HANDLE_BYTES = 64
 
@@ -78,7 +78,7 @@ class Worker:
     def _run(self) -> None:
         while True:
             job = self.jobs.get()
-            time.sleep(self._random.random() * LATE)
+            time.sleep((1 + self._random.random()) / 2 * LATE)
             try:
                 job()
             except BaseException as error:  # told by whoever synchronises
@@ -491,18 +491,23 @@ def install(folder: Path | str) -> Runtime:
 
 
 def _launch_on_streams(runtime: Runtime, launch: Any) -> None:
-    made, run, one = launch.Launcher, launch.Launcher.launch, threading.Lock()
+    made, prepared, one = launch.Launcher, launch.Launcher.prepared, threading.Lock()
 
-    def put(self: Any, kernel: Any, wanted: int, *arguments: Any) -> bool:
+    def late(self: Any, kernel: Any, wanted: int, *arguments: Any) -> Callable[[], bool]:
+        run = prepared(self, kernel, wanted, *arguments)
+
         def job() -> None:
             with one:  # the simulator runs one kernel at a time
-                run(self, kernel, wanted, *arguments)
+                run()
 
-        if wanted:
-            runtime.put(self.stream, job)
-        return wanted > 0
+        def put() -> bool:
+            if wanted:
+                runtime.put(self.stream, job)
+            return wanted > 0
 
-    made.launch = put
+        return put
+
+    made.prepared = late
     launch.Launcher = lambda device=0, stream=1, blocks=2, threads=4: made(
         device, stream, blocks, threads
     )

@@ -333,7 +333,7 @@ class FakePeering:
         targets: Sequence[int],
         count: int,
         stream: int,
-    ) -> None:
+    ) -> Callable[[], None]:
         nbytes = count * 4
 
         def kernel() -> None:
@@ -342,7 +342,7 @@ class FakePeering:
             for address in targets:
                 self._memory(address, nbytes).view(np.float32)[:] = total + self.wrong
 
-        self.gpu.launch(stream, kernel)
+        return lambda: self.gpu.launch(stream, kernel)
 
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         into = self.gpu.memory(target, nbytes)

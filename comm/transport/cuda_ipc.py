@@ -83,18 +83,18 @@ class CudaPeering:
         targets: Sequence[int],
         count: int,
         stream: Stream,
-    ) -> None:
-        """Put a kernel on a stream: fold count elements at all sources, in order, into all targets.
+    ) -> Callable[[], Any]:
+        """Return what puts a kernel on a stream: fold all sources, in order, into all targets.
 
         Half widths are added in float32 and rounded once, as on the host.
         """
-        from ...kernels.device.fold import fold
+        from ...kernels.device.fold import prepare_fold
 
         before, after = divisors(op, DTYPES[dtype], len(sources))
         (read, launcher), (written, _) = (
             self._placed(tuple(addresses), stream) for addresses in (sources, targets)
         )
-        fold(op, dtype, read, written, count, launcher, first=before, last=after)
+        return prepare_fold(op, dtype, read, written, count, launcher, first=before, last=after)
 
     def copy(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
         """Put a copy on a stream; the two may lie on different GPUs."""

@@ -327,6 +327,26 @@ def fold(
     Returns at once, and whether there was anything to launch. Raises: TypeError where the op is not
     allowed for the dtype.
     """
+    prepared = prepare_fold(
+        op, dtype, sources, targets, count, launcher, skip=skip, into=into, first=first, last=last
+    )
+    return prepared()
+
+
+def prepare_fold(
+    op: str,
+    dtype: str,
+    sources: Peers,
+    targets: Peers,
+    count: int,
+    launcher: Launcher,
+    *,
+    skip: int = 0,
+    into: int = 0,
+    first: float = 1.0,
+    last: float = 1.0,
+) -> Callable[[], bool]:
+    """Return what does as `fold`, each time that it is called."""
     mean = op == "mean"
     check_operation(
         "sum" if mean else op, dtype, among=(*HALVES, *FLOATS) if mean else tuple(STORAGE)
@@ -339,7 +359,7 @@ def fold(
     for what, peers, offset in (("source", sources, skip), ("target", targets, into)):
         for index, address in enumerate(peers.addresses):
             Span(address + offset, count).check(dtype, f"{what} {index}")
-    return launcher.launch(
+    return launcher.prepared(
         fold_kernel(op, dtype, "multiply" if exact else "divide"),
         _grid(count, element(dtype).lanes, launcher),
         np.int64(sources.table.span.address),

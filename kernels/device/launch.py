@@ -47,6 +47,11 @@ class Launcher:
             return self.blocks
         return BLOCKS_PER_MULTIPROCESSOR * multiprocessors(self.device)
 
+    @property
+    def external(self) -> Any:
+        """Return the stream as Numba takes it."""
+        return _external(self.device, self.stream)
+
     def launch(self, kernel: Any, wanted: int, *arguments: Any) -> bool:
         """Put a kernel on the stream over `wanted` blocks, and tell whether there was any.
 
@@ -54,34 +59,50 @@ class Launcher:
 
         Raises: RuntimeError, which names the kernel, where it cannot be compiled or launched.
         """
+        return self.prepared(kernel, wanted, *arguments)()
+
+    def prepared(self, kernel: Any, wanted: int, *arguments: Any) -> Callable[[], bool]:
+        """Return what launches a kernel so, each time that it is called."""
         if wanted < 0:
             raise ValueError(f"{kernel.__name__}: expected 0 blocks or more, got {wanted}")
         if wanted == 0:
-            return False
+            return lambda: False
         from numba import cuda
 
-        grid = self.grid(wanted)
-        try:
-            with cuda.gpus[self.device]:
-                stream = stream_of(self.stream)
-                kernel[grid, self.threads, stream](*arguments)
-        except Exception as error:
-            if simulating():
-                raise
-            raise RuntimeError(
-                f"kernel {kernel.__name__} on cuda:{self.device}, {grid} blocks of "
-                f"{self.threads} threads, stream {self.stream:#x}: {error}"
-            ) from error
-        return True
+        grid, device = self.grid(wanted), cuda.gpus[self.device]
+        configured: Any = None
+
+        def launch() -> bool:
+            nonlocal configured
+            try:
+                with device:
+                    if configured is None:
+                        configured = kernel[grid, self.threads, self.external]
+                    configured(*arguments)
+            except Exception as error:
+                if simulating():
+                    raise
+                raise RuntimeError(
+                    f"kernel {kernel.__name__} on cuda:{self.device}, {grid} blocks of "
+                    f"{self.threads} threads, stream {self.stream:#x}: {error}"
+                ) from error
+            return True
+
+        return launch
 
 
-def stream_of(handle: int) -> Any:
-    """Return a stream as Numba takes it; the simulator has none."""
+@functools.cache
+def _external(device: int, handle: int) -> Any:
+    """Return a stream as Numba takes it: the same each time, for which launches are prepared once.
+
+    The simulator has none.
+    """
     if simulating():
         return 0
     from numba import cuda
 
-    return cuda.external_stream(handle)
+    with cuda.gpus[device]:
+        return cuda.external_stream(handle)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ..storage import STORAGE, Array
 from ..table import Packed, PointerTable, check_pair
-from .launch import Launcher, stream_of
+from .launch import Launcher
 from .primitives import simulating
 
 TILE_ELEMENTS = 8192
@@ -67,7 +67,7 @@ def place(array: Array, launcher: Launcher) -> Placed:
     from numba import cuda
 
     with cuda.gpus[launcher.device]:
-        made = cuda.to_device(host, stream=stream_of(launcher.stream))
+        made = cuda.to_device(host, stream=launcher.external)
     return Placed(Span(int(made.device_ctypes_pointer.value or 0), host.size), made)
 
 
@@ -161,7 +161,7 @@ class ByProducts:
         from numba import cuda
 
         with cuda.gpus[launcher.device]:
-            stream = stream_of(launcher.stream)
+            stream = launcher.external
             self.memory.owner[:2].copy_to_device(np.array(_NOTHING), stream=stream)
 
     def read(self, launcher: Launcher) -> Packed:
@@ -172,7 +172,7 @@ class ByProducts:
         from numba import cuda
 
         with cuda.gpus[launcher.device]:
-            stream = stream_of(launcher.stream)
+            stream = launcher.external
             host = self.memory.owner[:2].copy_to_host(stream=stream)
             stream.synchronize()
         return Packed(bool(host[1]), float(host[0]))

@@ -16,7 +16,7 @@ import numpy as np
 from numba import cuda, types
 
 from ..storage import HALVES, storage
-from .launch import Launcher, compile_kernel, stream_of
+from .launch import Launcher, compile_kernel
 from .primitives import element, primitives, simulating
 from .table import Placed, Span, place
 
@@ -61,7 +61,7 @@ class Selection:
             self.memory.owner[:_STATE] = state
             return
         with cuda.gpus[launcher.device]:
-            self.memory.owner[:_STATE].copy_to_device(state, stream=stream_of(launcher.stream))
+            self.memory.owner[:_STATE].copy_to_device(state, stream=launcher.external)
 
     def read(self, launcher: Launcher) -> Threshold:
         """Return what was found, after waiting for the launcher's stream."""
@@ -69,7 +69,7 @@ class Selection:
             state = np.array(self.memory.owner[:_STATE])
         else:
             with cuda.gpus[launcher.device]:
-                stream = stream_of(launcher.stream)
+                stream = launcher.external
                 state = self.memory.owner[:_STATE].copy_to_host(stream=stream)
                 stream.synchronize()
         value = np.array([state[0]], np.uint32).view(np.float32)[0]

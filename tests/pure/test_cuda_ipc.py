@@ -26,9 +26,9 @@ for count in (1, 3, 37):
                 copies = [row.copy() for row in rows]
                 places = [c.ctypes.data for c in copies]
                 alone = np.zeros_like(rows[0])
-                peering.fold(op, dtype, places, [alone.ctypes.data], count, 1)
+                peering.fold(op, dtype, places, [alone.ctypes.data], count, 1)()
                 np.testing.assert_array_equal(alone, wanted)
-                peering.fold(op, dtype, places, places, count, 1)
+                peering.fold(op, dtype, places, places, count, 1)()
                 for copy in copies:
                     np.testing.assert_array_equal(copy, wanted)
 assert peering.folds("sum", "int8") and peering.folds("max", "bfloat16")
