@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 from gpu_clock import Clock
 from harness import Contender, contest, rates, table, verdict, write_json
 from options import parser_of, read_peers, read_sizes
@@ -53,39 +54,48 @@ def copies(cupy: Any, clock: Clock, nbytes: int) -> dict[str, float]:
     }
 
 
-def contenders(comm: ringfold.Communicator, torch: Any, count: int, peers: list[str]) -> Any:
-    """Return ours and the peers', over one tensor; the sum is exact in float32."""
-    index = torch.arange(count, device="cuda", dtype=torch.float32) % 251
+def contenders(comm: ringfold.Communicator, cupy: Any, count: int, torch: Any) -> list[Contender]:
+    """Return ours, and gloo where there is a torch for it; the sum is exact in float32."""
+    index = cupy.arange(count, dtype=cupy.float32) % 251
     wanted = index * comm.size + comm.size * (comm.size - 1) // 2
-    places = {
-        "ours": torch.empty_like(index),
-        "ours, registered": comm.empty(count, torch.float32, device="cuda"),
-    }
+    wait = cupy.cuda.runtime.deviceSynchronize
 
     def contender(impl: str, x: Any, call: Callable[[], Any], transport: str) -> Contender:
         def prepare() -> None:
-            torch.add(index, comm.rank, out=x)
-            torch.cuda.synchronize()
+            x[...] = index
+            x[...] += comm.rank
+            wait()
 
         def run() -> None:
             call()
-            torch.cuda.synchronize()
+            wait()
 
         return Contender(
             impl, run, prepare, wrong=lambda _: int((x != wanted).sum()), transport=transport
         )
 
     found = []
-    for impl, x in places.items():
+    private = cupy.empty(count, cupy.float32)
+    registered = comm.empty(count, np.float32, device="cuda")
+    for impl, x in (("ours", private), ("ours, registered", registered)):
         work = comm.allreduce(x, blocking=False)
         work.wait()
         step = comm.plan("allreduce", x)
         found.append(contender(impl, x, step, work.receipt.transport))
-    if "gloo" in peers:
-        x = places["ours"]
-        call = gloo_run(comm, "allreduce", Buffers(x, None), "sum")
-        found.append(contender("gloo", x, call, "host"))
+    if torch is not None:
+        call = gloo_run(comm, "allreduce", Buffers(torch.from_dlpack(private), None), "sum")
+        found.append(contender("gloo", private, call, "host"))
     return found
+
+
+def torch_for_gloo() -> Any:
+    """Return torch, or None, with a word of it, where it is built without CUDA."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch
+    print("benchmarks/gpu.py: torch is built without CUDA; gloo is not measured", file=sys.stderr)
+    return None
 
 
 def main() -> int:
@@ -96,18 +106,12 @@ def main() -> int:
     except ringfold.CommError as error:
         print(f"benchmarks/gpu.py: {error}; nothing was measured", file=sys.stderr)
         return 77
-    import torch
-
-    if not torch.cuda.is_available():
-        print("benchmarks/gpu.py: torch is built without CUDA; nothing was measured")
-        return 77
-    peers = [name for name in read_peers(parser, options.peers) if name == "gloo"]
+    torch = torch_for_gloo() if "gloo" in read_peers(parser, options.peers) else None
     rows: list[dict[str, Any]] = []
     with ringfold.Communicator() as comm:
         ordinal = ordinal_of(comm.node.rank, cupy.cuda.runtime.getDeviceCount())
-        torch.cuda.set_device(ordinal)
         card = cupy.cuda.runtime.getDeviceProperties(ordinal)["name"].decode()
-        with cupy.cuda.Device(ordinal), gloo(comm) if "gloo" in peers else nullcontext():
+        with cupy.cuda.Device(ordinal), nullcontext() if torch is None else gloo(comm):
             clock = Clock(cupy)
             for nbytes in read_sizes(parser, options.sizes):
                 if comm.rank == 0:
@@ -118,7 +122,7 @@ def main() -> int:
                     for name, seconds in copied.items():
                         rows.append(row(card, comm, name, nbytes, seconds, "-", 0))
                 comm.barrier()
-                found = contenders(comm, torch, nbytes // 4, peers)
+                found = contenders(comm, cupy, nbytes // 4, torch)
                 outcomes = contest(comm, found, repeats=options.repeats, budget=options.budget)
                 for outcome in outcomes:
                     one = outcome.contender

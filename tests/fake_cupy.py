@@ -240,6 +240,10 @@ class Runtime:
         name, _, _ = self._events.pop(event)
         (self.folder / name).unlink(missing_ok=True)
 
+    def memsetAsync(self, ptr: int, value: int, size: int, stream: int) -> None:
+        target = self.find(ptr, size)
+        self.put(stream, lambda: target.fill(value))
+
     def eventRecord(self, event: int, stream: int) -> None:
         words = self._events[event][1].words
         words[0] += 1
@@ -345,6 +349,14 @@ def module(runtime: Runtime) -> Any:
         def done(self) -> bool:
             return runtime.event_ended(self.ptr)
 
+        def record(self) -> None:
+            runtime.put(current_stream(), lambda: setattr(self, "at", time.perf_counter()))
+            runtime.eventRecord(self.ptr, current_stream())
+
+        def synchronize(self) -> None:
+            while not self.done:
+                time.sleep(5e-5)
+
     class UnownedMemory:
         def __init__(self, ptr: int, size: int, owner: object, device_id: int = -1) -> None:
             runtime.find(ptr, size)
@@ -435,6 +447,22 @@ def module(runtime: Runtime) -> Any:
         def __abs__(self) -> ndarray:
             return on_stream(np.abs, self)
 
+        def sum(self) -> ndarray:
+            made = empty((), np.int64)
+
+            def kernel(_keeps: Any = self) -> None:
+                made.host[()] = self.host.sum()
+
+            runtime.put(current_stream(), kernel)
+            return made
+
+        def __int__(self) -> int:
+            return int(self.get())
+
+        def __getitem__(self, where: Any) -> ndarray:
+            assert where is Ellipsis
+            return self
+
         def __iadd__(self, other: Any) -> ndarray:
             self[...] = on_stream(np.add, self, self.dtype.type(other))
             return self
@@ -443,7 +471,7 @@ def module(runtime: Runtime) -> Any:
             self[...] = on_stream(np.multiply, self, self.dtype.type(other))
             return self
 
-    for name in ("eq", "lt", "add", "sub", "mul", "mod"):
+    for name in ("eq", "ne", "lt", "add", "sub", "mul", "mod"):
         made = getattr(operator, name)
         setattr(ndarray, f"__{name}__", lambda a, b, made=made: on_stream(made, a, b))
     ndarray.__module__ = "cupy"
@@ -457,7 +485,14 @@ def module(runtime: Runtime) -> Any:
         made[...] = source
         return made
 
+    def alloc_pinned_memory(nbytes: int) -> SimpleNamespace:
+        memory = np.zeros(nbytes, np.uint8)
+        runtime.hostRegister(memory.ctypes.data, nbytes, 0)
+        return SimpleNamespace(ptr=memory.ctypes.data, memory=memory)
+
     cuda = SimpleNamespace(
+        alloc_pinned_memory=alloc_pinned_memory,
+        get_elapsed_time=lambda first, last: (last.at - first.at) * 1e3,
         runtime=runtime,
         Device=Device,
         Stream=Stream,
@@ -470,6 +505,7 @@ def module(runtime: Runtime) -> Any:
     made_module.fake, made_module.__version__ = True, "14, pretended"
     made_module.cuda, made_module.ndarray = cuda, ndarray
     made_module.empty, made_module.asarray = empty, asarray
+    made_module.copyto = lambda target, source: target.__setitem__(..., source)
     made_module.arange = lambda *a, dtype=None: asarray(np.arange(*a, dtype=dtype))
     made_module.full = lambda shape, value, dtype: asarray(np.full(shape, value, dtype))
     made_module.zeros = lambda shape, dtype=float: asarray(np.zeros(shape, dtype))

@@ -1,5 +1,6 @@
 """Ranks as processes on a pretended GPU: what fails there, and that the pretence can say no."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -38,3 +39,24 @@ def test_doctor_tells_the_ways_of_gpu_memory(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "GPU messages     ipc, for all 3 pairs of ranks" in done.stdout, done.stdout
     assert "GPU allreduce    right, ipc" in done.stdout, done.stdout
+
+
+def test_the_benchmark_of_allreduce(tmp_path: Path) -> None:
+    options = ("--sizes", "4KiB", "--budget", "0.5", "--json", str(tmp_path / "found.json"))
+    done = run(2, "gpu_bench_job.py", str(tmp_path), "gpu.py", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    ways = {row["impl"]: row["transport"] for row in rows}
+    assert ways["ours, registered"] == "ipc" and ways["ours"] == "staged, shared", ways
+    assert {"copy, on the device", "copy, to the host", "limit"} < ways.keys()
+    assert all(row["wrong"] == 0 and row["microseconds"] > 0 for row in rows)
+
+
+def test_the_benchmark_of_kernels(tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    job = [str(TESTS / "gpu_bench_job.py"), str(tmp_path), "gpu_kernels.py"]
+    command = [sys.executable, *job, "--sizes", "1KiB", "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    assert len(rows) == 14 and all(row["card"] == "a pretended GPU" for row in rows)
