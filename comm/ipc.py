@@ -24,6 +24,8 @@ from . import fused
 from .call_codes import code_of
 from .device import HANDLE_BYTES, Device, DeviceArray, Event, Exported, Peering, describe
 from .errors import CommError
+from .fused_pulls import own_bytes
+from .fused_rows import Shape
 from .trace import Signature
 from .transport.base import Channel
 from .work import Prepared, Receipt, Steps
@@ -118,7 +120,7 @@ class Ipc:
         call = code_of(operation, op, dtype), count, root
         if not count or (op and not self._peering.folds(op, dtype)):
             return Offer(_NOT_REGISTERED, None, call)
-        if not fused.own_bytes(operation, self._shape(signature, array)):
+        if not own_bytes(operation, self._shape(signature, array)):
             return Offer(_NOTHING_SHOWN, None, call)
         exported = self._peering.export(array.address, array.nbytes)
         return Offer(_NOT_REGISTERED if exported is None else exported.token, exported, call)
@@ -162,11 +164,11 @@ class Ipc:
         for address in opened.values():
             self._peering.close(address)
 
-    def _shape(self, signature: Signature, array: DeviceArray) -> fused.Shape:
+    def _shape(self, signature: Signature, array: DeviceArray) -> Shape:
         size = self._comm.size
         whole = signature.elements * (size if signature.operation in _GATHERING else 1)
         root = max(signature.peer, 0)
-        return fused.Shape(self._comm.rank, size, whole, array.dtype.itemsize, root)
+        return Shape(self._comm.rank, size, whole, array.dtype.itemsize, root)
 
     def _launches(
         self, signature: Signature, array: DeviceArray, into: int, rows: Words

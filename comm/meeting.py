@@ -25,6 +25,8 @@ from .board import Board
 from .buffer import address_of
 from .call_codes import describe_code
 from .errors import CommError, MismatchError
+from .fused_pulls import shown_bytes
+from .fused_rows import INPUT, OUTPUT, Rows, Shape
 from .notices import DIFFER, Row, table
 from .serving import Waiting
 from .trace import Entry
@@ -44,7 +46,7 @@ class Call:
 
     name: str
     code: int
-    shape: fused.Shape
+    shape: Shape
     address: int
     nbytes: int
     fold: int = 0
@@ -76,14 +78,14 @@ class Meeting:
         record[WorkWord.FOLD_RECORD + 7] = address_of(self._scratch)
         factors = record[WorkWord.FOLD_RECORD :].view(np.float64)
         factors[8], factors[9] = call.before, call.after
-        self._own(fused.INPUT, call.address)
-        self._own(fused.OUTPUT, call.address)
+        self._own(INPUT, call.address)
+        self._own(OUTPUT, call.address)
 
         note = record[WorkWord.NOTE : WorkWord.NOTE + Note.WORDS]
         place = board.memory.place(call.address, call.nbytes)
         note[Note.CALL], note[Note.COUNT] = call.code, call.shape.count
         note[Note.ROOT] = call.shape.root
-        if fused.shown_bytes(call.name, call.shape) <= fused.EAGER_BYTES:
+        if shown_bytes(call.name, call.shape) <= fused.EAGER_BYTES:
             self.form, note[Note.PLACE] = "eager", Place.UNUSED
         elif place is None:
             self.form, note[Note.PLACE] = self._private_form, Place.PRIVATE
@@ -93,7 +95,7 @@ class Meeting:
         self._program = fused.lower(self.form, call.name, call.shape)
         self._take(self._program)
 
-    def _take(self, rows: fused.Rows) -> None:
+    def _take(self, rows: Rows) -> None:
         self._rows = rows
         self._record[WorkWord.ROWS], self._record[WorkWord.NUM_ROWS] = address_of(rows), len(rows)
 
@@ -113,7 +115,7 @@ class Meeting:
 
     def result_at(self, address: int) -> None:
         """Let the next run write its result to an address."""
-        self._own(fused.OUTPUT, address)
+        self._own(OUTPUT, address)
 
     def called(self, call: int) -> None:
         """Let the ring of operations refer to a call, see trace.Ring.intern."""
@@ -152,7 +154,7 @@ class Meeting:
         self._take(self._program)
         return owner
 
-    def _go_on(self, rows: fused.Rows) -> None:
+    def _go_on(self, rows: Rows) -> None:
         """Some ranks' buffers are private: all go on as if theirs were."""
         self._take(rows)
         self._record[WorkWord.ROW] = 0

@@ -10,7 +10,7 @@ from .board import Board
 from .buffer import Buffer, address_of, wrap
 from .call_codes import code_of
 from .dtypes import DType
-from .fused import Shape
+from .fused_rows import Shape
 from .meeting import Call, Meeting
 from .trace import Signature
 from .work import Prepared, Receipt, Steps
