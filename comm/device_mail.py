@@ -16,16 +16,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from .device import HANDLE_BYTES, DeviceArray, Event, Peering, Stream
 from .device_wait import reached
 from .errors import CommError
+from .letters import Words
 from .mailboxes import NOTE_BYTES, Mailboxes
 from .windowed import Lane
 from .work import Behind, Steps
-
-Words = npt.NDArray[np.int64]
 
 WAY = "ipc"
 

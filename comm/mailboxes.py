@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import ctypes
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..kernels.mailbox_words import ANSWERS, BOX_BYTES, SLOT_BYTES, SLOTS, Kind, Letter, Slot
 from ..kernels.records import Status
-from .buffer import Buffer
-from .errors import MismatchError
-from .memory import Block, Memory
+from .buffer import Buffer, address_of
+from .lending import Pool
+from .letters import Message, Words
+from .memory import Block
 from .node_memory import NodeMemory, patience, yielding
-from .serving import Waiting
 from .trace import Signature
 from .transport.base import Request
 from .work import Prepared, Receipt, Steps
 
 if TYPE_CHECKING:
     from .communicator import Communicator
-
-Words = npt.NDArray[np.int64]
 
 BUFFERED_BYTES = 8 << 20
 """Messages up to here are copied at once, so that their sender can go on. Nobody is woken for them,
@@ -34,56 +32,12 @@ which would cost more than the copy: the receiver takes them when it waits or lo
 IN_PLACE_BYTES = 1 << 20
 """Above, registered memory is read where it is, and its sender goes on when it has been."""
 
-OUTSTANDING_BYTES = 64 << 20
-"""Copies that nobody has received yet; above, senders wait for their receivers."""
-
 WINDOW_BYTES = 1 << 19
 PIECE_BYTES = 1 << 17
 """Larger private messages pass through a window, piece by piece."""
 
 NOTE_BYTES = 512
 """Room for a note of where a message's bytes lie, and for the receiver's reply."""
-
-_SPARE_BYTES = 32 << 20
-
-
-class Pool:
-    """Blocks of a rank's memory for what it sends: taken, lent to a message, and used again."""
-
-    def __init__(self, memory: Memory) -> None:
-        self._memory = memory
-        self._spare: dict[int, list[npt.NDArray[np.uint8]]] = {}
-        self._spare_bytes = 0
-        self._lent: deque[tuple[Callable[[], bool], npt.NDArray[np.uint8]]] = deque()
-        self.outstanding = 0
-
-    def take(self, nbytes: int) -> npt.NDArray[np.uint8]:
-        """Return a block of at least nbytes."""
-        self._collect()
-        room = max(1 << (nbytes - 1).bit_length(), 4096) if nbytes else 4096
-        spare = self._spare.get(room)
-        if spare:
-            self._spare_bytes -= room
-            return spare.pop()
-        return self._memory.lend(room)
-
-    def lend(self, block: npt.NDArray[np.uint8], returned: Callable[[], bool]) -> None:
-        """Take the block back some time after `returned` tells so."""
-        self.outstanding += block.size
-        self._lent.append((returned, block))
-
-    def _collect(self) -> None:
-        for _ in range(len(self._lent)):
-            returned, block = self._lent.popleft()
-            if not returned():
-                self._lent.append((returned, block))
-                if self.outstanding < OUTSTANDING_BYTES:
-                    return  # the oldest is the likeliest to have come back
-                continue
-            self.outstanding -= block.size
-            if self._spare_bytes < _SPARE_BYTES:
-                self._spare.setdefault(block.size, []).append(block)
-                self._spare_bytes += block.size
 
 
 @dataclass
@@ -102,7 +56,7 @@ class Box:
 
     def __post_init__(self) -> None:
         self.low = np.ones(1, np.int64)
-        self.low_at = _at(self.low)
+        self.low_at = address_of(self.low)
 
 
 class Mailboxes:
@@ -129,7 +83,7 @@ class Mailboxes:
         self._bell = nodes.bell
         self._ordinals: Counter[tuple[bool, int, int]] = Counter()
         self._blank = np.zeros(Letter.WORDS, np.int64)
-        self._blank[Letter.YIELD], self._blank[Letter.BELL] = yielding(), _at(nodes.bell)
+        self._blank[Letter.YIELD], self._blank[Letter.BELL] = yielding(), address_of(nodes.bell)
         self._patience = patience(len(nodes.addresses))
 
     @classmethod
@@ -154,7 +108,7 @@ class Mailboxes:
     def send(self, buffer: Buffer, dst: int, tag: int) -> Prepared:
         """Prepare a message to a rank that this one reaches."""
         nbytes = buffer.flat.nbytes
-        place = None if buffer.staged else self._memory.place(_address(buffer), nbytes)
+        place = None if buffer.staged else self._memory.place(address_of(buffer.flat), nbytes)
         if nbytes <= IN_PLACE_BYTES:
             place = None
         if place is not None:
@@ -166,7 +120,7 @@ class Mailboxes:
 
         def run(_: int) -> Steps:
             buffer.stage()
-            bytes_ = _Bytes(_address(buffer), nbytes, buffer)
+            bytes_ = _Bytes(address_of(buffer.flat), nbytes, buffer)
             yield from self._post(bytes_, dst, tag, place).steps(self._patience)
             return buffer.owner
 
@@ -179,7 +133,7 @@ class Mailboxes:
 
         def run(_: int) -> Steps:
             buffer.stage()
-            bytes_ = _Bytes(_address(buffer), nbytes, buffer)
+            bytes_ = _Bytes(address_of(buffer.flat), nbytes, buffer)
             message = self._await(bytes_, src, tag)
             if (yield from message.steps(self._patience)) == Status.BYTES:
                 answer = self._await(bytes_, src, ANSWERS, message.sequence)
@@ -206,7 +160,7 @@ class Mailboxes:
         bytes themselves, which the receiver asks for.
         """
         words, box = self._addressed(_Bytes(0, nbytes, note), dst, tag)
-        words[Letter.KIND], words[Letter.PLACE] = Kind.NOTE, _at(note) - box.base
+        words[Letter.KIND], words[Letter.PLACE] = Kind.NOTE, address_of(note) - box.base
         words[Letter.PEER_BELL] = box.bell
         message = Message(words, self.rank, dst, tag, note)
         status = yield from message.steps(self._patience)
@@ -214,7 +168,7 @@ class Mailboxes:
 
     def answer(self, part: npt.NDArray[np.uint8], dst: int, number: int) -> Steps:
         """Send the bytes that were asked for: `number` is what `send_note` has returned."""
-        bytes_ = _Bytes(_at(part), part.nbytes, part)
+        bytes_ = _Bytes(address_of(part), part.nbytes, part)
         yield from self._post(bytes_, dst, ANSWERS, None, number).steps(self._patience)
 
     def hope(
@@ -230,7 +184,7 @@ class Mailboxes:
         """Receive the bytes of what `hope` has found: those that came, or that it asks for."""
         if message.note:
             message.settle(served=False)
-            bytes_ = _Bytes(_at(part), part.nbytes, part)
+            bytes_ = _Bytes(address_of(part), part.nbytes, part)
             answer = self._await(bytes_, src, ANSWERS, message.sequence)
             yield from answer.steps(self._patience)
         else:
@@ -260,14 +214,14 @@ class Mailboxes:
         if place is not None:
             words[Letter.PLACE], words[Letter.WINDOW] = place, nbytes
             return Message(words, self.rank, dst, tag, bytes_)
-        at_once = nbytes <= BUFFERED_BYTES and self._pool.outstanding < OUTSTANDING_BYTES
+        at_once = nbytes <= BUFFERED_BYTES and not self._pool.full
         if at_once:
             words[Letter.PEER_BELL] = 0
         room = nbytes if at_once else min(nbytes, WINDOW_BYTES)
         if not at_once and nbytes <= WINDOW_BYTES:
             room = min(PIECE_BYTES, nbytes)
         window = self._pool.take(room)
-        address = _at(window)
+        address = address_of(window)
         words[Letter.PLACE] = address - box.base
         words[Letter.WINDOW_AT], words[Letter.WINDOW] = address, max(room, 1)
         words[Letter.PIECE] = min(PIECE_BYTES, max(room, 1))
@@ -301,87 +255,8 @@ class _Bytes(NamedTuple):
     keeps: object
 
 
-class Message:
-    """One message under way."""
-
-    def __init__(self, words: Words, rank: int, peer: int, tag: int, keeps: object) -> None:
-        """keeps: what must stay alive until the message has ended."""
-        self._words, self._rank, self._peer, self._tag = words, rank, peer, tag
-        self._keeps = keeps
-        self.address = _at(words)
-        self.bell = int(words[Letter.BELL])
-
-    @property
-    def function(self) -> int:
-        """Return the address of the C function that goes on with it."""
-        from ..kernels.mailbox import advance_letter_callback
-
-        return advance_letter_callback()
-
-    @property
-    def sequence(self) -> int:
-        """Return its number among all of its box; 0 until a receiver has found it."""
-        return int(self._words[Letter.SEQUENCE])
-
-    @property
-    def note(self) -> int:
-        """Return the address of the note that was found; 0 where it is bytes."""
-        words = self._words
-        found = words[Letter.STATUS] == Status.NOTE
-        return int(words[Letter.BASE] + words[Letter.PLACE]) if found else 0
-
-    def hope(self) -> None:
-        """Take a note as well, from before the first step."""
-        self._words[Letter.KIND] = Kind.NOTE
-
-    def put_at(self, part: npt.NDArray[np.uint8]) -> None:
-        """Let the bytes that have come instead of a note be put somewhere, in further steps."""
-        self._keeps = (self._keeps, part)
-        self._words[Letter.ADDRESS], self._words[Letter.KIND] = _at(part), Kind.BYTES
-        self._words[Letter.STATUS] = Status.RUNNING
-
-    def settle(self, *, served: bool) -> None:
-        """Have done with a note: it has served, or the bytes are asked for."""
-        from ..kernels.mailbox import settle_note_kernel
-
-        settle_note_kernel()(self.address, served)
-
-    def steps(self, patience: tuple[int, int]) -> Generator[list[Request], bool | None, int]:
-        """Go on until the message has ended; patience: of a rank that waits for nothing else.
-
-        Returns: its status: DONE, NOTE or BYTES.
-        """
-        from ..kernels.mailbox import abandon_letter_kernel, advance_letter_kernel
-
-        advance = advance_letter_kernel()
-        waits: list[Request] = [Waiting(self._peer, self)]
-        words = self._words
-        try:
-            while (status := advance(self.address)) == Status.RUNNING:
-                patient = yield waits
-                words[Letter.SPINS], words[Letter.YIELDS] = patience if patient else (0, 0)
-        except GeneratorExit:
-            abandon_letter_kernel()(self.address)
-            raise
-        if status == Status.MISMATCH:
-            sides = [(self._rank, words[Letter.NBYTES]), (self._peer, words[Letter.FOUND])]
-            (src, sent), (dst, wanted) = sides if words[Letter.SENDS] else reversed(sides)
-            raise MismatchError(
-                f"rank {src} sends {sent} bytes where rank {dst} expects {wanted} (tag {self._tag})"
-            )
-        return int(status)
-
-
 def _signature(name: str, buffer: Buffer, peer: int) -> Signature:
     return Signature(name, "", buffer.dtype.name, buffer.flat.size, peer)
-
-
-def _address(buffer: Buffer) -> int:
-    return _at(buffer.flat)
-
-
-def _at(array: npt.NDArray[Any]) -> int:
-    return int(array.__array_interface__["data"][0])
 
 
 def _returned(box: Box, sequence: int) -> Callable[[], bool]:

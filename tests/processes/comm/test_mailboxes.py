@@ -7,7 +7,7 @@ import pytest
 from contract import data
 
 from ringfold import CommTimeout, Communicator, MismatchError
-from ringfold.comm import mailboxes
+from ringfold.comm import lending
 from ringfold.comm.mailboxes import (
     BUFFERED_BYTES,
     IN_PLACE_BYTES,
@@ -100,7 +100,7 @@ def test_small_messages_let_the_sender_go_on(comm: Communicator) -> None:
 
 
 def test_a_sender_far_ahead_waits(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mailboxes, "OUTSTANDING_BYTES", 1 << 20)
+    monkeypatch.setattr(lending, "OUTSTANDING_BYTES", 1 << 20)
     ahead, behind = neighbours(comm)
     x = data(comm.rank, 100_001, np.float32)
     works = [comm.isend(x, ahead) for _ in range(12)]

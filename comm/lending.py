@@ -1,0 +1,60 @@
+"""Blocks of a rank's shared memory for what it sends: taken, lent to a message, and used again."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from .memory import Memory
+
+OUTSTANDING_BYTES = 64 << 20
+"""Copies that nobody has received yet; above, senders wait for their receivers."""
+
+_SPARE_BYTES = 32 << 20
+
+
+class Pool:
+    """Blocks of a rank's memory for what it sends: taken, lent to a message, and used again."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._spare: dict[int, list[npt.NDArray[np.uint8]]] = {}
+        self._spare_bytes = 0
+        self._lent: deque[tuple[Callable[[], bool], npt.NDArray[np.uint8]]] = deque()
+        self.outstanding = 0
+
+    @property
+    def full(self) -> bool:
+        """Tell whether so much is lent that senders are to wait for their receivers."""
+        return self.outstanding >= OUTSTANDING_BYTES
+
+    def take(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Return a block of at least nbytes."""
+        self._collect()
+        room = max(1 << (nbytes - 1).bit_length(), 4096) if nbytes else 4096
+        spare = self._spare.get(room)
+        if spare:
+            self._spare_bytes -= room
+            return spare.pop()
+        return self._memory.lend(room)
+
+    def lend(self, block: npt.NDArray[np.uint8], returned: Callable[[], bool]) -> None:
+        """Take the block back some time after `returned` tells so."""
+        self.outstanding += block.size
+        self._lent.append((returned, block))
+
+    def _collect(self) -> None:
+        for _ in range(len(self._lent)):
+            returned, block = self._lent.popleft()
+            if not returned():
+                self._lent.append((returned, block))
+                if not self.full:
+                    return  # the oldest is the likeliest to have come back
+                continue
+            self.outstanding -= block.size
+            if self._spare_bytes < _SPARE_BYTES:
+                self._spare.setdefault(block.size, []).append(block)
+                self._spare_bytes += block.size

@@ -1,0 +1,89 @@
+"""One message through memory that two ranks map, as one of them sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ..kernels.mailbox_words import Kind, Letter
+from ..kernels.records import Status
+from .buffer import address_of
+from .errors import MismatchError
+from .serving import Waiting
+from .transport.base import Request
+
+Words: TypeAlias = npt.NDArray[np.int64]
+
+
+class Message:
+    """One message under way."""
+
+    def __init__(self, words: Words, rank: int, peer: int, tag: int, keeps: object) -> None:
+        """keeps: what must stay alive until the message has ended."""
+        self._words, self._rank, self._peer, self._tag = words, rank, peer, tag
+        self._keeps = keeps
+        self.address = address_of(words)
+        self.bell = int(words[Letter.BELL])
+
+    @property
+    def function(self) -> int:
+        """Return the address of the C function that goes on with it."""
+        from ..kernels.mailbox import advance_letter_callback
+
+        return advance_letter_callback()
+
+    @property
+    def sequence(self) -> int:
+        """Return its number among all of its box; 0 until a receiver has found it."""
+        return int(self._words[Letter.SEQUENCE])
+
+    @property
+    def note(self) -> int:
+        """Return the address of the note that was found; 0 where it is bytes."""
+        words = self._words
+        found = words[Letter.STATUS] == Status.NOTE
+        return int(words[Letter.BASE] + words[Letter.PLACE]) if found else 0
+
+    def hope(self) -> None:
+        """Take a note as well, from before the first step."""
+        self._words[Letter.KIND] = Kind.NOTE
+
+    def put_at(self, part: npt.NDArray[np.uint8]) -> None:
+        """Let the bytes that have come instead of a note be put somewhere, in further steps."""
+        self._keeps = (self._keeps, part)
+        self._words[Letter.ADDRESS], self._words[Letter.KIND] = address_of(part), Kind.BYTES
+        self._words[Letter.STATUS] = Status.RUNNING
+
+    def settle(self, *, served: bool) -> None:
+        """Have done with a note: it has served, or the bytes are asked for."""
+        from ..kernels.mailbox import settle_note_kernel
+
+        settle_note_kernel()(self.address, served)
+
+    def steps(self, patience: tuple[int, int]) -> Generator[list[Request], bool | None, int]:
+        """Go on until the message has ended; patience: of a rank that waits for nothing else.
+
+        Returns: its status: DONE, NOTE or BYTES.
+        """
+        from ..kernels.mailbox import abandon_letter_kernel, advance_letter_kernel
+
+        advance = advance_letter_kernel()
+        waits: list[Request] = [Waiting(self._peer, self)]
+        words = self._words
+        try:
+            while (status := advance(self.address)) == Status.RUNNING:
+                patient = yield waits
+                words[Letter.SPINS], words[Letter.YIELDS] = patience if patient else (0, 0)
+        except GeneratorExit:
+            abandon_letter_kernel()(self.address)
+            raise
+        if status == Status.MISMATCH:
+            sides = [(self._rank, words[Letter.NBYTES]), (self._peer, words[Letter.FOUND])]
+            (src, sent), (dst, wanted) = sides if words[Letter.SENDS] else reversed(sides)
+            raise MismatchError(
+                f"rank {src} sends {sent} bytes where rank {dst} expects {wanted} (tag {self._tag})"
+            )
+        return int(status)
