@@ -37,7 +37,7 @@ class Case:
 
 def cases(count: int, launcher: Any) -> Iterator[Case]:
     """Yield the kernels over count float32 elements, in memory of Numba's own."""
-    from ringfold.kernels.device import fold, masks, pack, table, threshold
+    from ringfold.kernels.device import combine, fold, masks, pack, table, threshold
     from ringfold.kernels.table import PointerTable
 
     def room(dtype: str) -> Any:
@@ -78,7 +78,7 @@ def cases(count: int, launcher: Any) -> Iterator[Case]:
         yield Case(
             f"combine {dtype}",
             count * size * 3,
-            lambda d=dtype, a=span, b=twin: fold.combine("max", d, a, b, launcher),
+            lambda d=dtype, a=span, b=twin: combine.combine("max", d, a, b, launcher),
         )
         peers = fold.Peers.of((span.address, twin.address), launcher)
         yield Case(

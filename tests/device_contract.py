@@ -26,9 +26,9 @@ REAL = (*FLOATS, *HALVES)
 def kernels():
     """The modules of the kernels, which import Numba CUDA."""
     from ringfold.kernels import device
-    from ringfold.kernels.device import fold, launch, masks, pack, table, threshold
+    from ringfold.kernels.device import combine, fold, launch, masks, pack, table, threshold
 
-    found = (fold, launch, masks, pack, table, threshold)
+    found = (combine, fold, launch, masks, pack, table, threshold)
     return SimpleNamespace(**dict(zip(device.__all__, found, strict=True)))
 
 
@@ -258,14 +258,14 @@ def test_combine(kernels, launcher, op, dtype):
     if dtype not in ALLOWED[op]:
         a = Memory(kernels, launcher, noise(3, dtype, 1))
         with pytest.raises(TypeError, match=dtype):
-            kernels.fold.combine(op, dtype, a.span, a.span, launcher)
+            kernels.combine.combine(op, dtype, a.span, a.span, launcher)
         return
     size = STORAGE[dtype].itemsize
     for count, shift in ((0, 0), (1, size), (37, size), (53, 0), (400 // size, size)):
         target, incoming = (noise(count, dtype, seed, special=True) for seed in (1, 2))
         a = Memory(kernels, launcher, target, shift=shift)
         b = Memory(kernels, launcher, incoming, shift=size)
-        assert kernels.fold.combine(op, dtype, a.span, b.span, launcher) is (count > 0)
+        assert kernels.combine.combine(op, dtype, a.span, b.span, launcher) is (count > 0)
         reference.combine(op, dtype)(target, incoming)
         assert same(a.read(), target, dtype), count
         assert same(b.read(), incoming, dtype), count
@@ -277,7 +277,7 @@ def test_accumulate(kernels, launcher, op, dtype):
     for count in (0, 3, 45, 150):
         target, incoming = noise(count, "float32", 1), noise(count, dtype, 2, special=True)
         a, b = Memory(kernels, launcher, target), Memory(kernels, launcher, incoming)
-        kernels.fold.accumulate(op, dtype, a.span, b.span, launcher)
+        kernels.combine.accumulate(op, dtype, a.span, b.span, launcher)
         reference.accumulate(op, dtype)(target, incoming)
         assert same(a.read(), target, "float32"), count
 
@@ -396,7 +396,7 @@ def test_misuse_is_refused_before_a_launch(kernels, launcher):
         (
             ValueError,
             "3 elements .* 4",
-            lambda: k.fold.combine("sum", "float32", span(64, 3), span(64, 4), launcher),
+            lambda: k.combine.combine("sum", "float32", span(64, 3), span(64, 4), launcher),
         ),
         (
             TypeError,

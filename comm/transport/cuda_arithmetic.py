@@ -38,7 +38,7 @@ class CudaArithmetic:
         self, op: str, dtype: str, target: int, incoming: int, count: int, stream: Stream
     ) -> None:
         """Let target = target op incoming."""
-        from ...kernels.device.fold import combine
+        from ...kernels.device.combine import combine
         from ...kernels.device.launch import Launcher
         from ...kernels.device.table import Span
 

@@ -1,15 +1,13 @@
 """Move elements between tensors and a bucket, or between two spans, and learn of them on the way.
 
-One launch moves a whole bucket: blocks take tiles in turn, and within a tile threads take vectors,
-so that neighbours touch neighbouring 16 bytes. Where both sides cannot be aligned at once, and at a
-tile's ends, single elements are moved. Squares are added in an order that depends on the grid
-alone, so equal launches give equal norms.
+One launch moves a whole bucket: blocks take tiles in turn, and within a tile threads take vectors
+(`move`). Squares are added in an order that depends on the grid alone, so equal launches give equal
+norms. What uses `cuda` is in the kernels' own module, since the simulator gives it to that alone.
 """
 
 from __future__ import annotations
 
 import functools
-import operator
 from typing import Any
 
 import numpy as np
@@ -17,141 +15,10 @@ from numba import cuda, types
 
 from ..storage import FLOATS, HALVES, change_by, check_divisor, storage
 from ..table import check_dtypes
-from .lanes import deal, each, num_steps, pairs, places, reader, total, writer
 from .launch import Launcher, compile_kernel
-from .primitives import DeviceElement, Function, element, primitives
+from .move import mover
+from .primitives import Function, element, primitives
 from .table import ROW_WORDS, ByProducts, Span, Tiles
-
-_CHANGES = {"multiply": operator.mul, "divide": operator.truediv}
-
-
-@functools.cache
-def head_of(first_size: int, second_size: int, vector: int) -> Function:
-    """Return (address, address) -> elements before both are aligned to 16 bytes; -1 if never."""
-
-    def head(first: Any, second: Any) -> Any:
-        for skip in range(vector):
-            if ((first + skip * first_size) | (second + skip * second_size)) & 15 == 0:
-                return skip
-        return -1
-
-    return primitives().compiled(head)
-
-
-@functools.cache
-def _mover(
-    source_kind: DeviceElement, target_kind: DeviceElement, real: Any, change: str
-) -> Function:
-    """Return the device function that moves elements start, start + stride, ... of two spans.
-
-    change: "multiply" or "divide" by a factor, or "add" to what is there.
-    """
-    p = primitives()
-    load, store, compiled = p.load, p.store, p.compiled
-    size_in, size_out = source_kind.size, target_kind.size
-    vector = max(source_kind.lanes, target_kind.lanes)
-    widen, narrow, is_finite = source_kind.widen, target_kind.narrow, target_kind.is_finite
-    scalar_in, scalar_out = source_kind.scalar, target_kind.scalar
-    widen_target = target_kind.widen
-    operation = _CHANGES.get(change)
-
-    def change_one(value: Any, factor: Any) -> Any:
-        return operation(real(widen(value)), factor)  # type: ignore[misc]
-
-    def add_one(value: Any, present: Any) -> Any:
-        return real(widen(value)) + real(widen_target(present))
-
-    def narrow_one(value: Any, _more: Any) -> Any:
-        return narrow(value)
-
-    def square_one(value: Any, _more: Any) -> Any:
-        return np.float64(value) * np.float64(value)
-
-    def broken_one(stored: Any, _more: Any) -> Any:
-        return 0 if is_finite(stored) else 1
-
-    change_one, add_one, narrow_one = compiled(change_one), compiled(add_one), compiled(narrow_one)
-    square_one, broken_one = compiled(square_one), compiled(broken_one)
-    read, write = reader(source_kind, vector), writer(target_kind, vector)
-    narrowed = each(narrow_one, vector)
-    squares, breaks = each(square_one, vector), each(broken_one, vector)
-    add_all, any_of = total(operator.add, vector), total(operator.or_, vector)
-    head_between = head_of(size_in, size_out, vector)
-
-    if change == "add":
-        present, summed = reader(target_kind, vector), pairs(add_one, vector)
-
-        def fetch_one(source: Any, target: Any) -> Any:
-            return read(source), present(target)
-
-        def values_of(fetched: Any, factor: Any) -> Any:
-            return summed(fetched[0], fetched[1])
-
-        def value_of(raw: Any, target: Any, factor: Any) -> Any:
-            return add_one(raw, load(target, scalar_out))
-
-    else:
-        changed = each(change_one, vector)
-
-        def fetch_one(source: Any, target: Any) -> Any:
-            return read(source)
-
-        def values_of(fetched: Any, factor: Any) -> Any:
-            return changed(fetched, factor)
-
-        def value_of(raw: Any, target: Any, factor: Any) -> Any:
-            return change_one(raw, factor)
-
-    fetch_one, values_of = compiled(fetch_one), compiled(values_of)
-    value_of = compiled(value_of)
-
-    def finish_one(fetched: Any, target: Any, factor: Any) -> Any:
-        values = values_of(fetched, factor)
-        stored = narrowed(values, 0)
-        write(target, stored)
-        return add_all(squares(values, 0)), any_of(breaks(stored, 0))
-
-    def both(first: Any, second: Any) -> Any:
-        return first[0] + second[0], first[1] | second[1]
-
-    finish_one, both = compiled(finish_one), compiled(both)
-    wide_in, wide_out = vector * size_in, vector * size_out
-    steps = num_steps(wide_in + (wide_out if change == "add" else 0))
-    fetch, finish, learned = places(fetch_one, steps), deal(finish_one, steps), total(both, steps)
-
-    def move(source: Any, target: Any, count: Any, start: Any, stride: Any, factor: Any) -> Any:
-        square, broken = 0.0, 0
-        head = head_between(source, target)
-        vectors = (count - head) // vector if 0 <= head < count else 0
-        skip = head if vectors > 0 else 0
-        source_at, target_at = source + skip * size_in, target + skip * size_out
-        i = start
-        while i + (steps - 1) * stride < vectors:
-            there, step = target_at + i * wide_out, stride * wide_out
-            # All loads before the first store: memory answers them together.
-            fetched = fetch(source_at + i * wide_in, stride * wide_in, there, step)
-            more, wrong = learned(finish(fetched, there, step, factor))
-            square += more
-            broken |= wrong
-            i += steps * stride
-        while i < vectors:
-            there = target_at + i * wide_out
-            more, wrong = finish_one(fetch_one(source_at + i * wide_in, there), there, factor)
-            square += more
-            broken |= wrong
-            i += stride
-        i = start
-        while i < count - vectors * vector:
-            at = i if i < skip else i + vectors * vector
-            value = value_of(load(source + at * size_in, scalar_in), target + at * size_out, factor)
-            result = narrow_one(value, 0)
-            store(target + at * size_out, result)
-            square += square_one(value, 0)
-            broken |= broken_one(result, 0)
-            i += stride
-        return square, broken
-
-    return compiled(move)
 
 
 @functools.cache
@@ -215,6 +82,10 @@ def _settler(threads: int) -> Function:
 
 @functools.cache
 def _ender(measure: bool, threads: int) -> Function:
+    """Return the device function (square, broken, by-products) -> None at the end of a kernel.
+
+    measure: whether by-products are wanted; without, nothing of that is compiled in.
+    """
     if measure:
         return _settler(threads)
 
@@ -239,7 +110,7 @@ def transfer_kernel(
     into = way == "pack"
     tensor, bucket_kind = element(tensor_dtype), element(bucket_dtype)
     kinds = (tensor, bucket_kind) if into else (bucket_kind, tensor)
-    move = _mover(*kinds, _real(tensor_dtype, bucket_dtype), change)
+    move = mover(*kinds, _real(tensor_dtype, bucket_dtype), change)
     end, load = _ender(measure, threads), primitives().load
     size, row_bytes = bucket_kind.size, 8 * ROW_WORDS
 
@@ -270,7 +141,7 @@ def span_kernel(
 ) -> Any:
     """Return the kernel (source, target, count, factor, by-products) that moves one span."""
     real = _real(source_dtype, target_dtype)
-    move = _mover(element(source_dtype), element(target_dtype), real, change)
+    move = mover(element(source_dtype), element(target_dtype), real, change)
     end = _ender(measure, threads)
 
     def span(source: Any, target: Any, count: Any, factor: Any, learned: Any) -> None:

@@ -31,7 +31,7 @@ from types import SimpleNamespace
 from numba import cuda, types
 from numba.cuda import cuda_paths, dispatcher
 from numba.cuda.cudadrv import nvrtc
-from ringfold.kernels.device import fold, masks, pack, threshold
+from ringfold.kernels.device import combine, fold, masks, pack, threshold
 
 i, f, u = types.int64, types.float32, types.uint64
 peers = (i,) * 7 + (f, f, i)
@@ -41,7 +41,7 @@ kernels = {
     "pack": (move("float32", "bfloat16", "pack", "multiply", 256, True), tiles),
     "unpack": (move("float32", "float16", "unpack", "divide", 256, False), tiles),
     "add": (move("float32", "float32", "pack", "add", 256, False), tiles),
-    "combine": (fold.combine_kernel("sum", "float32", "float32"), (i,) * 4),
+    "combine": (combine.combine_kernel("sum", "float32", "float32"), (i,) * 4),
     "fold": (fold.fold_kernel("mean", "bfloat16"), peers),
     "digit": (threshold.digit_kernel("float32", 20, 11, 256), (i,) * 3),
     "mask": (masks.mask_kernel(), (i, i, i, i, u, u, u, i)),

@@ -39,8 +39,10 @@ def test_a_place_beyond_four_giga_elements(kernels, launcher):
     assert bucket[place - 1 : place + 4].tolist() == [0, 0x3F80, 0xC000, 0x4040, 0]
 
 
-def test_elements_before_both_sides_are_aligned(kernels):
-    head = kernels.pack.head_of(4, 2, 8)
+def test_elements_before_both_sides_are_aligned():
+    from ringfold.kernels.device import move
+
+    head = move.head_of(4, 2, 8)
     assert head(64, 64) == 0
     assert head(68, 66) == 7
     assert head(68, 64) == -1
