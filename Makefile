@@ -42,7 +42,7 @@ IMPI_READY  := $(IMPI_VENV)/ringfold.stamp
 INPUTS      := pyproject.toml setup.py constraints.txt tools/setup_venv.py
 
 # Jobs whose tests set no limits of seconds, or wide ones: two at a time.
-CALM        := $(addprefix tests/jobs/test_,$(addsuffix .py,benchmarks doctor readme resume shared_verdict trace train tune))
+CALM        := $(addprefix tests/jobs/test_,$(addsuffix .py,benchmarks doctor pretended_gpu readme resume shared_verdict trace train tune))
 FAST        := tests --ignore=tests/processes --ignore=tests/jobs --ignore=tests/hosts --ignore=tests/simulator
 
 .PHONY: help setup train test test-main test-simulator test-processes test-mpich test-impi test-hosts test-fast fuzz soak soak-elastic lint format bench bench-hosts clean python-version
