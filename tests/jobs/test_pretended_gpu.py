@@ -1,5 +1,6 @@
 """train.py --device cuda on pretended tensors has the losses of the same run on the host."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,22 @@ TESTS = Path(__file__).parent.parent
 )
 def test_the_losses_are_those_of_the_host(job, tmp_path, options):
     reports = []
-    for device, program in (("cpu", "../train.py"), ("cuda", "train_cuda_job.py")):
+    train = (TESTS.parent / "train.py").resolve()
+    for device, program in (("cpu", [train]), ("cuda", [TESTS / "pretended_cuda_job.py", train])):
         reports.append(tmp_path / f"{device}.json")
         more = ("--steps", 4, "--device", device, "--report", reports[-1])
-        done = job(2, (TESTS / program).resolve(), *options, *more)
+        done = job(2, program[0], *program[1:], *options, *more)
         assert done.returncode == 0, done.output
     assert "training on GPUs, 2 ranks on 1" in done.output
     assert not compare(*reports, rtol=1e-5)
+
+
+def test_the_benchmark_of_training(job, tmp_path):
+    out = tmp_path / "found.json"
+    program = (TESTS.parent / "benchmarks" / "train_step.py").resolve()
+    options = ("--device", "cuda", "--scale", 16, "--budget", 0.5, "--peers", "", "--json", out)
+    done = job(2, TESTS / "pretended_cuda_job.py", program, *options)
+    assert done.returncode == 0, done.output
+    rows = json.loads(out.read_text())["rows"]
+    assert {row["model"] for row in rows} == {"mlp", "transformer"}
+    assert all(row["wrong"] == 0 and row["device"] == "a pretended GPU" for row in rows)
