@@ -91,7 +91,6 @@ class DeviceMail:
 
         staged: sends it where no room can be had that others can open.
         """
-        lane, device, peering = self._lane, self._lane.device, self._peering
 
         def run(lane_tag: int) -> Steps:
             try:
@@ -100,25 +99,34 @@ class DeviceMail:
                 self.refused[dst] = str(error)
                 yield from staged(lane_tag)
                 return Behind(array.owner, _nothing, self._staged)
-            caller = lane.caller(array)
-            if berth.taken is not None:
-                device.follow(caller, berth.taken)
-            peering.copy(berth.room, array.address, array.nbytes, caller)
-            peering.place(berth.ready, caller)
-            copied = device.record(caller)
-            asked = yield from self._mail.send_note(
-                berth.note.view(np.uint8), array.nbytes, dst, tag
-            )
-            if asked:
-                if berth.note[_REFUSED]:
-                    self.refused[dst] = "its device refuses this one's memory"
-                yield from self._answer(array, berth, copied, dst, asked)
-                self._berths[berth.size].append(berth)
-            else:
-                self._taken(berth, dst)
+            try:
+                asked = yield from self._pass(array, berth, dst, tag)
+            except BaseException:
+                self._lost.append(berth)  # whose receiver may still read it
+                raise
             return Behind(array.owner, _nothing, self._staged if asked else WAY)
 
         return run
+
+    def _pass(self, array: DeviceArray, berth: Berth, dst: int, tag: int) -> Steps:
+        """Send an array from a berth; return whether its bytes were asked for."""
+        device, peering, caller = self._lane.device, self._peering, self._lane.caller(array)
+        if berth.taken is not None:
+            device.follow(caller, berth.taken)
+        peering.copy(berth.room, array.address, array.nbytes, caller)
+        peering.place(berth.ready, caller)
+        copied = device.record(caller)
+        berth.note[_REFUSED] = 0
+        note = berth.note.view(np.uint8)
+        asked = yield from self._mail.send_note(note, array.nbytes, dst, tag)
+        if asked:
+            if berth.note[_REFUSED]:
+                self.refused[dst] = "its device refuses this one's memory"
+            yield from self._answer(array, berth, copied, dst, asked)
+            self._berths[berth.size].append(berth)
+        else:
+            self._taken(berth, dst)
+        return bool(asked)
 
     def _taken(self, berth: Berth, dst: int) -> None:
         """Have a berth back that a receiver's device will have read some time."""

@@ -43,4 +43,16 @@ with ringfold.Communicator() as comm, cupy.cuda.Stream(non_blocking=True):
         assert receives == ((staged,) * 3 if out else receives), receives
         assert sends[-1] == (staged if into or (out and "Event" in sys.argv[2]) else "ipc"), sends
         assert ("refuses this one's memory" in told) == into, told
+    # What one rank refuses is not held against another.
+    x = cupy.asarray(numbers(comm.rank, 3000))
+    if comm.rank == 0:
+        works = [comm.isend(x, 2, tag) for tag in (1, 2)]
+        for work in works:
+            work.wait()
+        assert [work.receipt.transport for work in works] == [staged, "ipc"], works
+    elif comm.rank == 2:
+        host = comm.recv(np.zeros(3000, np.float32), 0, 1)
+        device = comm.recv(cupy.zeros(3000, np.float32), 0, 2)
+        assert np.array_equal(host, numbers(0, 3000))
+        assert np.array_equal(device.get(), numbers(0, 3000))
 print("right")
