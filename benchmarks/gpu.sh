@@ -106,11 +106,14 @@ for ranks in 2 4; do
   step 45 mpirun -n "$ranks" python benchmarks/train_step.py --device cuda --budget 4 \
     --json "$out/gpu-train-step-$ranks.json"
 done
+reports=$out/gpu-reports
+mkdir -p "$reports"
 for workload in digits text; do
   for device in cpu cuda; do
     step 25 mpirun -n 2 python train.py --workload "$workload" --steps 40 --device "$device" \
-      --report "$out/gpu-$workload-$device.json"
+      --report "$reports/$workload-$device.json"
   done
-  step 10 python -m ringfold compare --rtol 1e-3 "$out/gpu-$workload-cpu.json" "$out/gpu-$workload-cuda.json"
+  step 10 python -m ringfold compare --rtol 1e-3 "$reports/$workload-cpu.json" "$reports/$workload-cuda.json"
 done
+python benchmarks/report.py "$out" > /dev/null || failed=1
 exit $failed

@@ -123,15 +123,46 @@ def beside(base: str, **where: Any) -> Callable[[Sequence[Row]], Iterator[Measur
     """Find the time of a step of `base` over ours, on 2 ranks, and what it is at the limit."""
 
     def find(rows: Sequence[Row]) -> Iterator[Measured]:
-        wanted = {"ranks": 2, **where}
+        wanted = {"ranks": 2, "device": "cpu", **where}
         times = {
             row["impl"]: row["median_us"]
-            for row in rows
+            for row in ({"device": "cpu", **row} for row in rows)
             if all(row.get(name) == one for name, one in wanted.items()) and "median_us" in row
         }
         if "ours" in times and base in times:
             most = f"; at the limit {times[base] / times['limit']:.3g}" if "limit" in times else ""
             yield Measured(times[base] / times["ours"], f"2 ranks{most}")
+
+    return find
+
+
+def kernels(*names: str) -> Callable[[Sequence[Row]], Iterator[Measured]]:
+    """Find the rate of GPU kernels over that of a copy, from 16 MiB of float32 on."""
+
+    def find(rows: Sequence[Row]) -> Iterator[Measured]:
+        for row in rows:
+            if row.get("kernel", "").startswith(names) and row["size"] >= 16 * MIB:
+                yield Measured(row["share"], f"{row['kernel']}, {place({'nbytes': row['size']})}")
+
+    return find
+
+
+def on_gpu(impl: str, peer: str) -> Callable[[Sequence[Row]], Iterator[Measured]]:
+    """Find peer's time / impl's of an allreduce of 64 MiB of GPU memory on 2 ranks."""
+
+    def find(rows: Sequence[Row]) -> Iterator[Measured]:
+        times = {
+            row["impl"]: row
+            for row in rows
+            if "card" in row
+            and row.get("nbytes") == 64 * MIB
+            and "microseconds" in row
+            and row.get("ranks") == 2
+        }
+        if impl in times and peer in times:
+            ours, other = times[impl], times[peer]
+            where = f"{place(ours)}, {ours['transport']}"
+            yield Measured(other["microseconds"] / ours["microseconds"], where)
 
     return find
 
@@ -244,11 +275,30 @@ GOALS = (
 )
 
 
-def lines(rows: Sequence[Row]) -> Iterator[str]:
+GPU_GOALS = (
+    Goal(
+        "pack, unpack and cast kernels, >= 16 MiB, against a copy of as many bytes",
+        0.85,
+        kernels("pack", "unpack", "cast"),
+        unit="",
+    ),
+    Goal(
+        "share of what the card's memory allows, allreduce over ipc, 64 MiB, 2 ranks",
+        0.7,
+        on_gpu("ours, registered", "limit"),
+        unit="",
+    ),
+    Goal("the same against gloo", 10, on_gpu("ours, registered", "gloo")),
+    Goal("ordinary GPU memory against gloo", 1.5, on_gpu("ours", "gloo")),
+)
+"""What one card is to reach, with ranks that share it."""
+
+
+def lines(rows: Sequence[Row], goals: Sequence[Goal] = GOALS) -> Iterator[str]:
     """Lay the table out in Markdown."""
     yield "| what | goal | measured | worst at | |"
     yield "|---|---|---|---|---|"
-    for goal in GOALS:
+    for goal in goals:
         limit = f"{'at most' if goal.at_most else 'at least'} {goal.least:g}{goal.unit}"
         if goal.aim is not None:
             limit += f" (aim {goal.aim:g})"
@@ -271,6 +321,15 @@ def origin(machine: Mapping[str, Any]) -> str:
     )
 
 
+def cards(rows: Sequence[Row]) -> Iterator[str]:
+    """Lay out what each GPU has reached; nothing where none was measured."""
+    for card in dict.fromkeys(row["card"] for row in rows if "card" in row):
+        yield f"On one {card}:"
+        yield ""
+        yield from lines([row for row in rows if row.get("card") == card], GPU_GOALS)
+        yield ""
+
+
 def document(records: Iterable[Mapping[str, Any]]) -> str:
     """Return the whole README of the results."""
     records = list(records)
@@ -288,6 +347,7 @@ def document(records: Iterable[Mapping[str, Any]]) -> str:
             "",
             *lines(rows),
             "",
+            *cards(rows),
             f"Elements that were wrong in all checked results: {wrong}.",
             "",
             "## Where",

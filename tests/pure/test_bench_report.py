@@ -73,3 +73,47 @@ def test_steps_say_what_the_limit_would_allow() -> None:
         if impl != "limit"
     ]
     assert "| 1.5 x | 2 ranks | **missed** |" in line(rows, "workload linear")
+
+
+def test_what_a_card_reached_stands_apart() -> None:
+    def measured(impl: str, microseconds: float, transport: str = "ipc") -> dict:
+        return {
+            "card": "a card", "ranks": 2, "impl": impl, "nbytes": 64 << 20,
+            "microseconds": microseconds, "transport": transport, "wrong": 0,
+        }  # fmt: skip
+
+    found = [
+        measured("ours, registered", 100),
+        measured("ours", 4000, "staged, shared"),
+        measured("limit", 75, "-"),
+        measured("gloo", 5000, "host"),
+        *(
+            {"card": "a card", "kernel": name, "size": size, "nbytes": 2 * size, "share": share}
+            for name, size, share in (
+                ("pack bfloat16", 16 << 20, 0.9),
+                ("cast float32 to bfloat16", 64 << 20, 0.8),
+                ("cast float32 to bfloat16", 1 << 20, 0.1),
+                ("mask", 64 << 20, 0.1),
+            )
+        ),
+    ]
+    text = list(report.cards(found))
+    assert text[0] == "On one a card:"
+    wanted = (
+        "| 0.8 | cast float32 to bfloat16, 64 MiB | **missed** |",
+        "| 0.75 | 64 MiB, 2 ranks, ipc | reached |",
+        "| 50 x | 64 MiB, 2 ranks, ipc | reached |",
+        "| 1.25 x | 64 MiB, 2 ranks, staged, shared | **missed** |",
+    )
+    for line, end in zip(text[4:8], wanted, strict=True):
+        assert line.endswith(end), line
+    assert not list(report.cards([row("registered", 4, 2, 10)]))
+
+
+def test_steps_on_a_gpu_do_not_count_as_the_hosts() -> None:
+    rows = [
+        {"impl": impl, "model": "mlp", "ranks": 2, "median_us": us, "device": device}
+        for device, factor in (("cpu", 1.0), ("a card", 0.01))
+        for impl, us in (("alone", 60.0), ("ours", 100.0 * factor))
+    ]
+    assert "| 0.6 | 2 ranks |" in line(rows, "MLP")
