@@ -33,9 +33,19 @@ cp -r src/ringfold "$tree/ringfold"
 cp -r comm kernels parallel "$tree/ringfold/"
 
 venv=build/gpu/venv
-[ -x "$venv/bin/python" ] || "$python" -m venv --system-site-packages --without-pip "$venv"
+if [ ! -x "$venv/bin/python" ]; then
+  "$python" -m venv --system-site-packages --without-pip "$venv"
+  # Where PYTHON is one of an environment itself, the new one sees what lies below that, not in it.
+  "$python" -c '
+import sys
+for folder in sys.path:
+    if folder.endswith(("site-packages", "dist-packages")):
+        print(f"import site; site.addsitedir({folder!r})")
+' > "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
+fi
 PYTHONPATH=$(pwd)/$tree
-PATH=$(pwd)/$venv/bin:$PATH
+scripts=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+PATH=$(pwd)/$venv/bin:$scripts:$PATH
 export PATH PYTHONPATH PYTHONDONTWRITEBYTECODE=1
 export OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1
 export NUMBA_CACHE_DIR="${NUMBA_CACHE_DIR:-$(pwd)/build/gpu/numba}"

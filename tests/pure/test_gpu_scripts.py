@@ -1,9 +1,12 @@
 """What the GPU benchmark says where it cannot run."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 
@@ -24,3 +27,17 @@ def test_the_script_names_a_wrong_option() -> None:
     assert done.returncode == 2 and "--wheels /no/such/folder: no such folder" in done.stderr
     done = run("bash", str(BENCHMARKS / "gpu.sh"), "--fast")
     assert done.returncode == 2 and "unknown option --fast" in done.stderr
+
+
+def test_the_script_sees_what_lies_in_the_environment_of_its_python(tmp_path: Path) -> None:
+    """An environment made from one of another environment does not see that one's packages."""
+    pytest.importorskip("torch")
+    root = BENCHMARKS.parent
+    for folder in ("benchmarks", "comm", "kernels", "parallel", "src"):
+        shutil.copytree(root / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pyc*"))
+    script = str(tmp_path / "benchmarks" / "gpu.sh")
+    done = run(
+        "bash", script, "--python", sys.executable, "--wheels", str(tmp_path), "--setup-only"
+    )
+    assert "has no torch" not in done.stderr, done.stderr
+    assert done.returncode == 0 or "has no cupy" in done.stderr, done.stdout + done.stderr
