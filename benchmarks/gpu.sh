@@ -101,7 +101,7 @@ step() {
 }
 step 30 mpirun -n 2 python -m ringfold doctor
 # Side by side, since nearly all of their time goes into compiling 150 kernels.
-side_by_side=(--numprocesses "$(nproc)" --maxprocesses 8)
+side_by_side=(--numprocesses "$(env -u OMP_NUM_THREADS nproc)" --maxprocesses 8)
 step 120 python -m pytest -q -p no:cacheprovider -m gpu tests/gpu "${side_by_side[@]}"
 sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
 if [ -n "$sanitizer" ]; then
