@@ -34,7 +34,8 @@ _READY = slice(16, 16 + _HANDLE_WORDS)
 _REFUSED = 24
 _TAKEN = slice(32, 32 + _HANDLE_WORDS)
 
-_LEAST_ROOM = 1 << 16
+_LEAST_ROOM = 2 << 20
+"""What memory of its own takes of a GPU anyway."""
 
 
 @dataclass
@@ -77,7 +78,12 @@ class DeviceMail:
         self.refused: dict[int, str] = {}
 
     def close(self) -> None:
-        """Give back the others' rooms; after the last message has ended."""
+        """Give back the others' rooms, and the own ones; after the last message has ended."""
+        device, stream = self._lane.device, self._lane.inward
+        for berth in (berth for free in self._berths.values() for berth in free):
+            if berth.taken is not None:
+                device.follow(stream, berth.taken)  # so that whoever waits for the device waits
+        self._berths.clear()
         opened, self._opened = self._opened, {}
         for address in opened.values():
             self._peering.close(address)

@@ -229,8 +229,8 @@ def simulated_packer(monkeypatch: Any) -> DevicePacker:
     """Return what launches kernels in Numba's simulator, which runs one at a time."""
     prepared, lock = Launcher.prepared, threading.Lock()
 
-    def alone(self: Launcher, kernel: Any, wanted: int, *arguments: Any) -> Any:
-        launch = prepared(self, kernel, wanted, *arguments)
+    def alone(self: Launcher, kernel: Any, wanted: int, *arguments: Any, keeps: Any = None) -> Any:
+        launch = prepared(self, kernel, wanted, *arguments, keeps=keeps)
 
         def locked() -> bool:
             with lock:

@@ -529,8 +529,10 @@ def install(folder: Path | str) -> Runtime:
 def _launch_on_streams(runtime: Runtime, launch: Any) -> None:
     made, prepared, one = launch.Launcher, launch.Launcher.prepared, threading.Lock()
 
-    def late(self: Any, kernel: Any, wanted: int, *arguments: Any) -> Callable[[], bool]:
-        run = prepared(self, kernel, wanted, *arguments)
+    def late(
+        self: Any, kernel: Any, wanted: int, *arguments: Any, keeps: object = None
+    ) -> Callable[[], bool]:
+        run = prepared(self, kernel, wanted, *arguments, keeps=keeps)
 
         def job() -> None:
             with one:  # the simulator runs one kernel at a time

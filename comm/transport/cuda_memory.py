@@ -128,4 +128,6 @@ class CudaMemory:
                 self._opened[handle] = address, uses - 1
             else:
                 with self.told("another rank's memory cannot be given back"):
+                    # Operations have ended for the host, and kernels may still read there.
+                    self._runtime.deviceSynchronize()
                     self._runtime.ipcCloseMemHandle(address)

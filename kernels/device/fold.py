@@ -228,4 +228,5 @@ def prepare_fold(
         _wide(dtype, before),
         _wide(dtype, after),
         np.int64(launcher.threads),
+        keeps=(sources, targets),
     )

@@ -61,8 +61,13 @@ class Launcher:
         """
         return self.prepared(kernel, wanted, *arguments)()
 
-    def prepared(self, kernel: Any, wanted: int, *arguments: Any) -> Callable[[], bool]:
-        """Return what launches a kernel so, each time that it is called."""
+    def prepared(
+        self, kernel: Any, wanted: int, *arguments: Any, keeps: object = None
+    ) -> Callable[[], bool]:
+        """Return what launches a kernel so, each time that it is called.
+
+        keeps: what must live as long, such as the memory that arguments are addresses of.
+        """
         if wanted < 0:
             raise ValueError(f"{kernel.__name__}: expected 0 blocks or more, got {wanted}")
         if wanted == 0:
@@ -72,7 +77,7 @@ class Launcher:
         grid, device = self.grid(wanted), cuda.gpus[self.device]
         configured: Any = None
 
-        def launch() -> bool:
+        def launch(_keeps: object = keeps) -> bool:
             nonlocal configured
             try:
                 with device:

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 SCRIPT = """
+import gc, weakref
 from types import SimpleNamespace
 import numpy as np
 from ringfold.comm.transport.cuda_ipc import CudaPeering
@@ -35,6 +36,18 @@ assert peering.folds("sum", "int8") and peering.folds("max", "bfloat16")
 assert not peering.folds("mean", "int8")
 assert not peering.folds("max", "bool") and not peering.folds("sum", "complex64")
 assert len(peering._tables) <= 256
+places = [np.arange(5, dtype="f4") for _ in range(2)]
+at = [place.ctypes.data for place in places]
+launch = peering.fold("sum", "float32", at, at[:1], 5, 1)
+tables = [weakref.ref(read.table.owner) for read, _ in list(peering._tables.values())[-2:]]
+peering._tables.clear()
+gc.collect()
+assert all(table() is not None for table in tables)  # a launch that is kept refers to them
+launch()
+assert (places[0] == 2 * np.arange(5)).all()
+del launch
+gc.collect()
+assert all(table() is None for table in tables)
 print("right")
 """
 

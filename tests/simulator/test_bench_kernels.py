@@ -22,13 +22,13 @@ def test_every_kernel_runs_and_is_compared(monkeypatch: pytest.MonkeyPatch) -> N
 
     def seconds(launch):
         launches.append(launch())
-        return 1.0
+        return 2.0 if len(launches) % 2 else 1.0  # a kernel, then its copy
 
     launcher = Launcher(blocks=2, threads=4)
     rows = gpu_kernels.measure(320, launcher, lambda nbytes: lambda: copies.append(nbytes), seconds)
     names = [row["kernel"] for row in rows]
     assert len(set(names)) == len(names) == 14
-    assert len(launches) == 2 * len(rows) and all(row["share"] == 1 for row in rows)
+    assert len(launches) == 2 * len(rows) and all(row["share"] == 0.5 for row in rows)
     sizes = {row["kernel"]: row["nbytes"] for row in rows}
     assert sizes["pack float32"] == 320 * 8 and sizes["pack bfloat16"] == 320 * 6
     assert sizes["fold of 2, bfloat16"] == 320 * 8 and sizes["combine float32"] == 320 * 12
