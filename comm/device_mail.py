@@ -147,14 +147,10 @@ class DeviceMail:
     def _answer(
         self, array: DeviceArray, berth: Berth, copied: Event, dst: int, asked: int
     ) -> Steps:
-        lane = self._lane
-        place = lane.staging.take(array.nbytes)
-        part = place.part(0, array.nbytes)
-        lane.device.follow(lane.inward, copied)
-        lane.device.to_host(part, berth.room, lane.inward)
-        yield from reached(lane.device.record(lane.inward), self._mail.rank)
-        yield from self._mail.answer(part, dst, asked)
-        lane.staging.give(place, None)
+        place, fetched = self._lane.fetch(berth.room, array.nbytes, copied)
+        yield from reached(fetched, self._mail.rank)
+        yield from self._mail.answer(place.part(0, array.nbytes), dst, asked)
+        self._lane.staging.give(place, None)
 
     def _take(self, nbytes: int) -> Berth:
         """Return a berth that nobody uses.
@@ -204,12 +200,8 @@ class DeviceMail:
                     copied = device.record(stream)
                     return Behind(array.owner, partial(device.follow, caller, copied), WAY)
             place = lane.staging.take(array.nbytes)
-            part = place.part(0, array.nbytes)
-            yield from self._mail.take(message, part, src)
-            device.follow(lane.outward, ready)
-            device.to_device(array.address, part, lane.outward)
-            copied = device.record(lane.outward)
-            lane.staging.give(place, copied)
+            yield from self._mail.take(message, place.part(0, array.nbytes), src)
+            copied = lane.deliver(place, array, ready)
             return Behind(array.owner, partial(device.follow, caller, copied), self._staged)
 
         return run

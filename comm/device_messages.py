@@ -5,16 +5,14 @@ A message may have host memory at one end, and device memory at the other.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from .device import DeviceArray, describe
+from .device import DeviceArray
 from .device_mail import DeviceMail
+from .device_wait import wait_here
 from .windowed import Lane, typed
 from .work import Behind, Prepared, Steps
 
@@ -37,9 +35,9 @@ class DeviceMessages:
         for mail in mails.values():
             mail.close()
 
-    def send(self, x: Any, dst: int, tag: int = 0) -> Prepared:
-        array = describe(x, writable=False)
-        empty, dst, tag = self._empty("send", dst, tag)
+    def send(self, array: DeviceArray, empty: Prepared, tag: int) -> Prepared:
+        """empty: a message of no elements to the same rank, as host memory's is prepared."""
+        dst = empty.signature.peer
         mail, staged = self._mail(array, dst), self._send_staged(array, dst, tag)
         if mail is None:
             return _staged(empty, array, staged)
@@ -47,9 +45,9 @@ class DeviceMessages:
             return _staged(empty, array, staged, mail.refused[dst])
         return _by_note(empty, array, mail.send(array, dst, tag, staged))
 
-    def recv(self, x: Any, src: int, tag: int = 0) -> Prepared:
-        array = describe(x, writable=True)
-        empty, src, tag = self._empty("recv", src, tag)
+    def recv(self, array: DeviceArray, empty: Prepared, tag: int) -> Prepared:
+        """empty: as of `send`, from the same rank."""
+        src = empty.signature.peer
         mail = self._mail(array, src)
         if mail is None:
             return _staged(empty, array, self._recv_staged(array, src, tag))
@@ -65,14 +63,10 @@ class DeviceMessages:
         host, lane = self._comm.host_operations, self._lane_of(array)
 
         def run(_: int) -> Steps:
-            place = lane.staging.take(array.nbytes)
-            lane.device.follow(lane.inward, lane.device.record(lane.caller(array)))
+            ready = lane.device.record(lane.caller(array))
+            place, copied = lane.fetch(array.address, array.nbytes, ready)
+            wait_here(copied)
             part = place.part(0, array.nbytes)
-            if array.nbytes:
-                lane.device.to_host(part, array.address, lane.inward)
-            copied = lane.device.record(lane.inward)
-            while not copied.ended():
-                os.sched_yield()
             yield from host.send(typed(part, array, (array.count,)), dst, tag).run(0)
             lane.staging.give(place, None)
             return array.owner
@@ -88,20 +82,10 @@ class DeviceMessages:
             place = lane.staging.take(array.nbytes)
             part = place.part(0, array.nbytes)
             yield from host.recv(typed(part, array, (array.count,)), src, tag).run(0)
-            device.follow(lane.outward, ready)
-            if array.nbytes:
-                device.to_device(array.address, part, lane.outward)
-            copied = device.record(lane.outward)
-            lane.staging.give(place, copied)
+            copied = lane.deliver(place, array, ready)
             return Behind(array.owner, partial(device.follow, caller, copied))
 
         return run
-
-    def _empty(self, name: str, peer: int, tag: int) -> tuple[Prepared, int, int]:
-        """Return a message of no elements, and its peer and tag, checked."""
-        host = self._comm.host_operations
-        prepared = getattr(host, name)(np.empty(0), peer, tag)
-        return prepared, prepared.signature.peer, host.tag(tag)
 
     # -- choosing ----------------------------------------------------------------------------
 

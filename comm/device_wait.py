@@ -35,3 +35,9 @@ def reached(
                 return patient
             os.sched_yield()
         patient = yield [Reached(rank, event)]
+
+
+def wait_here(event: Event) -> None:
+    """Wait for an event without letting other operations go on."""
+    while not event.ended():
+        os.sched_yield()

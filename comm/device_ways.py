@@ -122,17 +122,17 @@ class DeviceWays:
     # -- point to point ----------------------------------------------------------------------
 
     def send(self, x: Any, dst: int, tag: int = 0) -> Prepared:
-        array = describe(x, writable=False)
-        empty = self._comm.host_operations.send(np.empty(0, np.uint8), dst, tag)
-        return self._message(array, empty, dst, tag) or self._staged.messages.send(x, dst, tag)
+        array, host = describe(x, writable=False), self._comm.host_operations
+        empty, tag = host.send(np.empty(0, np.uint8), dst, tag), host.tag(tag)
+        return self._message(array, empty, tag) or self._staged.messages.send(array, empty, tag)
 
     def recv(self, x: Any, src: int, tag: int = 0) -> Prepared:
-        array = describe(x, writable=True)
-        empty = self._comm.host_operations.recv(np.empty(0, np.uint8), src, tag)
-        return self._message(array, empty, src, tag) or self._staged.messages.recv(x, src, tag)
+        array, host = describe(x, writable=True), self._comm.host_operations
+        empty, tag = host.recv(np.empty(0, np.uint8), src, tag), host.tag(tag)
+        return self._message(array, empty, tag) or self._staged.messages.recv(array, empty, tag)
 
-    def _message(self, array: DeviceArray, empty: Prepared, peer: int, tag: int) -> Prepared | None:
-        messages = self._comm._transport.device_messages
+    def _message(self, array: DeviceArray, empty: Prepared, tag: int) -> Prepared | None:
+        messages, peer = self._comm._transport.device_messages, empty.signature.peer
         if messages is None or self.way_to(peer) is not None:
             return None
         return message(self._comm, messages, self._find(array), array, empty, peer, tag)

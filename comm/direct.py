@@ -7,7 +7,6 @@ runs behind the last kernel. Sums are made by kernels: half widths in float32, r
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from .arithmetic import mean_scales
 from .chunks import bounds
 from .device import Device, DeviceArithmetic, DeviceArray, Event, Stream, describe, renewed
 from .device_executor import Memory, Site, execute_on_device, landing_bytes
-from .device_wait import reached
+from .device_wait import reached, wait_here
 from .dtypes import DTYPES
 from .executor import NETWORK_WINDOW
 from .fingerprint import fingerprint
@@ -358,9 +357,3 @@ def message(
     receipt = Receipt(empty.receipt.operation, "message", WAY, 1, array.nbytes)
     signature = empty.signature._replace(dtype=array.dtype.name, elements=array.count)
     return Prepared(receipt, empty.channel, run, signature)
-
-
-def wait_here(event: Event) -> None:
-    """Wait for an event without letting other operations go on."""
-    while not event.ended():
-        os.sched_yield()

@@ -38,6 +38,29 @@ class Lane:
         """Return the caller's stream as it is now: a plan may have been made under another."""
         return self.device.caller(renewed(array))
 
+    def fetch(self, address: int, nbytes: int, ready: Event) -> tuple[Place, Event]:
+        """Start to copy device memory into a place; it is the host's when the event has ended.
+
+        ready: behind which the memory may be read.
+        """
+        place = self.staging.take(nbytes)
+        self.device.follow(self.inward, ready)
+        if nbytes:
+            self.device.to_host(place.part(0, nbytes), address, self.inward)
+        return place, self.device.record(self.inward)
+
+    def deliver(self, place: Place, array: DeviceArray, ready: Event) -> Event:
+        """Start to copy a place into an array, and take it back; return the event behind that.
+
+        ready: behind which the array may be written.
+        """
+        self.device.follow(self.outward, ready)
+        if array.nbytes:
+            self.device.to_device(array.address, place.part(0, array.nbytes), self.outward)
+        copied = self.device.record(self.outward)
+        self.staging.give(place, copied)
+        return copied
+
 
 def run_windows(
     lane: Lane,
