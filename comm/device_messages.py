@@ -1,4 +1,4 @@
-"""Messages from and into device memory: from device to device by `device_mail`, or staged.
+"""Messages of device memory: from device to device by `device_mail`, staged, or sent by MPI.
 
 A message may have host memory at one end, and device memory at the other.
 """
@@ -10,9 +10,12 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .device import DeviceArray
+from .device import Device, DeviceArray, renewed
 from .device_mail import DeviceMail
 from .device_wait import wait_here
+from .direct import WAY
+from .transport.base import Channel
+from .transport.base import DeviceMessages as Sender
 from .windowed import Lane, typed
 from .work import Behind, Prepared, Steps
 
@@ -104,6 +107,39 @@ class DeviceMessages:
                 mail, lane, peering, "staged, shared"
             )
         return known
+
+
+def gpu_aware(
+    comm: Communicator,
+    messages: Sender,
+    device: Device,
+    array: DeviceArray,
+    empty: Prepared,
+    tag: int,
+) -> Prepared:
+    """Prepare a message from or into device memory, as one of no host elements was prepared.
+
+    The host waits for the caller's stream before the library is called, so that a message keeps
+    its place among the others to that rank. The other end may be in host memory.
+    """
+    sends, peer = empty.signature.operation == "send", empty.signature.peer
+    start = messages.isend_device if sends else messages.irecv_device
+    limit, channel = comm._settings.max_message_bytes, Channel.POINT_TO_POINT
+
+    def run(ours: int) -> Steps:
+        if not array.nbytes:
+            yield from empty.run(ours)
+            return array.owner
+        wait_here(device.record(device.caller(renewed(array))))
+        pending = [
+            start(array.address + low, min(limit, array.nbytes - low), peer, tag, channel)
+            for low in range(0, array.nbytes, limit)
+        ]
+        while pending := [request for request in pending if not request.done()]:
+            yield pending
+        return array.owner
+
+    return _prepared(empty, array, WAY, "", run)
 
 
 def _staged(

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .device import Device, DeviceArray, describe
+from .device_messages import gpu_aware
 from .device_operations import Algorithm, DeviceOperations
-from .direct import Direct, message
+from .direct import Direct
 from .transport.cuda_probe import Verdict
 from .work import Prepared
 
@@ -135,7 +136,7 @@ class DeviceWays:
         messages, peer = self._comm._transport.device_messages, empty.signature.peer
         if messages is None or self.way_to(peer) is not None:
             return None
-        return message(self._comm, messages, self._find(array), array, empty, peer, tag)
+        return gpu_aware(self._comm, messages, self._find(array), array, empty, tag)
 
     def opens(self, x: Any) -> bool:
         """Tell whether the group's ranks open each other's memory; collective."""

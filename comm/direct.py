@@ -15,7 +15,7 @@ from .arithmetic import mean_scales
 from .chunks import bounds
 from .device import Device, DeviceArithmetic, DeviceArray, Event, Stream, describe, renewed
 from .device_executor import Memory, Site, execute_on_device, landing_bytes
-from .device_wait import reached, wait_here
+from .device_wait import reached
 from .dtypes import DTYPES
 from .executor import NETWORK_WINDOW
 from .fingerprint import fingerprint
@@ -321,39 +321,3 @@ class Direct:
         self, source: int, source_dtype: str, target: int, dtype: str, count: int, divisor: float
     ) -> None:
         self._arithmetic.convert(source, source_dtype, target, dtype, count, divisor, self._stream)
-
-
-def message(
-    comm: Communicator,
-    messages: DeviceMessages,
-    device: Device,
-    array: DeviceArray,
-    empty: Prepared,
-    peer: int,
-    tag: int,
-) -> Prepared:
-    """Prepare a message from or into device memory, as one of no host elements was prepared.
-
-    The host waits for the caller's stream before the library is called, so that a message keeps
-    its place among the others to that rank. The other end may be in host memory.
-    """
-    sends = empty.signature.operation == "send"
-    start = messages.isend_device if sends else messages.irecv_device
-    limit, channel = comm._settings.max_message_bytes, Channel.POINT_TO_POINT
-
-    def run(ours: int) -> Steps:
-        if not array.nbytes:
-            yield from empty.run(ours)
-            return array.owner
-        wait_here(device.record(device.caller(renewed(array))))
-        pending = [
-            start(array.address + low, min(limit, array.nbytes - low), peer, tag, channel)
-            for low in range(0, array.nbytes, limit)
-        ]
-        while pending := [request for request in pending if not request.done()]:
-            yield pending
-        return array.owner
-
-    receipt = Receipt(empty.receipt.operation, "message", WAY, 1, array.nbytes)
-    signature = empty.signature._replace(dtype=array.dtype.name, elements=array.count)
-    return Prepared(receipt, empty.channel, run, signature)
