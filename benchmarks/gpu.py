@@ -7,6 +7,7 @@ ends when the device has the result. Every result is checked. `registered` is me
 comm.empty(device="cuda"), which ranks of a node open; the transport says which way was taken. Rows
 named copy are of one rank alone: device to device, and between pinned host memory and the device,
 each byte counted once. `limit` is what the memory of one card allows: as many copies as ranks.
+mps: whether NVIDIA's MPS lets ranks on one card run side by side; without it they take turns there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from options import parser_of, read_peers, read_sizes
 from peers import Buffers, gloo, gloo_run
 
 import ringfold
-from ringfold.comm.transport.device import load_cupy, ordinal_of
+from ringfold.comm.transport.device import has_mps, load_cupy, ordinal_of
 
 COLUMNS = {
     "impl": "",
@@ -111,6 +112,7 @@ def main() -> int:
     with ringfold.Communicator() as comm:
         ordinal = ordinal_of(comm.node.rank, cupy.cuda.runtime.getDeviceCount())
         card = cupy.cuda.runtime.getDeviceProperties(ordinal)["name"].decode()
+        about = {"card": card, "mps": bool(has_mps(cupy.cuda.runtime, ordinal))}
         with cupy.cuda.Device(ordinal), nullcontext() if torch is None else gloo(comm):
             clock = Clock(cupy)
             for nbytes in read_sizes(parser, options.sizes):
@@ -120,18 +122,18 @@ def main() -> int:
                         # Every rank's bytes are read once and written once, on the one card.
                         copied["limit"] = comm.size * copied[ON_DEVICE]
                     for name, seconds in copied.items():
-                        rows.append(row(card, comm, name, nbytes, seconds, "-", 0))
+                        rows.append(about | row(comm, name, nbytes, seconds, "-", 0))
                 comm.barrier()
                 found = contenders(comm, cupy, nbytes // 4, torch)
                 outcomes = contest(comm, found, repeats=options.repeats, budget=options.budget)
                 for outcome in outcomes:
                     one = outcome.contender
                     seconds = outcome.timing.median
-                    rows.append(
-                        row(card, comm, one.impl, nbytes, seconds, one.transport, outcome.wrong)
-                    )
+                    found_row = row(comm, one.impl, nbytes, seconds, one.transport, outcome.wrong)
+                    rows.append(about | found_row)
         if comm.rank == 0:
-            print(f"{card}, {comm.size} ranks (measured)")
+            mps = ", under MPS" if about["mps"] else ""
+            print(f"{card}, {comm.size} ranks{mps} (measured)")
             print(table(rows, COLUMNS))
             if options.json:
                 write_json(options.json, "gpu", rows)
@@ -139,7 +141,6 @@ def main() -> int:
 
 
 def row(
-    card: str,
     comm: ringfold.Communicator,
     impl: str,
     nbytes: int,
@@ -151,7 +152,6 @@ def row(
     algbw, busbw = rates("allreduce", nbytes, comm.size, seconds)
     copy = impl.startswith("copy")
     return {
-        "card": card,
         "ranks": 1 if copy else comm.size,
         "impl": impl,
         "nbytes": nbytes,

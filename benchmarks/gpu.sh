@@ -116,6 +116,21 @@ for ranks in 2 4; do
   step 45 mpirun -n "$ranks" python benchmarks/train_step.py --device cuda --budget 4 \
     --json "$out/gpu-train-step-$ranks.json"
 done
+# Ranks that share a card take turns on it, each for a time slice, unless MPS lets them run together.
+if [ -n "$(command -v nvidia-cuda-mps-control)" ]; then
+  CUDA_MPS_PIPE_DIRECTORY=$(mktemp -d)
+  export CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY=$CUDA_MPS_PIPE_DIRECTORY
+  trap 'echo quit | nvidia-cuda-mps-control' EXIT
+  if nvidia-cuda-mps-control -d; then
+    step 25 mpirun -n 2 python benchmarks/gpu.py --budget 1 --sizes 64MiB --json "$out/gpu-2-mps.json"
+  fi
+  echo quit | nvidia-cuda-mps-control || true
+  trap - EXIT
+  rm -rf "$CUDA_MPS_PIPE_DIRECTORY"
+  unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
+else
+  echo "gpu.sh: there is no nvidia-cuda-mps-control; ranks take turns on a card they share" >&2
+fi
 reports=$out/gpu-reports
 mkdir -p "$reports"
 for workload in digits text; do

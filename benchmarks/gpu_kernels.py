@@ -90,11 +90,20 @@ def cases(count: int, launcher: Any) -> Iterator[Case]:
     yield Case("mask", count, lambda: masks.mask(flags, 1, 3, (1, 2), 1 << 30, launcher))
     selection = threshold.Selection.of(launcher)
     wanted = max(1, count // 100)
+    # As gradients are: equal ones would all be counted in one place.
+    values = np.random.default_rng(5).standard_normal(count, np.float32)
+    gradients = table.place(values, launcher)
     yield Case(
         "top-k threshold",
         count * 4 * 3,
-        lambda: threshold.threshold(wide.span, "float32", wanted, selection, launcher),
+        lambda: threshold.threshold(gradients.span, "float32", wanted, selection, launcher),
     )
+    import torch
+
+    if torch.cuda.is_available():
+        # What `TopK` calls, which also gathers what is above the threshold.
+        x = torch.from_numpy(values).cuda()
+        yield Case("torch's topk", count * 4 * 3, lambda: x.abs().topk(wanted, sorted=False))
 
 
 def measure(

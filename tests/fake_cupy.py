@@ -36,6 +36,7 @@ LATE = 0.002
 """Seconds that a job waits at most, and half of them at least, before it runs."""
 
 HANDLE_BYTES = 64
+MPS_ENABLED = 133
 
 
 class CUDARuntimeError(RuntimeError):
@@ -291,6 +292,11 @@ class Runtime:
         return 13000
 
     runtimeGetVersion = driverGetVersion
+
+    def deviceGetAttribute(self, attribute: int, device: int) -> int:
+        if attribute != MPS_ENABLED:
+            raise CUDARuntimeError("cudaErrorInvalidValue")
+        return 0
 
     def getDeviceProperties(self, device: int) -> dict[str, bytes]:
         return {"name": b"a pretended GPU"}

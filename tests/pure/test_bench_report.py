@@ -76,9 +76,9 @@ def test_steps_say_what_the_limit_would_allow() -> None:
 
 
 def test_what_a_card_reached_stands_apart() -> None:
-    def measured(impl: str, microseconds: float, transport: str = "ipc") -> dict:
+    def measured(impl: str, microseconds: float, transport: str = "ipc", mps: bool = False) -> dict:
         return {
-            "card": "a card", "ranks": 2, "impl": impl, "nbytes": 64 << 20,
+            "card": "a card", "mps": mps, "ranks": 2, "impl": impl, "nbytes": 64 << 20,
             "microseconds": microseconds, "transport": transport, "wrong": 0,
         }  # fmt: skip
 
@@ -87,6 +87,8 @@ def test_what_a_card_reached_stands_apart() -> None:
         measured("ours", 4000, "staged, shared"),
         measured("limit", 75, "-"),
         measured("gloo", 5000, "host"),
+        measured("ours, registered", 80, mps=True),
+        measured("limit", 76, "-", mps=True),
         *(
             {"card": "a card", "kernel": name, "size": size, "nbytes": 2 * size, "share": share}
             for name, size, share in (
@@ -102,10 +104,12 @@ def test_what_a_card_reached_stands_apart() -> None:
     wanted = (
         "| 0.8 | cast float32 to bfloat16, 64 MiB | **missed** |",
         "| 0.75 | 64 MiB, 2 ranks, ipc | reached |",
+        "| 0.95 | 64 MiB, 2 ranks, ipc | reached |",
         "| 50 x | 64 MiB, 2 ranks, ipc | reached |",
+        "| - | - | not measured |",
         "| 1.25 x | 64 MiB, 2 ranks, staged, shared | **missed** |",
     )
-    for line, end in zip(text[4:8], wanted, strict=True):
+    for line, end in zip(text[4:10], wanted, strict=True):
         assert line.endswith(end), line
     assert not list(report.cards([row("registered", 4, 2, 10)]))
 

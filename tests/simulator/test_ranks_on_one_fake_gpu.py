@@ -39,6 +39,7 @@ def test_doctor_tells_the_ways_of_gpu_memory(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "GPU messages     ipc, for all 3 pairs of ranks" in done.stdout, done.stdout
     assert "GPU allreduce    right, ipc" in done.stdout, done.stdout
+    assert "3 ranks on 1 card take turns there" in done.stdout, done.stdout
 
 
 def test_the_benchmark_of_allreduce(tmp_path: Path) -> None:
