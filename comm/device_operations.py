@@ -9,10 +9,7 @@ ends differs from rank to rank, so they could not keep an order with the host's 
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +23,7 @@ from .schedule import Schedule
 from .staging import Staging, Typed
 from .trace import Signature
 from .transport.base import Channel
+from .turns import Line
 from .windowed import Lane, run_windows
 from .windows import Window, elementwise, exchanged, gathered, scattered
 from .work import Behind, Prepared, Receipt, Steps
@@ -43,17 +41,6 @@ Prepare = Callable[["Operations", Typed], Prepared]
 """Prepare a window's collective on the host."""
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """An operation's place in the line of its group."""
-
-    peer: int
-    line: deque[_Turn]
-
-    def done(self) -> bool:
-        return self.line[0] is self
-
-
 class DeviceOperations:
     """Prepare operations on device memory for one rank of one group; as `Operations` does."""
 
@@ -68,7 +55,7 @@ class DeviceOperations:
         self._find = find
         self._window_bytes = window_bytes
         self._lanes: dict[str, Lane] = {}
-        self._line: deque[_Turn] = deque()
+        self._line = Line(comm.rank)
         self._group: Communicator | None = None
         self._ipc: Ipc | None = None
         self._no_ipc = ""
@@ -205,7 +192,7 @@ class DeviceOperations:
                 into = 0 if result is None else describe(result, writable=False).address
             # Recorded now, when the caller calls, and behind the making of its result.
             ready = lane.device.record(caller)
-            with self._in_line() as turn:
+            with self._line.turn() as turn:
                 while not turn.done():
                     yield [turn]
                 if ipc is not None:
@@ -224,15 +211,6 @@ class DeviceOperations:
             mark=fingerprint(signature, "staged" if ipc is None else "ipc"),
         )
 
-    @contextmanager
-    def _in_line(self) -> Iterator[_Turn]:
-        turn = _Turn(self._comm.rank, self._line)
-        self._line.append(turn)
-        try:
-            yield turn
-        finally:
-            self._line.remove(turn)
-
     def _copy_of_group(self, array: DeviceArray) -> Communicator:
         """Return this group's own copy, where device operations meet; collective at first.
 
@@ -243,6 +221,10 @@ class DeviceOperations:
             assert self._group is not None
             self._ipc, self._no_ipc = open_ipc(self._group, self._find(array))
         return self._group
+
+    def alike(self, comm: Communicator) -> DeviceOperations:
+        """Return the operations of another group on the same devices."""
+        return DeviceOperations(comm, self._find, self._window_bytes)
 
     def open(self, array: DeviceArray) -> tuple[Communicator, bool]:
         """Return this group's own copy, and whether its ranks open each other's memory; collective.

@@ -18,6 +18,7 @@ import numpy as np
 
 from .device import Device, DeviceArray, describe
 from .device_messages import gpu_aware
+from .device_nesting import Nested, open_nested
 from .device_operations import Algorithm, DeviceOperations
 from .direct import Direct
 from .transport.cuda_probe import Verdict
@@ -46,13 +47,21 @@ class DeviceWays:
         self._comm, self._find, self._staged, self._aware = comm, find, staged, aware
         self._verdict: Verdict | None = None
         self._direct: Direct | None = None
+        self._nested: Nested | None = None
         self._asked = False
         self._why_not = ""
 
     def close(self) -> None:
         """Give the group back; collective where a collective was called."""
         self._direct = None
+        nested, self._nested = self._nested, None
+        if nested is not None:
+            nested.close()
         self._staged.close()
+
+    def alike(self, comm: Communicator) -> DeviceWays:
+        """Return the ways of another group's memory on the same devices."""
+        return DeviceWays(comm, self._find, self._staged.alike(comm), self._aware)
 
     def keeping(self) -> DeviceWays:
         """Return this for plans, which make their results on the device anew."""
@@ -64,6 +73,8 @@ class DeviceWays:
         array = describe(x, writable=True)
         array.dtype.require(op)
         direct = self._reducing(array, op)
+        if self._nested is not None and algorithm is None and self._nested.takes(array, op):
+            return self._nested.allreduce(array, op)
         if direct is not None:
             return direct.allreduce(array, op, algorithm)
         return self._told(self._staged.allreduce(array, op, algorithm))
@@ -170,6 +181,8 @@ class DeviceWays:
         if not self._asked:
             self._asked = True
             self._direct, self._why_not = self._agree(array)
+            group, device = self._staged.open(array)[0], self._find(array)
+            self._nested = open_nested(group, array, device, self.alike)
         return self._direct
 
     def _agree(self, array: DeviceArray) -> tuple[Direct | None, str]:

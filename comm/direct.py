@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from .arithmetic import mean_scales
 from .chunks import bounds
-from .device import Device, DeviceArithmetic, DeviceArray, Event, Stream, describe, renewed
+from .device import Device, DeviceArithmetic, DeviceArray, Stream, describe, renewed
 from .device_executor import Memory, Site, execute_on_device, landing_bytes
 from .device_wait import reached
 from .dtypes import DTYPES
 from .executor import NETWORK_WINDOW
 from .fingerprint import fingerprint
+from .scratch import Piece, Scratch
 from .trace import Signature
 from .transport.base import Channel, DeviceMessages
 from .work import Behind, Prepared, Receipt, Steps
@@ -32,33 +33,6 @@ WAY = "gpu-aware mpi"
 
 Run = Callable[[int, Stream], Steps]
 """(tag, the caller's stream) -> steps; the caller's work has run when they begin."""
-
-
-Piece = tuple[int, int, Any]
-"""(address, bytes, owner) of scratch memory."""
-
-
-class Scratch:
-    """Device memory lent to one operation after the other; when what still uses it has ended."""
-
-    def __init__(self, arithmetic: DeviceArithmetic) -> None:
-        self._arithmetic = arithmetic
-        self._free: dict[int, list[tuple[Piece, Event]]] = {}
-
-    def take(self, nbytes: int) -> Piece:
-        """Return memory of at least nbytes, which messages and kernels may write at once."""
-        size = 1 << max(nbytes - 1, 255).bit_length()
-        free = self._free.setdefault(size, [])
-        for index, (piece, event) in enumerate(free):
-            if event.ended():
-                del free[index]
-                return piece
-        address, owner = self._arithmetic.allocate(size)
-        return address, size, owner
-
-    def give(self, piece: Piece, event: Event) -> None:
-        """Take a piece back; event: behind its last use."""
-        self._free[piece[1]].append((piece, event))
 
 
 class Direct:

@@ -1,12 +1,14 @@
 """Collectives on GPU memory in place: kernels of a node's ranks work on each other's memory.
 
 The programs are those of host memory that all ranks map (`fused.shared`): everybody comes, each
-rank folds or copies its part, everybody is done. Two events of each rank are known to all others:
-`ready`, behind which its buffer may be read, and `done`, behind its part of the work. The host
-exchanges only words: that every rank has put its event on its stream. No host waits for a device.
+rank folds or copies its part, everybody is done. Events of each rank are known to all others:
+behind one its buffer may be read, behind another its part of the work is done. (A third serves who
+works in two steps, `device_nesting`.) The host exchanges only words: that every rank has put its
+event on its stream. No host waits for a device.
 
 An event is put on a stream anew for every operation. A rank does so only after an exchange that
-each other rank enters behind its own use of the event's last place.
+each other rank enters behind its own use of the event's last place: the event of the first exchange
+is used before the last, the last one's before the next operation's first.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +36,13 @@ if TYPE_CHECKING:
     from .communicator import Communicator
 
 Made = TypeVar("Made")
+Launch = Callable[[], Any]
+"""Puts one kernel or copy on the stream."""
+
 Words = npt.NDArray[np.int64]
 
+_EVENTS = 3
+_READY, _AGAIN, _DONE = range(_EVENTS)
 _OFFER_WORDS = 5 + HANDLE_BYTES // 8
 _KEPT = 256
 _TRIAL = 1000
@@ -83,36 +90,37 @@ class _Exchange:
 
 
 class Ipc:
-    """One rank's side of a group whose ranks open each other's device memory."""
+    """One rank's side of a group whose ranks open each other's device memory.
+
+    stream: where this rank's part of an operation runs.
+    """
 
     def __init__(
         self, comm: Communicator, device: Device, peering: Peering, mine: list[tuple[Event, bytes]]
     ) -> None:
         """Exchange the events; collective over a group on one node.
 
-        mine: two events of this rank, with their handles.
+        mine: events of this rank, with their handles.
 
         Raises: CommError where a device refuses another rank's; after all were exchanged.
         """
         self._comm, self._device, self._peering = comm, device, peering
-        self._stream = device.make_stream()
+        self.stream = device.make_stream()
         self._opened: dict[tuple[int, int], int] = {}
-        self._mine = mine
-        self._told, self._end = _Exchange(comm, _OFFER_WORDS), _Exchange(comm, 1)
-        self._kept: dict[tuple[Signature, int, int], tuple[bytes, list[Callable[[], Any]]]] = {}
-        handles = np.zeros((2, HANDLE_BYTES), np.uint8)
-        for line, (_, handle) in zip(handles, self._mine, strict=True):
+        self._mine = [event for event, _ in mine]
+        self._told, self._plain = _Exchange(comm, _OFFER_WORDS), _Exchange(comm, 1)
+        self._kept: dict[object, tuple[bytes, Any]] = {}
+        handles = np.zeros((_EVENTS, HANDLE_BYTES), np.uint8)
+        for line, (_, handle) in zip(handles, mine, strict=True):
             line[: len(handle)] = np.frombuffer(handle, np.uint8)
         everyone = comm.allgather(handles)
-        self._ready, self._done = (
+        self._events = [
             [
-                self._mine[which][0]
-                if rank == comm.rank
-                else peering.open_event(everyone[rank, which].tobytes())
+                own if rank == comm.rank else peering.open_event(everyone[rank, which].tobytes())
                 for rank in range(comm.size)
             ]
-            for which in range(2)
-        )
+            for which, own in enumerate(self._mine)
+        ]
 
     def offer(self, signature: Signature, array: DeviceArray) -> Offer:
         """Return what this rank brings to a collective on an array."""
@@ -139,24 +147,53 @@ class Ipc:
 
         into: the address of the result.  ready: behind which this rank's memory may be used.
         """
-        device, peering = self._device, self._peering
-        offer = self.offer(signature, array)
-        device.follow(self._stream, ready)
-        peering.place(self._mine[0][0], self._stream)
-        offer.write(self._told.words)
-        rows = yield from self._told.run(tag)
-        launches = self._launches(signature, array, into, rows)
+        self._device.follow(self.stream, ready)
+        rows = yield from self.meet(self.offer(signature, array), tag)
+        launches = self.kept(
+            (signature, array.address, into),
+            rows,
+            array,
+            lambda bases: self._launches(signature, array, into, bases),
+        )
         if launches is None:
             return None
-        for event in self._ready:
-            device.follow(self._stream, event)
+        self.begin()
         for launch in launches:
             launch()
-        peering.place(self._mine[1][0], self._stream)
-        yield from self._end.run(tag)
-        for event in self._done:
-            device.follow(self._stream, event)
-        return device.record(self._stream)
+        yield from self.end(tag)
+        return self._device.record(self.stream)
+
+    # -- its parts ---------------------------------------------------------------------------
+
+    def meet(self, offer: Offer, tag: int) -> Steps:
+        """Tell all ranks what this one brings; return what all bring, a row each.
+
+        Memory may be used behind what is on this rank's stream by now.
+        """
+        offer.write(self._told.words)
+        self._peering.place(self._mine[_READY], self.stream)
+        return (yield from self._told.run(tag))
+
+    def begin(self) -> None:
+        """Let this rank's stream run behind what the others' were at when they met."""
+        self._follow(_READY)
+
+    def meet_again(self, tag: int) -> Steps:
+        """Let it run behind what all ranks' are at by now; once in an operation, if at all."""
+        yield from self._pass(_AGAIN, tag)
+
+    def end(self, tag: int) -> Steps:
+        """Let it run behind all ranks' work."""
+        yield from self._pass(_DONE, tag)
+
+    def _pass(self, which: int, tag: int) -> Steps:
+        self._peering.place(self._mine[which], self.stream)
+        yield from self._plain.run(tag)
+        self._follow(which)
+
+    def _follow(self, which: int) -> None:
+        for event in self._events[which]:
+            self._device.follow(self.stream, event)
 
     def close(self) -> None:
         """Give back the others' memory; after the last operation has ended."""
@@ -170,32 +207,39 @@ class Ipc:
         root = max(signature.peer, 0)
         return Shape(self._comm.rank, size, whole, array.dtype.itemsize, root)
 
-    def _launches(
-        self, signature: Signature, array: DeviceArray, into: int, rows: Words
-    ) -> list[Callable[[], Any]] | None:
-        """Return what puts this rank's part on its stream; kept for the next time.
+    def kept(
+        self, key: object, rows: Words, array: DeviceArray, make: Callable[[list[int]], Made]
+    ) -> Made | None:
+        """Return what follows from what the ranks bring; made anew only where they bring other.
 
-        None where ranks cannot, or where their calls differ: they go the staged way, all of them,
-        which tells how.
+        None where ranks cannot take part, or where their calls differ: they go another way, all of
+        them, which tells how.
+
+        make: given where the ranks' arrays lie for this one; 0 for one that shows none.
         """
-        key, shown = (signature, array.address, into), rows.tobytes()
-        kept = self._kept.get(key)
-        if kept is not None and kept[0] == shown:
-            return kept[1]
+        shown = rows.tobytes()
+        known = self._kept.get(key)
+        if known is not None and known[0] == shown:
+            return cast(Made, known[1])
         if not rows[:, 0].all() or (rows[:, 2:5] != rows[0, 2:5]).any():
             return None
-        bases = [self._base(rank, row, array) for rank, row in enumerate(rows)]
-        program = fused.lower("shared", signature.operation, self._shape(signature, array))
-        found = [self._launch(line, signature, bases, into) for line in program.tolist()]
-        launches = [launch for launch in found if launch is not None]
+        made = make([self._base(rank, row, array) for rank, row in enumerate(rows)])
         if len(self._kept) >= _KEPT:
             self._kept.clear()
-        self._kept[key] = shown, launches
-        return launches
+        self._kept[key] = shown, made
+        return made
+
+    def _launches(
+        self, signature: Signature, array: DeviceArray, into: int, bases: Sequence[int]
+    ) -> list[Launch]:
+        """Return what puts this rank's part on its stream."""
+        program = fused.lower("shared", signature.operation, self._shape(signature, array))
+        found = [self._launch(line, signature, bases, into) for line in program.tolist()]
+        return [launch for launch in found if launch is not None]
 
     def _launch(
         self, line: Sequence[int], signature: Signature, bases: Sequence[int], into: int
-    ) -> Callable[[], Any] | None:
+    ) -> Launch | None:
         """Return what puts one row of a program on this rank's stream.
 
         None for meetings, which are the events around all.
@@ -206,11 +250,11 @@ class Ipc:
         if kind == Row.FOLD:
             sources = [base + start for base in bases]
             return self._peering.fold(
-                signature.op, signature.dtype, sources, targets, length, self._stream
+                signature.op, signature.dtype, sources, targets, length, self.stream
             )
         if kind == Row.COPY:
             return partial(
-                self._peering.copy, targets[0], bases[origin] + start, length, self._stream
+                self._peering.copy, targets[0], bases[origin] + start, length, self.stream
             )
         return None
 
@@ -246,7 +290,9 @@ def open_ipc(comm: Communicator, device: Device) -> tuple[Ipc | None, str]:
     if not _agree(comm, peering is not None):
         return None, "a device offers none"
     assert peering is not None
-    mine, why = _attempt(lambda: ([peering.make_event() for _ in range(2)], peering.trial(_TRIAL)))
+    mine, why = _attempt(
+        lambda: ([peering.make_event() for _ in range(_EVENTS)], peering.trial(_TRIAL))
+    )
     if not _agree(comm, mine is not None):
         return None, why or "another rank's device refuses"
     assert mine is not None
@@ -258,6 +304,7 @@ def open_ipc(comm: Communicator, device: Device) -> tuple[Ipc | None, str]:
     array = describe(x, writable=True)
     signature = Signature("allreduce", "sum", array.dtype.name, array.count)
     if not _agree(comm, _can_open(made, signature, array)):
+        made.close()
         return None, "memory cannot be opened"
     caller = device.caller(array)
 
@@ -271,6 +318,7 @@ def open_ipc(comm: Communicator, device: Device) -> tuple[Ipc | None, str]:
     receipt = Receipt("allreduce", "pairwise, in place", "ipc", comm.size, array.nbytes, "trial")
     done = comm._start(Prepared(receipt, Channel.COLLECTIVE, run, signature), True)
     if not _agree(comm, done and right(comm.size)):
+        made.close()
         return None, "a trial gave wrong sums"
     return made, ""
 

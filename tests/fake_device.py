@@ -200,7 +200,7 @@ class FakeArithmetic:
 
     def allocate(self, nbytes: int) -> tuple[int, FakeArray]:
         self.allocated += 1
-        made = FakeArray(self.gpu, np.full(nbytes, DIRT, np.uint8))
+        made = FakeArray(self.gpu, np.full(nbytes, DIRT, np.uint8), registered=True)
         return made.address, made
 
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
@@ -235,7 +235,9 @@ class FakeArithmetic:
 
     def _typed(self, address: int, dtype: str, count: int) -> np.ndarray:
         storage = DTYPES[dtype].storage
-        return self.gpu.memory(address, count * storage.itemsize).view(storage)
+        peering = self.gpu.peering
+        find = self.gpu.memory if peering is None else peering.find  # another's, once it is open
+        return find(address, count * storage.itemsize).view(storage)
 
 
 @dataclass(frozen=True)
@@ -323,7 +325,7 @@ class FakePeering:
         event.place = self.gpu.record(stream)
 
     def folds(self, op: str, dtype: str) -> bool:
-        return dtype == "float32"
+        return dtype != "bool" and op in DTYPES[dtype].ops
 
     def fold(
         self,
@@ -334,26 +336,29 @@ class FakePeering:
         count: int,
         stream: int,
     ) -> Callable[[], None]:
-        nbytes = count * 4
+        storage = DTYPES[dtype].storage
+        nbytes, half = count * storage.itemsize, dtype in HALVES
 
         def kernel() -> None:
-            read = [self._memory(address, nbytes).view(np.float32) for address in sources]
-            total = FOLDS[op](np.stack(read)).astype(np.float32)
+            read = [self.find(address, nbytes).view(storage) for address in sources]
+            wide = [reference.to_float32(x, dtype) for x in read] if half else read
+            total = FOLDS[op](np.stack(wide)) + wide[0].dtype.type(self.wrong)
+            narrow = reference.from_float32(total, dtype) if half else total.astype(storage)
             for address in targets:
-                self._memory(address, nbytes).view(np.float32)[:] = total + self.wrong
+                self.find(address, nbytes).view(storage)[:] = narrow
 
         return lambda: self.gpu.launch(stream, kernel)
 
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         into = self.gpu.memory(target, nbytes)
-        self.gpu.launch(stream, lambda: np.copyto(into, self._memory(source, nbytes)))
+        self.gpu.launch(stream, lambda: np.copyto(into, self.find(source, nbytes)))
 
     def trial(self, count: int) -> tuple[FakeArray, Callable[[int], bool]]:
         x = FakeArray(self.gpu, np.empty(count, np.float32), registered=True)
         x.filled_late(np.ones(count, np.float32))
         return x, lambda number: bool((x.get() == number).all())
 
-    def _memory(self, address: int, nbytes: int) -> np.ndarray:
+    def find(self, address: int, nbytes: int) -> np.ndarray:
         for gpu in self.node.gpus:
             try:
                 return gpu.memory(address, nbytes)

@@ -12,15 +12,17 @@ pytestmark = pytest.mark.gpu
 TESTS = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_ranks_open_each_others_memory(ranks: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("ipc", 2), ("ipc", 3), ("ipc", 4), ("nested", 4)], ids=str
+)
+def test_ranks_open_each_others_memory(name: str, ranks: int, tmp_path: Path) -> None:
     import cupy
 
     mpirun = shutil.which("mpirun")
     if mpirun is None:
         pytest.skip("there is no mpirun on PATH")
     fake = getattr(cupy, "fake", False)  # whose kernels are slow
-    job = [str(TESTS / "ipc_job.py"), *(["3001", str(tmp_path)] if fake else ["4000001"])]
+    job = [str(TESTS / f"{name}_job.py"), *(["3001", str(tmp_path)] if fake else ["4000001"])]
     done = subprocess.run(
         [mpirun, "-n", str(ranks), sys.executable, *job],
         capture_output=True,
