@@ -43,9 +43,9 @@ INPUTS      := pyproject.toml setup.py constraints.txt tools/setup_venv.py
 
 # Jobs whose tests set no limits of seconds, or wide ones: two at a time.
 CALM        := $(addprefix tests/jobs/test_,$(addsuffix .py,benchmarks doctor pretended_gpu readme resume shared_verdict trace train tune))
-FAST        := tests --ignore=tests/processes --ignore=tests/jobs --ignore=tests/hosts --ignore=tests/simulator
+FAST        := tests --ignore=tests/processes --ignore=tests/jobs --ignore=tests/hosts --ignore=tests/simulator --ignore=tests/machine
 
-.PHONY: help setup train test test-main test-simulator test-processes test-mpich test-impi test-hosts test-fast fuzz soak soak-elastic lint format bench bench-hosts clean python-version
+.PHONY: help setup train test test-main test-simulator test-machine test-processes test-mpich test-impi test-hosts test-fast fuzz soak soak-elastic lint format bench bench-hosts clean python-version
 
 help:
 	@echo 'make train       train on NP ranks: make train NP=4 ARGS="--workload text --pipe 2"'
@@ -54,6 +54,7 @@ help:
 	@echo 'make test-impi   the communicator on Intel MPI (not part of make test)'
 	@echo 'make test-hosts  the communicator over two hosts made on this machine (part of make test)'
 	@echo 'make test-simulator  the kernels for GPUs in Numba CUDA'"'"'s simulator (part of make test)'
+	@echo 'make test-machine  the same kernels as PTX, on a machine of the tests'"'"' own (part of make test)'
 	@echo 'make fuzz        10,000 random sequences of operations against NumPy, on 2 to 4 ranks'
 	@echo 'make soak        200 training runs with a fault at a random moment: none may hang, or end well'
 	@echo 'make soak-elastic  90 elastic runs whose ranks are killed at random moments, about 40 minutes'
@@ -91,7 +92,7 @@ HUGE_PAGES  := GLIBC_TUNABLES=$(or $(GLIBC_TUNABLES),glibc.malloc.hugetlb=1)
 train: $(READY)
 	$(HUGE_PAGES) mpirun -n $(NP) python train.py $(ARGS)
 
-test: test-main test-simulator test-processes test-mpich
+test: test-main test-simulator test-machine test-processes test-mpich
 
 # Proofs and formulas and ranks as threads, two files at a time; whole jobs, two at a time; and those
 # that have limits of time, one after the other.
@@ -106,6 +107,10 @@ test-simulator: $(READY)
 	NUMBA_ENABLE_CUDASIM=1 python -m pytest tests/simulator tests/threads/test_cuda_engines.py --numprocesses 2
 	NUMBA_ENABLE_CUDASIM=1 PYTHONPATH=tests python -m pytest -p fake_cupy tests/gpu \
 	  --ignore=tests/gpu/test_kernels_gpu.py --numprocesses 2
+
+# The same kernels as they are compiled for a GPU, as PTX that a machine of the tests' own runs.
+test-machine: $(READY)
+	python -m pytest tests/machine --numprocesses 2
 
 # Real transports and engines; the ranks share one verdict (tests/processes/conftest.py).
 test-processes: $(READY)

@@ -6,6 +6,7 @@ distances from an alignment of 64 bytes; reading one back checks its guards.
 
 import dataclasses
 import itertools
+import mmap
 from types import SimpleNamespace
 
 import numpy as np
@@ -438,3 +439,22 @@ def test_equal_launches_give_equal_norms(kernels, launcher):
         kernels.pack.pack(case.tiles, case.bucket.span, launcher, learned=case.learned)
         norms.add(case.learned.read(launcher).square_norm)
     assert len(norms) == 1
+
+
+def check_a_place_beyond_four_giga_elements(kernels, launcher, known=lambda memory: None):
+    """In host memory that is only promised: one page of it is ever touched.
+
+    known: lets kernels touch it.
+    """
+    place = (1 << 32) + 5
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, of Linux
+    room = mmap.mmap(-1, 2 * place + 4096, flags=flags)
+    bucket = np.frombuffer(room, np.uint16)
+    tensor = np.array([1.0, -2.0, 3.0], np.float32)
+    known(bucket)
+    known(tensor)
+    table = PointerTable.of([tensor], [place])
+    tiles = kernels.table.Tiles.of(table, "float32", "bfloat16", launcher)
+    span = kernels.table.Span(bucket.ctypes.data, bucket.size)
+    kernels.pack.pack(tiles, span, launcher)
+    assert bucket[place - 1 : place + 4].tolist() == [0, 0x3F80, 0xC000, 0x4040, 0]

@@ -1,13 +1,9 @@
 """Every device kernel in Numba's CUDA simulator, with grids smaller than the work."""
 
-import mmap
-
 import numpy as np
 import pytest
 from device_contract import *  # noqa: F403
 from numba import config
-
-from ringfold.kernels.table import PointerTable
 
 pytestmark = [
     pytest.mark.skipif(
@@ -26,17 +22,7 @@ def launcher():
 
 
 def test_a_place_beyond_four_giga_elements(kernels, launcher):
-    """Memory that is only promised: one page of it is ever touched."""
-    place = (1 << 32) + 5
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, of Linux
-    room = mmap.mmap(-1, 2 * place + 4096, flags=flags)
-    bucket = np.frombuffer(room, np.uint16)
-    tensor = np.array([1.0, -2.0, 3.0], np.float32)
-    table = PointerTable.of([tensor], [place])
-    tiles = kernels.table.Tiles.of(table, "float32", "bfloat16", launcher)
-    span = kernels.table.Span(bucket.ctypes.data, bucket.size)
-    kernels.pack.pack(tiles, span, launcher)
-    assert bucket[place - 1 : place + 4].tolist() == [0, 0x3F80, 0xC000, 0x4040, 0]
+    check_a_place_beyond_four_giga_elements(kernels, launcher)  # noqa: F405
 
 
 def test_elements_before_both_sides_are_aligned():

@@ -1,0 +1,183 @@
+"""What Numba compiles of the device kernels, run as PTX on the host: no GPU needed.
+
+The simulator runs their Python, in which every number has another type than on a GPU.
+"""
+
+import dataclasses
+import importlib.util
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from device_contract import *  # noqa: F403
+from ptx_machine import Machine, MachineError, Memory
+
+from ringfold.kernels.device.launch import Launcher
+
+MISSING = [name for name in ("numba_cuda", "nvidia") if importlib.util.find_spec(name) is None]
+pytestmark = [
+    pytest.mark.skipif(
+        bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (extra gpu-test)"
+    ),
+    pytest.mark.timeout(300),
+    pytest.mark.filterwarnings("ignore:Grid size"),
+]
+MEMORY = Memory()
+MACHINES: dict[object, Machine] = {}
+TARGET = (9, 0)
+
+
+def compiled(kernel, arguments, leave_out=None):
+    """The machine for a kernel and arguments of these types."""
+    from numba import cuda, types
+
+    kinds = tuple(getattr(types, np.dtype(type(one)).name) for one in arguments)
+    key = kernel, kinds, leave_out
+    if key not in MACHINES:
+        ptx, _ = cuda.compile(
+            kernel.py_func, types.void(*kinds), cc=TARGET, device=False, abi="numba"
+        )
+        MACHINES[key] = Machine(ptx, leave_out)
+    return MACHINES[key]
+
+
+@dataclasses.dataclass(frozen=True)
+class OnMachine(Launcher):
+    """Launch on the machine, at once. leave_out, warp, seed: see `Machine`."""
+
+    leave_out: str | None = None
+    warp: int = 32
+    seed: int = 1
+
+    def prepared(self, kernel, wanted, *arguments, keeps=None):
+        grid = self.grid(wanted)
+        if grid == 0:
+            return lambda: False
+
+        def launch(_keeps=keeps):
+            configured = kernel[grid, self.threads, 0]
+            machine = compiled(configured.dispatcher, arguments, self.leave_out)
+            machine.run(grid, self.threads, arguments, MEMORY, self.warp, self.seed)
+            return True
+
+        return launch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_a_driver():
+    """Let Numba compile for TARGET, and device memory be the host's, known to the machine."""
+    if MISSING:
+        yield
+        return
+    from numba.cuda import cuda_paths, dispatcher
+    from numba.cuda.cudadrv import nvrtc
+
+    from ringfold.kernels.device import fold, launch, table, threshold
+
+    known = table.place
+
+    def place(array, launcher):
+        placed = known(array, launcher)
+        if placed.span.count:
+            MEMORY.add(placed.owner)
+        return placed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda_paths, "_get_nvrtc_path", lambda: None)
+        patch.setattr(
+            nvrtc, "get_arch_option", lambda major, minor, suffix="": f"compute_{major}{minor}"
+        )
+        device = SimpleNamespace(compute_capability=TARGET)
+        patch.setattr(dispatcher, "get_current_device", lambda: device)
+        for module in (launch, table, threshold):
+            patch.setattr(module, "simulating", lambda: True)
+        for module in (fold, table, threshold):
+            patch.setattr(module, "place", place)
+        yield
+    MEMORY.spans.clear()
+
+
+@pytest.fixture
+def launcher():
+    MEMORY.spans.clear()
+    return OnMachine(blocks=2, threads=4)
+
+
+def test_a_place_beyond_four_giga_elements(kernels, launcher):
+    check_a_place_beyond_four_giga_elements(kernels, launcher, MEMORY.add)  # noqa: F405
+
+
+def learn(kernels, launcher):
+    """Pack over several blocks, and see what they learned together."""
+    case = Bucket(kernels, launcher, ("float32", "float32"), [144, 37, 60])  # noqa: F405
+    kernels.pack.pack(case.tiles, case.bucket.span, launcher, learned=case.learned)
+    wanted = float(sum((array.astype(np.float64) ** 2).sum() for array in case.arrays))
+    np.testing.assert_allclose(case.learned.read(launcher).square_norm, wanted, rtol=1e-9)
+
+
+def select(kernels, launcher):
+    values = noise(200, "float32", 3)  # noqa: F405
+    there = kernels.table.place(values, launcher)
+    selection = kernels.threshold.Selection.of(launcher)
+    kernels.threshold.threshold(there.span, "float32", 20, selection, launcher)
+    found = selection.read(launcher).value
+    assert found == np.sort(np.abs(values))[-20]
+
+
+@pytest.mark.parametrize(
+    ("work", "leave_out"), [(learn, "membar"), (learn, "bar.sync"), (select, "bar.sync")]
+)
+def test_a_fence_or_a_barrier_that_is_left_out_is_told(kernels, work, leave_out):
+    """Mutation: the machine has to say no to it, in one order of blocks at least."""
+    told = []
+    for seed in range(6):
+        MEMORY.spans.clear()
+        launcher = OnMachine(blocks=3, threads=16, warp=4, seed=seed)
+        work(kernels, launcher)
+        try:
+            work(kernels, dataclasses.replace(launcher, leave_out=leave_out))
+        except (MachineError, AssertionError) as error:
+            told.append(error)
+    assert told
+
+
+def test_memory_that_is_not_the_kernels_is_told(kernels, launcher):
+    a, b = (kernels.table.place(np.ones(8, np.float32), launcher) for _ in range(2))
+    longer = [dataclasses.replace(one.span, count=9) for one in (a, b)]
+    with pytest.raises(MachineError, match="illegal access of 4 bytes"):
+        kernels.combine.combine("sum", "float32", *longer, launcher)
+    kernel, size = kernels.combine.combine_kernel("sum", "float32", "float32"), np.int64(4)
+    odd = (np.int64(a.span.address + 2), np.int64(b.span.address), size, size)
+    with pytest.raises(MachineError, match="not aligned"):
+        compiled(kernel, odd).run(1, 4, odd, MEMORY)
+
+
+DIFFERENT_BARRIERS = """
+.visible .entry two(
+	.param .u64 unused
+)
+{
+	.reg .pred %p<2>;
+	.reg .b32 %r<2>;
+
+	mov.u32 %r1, %tid.x;
+	setp.lt.s32 %p1, %r1, 2;
+	@%p1 bra $L1;
+	bar.sync 0;
+	ret;
+$L1:
+	bar.sync 0;
+	ret;
+}
+"""
+
+
+def test_threads_at_different_barriers_are_told():
+    with pytest.raises(MachineError, match="different barriers"):
+        Machine(DIFFERENT_BARRIERS).run(1, 4, [np.int64(0)], MEMORY)
+    Machine(DIFFERENT_BARRIERS).run(1, 2, [np.int64(0)], MEMORY)
+
+
+def test_what_the_machine_does_not_know_is_an_error():
+    with pytest.raises(MachineError, match="sin"):
+        Machine(DIFFERENT_BARRIERS.replace("mov.u32", "sin.approx.f32"))
