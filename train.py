@@ -6,72 +6,28 @@ batch.  However the work is split, a step trains on the same samples and comes t
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 import ringfold
-from ringfold.workloads import load
 from ringfold.workloads.agree import check_equal, settle
 from ringfold.workloads.command_line import parse
+from ringfold.workloads.crew import Crew, loaded, muster
 from ringfold.workloads.history import History
-from ringfold.workloads.losses import GlobalLosses
-from ringfold.workloads.options import Grid, Options, UsageError, grid_of, grid_of_some
-from ringfold.workloads.worlds import Left, Planned, open_world
+from ringfold.workloads.options import Options, UsageError, grid_of
+from ringfold.workloads.training import Training, go_on, join
+from ringfold.workloads.worlds import Left, open_world
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
-
-    from ringfold.workloads.dump import Dump
-    from ringfold.workloads.engines import Engine
-    from ringfold.workloads.keeper import Keeper
     from ringfold.workloads.report import Report
-    from ringfold.workloads.workload import Data, Workload
     from ringfold.workloads.worlds import World
-
-
-@dataclass
-class Training:
-    """What one set of ranks trains with, and how far it has come.
-
-    Without a crew this rank is a spare: it waits until another rank dies.
-    origin: what this was made of, until a step has counted. Where a rank dies before, that is dealt
-        out again: what the dead one had been given of it would be lost else, and ranks that had not
-        all got as far would bring unlike things.
-    """
-
-    options: Options
-    grid: Grid
-    history: History
-    crew: Crew | None
-    first_step: int = 0
-    done: int = 0
-    origin: Training | None = None
-
-
-@dataclass(frozen=True)
-class Crew:
-    """All that a rank needs to train; `team` is the ranks that do."""
-
-    team: ringfold.Communicator
-    mesh: ringfold.Mesh
-    workload: Workload
-    data: Data
-    engine: Engine
-    whole: list[tuple[str, torch.nn.Parameter]]  # of the unsplit model
-    num_steps: int
-    optimizer: torch.optim.Optimizer
-    losses: GlobalLosses
-    keeper: Keeper
-    dump: Dump | None
 
 
 def main() -> int:
@@ -135,163 +91,6 @@ def begin(world: World, parsed: Callable[[], Options]) -> Training:
     crew = muster(comm, options, grid, again=False)
     first = crew.keeper.resume()
     return Training(options, grid, History.begin(comm), crew, first, first)
-
-
-def muster(comm: ringfold.Communicator, options: Options, grid: Grid, again: bool) -> Crew:
-    """Build what the ranks of `comm`, all of them, train with.  Collective.
-
-    again: the run is under way, and will bring its state.
-    """
-    import torch
-
-    from ringfold.workloads import devices, engines
-    from ringfold.workloads.dump import Dump
-    from ringfold.workloads.keeper import Keeper
-    from ringfold.workloads.workload import Share
-
-    workload = settle(comm, lambda: loaded(options.workload))
-    device, told = devices.assign(comm, settle(comm, lambda: devices.gpus_for(options)))
-    if told and comm.rank == 0:
-        print(told)
-    # Ranks share the cores: a thread for every core in each of them would only get in the way.
-    # Later on they keep their threads: a sum may depend on the number of threads that share it.
-    if "OMP_NUM_THREADS" not in os.environ and not again:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.node.size))
-    if options.reduction == "tree":
-        torch.set_num_threads(1)
-
-    # Every rank builds the whole model from the seed, then keeps its part of it: the weights at the
-    # start do not depend on the grid.
-    streams = torch.get_rng_state()
-    torch.manual_seed(options.seed)
-    layers = settle(comm, lambda: engines.layers_of(workload, options))
-    if again:
-        torch.set_rng_state(streams)
-    whole = list(torch.nn.Sequential(*layers).named_parameters())
-    settle(comm, lambda: engines.check_stages(layers, grid.stages))
-    mesh = ringfold.Mesh(comm, data=grid.data, pipe=grid.pipe)
-    share = Share(options.batch_size, mesh.data.rank, mesh.data.size, options.seed)
-    data = settle(comm, lambda: workload.data(share))
-    check_equal(comm, data.fingerprint, "the data")
-    num_steps = settle(comm, lambda: count_steps(options, data))
-    engine = engines.make_engine(layers, workload, mesh, options, grid, data, device)
-    # An optimizer refuses to have nothing to do, as on a stage of layers without parameters.
-    parameters = [p for _, p in engine.named_parameters()] or [torch.nn.Parameter(torch.zeros(0))]
-    optimizer = workload.optimizer(parameters, options.lr)
-    # What a rank has not told the others yet would be lost with it.
-    losses = GlobalLosses(mesh.data, every=1) if options.uneven else GlobalLosses(mesh.data)
-    folder = options.dump
-    dump = settle(comm, lambda: Dump(folder, mesh, engine, again) if folder else None)
-    keeper = Keeper(comm, options, data, engine, optimizer, losses)
-    return Crew(
-        comm, mesh, workload, data, engine, whole, num_steps, optimizer, losses, keeper, dump
-    )
-
-
-def go_on(world: World, before: Training) -> Training:
-    """Go on after PeerLost with the ranks that there are then.  Collective."""
-    since = time.perf_counter()
-    if before.crew is not None:
-        before.crew.keeper.let_go(all_live=isinstance(world, Planned))
-        before.crew.engine.go_back()
-    if before.origin is not None:
-        before = before.origin
-    while True:
-        loss = world.recover(before.done)
-        before.history.lose(loss, before.done, since, planned=isinstance(world, Planned))
-        try:
-            return assemble(world, before, loss.joined)
-        except ringfold.PeerLost:
-            continue  # one more has died
-
-
-def join(world: World, options: Options) -> Training:
-    """Come into a run that is under way.  Collective with `go_on` of the others."""
-    grid = grid_of_some(options, world.comm.size)
-    return assemble(world, Training(options, grid, History(), None, done=-1), world.newcomers)
-
-
-def assemble(world: World, before: Training, joined: int) -> Training:
-    """Split the run anew over the ranks that there are, and bring its state to them.  Collective.
-
-    CheckpointError on all ranks where what a dead rank held is nowhere else.
-    """
-    import torch
-
-    from ringfold.parallel.checkpoint.handover import hand_over
-
-    comm, options, old, history = world.comm, before.options, before.crew, before.history
-    grid = settle(comm, lambda: grid_of_some(options, comm.size))
-    busy = grid.data * grid.pipe
-    done = int(comm.allgather(np.array([before.done])).max())
-    history.share(comm, done, joined)
-    if comm.rank == 0:
-        news = "; ".join(history.news())
-        print(f"{news}: going on as data {grid.data} x pipe {grid.pipe}", file=sys.stderr)
-    team = comm if busy == comm.size else comm.split(0 if comm.rank < busy else None, comm.rank)
-    new: dict[str, Any] = {}
-    crew = None
-    if team is not None:
-        crew = muster(team, options, grid, again=True)
-        new = {"model": crew.engine.state, "optimizer": crew.optimizer, "losses": None}
-    held: dict[str, Any] = {}
-    if old is not None:
-        losses = torch.tensor(old.losses.known[:done], dtype=torch.float64)
-        held = {"model": old.engine.state, "optimizer": old.optimizer, "losses": losses}
-    try:
-        values = hand_over(comm, held, new)
-    except ringfold.CheckpointError as error:
-        done = fall_back(comm, crew, error)
-        history.fell_back(done)
-    else:
-        if crew is not None:
-            crew.losses.known[:] = values["losses"].tolist()
-    if crew is not None:
-        crew.engine.begin_at(done)
-        if old is not None:
-            crew.keeper.follow(old.keeper)
-            crew.engine.wire_bytes = old.engine.wire_bytes
-    return Training(options, grid, history, crew, before.first_step, done, origin=before)
-
-
-def fall_back(
-    comm: ringfold.Communicator, crew: Crew | None, error: ringfold.CheckpointError
-) -> int:
-    """Return the step of the newest checkpoint, after loading it.  Collective.
-
-    CheckpointError on all ranks where there is none.
-    """
-    from ringfold.parallel.checkpoint.agreement import agree
-
-    step = -1
-    complaint = ""
-    if crew is not None:
-        try:
-            step = crew.keeper.reload()
-        except ringfold.CheckpointError as lacking:
-            complaint = f"{error}; {lacking}"
-    agree(comm, complaint, "going on without a rank")
-    return int(comm.allgather(np.array([step])).max())
-
-
-def loaded(name: str) -> Workload:
-    """Import the workload and all that training needs, so that what is missing shows now."""
-    try:
-        import torch  # noqa: F401
-        import tqdm  # noqa: F401
-
-        return load(name)
-    except ModuleNotFoundError as error:
-        raise UsageError(f"{error}: pip install 'ringfold[train]' brings what is needed") from None
-
-
-def count_steps(options: Options, data: Data) -> int:
-    if not data.steps_per_epoch:
-        raise UsageError(
-            f"--batch-size {options.batch_size} is more than the samples of {options.workload}"
-        )
-    in_epochs = options.epochs * data.steps_per_epoch
-    return in_epochs if options.steps is None else min(options.steps, in_epochs)
 
 
 def run(world: World, training: Training) -> None:
