@@ -316,8 +316,8 @@ def open_nested(
     widths = group.allgather(np.array([node.size], np.int64))
     if widths.min() < 2 or widths.min() != widths.max():
         return None
-    ipc = open_ipc(node, device)[0] if device.arithmetic is not None else None
-    able = np.array([ipc is not None], np.uint8)
+    ipc = open_ipc(node, device)[0]
+    able = np.array([ipc is not None and device.arithmetic is not None], np.uint8)
     if not group.allreduce(able, "min")[0]:
         if ipc is not None:
             ipc.close()

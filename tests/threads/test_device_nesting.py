@@ -149,13 +149,21 @@ def test_between_nodes_the_library_sends_device_memory(on_nodes) -> None:
 
 @pytest.mark.parametrize(
     ("widths", "what"),
-    [((2, 1), "unequal"), ((1, 1), "alone"), ((2, 2), "small"), ((2, 2), "refused")],
+    [
+        ((2, 1), "unequal"),
+        ((1, 1), "alone"),
+        ((2, 2), "small"),
+        ((2, 2), "refused"),
+        ((2, 2), "no kernels"),
+    ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_what_goes_another_way(on_nodes, widths, what, monkeypatch) -> None:
     def main(comm: Communicator, gpu: FakeGpu) -> None:
         if what == "refused" and comm.rank == 1:
             gpu.peering.refuses = "open"
+        if what == "no kernels" and comm.rank == 1:
+            gpu.arithmetic = None
         x = late(gpu, data(comm.rank, 100, np.float32))
         work = comm.allreduce(x, blocking=False)
         work.wait()
