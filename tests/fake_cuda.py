@@ -9,13 +9,13 @@ that runs at once what is put on a stream. In Numba's simulator, kernels of GPUs
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from fake_device import UNAWARE, FakeEvent, FakeGpu, at
+from fake_device import UNAWARE, FakeEvent, FakeGpu, FakeNode, at
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
@@ -242,13 +242,18 @@ def simulated_packer(monkeypatch: Any) -> DevicePacker:
     return DevicePacker(lambda: 1, 0, blocks=2, threads=4)
 
 
-def find_anywhere(monkeypatch: Any) -> None:
-    """Let every communicator of this process take the tensors, and give such as registered."""
+def find_anywhere(
+    monkeypatch: Any, node_of: Callable[[Communicator], FakeNode | None] = lambda comm: None
+) -> None:
+    """Let every communicator of this process take the tensors, and give such as registered.
+
+    node_of: return what the devices of a rank's node share; None where they share nothing.
+    """
     from ringfold.comm.transport import device, gpu_aware
     from ringfold.parallel import device_transfer
 
     def ways(comm: Communicator) -> DeviceWays:
-        gpu = EagerGpu()
+        gpu = EagerGpu(node_of(comm))
 
         def find(array: DeviceArray) -> EagerGpu:
             return gpu

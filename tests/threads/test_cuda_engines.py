@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda import CUDA, CudaTensor, find_anywhere, on_cuda, pretend, to_cuda
+from fake_device import FakeNode
 from torch import Tensor, nn
 
 from ringfold import Communicator, DataParallel, Mesh, Pipeline, Settings, run_local
+from ringfold.comm import device_nesting
+from ringfold.comm.transport.local import LocalTransport
 from ringfold.parallel import ShardedOptimizer, broadcast_optimizer
 from ringfold.parallel.random_keys import Dropout
 
@@ -91,6 +94,41 @@ def test_data_parallel(wire: str | None) -> None:
         return of_model(model)
 
     on_both(2, train)
+
+
+@pytest.mark.parametrize("wire", [None, "bf16"])
+def test_data_parallel_over_nodes(wire: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four ranks on two nodes, whose buckets are reduced over ipc there."""
+    nodes = [FakeNode(), FakeNode()]
+
+    def world_rank(transport: Any) -> int:
+        return int(transport._members[transport.rank])
+
+    find_anywhere(monkeypatch, lambda comm: nodes[world_rank(comm._transport) // 2])
+    monkeypatch.setattr(
+        LocalTransport, "node", lambda self: self.split(world_rank(self) // 2, self.rank)
+    )
+    monkeypatch.setattr(device_nesting, "NEST_BYTES", 4)
+    prepare, nested = device_nesting.Nested.allreduce, []
+    monkeypatch.setattr(
+        device_nesting.Nested, "allreduce", lambda *args: nested.append(1) or prepare(*args)
+    )
+
+    def train(comm: Communicator, move: Any, put: Any) -> list[Tensor]:
+        model = DataParallel(
+            move(nn.Sequential(*plain_layers())), comm, bucket_bytes=150, wire=wire
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(3):
+            x, y = map(put, batch(comm.rank, step))
+            optimizer.zero_grad()
+            (model(x) - y).square().mean().backward()
+            optimizer.step()
+        model.check_replicas()
+        return of_model(model)
+
+    on_both(4, train)
+    assert len(nested) >= 4 * 3
 
 
 @pytest.mark.parametrize(
