@@ -166,6 +166,11 @@ class Exported:
 class Peering(Protocol):
     """What a device offers to ranks that share memory with others."""
 
+    @property
+    def card(self) -> str:
+        """Return the name of the physical device, alike in all processes of a node."""
+        ...
+
     def export(self, address: int, nbytes: int) -> Exported | None:
         """Return how others open memory; None for memory that is not registered."""
         ...

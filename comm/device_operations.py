@@ -18,7 +18,8 @@ import numpy as np
 from .device import Device, DeviceArray, describe
 from .device_messages import REASON, DeviceMessages
 from .fingerprint import fingerprint
-from .ipc import Ipc, open_ipc
+from .ipc import Ipc
+from .ipc_trial import open_ipc
 from .schedule import Schedule
 from .staging import Staging, Typed
 from .trace import Signature

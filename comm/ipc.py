@@ -1,10 +1,10 @@
 """Collectives on GPU memory in place: kernels of a node's ranks work on each other's memory.
 
 The programs are those of host memory that all ranks map (`fused.shared`): everybody comes, each
-rank folds or copies its part, everybody is done. Events of each rank are known to all others:
-behind one its buffer may be read, behind another its part of the work is done. (A third serves who
-works in two steps, `device_nesting`.) The host exchanges only words: that every rank has put its
-event on its stream. No host waits for a device.
+rank folds or copies its part (of ranks that share a card, one folds for all), everybody is done.
+Events of each rank are known to all others: behind one its buffer may be read, behind another its
+part of the work is done. (A third serves who works in two steps, `device_nesting`.) The host
+exchanges only words: that every rank has put its event on its stream. No host waits for a device.
 
 An event is put on a stream anew for every operation. A rank does so only after an exchange that
 each other rank enters behind its own use of the event's last place: the event of the first exchange
@@ -14,7 +14,7 @@ is used before the last, the last one's before the next operation's first.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -24,13 +24,12 @@ import numpy.typing as npt
 from ..kernels.records import ALL, Row, Where
 from . import fused
 from .call_codes import code_of
-from .device import HANDLE_BYTES, Device, DeviceArray, Event, Exported, Peering, describe
-from .errors import CommError
+from .device import HANDLE_BYTES, Device, DeviceArray, Event, Exported, Peering
 from .fused_pulls import own_bytes
 from .fused_rows import Shape
+from .texts import gather_texts
 from .trace import Signature
-from .transport.base import Channel
-from .work import Prepared, Receipt, Steps
+from .work import Steps
 
 if TYPE_CHECKING:
     from .communicator import Communicator
@@ -41,11 +40,10 @@ Launch = Callable[[], Any]
 
 Words = npt.NDArray[np.int64]
 
-_EVENTS = 3
-_READY, _AGAIN, _DONE = range(_EVENTS)
-_OFFER_WORDS = 5 + HANDLE_BYTES // 8
+EVENTS = 3
+_READY, _AGAIN, _DONE = range(EVENTS)
+OFFER_WORDS = 5 + HANDLE_BYTES // 8
 _KEPT = 256
-_TRIAL = 1000
 _NOT_REGISTERED, _NOTHING_SHOWN = 0, -1
 
 
@@ -108,9 +106,12 @@ class Ipc:
         self.stream = device.make_stream()
         self._opened: dict[tuple[int, int], int] = {}
         self._mine = [event for event, _ in mine]
-        self._told, self._plain = _Exchange(comm, _OFFER_WORDS), _Exchange(comm, 1)
+        self._all = range(comm.size)
+        self._told, self._plain = _Exchange(comm, OFFER_WORDS), _Exchange(comm, 1)
         self._kept: dict[object, tuple[bytes, Any]] = {}
-        handles = np.zeros((_EVENTS, HANDLE_BYTES), np.uint8)
+        cards = gather_texts(comm, peering.card)
+        self._folders = sorted({cards.index(card) for card in cards})
+        handles = np.zeros((EVENTS, HANDLE_BYTES), np.uint8)
         for line, (_, handle) in zip(handles, mine, strict=True):
             line[: len(handle)] = np.frombuffer(handle, np.uint8)
         everyone = comm.allgather(handles)
@@ -157,10 +158,11 @@ class Ipc:
         )
         if launches is None:
             return None
-        self.begin()
+        if launches:
+            self.begin()
         for launch in launches:
             launch()
-        yield from self.end(tag)
+        yield from self._pass(_DONE, tag, self._workers(signature))
         return self._device.record(self.stream)
 
     # -- its parts ---------------------------------------------------------------------------
@@ -176,24 +178,29 @@ class Ipc:
 
     def begin(self) -> None:
         """Let this rank's stream run behind what the others' were at when they met."""
-        self._follow(_READY)
+        self._follow(_READY, self._all)
 
     def meet_again(self, tag: int) -> Steps:
         """Let it run behind what all ranks' are at by now; once in an operation, if at all."""
-        yield from self._pass(_AGAIN, tag)
+        yield from self._pass(_AGAIN, tag, self._all)
 
     def end(self, tag: int) -> Steps:
         """Let it run behind all ranks' work."""
-        yield from self._pass(_DONE, tag)
+        yield from self._pass(_DONE, tag, self._all)
 
-    def _pass(self, which: int, tag: int) -> Steps:
-        self._peering.place(self._mine[which], self.stream)
+    def _pass(self, which: int, tag: int, of: Sequence[int]) -> Steps:
+        """Meet, and run behind the ranks `of` from there on."""
+        if self._comm.rank in of:
+            self._peering.place(self._mine[which], self.stream)
         yield from self._plain.run(tag)
-        self._follow(which)
+        self._follow(which, of)
 
-    def _follow(self, which: int) -> None:
-        for event in self._events[which]:
-            self._device.follow(self.stream, event)
+    def _follow(self, which: int, of: Sequence[int]) -> None:
+        for rank in of:
+            self._device.follow(self.stream, self._events[which][rank])
+
+    def _workers(self, signature: Signature) -> Sequence[int]:
+        return self._folders if signature.operation in _FOLDING else self._all
 
     def close(self) -> None:
         """Give back the others' memory; after the last operation has ended."""
@@ -233,7 +240,14 @@ class Ipc:
         self, signature: Signature, array: DeviceArray, into: int, bases: Sequence[int]
     ) -> list[Launch]:
         """Return what puts this rank's part on its stream."""
-        program = fused.lower("shared", signature.operation, self._shape(signature, array))
+        shape = self._shape(signature, array)
+        workers = self._workers(signature)
+        if self._comm.rank not in workers:
+            return []
+        if len(workers) < self._comm.size:
+            place = workers.index(self._comm.rank)
+            shape = replace(shape, rank=place, size=len(workers))
+        program = fused.lower("shared", signature.operation, shape)
         found = [self._launch(line, signature, bases, into) for line in program.tolist()]
         return [launch for launch in found if launch is not None]
 
@@ -264,83 +278,22 @@ class Ipc:
             return array.address
         if row[0] == _NOTHING_SHOWN:
             return 0
-        return self._opened_at(rank, row) + int(row[1])
+        return self.opened_at(rank, row) + int(row[1])
 
-    def _opened_at(self, rank: int, row: Words) -> int:
+    def opened_at(self, rank: int, row: Words) -> int:
+        """Return where the memory lies that a rank shows; CommError where it cannot be opened."""
         key = rank, int(row[0])
         if key not in self._opened:
             self._opened[key] = self._peering.open(row[5:].tobytes())
         return self._opened[key]
 
 
+_FOLDING = ("allreduce", "reduce")
+"""Collectives that write where any rank can, so that one rank of each card does the work there.
+
+Ranks on one card take turns, each for a time slice of the card's, unless NVIDIA's MPS serves them;
+and one kernel takes all of a card's bandwidth.
+"""
+
 _GATHERING = ("allgather", "gather")
 """Collectives whose flat buffer is that of all ranks together."""
-
-
-def open_ipc(comm: Communicator, device: Device) -> tuple[Ipc | None, str]:
-    """Open a group's device memory to its ranks, and try it; collective.
-
-    Returns: the group's side, or None and why not. It was seen to give right sums where it is not
-    None; what a device refuses is refused on all ranks.
-    """
-    peering = device.peering
-    several = 1 < comm.size == comm.node.size
-    if not several:
-        return None, "its ranks are on several nodes" if comm.size > 1 else "it has one rank"
-    if not _agree(comm, peering is not None):
-        return None, "a device offers none"
-    assert peering is not None
-    mine, why = _attempt(
-        lambda: ([peering.make_event() for _ in range(_EVENTS)], peering.trial(_TRIAL))
-    )
-    if not _agree(comm, mine is not None):
-        return None, why or "another rank's device refuses"
-    assert mine is not None
-    events, (x, right) = mine
-    made, why = _attempt(lambda: Ipc(comm, device, peering, events))
-    if not _agree(comm, made is not None):
-        return None, why or "another rank cannot open events"
-    assert made is not None
-    array = describe(x, writable=True)
-    signature = Signature("allreduce", "sum", array.dtype.name, array.count)
-    if not _agree(comm, _can_open(made, signature, array)):
-        made.close()
-        return None, "memory cannot be opened"
-    caller = device.caller(array)
-
-    def run(tag: int) -> Steps:
-        ready = device.record(caller)
-        last = yield from made.run(signature, array, array.address, ready, tag)
-        if last is not None:
-            device.follow(caller, last)
-        return last is not None
-
-    receipt = Receipt("allreduce", "pairwise, in place", "ipc", comm.size, array.nbytes, "trial")
-    done = comm._start(Prepared(receipt, Channel.COLLECTIVE, run, signature), True)
-    if not _agree(comm, done and right(comm.size)):
-        made.close()
-        return None, "a trial gave wrong sums"
-    return made, ""
-
-
-def _attempt(make: Callable[[], Made]) -> tuple[Made | None, str]:
-    try:
-        return make(), ""
-    except CommError as error:
-        return None, str(error)
-
-
-def _agree(comm: Communicator, fine: bool) -> bool:
-    return bool(comm.allreduce(np.array([fine], np.uint8), "min")[0])
-
-
-def _can_open(ipc: Ipc, signature: Signature, array: DeviceArray) -> bool:
-    """Exchange handles, and open the others'; collective, and never an error on one rank only."""
-    rows = ipc._comm.allgather(ipc.offer(signature, array).write(np.zeros(_OFFER_WORDS, np.int64)))
-    try:
-        for rank, row in enumerate(rows):
-            if rank != ipc._comm.rank:
-                ipc._opened_at(rank, row)
-    except CommError:
-        return False
-    return bool(rows[:, 0].all())

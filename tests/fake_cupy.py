@@ -298,6 +298,9 @@ class Runtime:
             raise CUDARuntimeError("cudaErrorInvalidValue")
         return 0
 
+    def deviceGetPCIBusId(self, device: int) -> str:
+        return "0000:00:01.0"
+
     def getDeviceProperties(self, device: int) -> dict[str, bytes]:
         return {"name": b"a pretended GPU"}
 

@@ -70,9 +70,9 @@ class FakeGpu:
 
     name = "fake:0"
 
-    def __init__(self, node: FakeNode | None = None) -> None:
+    def __init__(self, node: FakeNode | None = None, card: str = "") -> None:
         self.node = node
-        self.peering = None if node is None else FakePeering(self, node)
+        self.peering = None if node is None else FakePeering(self, node, card or f"{id(self)}")
         self.arithmetic: FakeArithmetic | None = FakeArithmetic(self)
         self.log: list[tuple[Any, ...]] = []
         self.pinned: list[tuple[int, int]] = []
@@ -290,8 +290,8 @@ class SharedEvent:
 class FakePeering:
     """Sharing memory with the other ranks of a FakeNode; handles are numbers."""
 
-    def __init__(self, gpu: FakeGpu, node: FakeNode) -> None:
-        self.gpu, self.node = gpu, node
+    def __init__(self, gpu: FakeGpu, node: FakeNode, card: str) -> None:
+        self.gpu, self.node, self.card = gpu, node, card
         self.refuses = ""
         self.wrong = False
         node.gpus.append(gpu)
@@ -429,12 +429,13 @@ def use_fake(
     window_bytes: int = 64,
     node: FakeNode | None = None,
     aware: Verdict = UNAWARE,
+    card: str = "",
 ) -> FakeGpu:
     """Let a communicator's operations on device memory run on a fake.
 
-    aware: what the probe says of the MPI library.
+    aware: what the probe says of the MPI library.  card: the physical one; without, one of its own.
     """
-    gpu = FakeGpu(node)
+    gpu = FakeGpu(node, card)
     device: Device = gpu
     staged = DeviceOperations(comm, lambda array: device, window_bytes)
     comm.use_devices(DeviceWays(comm, lambda array: device, staged, lambda: aware))

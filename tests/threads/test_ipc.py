@@ -40,6 +40,37 @@ def test_every_op_and_length(size: int) -> None:
     on_node(size, main)
 
 
+@pytest.mark.parametrize(("size", "cards"), [(2, 1), (5, 1), (4, 2), (5, 3)])
+def test_of_ranks_that_share_a_card_one_folds(size: int, cards: int) -> None:
+    """The results are the same; ranks that take turns on a card need not wait for their turn."""
+    node = FakeNode()
+
+    def main(comm: Communicator) -> None:
+        gpu = use_fake(comm, node=node, card=f"card {comm.rank % cards}")
+        comm.allreduce(late(gpu, np.ones(1, np.float32)))
+        for count in lengths(size)[1:]:
+            for op in FOLDS:
+                x = late(gpu, data(comm.rank, count, np.float32))
+                before = len(gpu.log)
+                work = comm.allreduce(x, op, blocking=False)
+                work.wait()
+                assert work.receipt.transport == "ipc"
+                launched = [entry for entry in gpu.log[before:] if entry[0] == "launch"]
+                assert len(launched) <= (comm.rank < cards), launched
+                if comm.rank >= cards:  # which runs behind its own work, and the folders'
+                    follows = [entry for entry in gpu.log[before:] if entry[0] == "follow"]
+                    assert len(follows) == cards + 2, follows
+                np.testing.assert_array_equal(x.get(), expected(op, size, count, np.float32))
+                comm.barrier()  # a peer's stream may still have to read
+            for root in (0, size - 1):
+                check_reduce(comm, gpu, count, root)
+                check_reduce_scatter(comm, gpu, count, root)
+                check_allgather(comm, gpu, count, root)
+                comm.barrier()
+
+    run_local(size, main, settings=SETTINGS)
+
+
 def rows(comm: Communicator, count: int) -> np.ndarray:
     return np.stack([data(rank, count, np.float32) for rank in range(comm.size)])
 
