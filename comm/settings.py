@@ -102,6 +102,11 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
     return tuning.parent if tuning else None
 
 
+def names_threads(environ: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether the user has said how many threads compute in a process."""
+    return "OMP_NUM_THREADS" in environ
+
+
 def asks_for_huge_pages(environ: Mapping[str, str] = os.environ) -> str:
     """Name who asks Linux for huge pages for host tensors: "malloc", "torch" or nobody."""
     tunables = environ.get("GLIBC_TUNABLES", "").split(":")

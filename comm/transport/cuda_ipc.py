@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,9 +42,16 @@ class CudaPeering:
         self._memory = memory
         self.export, self.open, self.close = memory.export, memory.open, memory.close
         self._told = memory.told
-        self.card = _card(self._runtime, ordinal)
         self._event_of, self._handle_of = event_of, handle_of
         self._tables: dict[tuple[tuple[int, ...], Stream], tuple[Any, Any]] = {}
+
+    @cached_property
+    def card(self) -> str:
+        """Return a card's place on the bus; where there is none, what no other process says."""
+        try:
+            return str(self._runtime.deviceGetPCIBusId(self._ordinal))
+        except self._runtime.CUDARuntimeError:
+            return f"device {self._ordinal} of process {os.getpid()}"
 
     def allocate(self, shape: tuple[int, ...], storage: np.dtype[Any]) -> Any:
         """Return a CuPy array in registered memory."""
@@ -128,11 +136,3 @@ class CudaPeering:
             with self._cupy.cuda.Device(self._ordinal):
                 x[...] = 1
         return x, lambda number: bool((x == number).all())
-
-
-def _card(runtime: Any, ordinal: int) -> str:
-    """Return a card's place on the bus; where there is none, a name that no other process gives."""
-    try:
-        return str(runtime.deviceGetPCIBusId(ordinal))
-    except runtime.CUDARuntimeError:
-        return f"device {ordinal} of process {os.getpid()}"

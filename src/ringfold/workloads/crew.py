@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ..comm.settings import names_threads
 from . import load
 from .agree import check_equal, settle
 from .losses import GlobalLosses
@@ -58,7 +59,7 @@ def muster(comm: Communicator, options: Options, grid: Grid, again: bool) -> Cre
         print(told)
     # Ranks share the cores: a thread for every core in each of them would only get in the way.
     # Later on they keep their threads: a sum may depend on the number of threads that share it.
-    if "OMP_NUM_THREADS" not in os.environ and not again:
+    if not names_threads() and not again:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // comm.node.size))
     if options.reduction == "tree":
         torch.set_num_threads(1)
