@@ -438,6 +438,7 @@ def _instruction(line: str) -> Instruction:
 class Machine:
     """A kernel, ready to run.
 
+    done: instructions that threads have done in all runs.
     leave_out: a part of instructions that it does not do, for mutations.
     """
 
@@ -452,6 +453,7 @@ class Machine:
             self.names[name] = end
             end += int(size)
         self.shared_bytes = end - SHARED
+        self.done = 0
         self.code: list[Instruction] = []
         self.labels: dict[str, int] = {}
         for line in body.rpartition("}")[0].splitlines():
@@ -531,6 +533,7 @@ class Machine:
         while True:
             instruction = self.code[at]
             taken = mask
+            self.done += int(mask.sum())
             if instruction.guard is not None:
                 name, wanted = instruction.guard
                 taken = mask & (block.registers[name] == wanted)

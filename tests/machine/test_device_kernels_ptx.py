@@ -13,6 +13,7 @@ from device_contract import *  # noqa: F403
 from ptx_machine import Machine, MachineError, Memory
 
 from ringfold.kernels.device.launch import Launcher
+from ringfold.kernels.table import PointerTable
 
 MISSING = [name for name in ("numba_cuda", "nvidia") if importlib.util.find_spec(name) is None]
 pytestmark = [
@@ -105,6 +106,61 @@ def launcher():
 
 def test_a_place_beyond_four_giga_elements(kernels, launcher):
     check_a_place_beyond_four_giga_elements(kernels, launcher, MEMORY.add)  # noqa: F405
+
+
+H200 = 132 * 4 * 32 * 1.8e9 / 4.8e12
+"""Instructions of a thread that it can issue for each byte that its memory can move: 6.3."""
+
+
+def moving(kernels, launcher, count):
+    """Yield name, bytes an element, and a launch over count elements, of kernels that only move."""
+    pack, fold, Span = kernels.pack, kernels.fold, kernels.table.Span
+    a, b, c, d = (
+        kernels.table.place(np.ones(4 * count // size, f"u{size}"), launcher).span
+        for size in (4, 4, 2, 2)
+    )
+    for dtype, span, size in (("float32", b, 4), ("bfloat16", c, 2), ("float16", c, 2)):
+        table = PointerTable(np.array([a.address]), np.array([count]), np.array([0]), 4)
+        tiles = kernels.table.Tiles.of(table, "float32", dtype, launcher, tile=count // 2)
+        learned = kernels.table.ByProducts.of(launcher)
+        bucket, out = Span(span.address, count), (Span(span.address, count), dtype)
+        yield f"pack {dtype}", 4 + size, lambda t=tiles, s=bucket: pack.pack(t, s, launcher)
+        yield (
+            f"pack {dtype}, measured",
+            4 + size,
+            lambda t=tiles, s=bucket, m=learned: pack.pack(t, s, launcher, scale=0.3, learned=m),
+        )
+        yield (
+            f"unpack {dtype}",
+            4 + size,
+            lambda t=tiles, s=bucket: pack.unpack(t, s, launcher, divisor=2.0),
+        )
+        if size == 2:
+            yield f"to {dtype}", 6, lambda o=out: pack.cast(a, "float32", *o, launcher)
+            yield f"from {dtype}", 6, lambda o=out: pack.cast(*o, a, "float32", launcher)
+    for dtype, ones, size in (("float32", (a, b), 4), ("bfloat16", (c, d), 2)):
+        spans = [Span(one.address, count) for one in ones]
+        peers = fold.Peers.of(tuple(span.address for span in spans), launcher)
+        yield (
+            f"combine {dtype}",
+            3 * size,
+            lambda t=dtype, s=spans: kernels.combine.combine("sum", t, *s, launcher),
+        )
+        yield (
+            f"fold {dtype}",
+            4 * size,
+            lambda t=dtype, p=peers: fold.fold("mean", t, p, p, count, launcher, last=2.0),
+        )
+
+
+def test_kernels_have_few_enough_instructions_to_wait_for_memory_alone(kernels):
+    """An H200 issues them in 60 % of the time that its memory takes for the bytes."""
+    launcher, count = OnMachine(blocks=2, threads=32), 4096
+    for name, nbytes, launch in moving(kernels, launcher, count):
+        before = {machine: machine.done for machine in MACHINES.values()}
+        launch()
+        done = sum(machine.done - before.get(machine, 0) for machine in MACHINES.values())
+        assert 0 < done / count / nbytes < 0.6 * H200, (name, done / count)
 
 
 def learn(kernels, launcher):
