@@ -35,6 +35,7 @@ endif
 # Open MPI gives every rank a terminal, so pytest would colour what goes to a file.
 COLOR       := $(if $(MAKE_TERMOUT),yes,no)
 READY       := $(VENV)/ringfold.stamp
+TRAIN_READY := $(VENV)/train.stamp
 MPICH_VENV  := $(VENV)-mpich
 MPICH_READY := $(MPICH_VENV)/ringfold.stamp
 IMPI_VENV   := $(VENV)-impi
@@ -75,6 +76,10 @@ setup: $(READY)
 $(READY): $(INPUTS) | python-version
 	@$(PYTHON) tools/setup_venv.py $(VENV) --extras train,test,bench,dev,gpu-test --mpi $(MPI)
 
+# What training needs, without what tests and benchmarks do: 0.6 GB of 2 less to install.
+$(TRAIN_READY): $(INPUTS) | python-version
+	@$(PYTHON) tools/setup_venv.py $(VENV) --extras train --stamp train --mpi $(MPI)
+
 $(MPICH_READY): $(INPUTS) | python-version
 	@$(PYTHON) tools/setup_venv.py $(MPICH_VENV) --extras test --mpi mpich
 
@@ -89,7 +94,7 @@ python-version:
 # Huge pages for large tensors: without them a step of a large model takes up to a third longer.
 HUGE_PAGES  := GLIBC_TUNABLES=$(or $(GLIBC_TUNABLES),glibc.malloc.hugetlb=1)
 
-train: $(READY)
+train: $(TRAIN_READY)
 	$(HUGE_PAGES) mpirun -n $(NP) python train.py $(ARGS)
 
 test: test-main test-simulator test-machine test-processes test-mpich

