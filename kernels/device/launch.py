@@ -12,6 +12,14 @@ from .primitives import simulating
 
 BLOCKS_PER_MULTIPROCESSOR = 8
 THREADS = 256
+"""Of a block, at most."""
+
+LAUNCH_BOUNDS = (THREADS, 3)
+"""Threads of a block, and blocks that a multiprocessor has registers for.
+
+Without them the assembler makes code for blocks of 1024 threads, and to save registers it puts the
+loads of a thread behind what it does with the ones before.
+"""
 
 
 @dataclass(frozen=True)
@@ -20,7 +28,7 @@ class Launcher:
 
     device: its ordinal. stream: a CUDA stream handle; 1 is the legacy default stream.
     blocks: at most so many; None for BLOCKS_PER_MULTIPROCESSOR times the device's multiprocessors.
-    threads: of a block, a power of two.
+    threads: of a block, a power of two up to THREADS.
     """
 
     device: int = 0
@@ -29,9 +37,9 @@ class Launcher:
     threads: int = THREADS
 
     def __post_init__(self) -> None:
-        if self.threads < 1 or self.threads > 1024 or self.threads & (self.threads - 1):
+        if self.threads < 1 or self.threads > THREADS or self.threads & (self.threads - 1):
             raise ValueError(
-                f"threads of a block: expected a power of two up to 1024, got {self.threads}"
+                f"threads of a block: expected a power of two up to {THREADS}, got {self.threads}"
             )
         if self.blocks is not None and self.blocks < 1:
             raise ValueError(f"blocks: expected at least 1, got {self.blocks}")
@@ -128,7 +136,9 @@ def compile_kernel(name: str, function: Callable[..., Any]) -> Any:
     # several threads, and it would restore what another has set.
     warnings.filterwarnings("ignore", message="Grid size .* low occupancy")
     function.__name__ = function.__qualname__ = name
-    kernel = cuda.jit(function)
     if simulating():
+        kernel = cuda.jit(function)
         kernel.__name__ = name
-    return kernel
+        return kernel
+    # Without optimization at link time, so that the machine code is what the tests have looked at.
+    return cuda.jit(launch_bounds=LAUNCH_BOUNDS, lto=False)(function)

@@ -12,7 +12,7 @@ import pytest
 from device_contract import *  # noqa: F403
 from ptx_machine import Machine, MachineError, Memory
 
-from ringfold.kernels.device.launch import Launcher
+from ringfold.kernels.device.launch import LAUNCH_BOUNDS, Launcher
 from ringfold.kernels.table import PointerTable
 
 MISSING = [name for name in ("numba_cuda", "nvidia") if importlib.util.find_spec(name) is None]
@@ -36,7 +36,12 @@ def compiled(kernel, arguments, leave_out=None):
     key = kernel, kinds, leave_out
     if key not in MACHINES:
         ptx, _ = cuda.compile(
-            kernel.py_func, types.void(*kinds), cc=TARGET, device=False, abi="numba"
+            kernel.py_func,
+            types.void(*kinds),
+            cc=TARGET,
+            device=False,
+            abi="numba",
+            launch_bounds=LAUNCH_BOUNDS,
         )
         MACHINES[key] = Machine(ptx, leave_out)
     return MACHINES[key]

@@ -32,6 +32,7 @@ from numba import cuda, types
 from numba.cuda import cuda_paths, dispatcher
 from numba.cuda.cudadrv import nvrtc
 from ringfold.kernels.device import combine, fold, masks, pack, threshold
+from ringfold.kernels.device.launch import LAUNCH_BOUNDS
 
 i, f, u = types.int64, types.float32, types.uint64
 peers = (i,) * 7 + (f, f, i)
@@ -39,9 +40,12 @@ tiles = (i, i, i, f, i)
 move = pack.transfer_kernel
 kernels = {
     "pack": (move("float32", "bfloat16", "pack", "multiply", 256, True), tiles),
+    "pack half": (move("float32", "float16", "pack", "multiply", 256, False), tiles),
     "unpack": (move("float32", "float16", "unpack", "divide", 256, False), tiles),
     "add": (move("float32", "float32", "pack", "add", 256, False), tiles),
     "combine": (combine.combine_kernel("sum", "float32", "float32"), (i,) * 4),
+    "combine halves": (combine.combine_kernel("max", "bfloat16", "bfloat16"), (i,) * 4),
+    "fold floats": (fold.fold_kernel("sum", "float32"), peers),
     "fold": (fold.fold_kernel("mean", "bfloat16"), peers),
     "digit": (threshold.digit_kernel("float32", 20, 11, 256), (i,) * 3),
     "mask": (masks.mask_kernel(), (i, i, i, i, u, u, u, i)),
@@ -53,7 +57,8 @@ for target in map(tuple, json.loads(sys.argv[1])):
     dispatcher.get_current_device = lambda target=target: SimpleNamespace(compute_capability=target)
     found.append({
         name: cuda.compile(
-            kernel.py_func, types.void(*kinds), cc=target, device=False, abi="numba"
+            kernel.py_func, types.void(*kinds), cc=target, device=False, abi="numba",
+            launch_bounds=LAUNCH_BOUNDS,
         )[0]
         for name, (kernel, kinds) in kernels.items()
     })
@@ -90,6 +95,9 @@ def count(ptx, pattern):
 OTHERS = {"digit", "mask"}
 """Their time goes into a histogram, and into random words."""
 
+RATIOS = {"pack": 2, "pack half": 2, "add": 2, "combine": 2, "combine halves": 2, "unpack": 0.5}
+"""Accesses of 16 bytes: loads for each store."""
+
 LOAD, STORE = r"^(@.* )?ld\.global\.v4\.[bfu]32", r"^(@.* )?st\.global\.v4\.[bfu]32"
 
 
@@ -101,7 +109,7 @@ def test_kernels_move_sixteen_bytes_at_a_time(compiled):
             continue
         assert loads and stores, name
         # A vector of 8 elements is one access of the half width and two of float32.
-        ratio = {"pack": 2, "add": 2, "combine": 2, "unpack": 0.5}.get(name)
+        ratio = RATIOS.get(name)
         if ratio:
             assert loads == ratio * stores, name
 
@@ -140,11 +148,11 @@ def test_floats_are_not_made_inexact(compiled):
     assert count(kernels["unpack"], r"\bdiv\.rn\.f32") > 0
 
 
-def assembler():
-    """Where the toolkit's assembler lies, as its wheel installs it; None where it is not."""
+def tool(name):
+    """Where a tool of the toolkit lies, as its wheel installs it; None where it is not."""
     import nvidia
 
-    found = [Path(place, "cu13", "bin", "ptxas") for place in nvidia.__path__]
+    found = [Path(place, "cu13", "bin", name) for place in nvidia.__path__]
     return next((path for path in found if path.exists()), None)
 
 
@@ -152,24 +160,47 @@ MULTIPROCESSOR_REGISTERS = 65536
 BLOCK = 256
 
 
-def test_machine_code_leaves_room_for_768_threads(compiled, tmp_path):
-    """With 64 bytes of each on their way, that is 48 KB; and nothing is spilled to memory."""
-    ptxas = assembler()
-    if ptxas is None:
-        pytest.skip("not installed: nvidia-cuda-nvcc (extra gpu-test)")
+@pytest.fixture
+def assembled(compiled, tmp_path):
+    """What the assembler says of each kernel, and its machine code, a line for each instruction."""
+    ptxas, nvdisasm = tool("ptxas"), tool("nvdisasm")
+    if ptxas is None or nvdisasm is None:
+        pytest.skip("not installed: nvidia-cuda-nvcc, nvidia-cuda-nvdisasm (extra gpu-test)")
     (major, minor), kernels = compiled
+    found = {}
     for name, ptx in kernels.items():
-        source = tmp_path / f"{name}.ptx"
+        source, code = tmp_path / f"{name}.ptx", tmp_path / "out"
         source.write_text(ptx)
-        command = [ptxas, "-v", f"-arch=sm_{major}{minor}", source, "-o", tmp_path / "out"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-        told = done.stdout + done.stderr
-        assert done.returncode == 0, told
+        told = output(ptxas, "-v", f"-arch=sm_{major}{minor}", source, "-o", code)
+        lines = output(nvdisasm, "-c", code).splitlines()
+        found[name] = told, [line for line in lines if re.match(r"\s+/\*[0-9a-f]{4,}\*/", line)]
+    return found
+
+
+def output(*command):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_machine_code_leaves_room_for_768_threads(assembled):
+    """With 64 bytes of each on their way, that is 48 KB; and nothing is spilled to memory."""
+    for name, (told, _) in assembled.items():
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in told, name
         registers = int(re.search(r"Used (\d+) registers", told).group(1))
         # They are given to a warp by eights.
         threads = MULTIPROCESSOR_REGISTERS // (-(-registers // 8) * 8 * BLOCK) * BLOCK
         assert threads >= 768, (name, registers)
+
+
+def test_machine_code_loads_64_bytes_at_once(assembled):
+    """The assembler leaves the loads together: nothing between them could wait for one of them."""
+    for name, (_, code) in assembled.items():
+        at = [i for i, line in enumerate(code) if re.search(r"\bLDG\S*\.128", line)]
+        if name in OTHERS:
+            assert not at, name
+            continue
+        assert min(last - first for first, last in zip(at, at[3:], strict=False)) <= 12, name
 
 
 def test_random_words_are_multiplied_at_full_width(compiled):
