@@ -139,7 +139,7 @@ def fold_kernel(op: str, dtype: str, change: str = "multiply") -> Any:
                 store(load(targets + r * 8, np.int64) + into + at, result)
             i += stride
 
-    return compile_kernel(f"fold_{op}_{dtype}", fold)
+    return compile_kernel(f"fold_{op}_{dtype}", fold, blocks=3)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import pytest
 from device_contract import *  # noqa: F403
 from ptx_machine import Machine, MachineError, Memory
 
-from ringfold.kernels.device.launch import LAUNCH_BOUNDS, Launcher
+from ringfold.kernels.device.launch import Launcher
 from ringfold.kernels.table import PointerTable
 
 MISSING = [name for name in ("numba_cuda", "nvidia") if importlib.util.find_spec(name) is None]
@@ -41,7 +41,7 @@ def compiled(kernel, arguments, leave_out=None):
             cc=TARGET,
             device=False,
             abi="numba",
-            launch_bounds=LAUNCH_BOUNDS,
+            launch_bounds=kernel.targetoptions["launch_bounds"],
         )
         MACHINES[key] = Machine(ptx, leave_out)
     return MACHINES[key]

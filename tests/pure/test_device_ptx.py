@@ -32,7 +32,6 @@ from numba import cuda, types
 from numba.cuda import cuda_paths, dispatcher
 from numba.cuda.cudadrv import nvrtc
 from ringfold.kernels.device import combine, fold, masks, pack, threshold
-from ringfold.kernels.device.launch import LAUNCH_BOUNDS
 
 i, f, u = types.int64, types.float32, types.uint64
 peers = (i,) * 7 + (f, f, i)
@@ -58,7 +57,7 @@ for target in map(tuple, json.loads(sys.argv[1])):
     found.append({
         name: cuda.compile(
             kernel.py_func, types.void(*kinds), cc=target, device=False, abi="numba",
-            launch_bounds=LAUNCH_BOUNDS,
+            launch_bounds=kernel.targetoptions["launch_bounds"],
         )[0]
         for name, (kernel, kinds) in kernels.items()
     })
