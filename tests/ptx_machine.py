@@ -438,7 +438,7 @@ def _instruction(line: str) -> Instruction:
 class Machine:
     """A kernel, ready to run.
 
-    done: instructions that threads have done in all runs.
+    done: how often threads have done each instruction, in all runs.
     leave_out: a part of instructions that it does not do, for mutations.
     """
 
@@ -453,7 +453,6 @@ class Machine:
             self.names[name] = end
             end += int(size)
         self.shared_bytes = end - SHARED
-        self.done = 0
         self.code: list[Instruction] = []
         self.labels: dict[str, int] = {}
         for line in body.rpartition("}")[0].splitlines():
@@ -463,6 +462,7 @@ class Machine:
             elif bare and not bare.startswith(".") and not (leave_out and leave_out in bare):
                 self.code.append(_instruction(bare))
         self.labels["end"] = len(self.code)
+        self.done = np.zeros(len(self.code), np.int64)
         self.starts = set(self.labels.values())
         self.registers = {
             name: kinds[name.rstrip("0123456789")] for name in set(re.findall(r"%[a-z]+\d+", body))
@@ -533,7 +533,7 @@ class Machine:
         while True:
             instruction = self.code[at]
             taken = mask
-            self.done += int(mask.sum())
+            self.done[at] += mask.sum()
             if instruction.guard is not None:
                 name, wanted = instruction.guard
                 taken = mask & (block.registers[name] == wanted)

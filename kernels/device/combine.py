@@ -17,7 +17,7 @@ from ..storage import FLOATS, HALVES
 from .lanes import deal, num_steps, pairs, places, reader, writer
 from .launch import Launcher, compile_kernel
 from .move import head_of
-from .primitives import Function, element, primitives
+from .primitives import DeviceElement, Function, element, primitives
 from .table import Span
 
 
@@ -65,6 +65,12 @@ def operation_of(op: str, dtype: str) -> Function:
     return primitives().compiled(apply)
 
 
+def combined_at_once(into: DeviceElement, incoming: DeviceElement) -> int:
+    """Return the elements that a thread combines before it waits for others."""
+    vector = max(into.lanes, incoming.lanes)
+    return vector * num_steps(vector * (into.size + incoming.size))
+
+
 @functools.cache
 def combine_kernel(op: str, into_dtype: str, incoming_dtype: str) -> Any:
     """Return the kernel (target, incoming, count, threads): fold one buffer into another."""
@@ -84,7 +90,7 @@ def combine_kernel(op: str, into_dtype: str, incoming_dtype: str) -> Any:
     both, read, read_in = pairs(one, vector), reader(into, vector), reader(incoming, vector)
     write, head_between = writer(into, vector), head_of(size, size_in, vector)
     wide, wide_in = vector * size, vector * size_in
-    steps = num_steps(wide + wide_in)
+    steps = combined_at_once(into, incoming) // vector
 
     def fetch_one(target: Any, other: Any) -> Any:
         return read(target), read_in(other)
@@ -100,32 +106,27 @@ def combine_kernel(op: str, into_dtype: str, incoming_dtype: str) -> Any:
         head = head_between(target, other)
         vectors = (count - head) // vector if 0 <= head < count else 0
         skip = head if vectors > 0 else 0
-        start = np.int64(cuda.blockIdx.x) * threads + cuda.threadIdx.x
-        stride = np.int64(cuda.gridDim.x) * threads
+        thread, block = np.int64(cuda.threadIdx.x), np.int64(cuda.blockIdx.x)
+        blocks = np.int64(cuda.gridDim.x)
         target_at, other_at = target + skip * size, other + skip * size_in
-        i = start
-        while i + (steps - 1) * stride < vectors:
-            there, step = target_at + i * wide, stride * wide
-            fetched = fetch(there, step, other_at + i * wide_in, stride * wide_in)
+        i = block * steps * threads + thread
+        while i + (steps - 1) * threads < vectors:
+            there, step = target_at + i * wide, threads * wide
+            fetched = fetch(there, step, other_at + i * wide_in, threads * wide_in)
             finish(fetched, there, step, 0)
-            i += steps * stride
+            i += blocks * steps * threads
         while i < vectors:
             there = target_at + i * wide
             finish_one(fetch_one(there, other_at + i * wide_in), there, 0)
-            i += stride
-        i = start
+            i += threads
+        i = block * threads + thread
         while i < count - vectors * vector:
             at = i if i < skip else i + vectors * vector
             there = target + at * size
             store(there, one(load(there, scalar), load(other + at * size_in, scalar_in)))
-            i += stride
+            i += blocks * threads
 
     return compile_kernel(f"combine_{op}_{into_dtype}_{incoming_dtype}", combine)
-
-
-def grid_of(count: int, vector: int, launcher: Launcher) -> int:
-    """Return the blocks that count elements want, of which a thread takes a vector at a time."""
-    return -(-count // (vector * launcher.threads))
 
 
 def combine(op: str, dtype: str, target: Span, incoming: Span, launcher: Launcher) -> bool:
@@ -153,10 +154,10 @@ def _combine(
             f"target has {target.count} elements and incoming has {incoming.count}; "
             "expected equal sizes"
         )
-    vector = max(element(into).lanes, element(dtype).lanes)
+    at_once = combined_at_once(element(into), element(dtype))
     return launcher.launch(
         combine_kernel(op, into, dtype),
-        grid_of(target.count, vector, launcher),
+        -(-target.count // (at_once * launcher.threads)),
         np.int64(target.address),
         np.int64(incoming.address),
         np.int64(target.count),

@@ -17,7 +17,7 @@ from numba import cuda
 
 from ..operations import check_operation
 from ..storage import FLOATS, HALVES, STORAGE, change_by, check_divisor
-from .combine import grid_of, operation_of
+from .combine import operation_of
 from .lanes import deal, each, num_steps, pairs, places, reader, writer
 from .launch import Launcher, compile_kernel
 from .primitives import element, primitives
@@ -104,11 +104,11 @@ def fold_kernel(op: str, dtype: str, change: str = "multiply") -> Any:
         head = common_head(targets, num_targets, into, head)
         vectors = (count - head) // vector if 0 <= head < count else 0
         before = head if vectors > 0 else 0
-        start = np.int64(cuda.blockIdx.x) * threads + cuda.threadIdx.x
-        stride = np.int64(cuda.gridDim.x) * threads
-        i = start
-        while i + (steps - 1) * stride < vectors:
-            at, step = before * size + i * wide, stride * wide
+        thread, block = np.int64(cuda.threadIdx.x), np.int64(cuda.blockIdx.x)
+        blocks = np.int64(cuda.gridDim.x)
+        i = block * steps * threads + thread
+        while i + (steps - 1) * threads < vectors:
+            at, step = before * size + i * wide, threads * wide
             values = prepare_all(fetch(lead + at, step, 0, 0), 0, 0, first)
             for r in range(1, num_sources):
                 incoming = fetch(load(sources + r * 8, np.int64) + skip + at, step, 0, 0)
@@ -116,7 +116,7 @@ def fold_kernel(op: str, dtype: str, change: str = "multiply") -> Any:
             results = finish_all(values, 0, 0, last)
             for r in range(num_targets):
                 write_all(results, load(targets + r * 8, np.int64) + into + at, step, 0)
-            i += steps * stride
+            i += blocks * steps * threads
         while i < vectors:
             at = before * size + i * wide
             values = prepared(read(lead + at), first)
@@ -126,8 +126,8 @@ def fold_kernel(op: str, dtype: str, change: str = "multiply") -> Any:
             results = finished(values, last)
             for r in range(num_targets):
                 write(load(targets + r * 8, np.int64) + into + at, results)
-            i += stride
-        i = start
+            i += threads
+        i = block * threads + thread
         while i < count - vectors * vector:
             at = (i if i < before else i + vectors * vector) * size
             value = prepare(load(lead + at, scalar), first)
@@ -137,7 +137,7 @@ def fold_kernel(op: str, dtype: str, change: str = "multiply") -> Any:
             result = finish(value, last)
             for r in range(num_targets):
                 store(load(targets + r * 8, np.int64) + into + at, result)
-            i += stride
+            i += blocks * threads
 
     return compile_kernel(f"fold_{op}_{dtype}", fold, blocks=3)
 
@@ -215,9 +215,10 @@ def prepare_fold(
     for what, peers, offset in (("source", sources, skip), ("target", targets, into)):
         for index, address in enumerate(peers.addresses):
             Span(address + offset, count).check(dtype, f"{what} {index}")
+    vector, size = element(dtype).lanes, element(dtype).size
     return launcher.prepared(
         fold_kernel(op, dtype, "multiply" if exact else "divide"),
-        grid_of(count, element(dtype).lanes, launcher),
+        -(-count // (vector * num_steps(vector * size) * launcher.threads)),
         np.int64(sources.table.span.address),
         np.int64(len(sources.addresses)),
         np.int64(skip),

@@ -31,13 +31,22 @@ def head_of(first_size: int, second_size: int, vector: int) -> Function:
     return primitives().compiled(head)
 
 
+def moved_at_once(source_kind: DeviceElement, target_kind: DeviceElement, change: str) -> int:
+    """Return the elements that a thread moves before it waits for others."""
+    vector = max(source_kind.lanes, target_kind.lanes)
+    read = source_kind.size + (target_kind.size if change == "add" else 0)
+    return vector * num_steps(vector * read)
+
+
 @functools.cache
 def mover(
     source_kind: DeviceElement, target_kind: DeviceElement, real: Any, change: str
 ) -> Function:
-    """Return the device function that moves elements start, start + stride, ... of two spans.
+    """Return the device function that moves a thread's elements from one span to another.
 
-    change: "multiply" or "divide" by a factor, or "add" to what is there.
+    Given the thread's place among those of its block, how many these are, and the same for the
+    block among those that share the spans.  change: "multiply" or "divide" by a factor, or "add"
+    to what is there.
     """
     p = primitives()
     load, store, compiled = p.load, p.store, p.compiled
@@ -109,31 +118,40 @@ def mover(
 
     finish_one, both = compiled(finish_one), compiled(both)
     wide_in, wide_out = vector * size_in, vector * size_out
-    steps = num_steps(wide_in + (wide_out if change == "add" else 0))
+    steps = moved_at_once(source_kind, target_kind, change) // vector
     fetch, finish, learned = places(fetch_one, steps), deal(finish_one, steps), total(both, steps)
 
-    def move(source: Any, target: Any, count: Any, start: Any, stride: Any, factor: Any) -> Any:
+    def move(
+        source: Any,
+        target: Any,
+        count: Any,
+        thread: Any,
+        threads: Any,
+        block: Any,
+        blocks: Any,
+        factor: Any,
+    ) -> Any:
         square, broken = 0.0, 0
         head = head_between(source, target)
         vectors = (count - head) // vector if 0 <= head < count else 0
         skip = head if vectors > 0 else 0
         source_at, target_at = source + skip * size_in, target + skip * size_out
-        i = start
-        while i + (steps - 1) * stride < vectors:
-            there, step = target_at + i * wide_out, stride * wide_out
+        i = block * steps * threads + thread
+        while i + (steps - 1) * threads < vectors:
+            there, step = target_at + i * wide_out, threads * wide_out
             # All loads before the first store: memory answers them together.
-            fetched = fetch(source_at + i * wide_in, stride * wide_in, there, step)
+            fetched = fetch(source_at + i * wide_in, threads * wide_in, there, step)
             more, wrong = learned(finish(fetched, there, step, factor))
             square += more
             broken |= wrong
-            i += steps * stride
+            i += blocks * steps * threads
         while i < vectors:
             there = target_at + i * wide_out
             more, wrong = finish_one(fetch_one(source_at + i * wide_in, there), there, factor)
             square += more
             broken |= wrong
-            i += stride
-        i = start
+            i += threads
+        i = block * threads + thread
         while i < count - vectors * vector:
             at = i if i < skip else i + vectors * vector
             value = value_of(load(source + at * size_in, scalar_in), target + at * size_out, factor)
@@ -141,7 +159,7 @@ def mover(
             store(target + at * size_out, result)
             square += square_one(value, 0)
             broken |= broken_one(result, 0)
-            i += stride
+            i += blocks * threads
         return square, broken
 
     return compiled(move)

@@ -16,7 +16,7 @@ from numba import cuda, types
 from ..storage import FLOATS, HALVES, change_by, check_divisor, storage
 from ..table import check_dtypes
 from .launch import Launcher, compile_kernel
-from .move import mover
+from .move import moved_at_once, mover
 from .primitives import Function, element, primitives
 from .table import ROW_WORDS, ByProducts, Span, Tiles
 
@@ -123,8 +123,16 @@ def transfer_kernel(
             bucket_at = bucket + load(row + 8, np.int64) * size
             count = load(row + 16, np.int64)
             source, target = (tensor_at, bucket_at) if into else (bucket_at, tensor_at)
+            thread = np.int64(cuda.threadIdx.x)
             more, wrong = move(
-                source, target, count, np.int64(cuda.threadIdx.x), np.int64(threads), factor
+                source,
+                target,
+                count,
+                thread,
+                np.int64(threads),
+                np.int64(0),
+                np.int64(1),
+                factor,
             )
             square += more
             broken |= wrong
@@ -145,9 +153,11 @@ def span_kernel(
     end = _ender(measure, threads)
 
     def span(source: Any, target: Any, count: Any, factor: Any, learned: Any) -> None:
-        start = np.int64(cuda.blockIdx.x) * threads + cuda.threadIdx.x
-        stride = np.int64(cuda.gridDim.x) * threads
-        square, broken = move(source, target, count, start, stride, factor)
+        thread, block = np.int64(cuda.threadIdx.x), np.int64(cuda.blockIdx.x)
+        blocks = np.int64(cuda.gridDim.x)
+        square, broken = move(
+            source, target, count, thread, np.int64(threads), block, blocks, factor
+        )
         end(square, broken, learned)
 
     name = f"cast_{change}_{source_dtype}_{target_dtype}_{threads}"
@@ -267,12 +277,12 @@ def cast(
     change, factor = change_by(divisor)
     measure = learned is not None
     kernel = span_kernel(source_dtype, target_dtype, change, launcher.threads, measure)
-    vector = max(element(source_dtype).lanes, element(target_dtype).lanes)
+    at_once = moved_at_once(element(source_dtype), element(target_dtype), change)
     return _launch(
         launcher,
         learned,
         kernel,
-        -(-source.count // (vector * launcher.threads)),
+        -(-source.count // (at_once * launcher.threads)),
         np.int64(source.address),
         np.int64(target.address),
         np.int64(source.count),

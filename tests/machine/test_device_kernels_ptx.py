@@ -162,10 +162,43 @@ def test_kernels_have_few_enough_instructions_to_wait_for_memory_alone(kernels):
     """An H200 issues them in 60 % of the time that its memory takes for the bytes."""
     launcher, count = OnMachine(blocks=2, threads=32), 4096
     for name, nbytes, launch in moving(kernels, launcher, count):
-        before = {machine: machine.done for machine in MACHINES.values()}
-        launch()
-        done = sum(machine.done - before.get(machine, 0) for machine in MACHINES.values())
+        done = sum(counts.sum() for _, counts in watched(launch))
         assert 0 < done / count / nbytes < 0.6 * H200, (name, done / count)
+
+
+def watched(launch):
+    """Launch, and return the machines that ran, with how often each of their instructions was."""
+    before = {machine: machine.done.copy() for machine in MACHINES.values()}
+    launch()
+    ran = ((m, m.done - before.get(m, 0)) for m in MACHINES.values())
+    return [(machine, counts) for machine, counts in ran if counts.any()]
+
+
+def test_nearly_all_is_loaded_64_bytes_at_a_time(kernels):
+    """Also where a span is two or three times as long as a vector for each thread."""
+    launcher = OnMachine(blocks=16, threads=32)
+    for count in (4096 - 128, 6144):
+        for name, _, launch in moving(kernels, launcher, count):
+            together = alone = 0
+            for machine, counts in watched(launch):
+                for loads in stretches(machine):
+                    done = sum(int(counts[at]) for at in loads)
+                    together, alone = (
+                        (together + done, alone) if len(loads) >= 4 else (together, alone + done)
+                    )
+            assert together > 0.8 * (together + alone) > 0, (name, count, together, alone)
+
+
+def stretches(machine):
+    """Yield the loads of 16 bytes of every stretch of code without a store or a label."""
+    loads = []
+    for at, instruction in enumerate(machine.code):
+        if at in machine.starts or "st.global" in instruction.text:
+            yield loads
+            loads = []
+        if "ld.global.v4" in instruction.text:
+            loads.append(at)
+    yield loads
 
 
 def learn(kernels, launcher):
