@@ -16,6 +16,7 @@ import numpy as np
 from numba import cuda, types
 
 from ..storage import HALVES, storage
+from .lanes import each, num_steps, places, reader
 from .launch import Launcher, compile_kernel
 from .primitives import element, primitives, simulating
 from .table import Placed, Span, place
@@ -83,10 +84,26 @@ def digit_kernel(dtype: str, shift: int, width: int, threads: int) -> Any:
     load, load_fresh, store = p.load, p.load_fresh, p.store
     atomic_add, float32_bits = p.atomic_add, p.float32_bits
     kind = element(dtype)
-    scalar, size, widen = kind.scalar, kind.size, kind.widen
+    scalar, size, widen, vector = kind.scalar, kind.size, kind.widen, kind.lanes
     bins, above_shift = 1 << width, shift + width
     per_thread = -(-bins // threads)
     first_bin = 8 * _STATE
+    steps, wide = num_steps(vector * size), vector * size
+    read, compiled = reader(kind, vector), p.compiled
+
+    def count_one(raw: Any, more: Any) -> Any:
+        mine, found = more
+        bits = np.int64(float32_bits(widen(raw))) & _MAGNITUDE
+        if bits >> above_shift == found >> above_shift:
+            cuda.atomic.add(mine, (bits >> shift) & (bins - 1), 1)
+        return 0
+
+    def read_one(at: Any, _second: Any) -> Any:
+        return read(at)
+
+    count_one = compiled(count_one)
+    count_vector = each(count_one, vector)
+    fetch, count_all = places(compiled(read_one), steps), each(count_vector, steps)
 
     def digit(address: Any, count: Any, state: Any) -> None:
         mine = cuda.shared.array(bins, types.int64)
@@ -100,13 +117,22 @@ def digit_kernel(dtype: str, shift: int, width: int, threads: int) -> Any:
         cuda.syncthreads()
 
         found = load(state, np.int64)
-        i = np.int64(cuda.blockIdx.x) * threads + me
-        while i < count:
-            value = widen(load(address + i * size, scalar))
-            bits = np.int64(float32_bits(value)) & _MAGNITUDE
-            if bits >> above_shift == found >> above_shift:
-                cuda.atomic.add(mine, (bits >> shift) & (bins - 1), 1)
-            i += np.int64(cuda.gridDim.x) * threads
+        more = (mine, found)
+        skip = min(np.int64(((16 - (address & 15)) & 15) // size), count)
+        vectors, start = (count - skip) // vector, address + skip * size
+        block, blocks = np.int64(cuda.blockIdx.x), np.int64(cuda.gridDim.x)
+        i = block * steps * threads + me
+        while i + (steps - 1) * threads < vectors:
+            count_all(fetch(start + i * wide, threads * wide, 0, 0), more)
+            i += blocks * steps * threads
+        while i < vectors:
+            count_vector(read(start + i * wide), more)
+            i += threads
+        i = block * threads + me
+        while i < count - vectors * vector:
+            at = i if i < skip else i + vectors * vector
+            count_one(load(address + at * size, scalar), more)
+            i += blocks * threads
         cuda.syncthreads()
 
         i = np.int64(me)
@@ -170,7 +196,8 @@ def threshold(
     if not 1 <= wanted <= source.count:
         raise ValueError(f"expected to want 1 to {source.count} elements, got {wanted}")
     selection.begin(wanted, launcher)
-    grid = -(-source.count // (4 * launcher.threads))
+    vector, size = element(dtype).lanes, element(dtype).size
+    grid = -(-source.count // (vector * num_steps(vector * size) * launcher.threads))
     for shift, width in PASSES:
         launcher.launch(
             digit_kernel(dtype, shift, width, launcher.threads),

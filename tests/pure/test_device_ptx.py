@@ -91,8 +91,8 @@ def count(ptx, pattern):
     return sum(bool(re.search(pattern, line)) for line in instructions(ptx))
 
 
-OTHERS = {"digit", "mask"}
-"""Their time goes into a histogram, and into random words."""
+OTHERS = {"mask"}
+"""Its time goes into random words."""
 
 RATIOS = {"pack": 2, "pack half": 2, "add": 2, "combine": 2, "combine halves": 2, "unpack": 0.5}
 """Accesses of 16 bytes: loads for each store."""
@@ -106,7 +106,7 @@ def test_kernels_move_sixteen_bytes_at_a_time(compiled):
         loads, stores = count(ptx, LOAD), count(ptx, STORE)
         if name in OTHERS:
             continue
-        assert loads and stores, name
+        assert loads and (stores or name == "digit"), name
         # A vector of 8 elements is one access of the half width and two of float32.
         ratio = RATIOS.get(name)
         if ratio:
