@@ -199,10 +199,9 @@ class Nested:
         offer = Offer(exported.token, exported, (code, call.count, piece.index))
         rows = yield from seen_from(self._neighbours, self._ipc.meet(offer, tag))
         wide = self._wide(piece) if call.dtype.wide else []
-        array = DeviceArray(None, piece.base, (piece.count,), call.dtype, self._ipc.stream)
         key = call, piece, tuple(room[0] for room in wide)
         make = partial(self._launches, call, piece, wide)
-        launches = self._ipc.kept(key, rows, array, make)
+        launches = self._ipc.kept(key, rows, piece.base, make)
         if launches is None:
             raise MismatchError(self._mismatch(rows))
         fold, copies = launches
@@ -302,7 +301,10 @@ def _pieces(array: DeviceArray) -> Iterator[tuple[int, int]]:
 
 
 def open_nested(
-    group: Communicator, array: DeviceArray, device: Device, alike: Callable[..., DeviceWays]
+    group: Communicator,
+    array: DeviceArray,
+    device: Device,
+    alike: Callable[[Communicator], DeviceWays],
 ) -> Nested | None:
     """Open ipc in the nodes of a group, and lanes between them; collective over the group.
 

@@ -153,7 +153,7 @@ class Ipc:
         launches = self.kept(
             (signature, array.address, into),
             rows,
-            array,
+            array.address,
             lambda bases: self._launches(signature, array, into, bases),
         )
         if launches is None:
@@ -215,14 +215,15 @@ class Ipc:
         return Shape(self._comm.rank, size, whole, array.dtype.itemsize, root)
 
     def kept(
-        self, key: object, rows: Words, array: DeviceArray, make: Callable[[list[int]], Made]
+        self, key: object, rows: Words, address: int, make: Callable[[list[int]], Made]
     ) -> Made | None:
         """Return what follows from what the ranks bring; made anew only where they bring other.
 
         None where ranks cannot take part, or where their calls differ: they go another way, all of
         them, which tells how.
 
-        make: given where the ranks' arrays lie for this one; 0 for one that shows none.
+        address: of this rank's array.  make: given where the ranks' arrays lie for this one; 0 for
+        one that shows none.
         """
         shown = rows.tobytes()
         known = self._kept.get(key)
@@ -230,7 +231,7 @@ class Ipc:
             return cast(Made, known[1])
         if not rows[:, 0].all() or (rows[:, 2:5] != rows[0, 2:5]).any():
             return None
-        made = make([self._base(rank, row, array) for rank, row in enumerate(rows)])
+        made = make([self._base(rank, row, address) for rank, row in enumerate(rows)])
         if len(self._kept) >= _KEPT:
             self._kept.clear()
         self._kept[key] = shown, made
@@ -272,10 +273,10 @@ class Ipc:
             )
         return None
 
-    def _base(self, rank: int, row: Words, array: DeviceArray) -> int:
+    def _base(self, rank: int, row: Words, address: int) -> int:
         """Return where a rank's array lies for this one; 0 where it shows none."""
         if rank == self._comm.rank:
-            return array.address
+            return address
         if row[0] == _NOTHING_SHOWN:
             return 0
         return self.opened_at(rank, row) + int(row[1])
