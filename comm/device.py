@@ -109,6 +109,15 @@ class Device(Protocol):
         ...
 
 
+Like = Callable[[Device, DeviceArray, tuple[int, ...]], Any]
+"""Returns what takes a result: a new array of a shape, of another array's element type."""
+
+
+def like(device: Device, array: DeviceArray, shape: tuple[int, ...]) -> Any:
+    """Return a new array of the same library, for the caller's use."""
+    return device.like(array, shape)
+
+
 class DeviceArithmetic(Protocol):
     """Kernels that a device runs on memory of its own; addresses are of aligned elements.
 

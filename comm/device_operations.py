@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .device import Device, DeviceArray, describe
+from .device import Device, DeviceArray, Like, describe, like
 from .device_messages import REASON, DeviceMessages
 from .fingerprint import fingerprint
 from .ipc import Ipc
@@ -50,10 +50,12 @@ class DeviceOperations:
         comm: Communicator,
         find: Callable[[DeviceArray], Device],
         window_bytes: int = WINDOW_BYTES,
+        like: Like = like,
     ) -> None:
         """find: return the device that an array lies on; the same object for the same device."""
         self._comm = comm
         self._find = find
+        self._like = like
         self._window_bytes = window_bytes
         self._lanes: dict[str, Lane] = {}
         self._line = Line(comm.rank)
@@ -113,7 +115,7 @@ class DeviceOperations:
             lambda: scattered(array.count, size, rank, self._most(array)),
             lambda host, part: host.reduce_scatter(part, op, algorithm),
             algorithm,
-            lambda device: device.like(array, (max(own, 0),)),
+            lambda device: self._like(device, array, (max(own, 0),)),
         )
 
     def allgather(self, array: DeviceArray, algorithm: Algorithm) -> Prepared:
@@ -124,7 +126,7 @@ class DeviceOperations:
             lambda: gathered(array.count, size, self._most(array), takes=True),
             lambda host, part: host.allgather(part, algorithm),
             algorithm,
-            lambda device: device.like(array, (size, *array.shape)),
+            lambda device: self._like(device, array, (size, *array.shape)),
         )
 
     def gather(self, array: DeviceArray, root: int, algorithm: Algorithm) -> Prepared:
@@ -135,7 +137,7 @@ class DeviceOperations:
             lambda: gathered(array.count, size, self._most(array), takes=at_root),
             lambda host, part: host.gather(part, root, algorithm),
             algorithm,
-            lambda device: device.like(array, (size, *array.shape)) if at_root else None,
+            lambda device: self._like(device, array, (size, *array.shape)) if at_root else None,
         )
 
     def scatter(self) -> Prepared:
@@ -157,7 +159,7 @@ class DeviceOperations:
             lambda: exchanged(array.count // size, size, self._most(array)),
             lambda host, part: host.alltoall(part, algorithm),
             algorithm,
-            lambda device: device.like(array, array.shape),
+            lambda device: self._like(device, array, array.shape),
         )
 
     # -- the two ways ------------------------------------------------------------------------
@@ -223,9 +225,12 @@ class DeviceOperations:
             self._ipc, self._no_ipc = open_ipc(self._group, self._find(array))
         return self._group
 
-    def alike(self, comm: Communicator) -> DeviceOperations:
-        """Return the operations of another group on the same devices."""
-        return DeviceOperations(comm, self._find, self._window_bytes)
+    def alike(self, comm: Communicator, like: Like) -> DeviceOperations:
+        """Return the operations of another group on the same devices.
+
+        like: makes what takes their results.
+        """
+        return DeviceOperations(comm, self._find, self._window_bytes, like)
 
     def open(self, array: DeviceArray) -> tuple[Communicator, bool]:
         """Return this group's own copy, and whether its ranks open each other's memory; collective.

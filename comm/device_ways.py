@@ -6,6 +6,9 @@
    send device memory (`direct`). For messages that is decided by each pair of ranks; either end may
    be in host memory, so the two need not agree. A collective takes it where all ranks can.
 3. `staged`: through pinned host memory (`device_operations`), everywhere else.
+
+Large collectives over several nodes take the first within them and another between them
+(`device_nesting`).
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .device import Device, DeviceArray, describe
+from .device import Device, DeviceArray, Like, describe, like
 from .device_messages import gpu_aware
-from .device_nesting import Nested, open_nested
+from .device_nesting import Nested
+from .device_nesting_trial import open_nested
 from .device_operations import Algorithm, DeviceOperations
 from .direct import Direct
 from .transport.cuda_probe import Verdict
@@ -39,12 +43,16 @@ class DeviceWays:
         find: Find,
         staged: DeviceOperations,
         aware: Callable[[], Verdict],
+        like: Like = like,
     ) -> None:
         """aware: tell whether this rank's MPI library sends device memory; asked once, if at all.
 
         It is asked only where MPI messages would carry the data.
+
+        like: makes what takes a result.
         """
         self._comm, self._find, self._staged, self._aware = comm, find, staged, aware
+        self._like = like
         self._verdict: Verdict | None = None
         self._direct: Direct | None = None
         self._nested: Nested | None = None
@@ -59,9 +67,9 @@ class DeviceWays:
             nested.close()
         self._staged.close()
 
-    def alike(self, comm: Communicator) -> DeviceWays:
-        """Return the ways of another group's memory on the same devices."""
-        return DeviceWays(comm, self._find, self._staged.alike(comm), self._aware)
+    def alike(self, comm: Communicator, like: Like) -> DeviceWays:
+        """Return the ways of another group's memory on the same devices; `like` makes results."""
+        return DeviceWays(comm, self._find, self._staged.alike(comm, like), self._aware, like)
 
     def keeping(self) -> DeviceWays:
         """Return this for plans, which make their results on the device anew."""
@@ -71,12 +79,9 @@ class DeviceWays:
 
     def allreduce(self, x: Any, op: str = "sum", algorithm: Algorithm = None) -> Prepared:
         array = describe(x, writable=True)
-        array.dtype.require(op)
-        direct = self._reducing(array, op)
-        if self._nested is not None and algorithm is None and self._nested.takes(array, op):
-            return self._nested.allreduce(array, op)
-        if direct is not None:
-            return direct.allreduce(array, op, algorithm)
+        side = self._reducing(array, op, algorithm)
+        if side is not None:
+            return side.allreduce(array, op, algorithm)
         return self._told(self._staged.allreduce(array, op, algorithm))
 
     def reduce(
@@ -84,39 +89,37 @@ class DeviceWays:
     ) -> Prepared:
         root = self._comm.host_operations.root(root)
         array = describe(x, writable=self._comm.rank == root)
-        array.dtype.require(op)
-        direct = self._reducing(array, op)
-        if direct is not None:
-            return direct.reduce(array, root, op, algorithm)
+        side = self._reducing(array, op, algorithm)
+        if side is not None:
+            return side.reduce(array, root, op, algorithm)
         return self._told(self._staged.reduce(array, root, op, algorithm))
 
     def reduce_scatter(self, x: Any, op: str = "sum", algorithm: Algorithm = None) -> Prepared:
         array = describe(x, writable=False)
-        array.dtype.require(op)
-        direct = self._reducing(array, op)
-        if direct is not None:
-            return direct.reduce_scatter(array, op, algorithm)
+        side = self._reducing(array, op, algorithm)
+        if side is not None:
+            return side.reduce_scatter(array, op, algorithm)
         return self._told(self._staged.reduce_scatter(array, op, algorithm))
 
     def broadcast(self, x: Any, root: int = 0, algorithm: Algorithm = None) -> Prepared:
         root = self._comm.host_operations.root(root)
         array = describe(x, writable=self._comm.rank != root)
-        direct = self._moving(array)
-        if direct is not None:
-            return direct.broadcast(array, root, algorithm)
+        side = self._moving(array, array.nbytes, algorithm)
+        if side is not None:
+            return side.broadcast(array, root, algorithm)
         return self._told(self._staged.broadcast(array, root, algorithm))
 
     def allgather(self, x: Any, algorithm: Algorithm = None) -> Prepared:
         array = describe(x, writable=False)
-        direct = self._moving(array)
-        if direct is not None:
-            return direct.allgather(array, algorithm)
+        side = self._moving(array, array.nbytes * self._comm.size, algorithm)
+        if side is not None:
+            return side.allgather(array, algorithm)
         return self._told(self._staged.allgather(array, algorithm))
 
     def gather(self, x: Any, root: int = 0, algorithm: Algorithm = None) -> Prepared:
         root = self._comm.host_operations.root(root)
         array = describe(x, writable=False)
-        direct = self._moving(array)
+        direct = self._open(array)
         if direct is not None:
             return direct.gather(array, root, algorithm)
         return self._told(self._staged.gather(array, root, algorithm))
@@ -126,7 +129,7 @@ class DeviceWays:
 
     def alltoall(self, x: Any, algorithm: Algorithm = None) -> Prepared:
         array = describe(x, writable=False)
-        direct = self._moving(array)
+        direct = self._open(array)
         if direct is not None:
             return direct.alltoall(array, algorithm)
         return self._told(self._staged.alltoall(array, algorithm))
@@ -164,12 +167,24 @@ class DeviceWays:
 
     # -- choosing ----------------------------------------------------------------------------
 
-    def _reducing(self, array: DeviceArray, op: str) -> Direct | None:
+    def _reducing(
+        self, array: DeviceArray, op: str, algorithm: Algorithm
+    ) -> Nested | Direct | None:
+        """Return what computes a reduction; None where that is staged."""
+        array.dtype.require(op)
         direct = self._open(array)
+        nested = self._nested if algorithm is None else None
+        if nested is not None and nested.reduces(array, op):
+            return nested
         return direct if direct is not None and direct.knows(op, array.dtype.name) else None
 
-    def _moving(self, array: DeviceArray) -> Direct | None:
-        return self._open(array)
+    def _moving(
+        self, array: DeviceArray, nbytes: int, algorithm: Algorithm
+    ) -> Nested | Direct | None:
+        """Return what moves nbytes of every rank's; None where that is staged."""
+        direct = self._open(array)
+        nested = self._nested if algorithm is None else None
+        return nested if nested is not None and nested.moves(nbytes) else direct
 
     def _judge(self) -> Verdict:
         if self._verdict is None:
@@ -198,7 +213,7 @@ class DeviceWays:
         if not group.allreduce(np.array([able], np.uint8), "min")[0]:
             return None, verdict.reason if not verdict.aware else "not on every rank"
         assert arithmetic is not None
-        return Direct(group, messages, device, arithmetic, verdict.reason), ""
+        return Direct(group, messages, device, arithmetic, verdict.reason, self._like), ""
 
     def _told(self, prepared: Prepared) -> Prepared:
         if not self._why_not:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arithmetic import mean_scales
 from .chunks import bounds
-from .device import Device, DeviceArithmetic, DeviceArray, Stream, describe, renewed
+from .device import Device, DeviceArithmetic, DeviceArray, Like, Stream, describe, renewed
 from .device_executor import Memory, Site, execute_on_device, landing_bytes
 from .device_wait import reached
 from .dtypes import DTYPES
@@ -45,9 +45,13 @@ class Direct:
         device: Device,
         arithmetic: DeviceArithmetic,
         reason: str,
+        like: Like,
     ) -> None:
-        """group: whose collective messages nobody else sends with the tags of these operations."""
-        self._group, self._messages, self._device = group, messages, device
+        """group: whose collective messages nobody else sends with the tags of these operations.
+
+        like: makes what takes a result.
+        """
+        self._group, self._messages, self._device, self._like = group, messages, device, like
         self._arithmetic, self._reason = arithmetic, reason
         self._stream = device.make_stream()
         self._scratch = Scratch(arithmetic)
@@ -236,7 +240,7 @@ class Direct:
 
     def _made(self, array: DeviceArray, shape: tuple[int, ...], caller: Stream) -> tuple[Any, int]:
         """Return a new array and its address; this side's stream runs behind its making."""
-        result = self._device.like(array, shape)
+        result = self._like(self._device, array, shape)
         self._device.follow(self._stream, self._device.record(caller))
         return result, describe(result, writable=True).address
 

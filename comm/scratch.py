@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from .device import DeviceArithmetic, Event
+from .device import DeviceArithmetic, Event, Stream
+from .dtypes import DType
 
 Piece = tuple[int, int, Any]
 """(address, bytes, owner) of scratch memory."""
+
+
+class Place:
+    """A part of device memory as an array, whose work goes to one stream.
+
+    piece: of scratch memory that it takes up, if any.
+    """
+
+    def __init__(
+        self,
+        address: int,
+        shape: tuple[int, ...],
+        dtype: DType,
+        stream: Stream,
+        piece: Piece | None = None,
+    ) -> None:
+        self.address, self.shape, self.piece = address, shape, piece
+        self.__cuda_array_interface__ = {
+            "version": 3,
+            "shape": shape,
+            "typestr": dtype.storage.str,
+            "data": (address, False),
+            "strides": None,
+            "stream": stream,
+        }
 
 
 class Scratch:
@@ -30,6 +57,11 @@ class Scratch:
                 return piece
         address, owner = self._arithmetic.allocate(size)
         return address, size, owner
+
+    def array(self, shape: tuple[int, ...], dtype: DType, stream: Stream) -> Place:
+        """Return memory for an array; its piece is to be given back."""
+        piece = self.take(math.prod(shape) * dtype.itemsize)
+        return Place(piece[0], shape, dtype, stream, piece)
 
     def give(self, piece: Piece, event: Event) -> None:
         """Take a piece back; event: behind its last use."""

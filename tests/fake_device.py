@@ -48,7 +48,7 @@ class FakeEvent:
 
     def ended(self) -> bool:
         self.looks += 1
-        if self.looks > (LOOKS if self.number % EVERY else SLOW):
+        if self.looks > (self.gpu.looks if self.number % EVERY else SLOW):
             self.gpu.run_until(self)
         if self.reached and not self.seen:
             self.seen = True
@@ -74,6 +74,7 @@ class FakeGpu:
         self.node = node
         self.peering = None if node is None else FakePeering(self, node, card or f"{id(self)}")
         self.arithmetic: FakeArithmetic | None = FakeArithmetic(self)
+        self.looks = LOOKS
         self.log: list[tuple[Any, ...]] = []
         self.pinned: list[tuple[int, int]] = []
         self.arrays: list[FakeArray] = []

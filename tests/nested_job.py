@@ -1,6 +1,6 @@
-"""Allreduce of GPU memory where each two ranks pass for a node; for mpirun, on a GPU or a fake one.
+"""Collectives on GPU memory where each two ranks pass for a node, on a GPU or a fake one.
 
-python nested_job.py LARGEST [FOLDER]   # FOLDER: of `fake_cupy`, which is then used
+mpirun -n 4 python nested_job.py LARGEST [FOLDER]   # FOLDER: of `fake_cupy`, which is then used
 """
 
 import sys
@@ -25,15 +25,35 @@ if len(sys.argv) > 2:
     device_nesting.NEST_BYTES, device_nesting.PIECE_BYTES = 4, 9000
 
 
-def right(comm: ringfold.Communicator, x: object, op: str, dtype: str) -> None:
-    mine = np.arange(x.size) % 97
-    x[...] = cupy.asarray((mine + comm.rank).astype(dtype))
-    work = comm.allreduce(x, op, blocking=False)
-    work.wait()
+def done(work: ringfold.Work) -> object:
+    found = work.wait()
     assert work.receipt.transport.startswith("ipc in nodes, "), work.receipt
-    ranks = comm.size * (comm.size - 1) // 2
-    wanted = {"sum": mine * comm.size + ranks, "mean": mine + ranks / comm.size, "max": mine + 3}
-    assert np.array_equal(x.get(), wanted[op].astype(dtype)), (x.size, op, dtype)
+    return found
+
+
+def right(comm: ringfold.Communicator, x: object, op: str, dtype: str) -> None:
+    size, rank = comm.size, comm.rank
+    mine = np.arange(x.size) % 97
+
+    def fresh() -> object:
+        x[...] = cupy.asarray((mine + rank).astype(dtype))
+        return x
+
+    ranks = size * (size - 1) // 2
+    wanted = {"sum": mine * size + ranks, "mean": mine + ranks / size, "max": mine + size - 1}
+    total = wanted[op].astype(dtype)
+    base, extra = divmod(x.size, size)
+    low = rank * base + min(rank, extra)
+    part = total[low : low + base + (rank < extra)]
+    rows = np.stack([(mine + other).astype(dtype) for other in range(size)])
+    for found, expected in (
+        (lambda: comm.allreduce(fresh(), op, blocking=False), total),
+        (lambda: comm.reduce(fresh(), 1, op, blocking=False), total if rank == 1 else rows[rank]),
+        (lambda: comm.broadcast(fresh(), 2, blocking=False), rows[2]),
+        (lambda: comm.reduce_scatter(fresh(), op, blocking=False), part),
+        (lambda: comm.allgather(fresh(), blocking=False), rows),
+    ):
+        assert np.array_equal(done(found()).get(), expected), (x.size, op, dtype)
 
 
 with ringfold.Communicator() as comm, cupy.cuda.Stream(non_blocking=True):

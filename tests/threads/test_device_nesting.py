@@ -1,4 +1,4 @@
-"""Allreduces of device memory over several nodes of threads; the devices are always late."""
+"""Collectives on device memory over several nodes of threads; the devices are always late."""
 
 import itertools
 import time
@@ -21,6 +21,7 @@ from fake_device import (
 
 from ringfold import CommError, Communicator, Settings, run_local
 from ringfold.comm import device_nesting
+from ringfold.comm.chunks import bounds
 from ringfold.comm.transport.cuda_probe import Verdict
 from ringfold.comm.transport.local import LocalTransport
 
@@ -42,15 +43,16 @@ def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def on_nodes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
-    """Run main on nodes of some widths."""
+    """Run main on nodes of some widths; node_of: of every rank, where nodes are not neighbours."""
 
     def run(
         widths: tuple[int, ...],
         main: Callable[[Communicator, FakeGpu], Any],
         aware: Verdict = UNAWARE,
         timeout: float = 20,
+        node_of: list[int] | None = None,
     ) -> list[Any]:
-        node_of = [node for node, width in enumerate(widths) for _ in range(width)]
+        node_of = node_of or [node for node, width in enumerate(widths) for _ in range(width)]
         nodes = [FakeNode() for _ in widths]
 
         def node(self: LocalTransport) -> LocalTransport:
@@ -86,6 +88,103 @@ def test_every_op_and_length(on_nodes, shape, registered) -> None:
                 comm.barrier()  # a peer's stream may still have to read
 
     on_nodes((width,) * nodes, main)
+
+
+def rows_of(comm: Communicator, count: int, dtype: Any = np.float32) -> np.ndarray:
+    return np.stack([data(rank, count, dtype) for rank in range(comm.size)])
+
+
+SCATTERED = {
+    (2, 2): [0, 1, 1, 0],  # the lanes' numbers of one node differ
+    (2, 3): [1, 0, 0, 1, 1, 0],
+    (3, 2): [2, 0, 1, 1, 2, 0],
+}
+"""(nodes, ranks of each) -> the node of every rank."""
+
+
+@pytest.mark.parametrize(
+    ("registered", "scattered", "aware"),
+    [(True, False, UNAWARE), (False, True, UNAWARE), (True, True, AWARE), (False, False, AWARE)],
+    ids=["registered", "ordinary, scattered", "registered, scattered, aware", "ordinary, aware"],
+)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_other_collectives(on_nodes, shape, registered, scattered, aware) -> None:
+    nodes, width = shape
+    way = "gpu-aware mpi" if aware is AWARE else "staged, local"
+
+    def done(comm: Communicator, work: Any) -> Any:
+        found = work.wait()
+        assert work.receipt.transport == f"ipc in nodes, {way} between them", work.receipt
+        return found
+
+    def main(comm: Communicator, gpu: FakeGpu) -> None:
+        def fresh() -> FakeArray:
+            return late(gpu, rows[comm.rank], registered)
+
+        for count in (2, 17, 4001):
+            rows = rows_of(comm, count)
+            low, high = bounds(count, comm.size, comm.rank)
+            for root in {0, count % comm.size}:
+                x = fresh()
+                assert done(comm, comm.broadcast(x, root, blocking=False)) is x
+                np.testing.assert_array_equal(x.get(), rows[root])
+                x = fresh()
+                assert done(comm, comm.reduce(x, root, "max", blocking=False)) is x
+                wanted = rows.max(0) if comm.rank == root else rows[comm.rank]
+                np.testing.assert_array_equal(x.get(), wanted)
+            for op in ("sum", "mean", "max"):
+                found = done(comm, comm.reduce_scatter(fresh(), op, blocking=False))
+                wanted = expected(op, comm.size, count, np.float32)[low:high]
+                np.testing.assert_allclose(found.get(), wanted, rtol=1e-6 if op == "mean" else 0)
+            found = done(comm, comm.allgather(fresh(), blocking=False))
+            np.testing.assert_array_equal(found.get(), rows)
+            comm.barrier()
+
+    on_nodes((width,) * nodes, main, aware, node_of=SCATTERED[shape] if scattered else None)
+
+
+def test_a_mean_over_a_root_and_of_chunks(on_nodes) -> None:
+    def main(comm: Communicator, gpu: FakeGpu) -> None:
+        wanted = rows_of(comm, 1000, np.float64).mean(0)
+        low, high = bounds(1000, comm.size, comm.rank)
+        x = late(gpu, data(comm.rank, 1000, np.float64))
+        found = comm.reduce_scatter(x, "mean")
+        np.testing.assert_allclose(found.get(), wanted[low:high])
+        comm.reduce(x, 3, "mean")
+        mine = wanted if comm.rank == 3 else data(comm.rank, 1000, np.float64)
+        np.testing.assert_allclose(x.get(), mine)
+        comm.barrier()
+
+    on_nodes((2, 2), main)
+
+
+def test_halves_that_are_moved_or_reduced_to_chunks(on_nodes) -> None:
+    """Moved, they keep every bit; added, they are the chunks of an allreduce."""
+    torch = pytest.importorskip("torch")
+
+    def main(comm: Communicator, gpu: FakeGpu) -> None:
+        drawn = [np.random.default_rng(r).normal(size=1001).astype(np.float32) for r in range(6)]
+        rows = [
+            torch.from_numpy(row).to(torch.bfloat16).view(torch.uint16).numpy() for row in drawn
+        ]
+
+        def fresh() -> FakeArray:
+            return late(gpu, rows[comm.rank].copy(), dtype="bfloat16")
+
+        x, y = fresh(), fresh()
+        comm.allreduce(x, "mean")
+        wanted = x.get().copy()
+        low, high = bounds(1001, 6, comm.rank)
+        np.testing.assert_array_equal(comm.reduce_scatter(fresh(), "mean").get(), wanted[low:high])
+        comm.reduce(y, 4, "mean")
+        np.testing.assert_array_equal(y.get(), wanted if comm.rank == 4 else rows[comm.rank])
+        np.testing.assert_array_equal(comm.allgather(fresh()).get(), np.stack(rows))
+        x = fresh()
+        comm.broadcast(x, 5)
+        np.testing.assert_array_equal(x.get(), rows[5])
+        comm.barrier()
+
+    on_nodes((3, 3), main)
 
 
 def test_other_types(on_nodes) -> None:
@@ -140,7 +239,7 @@ def test_between_nodes_the_library_sends_device_memory(on_nodes) -> None:
             np.testing.assert_array_equal(x.get(), expected("sum", 6, count, np.float32))
             comm.barrier()
         assert not gpu.pinned and not any(e[0].startswith("to_") for e in gpu.log)
-        work = comm.allgather(x, blocking=False)
+        work = comm.gather(x, blocking=False)
         work.wait()
         assert work.receipt.transport == "gpu-aware mpi"
 
@@ -169,9 +268,12 @@ def test_what_goes_another_way(on_nodes, widths, what, monkeypatch) -> None:
         work.wait()
         assert work.receipt.transport == "staged, local"
         np.testing.assert_array_equal(x.get(), expected("sum", comm.size, 100, np.float32))
-        work = comm.allreduce(x, algorithm="ring", blocking=False)
-        work.wait()
-        assert work.receipt.transport == "staged, local"
+        for work in (
+            comm.allreduce(x, algorithm="ring", blocking=False),
+            comm.allgather(late(gpu, np.ones(10)), algorithm="ring", blocking=False),
+        ):
+            work.wait()
+            assert work.receipt.transport == "staged, local"
 
     if what == "small":
         monkeypatch.setattr(device_nesting, "NEST_BYTES", 401)
@@ -228,6 +330,18 @@ def test_ranks_of_a_node_that_call_differently_are_told(on_nodes) -> None:
     assert any("calls differ" in text for text in told), told
 
 
+def test_ranks_of_a_node_with_other_roots_are_told(on_nodes) -> None:
+    def main(comm: Communicator, gpu: FakeGpu) -> str:
+        x = late(gpu, np.ones(8, np.float32))
+        comm.broadcast(x)
+        with pytest.raises(CommError) as caught:
+            comm.broadcast(x, comm.rank % 2)
+        return str(caught.value)
+
+    told = on_nodes((2, 2), main, timeout=3)
+    assert any("broadcast" in text and "root" in text for text in told), told
+
+
 @pytest.mark.parametrize("late_rank", [1, 2])
 def test_who_is_waited_for_is_named(on_nodes, late_rank) -> None:
     """By the numbers of the caller's group, in the node and in the lane alike."""
@@ -246,33 +360,63 @@ def test_who_is_waited_for_is_named(on_nodes, late_rank) -> None:
     assert f"for ranks [{late_rank}]" in told[0], told
 
 
-@pytest.mark.parametrize("which", ["ready", "again", "done"])
-def test_the_fake_catches_events_that_nobody_follows(on_nodes, which) -> None:
-    """Mutation: of the three times that a rank follows all events of its node, one is left out."""
-    at = ["ready", "again", "done"].index(which)
+Kind = Callable[[Communicator, FakeArray], FakeArray]
+KINDS: dict[str, Kind] = {
+    "allreduce": lambda comm, x: comm.allreduce(x),
+    "reduce": lambda comm, x: comm.reduce(x, 1),
+    "broadcast": lambda comm, x: comm.broadcast(x, 1),
+    "reduce_scatter": lambda comm, x: comm.reduce_scatter(x),
+    "allgather": lambda comm, x: comm.allgather(x),
+}
+FOLLOWED = {"reduce_scatter": ("ready", "done"), "allgather": ("ready", "done")}
+"""Of those that do not meet three times."""
+
+CASES = [
+    (name, which) for name in KINDS for which in FOLLOWED.get(name, ("ready", "again", "done"))
+]
+CASES.remove(("reduce_scatter", "done"))  # its lanes let each host wait for what its GPU reads
+
+
+@pytest.mark.parametrize(("name", "which"), CASES)
+def test_the_fake_catches_events_that_nobody_follows(on_nodes, name, which) -> None:
+    """Mutation: of the times that a rank follows all events of its node, one is left out."""
+    followed = FOLLOWED.get(name, ("ready", "again", "done"))
+    at = followed.index(which)
 
     def main(comm: Communicator, gpu: FakeGpu) -> bool:
-        comm.allreduce(late(gpu, np.ones(3, np.float32)))
+        KINDS[name](comm, late(gpu, np.ones(3, np.float32)))
+        if comm.node.rank == 0:
+            gpu.looks = 0  # its memory is lent again at once, while its peers are late
         follow, seen = gpu.follow, itertools.count()
 
         def forgetful(stream: int, event: Any) -> None:
-            if isinstance(event, SharedEvent) and next(seen) // comm.node.size % 3 == at:
+            shared = isinstance(event, SharedEvent)
+            if shared and next(seen) // comm.node.size % len(followed) == at:
                 return
             follow(stream, event)
 
         gpu.follow = forgetful  # type: ignore[method-assign]
-        right = True
-        for turn in range(3):
-            x = late(gpu, data(comm.rank + turn, 900, np.float32))
-            comm.allreduce(x)
-            wanted = sum(data(rank + turn, 900, np.float32) for rank in range(comm.size))
-            # The next kernel of the caller's; where a peer still reads, it reads this.
-            copy = np.empty_like(x.values)
-            gpu.launch(7, lambda x=x, copy=copy: np.copyto(copy, x.values))
+        pairs = []
+        for turn in range(6):
+            rows = np.stack([data(rank + turn, 900, np.float32) for rank in range(comm.size)])
+            low, high = bounds(900, comm.size, comm.rank)
+            wanted = {
+                "allreduce": rows.sum(0),
+                "reduce": rows.sum(0) if comm.rank == 1 else rows[comm.rank],
+                "broadcast": rows[1],
+                "reduce_scatter": rows.sum(0)[low:high],
+                "allgather": rows,
+            }[name]
+            x = late(gpu, rows[comm.rank])
+            y = KINDS[name](comm, x)
+            # The next kernels of the caller's; where a peer still reads, it reads this. It may also
+            # read what the next turn writes into memory that was lent to this one.
+            copy = np.empty_like(wanted)
+            gpu.launch(7, lambda y=y, copy=copy: np.copyto(copy, y.values))
             gpu.launch(7, lambda x=x: x.values.fill(-1))
-            gpu.synchronize(7)
-            right = right and bool((copy == wanted).all())
-            comm.barrier()
-        return right
+            pairs.append((copy, wanted))
+        gpu.synchronize(7)
+        comm.barrier()
+        return all((copy == wanted).all() for copy, wanted in pairs)
 
     assert not all(on_nodes((3, 3), main))
