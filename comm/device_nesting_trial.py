@@ -10,6 +10,7 @@ import numpy as np
 from .device import Device, DeviceArray, Like
 from .device_nesting import Nested
 from .ipc_trial import open_ipc
+from .nested_node import NestedNode
 from .scratch import Place, Scratch
 
 if TYPE_CHECKING:
@@ -53,4 +54,4 @@ def open_nested(
     ways = alike(lane, lent)
     # Prepared, not run: it opens the lane's own way, which is collective, and tells what it is.
     way = ways.broadcast(array.owner).receipt.transport
-    return Nested(group, ipc, lane, ways, device, scratch, way)
+    return Nested(group, NestedNode(group, ipc, lane, device, scratch), lane, ways, device, way)

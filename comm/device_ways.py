@@ -119,19 +119,23 @@ class DeviceWays:
     def gather(self, x: Any, root: int = 0, algorithm: Algorithm = None) -> Prepared:
         root = self._comm.host_operations.root(root)
         array = describe(x, writable=False)
-        direct = self._open(array)
-        if direct is not None:
-            return direct.gather(array, root, algorithm)
+        side = self._moving(array, array.nbytes * self._comm.size, algorithm)
+        if side is not None:
+            return side.gather(array, root, algorithm)
         return self._told(self._staged.gather(array, root, algorithm))
 
     def scatter(self, x: Any = None, root: int = 0, algorithm: Algorithm = None) -> Prepared:
         return self._staged.scatter()
 
     def alltoall(self, x: Any, algorithm: Algorithm = None) -> Prepared:
-        array = describe(x, writable=False)
-        direct = self._open(array)
-        if direct is not None:
-            return direct.alltoall(array, algorithm)
+        array, size = describe(x, writable=False), self._comm.size
+        if not array.shape or array.shape[0] != size:
+            raise ValueError(
+                f"x: expected a first axis of {size}, a row per rank, got shape {array.shape}"
+            )
+        side = self._moving(array, array.nbytes, algorithm)
+        if side is not None:
+            return side.alltoall(array, algorithm)
         return self._told(self._staged.alltoall(array, algorithm))
 
     # -- point to point ----------------------------------------------------------------------

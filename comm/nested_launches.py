@@ -56,6 +56,25 @@ class Call:
         return mean_scales(self.signature.op, self.number)
 
 
+@dataclass(frozen=True)
+class RowsCall:
+    """One collective on this rank that brings it rows of others.
+
+    between: prepare the lane's collective.  order: of an alltoall, the ranks whose rows of the
+    array are sent to the lane's, one after the other; () where the array is sent as it is.
+    width: rows that come from each rank of the lane, of which those of number `which` are wanted,
+    by the rank of that place.  takes: this rank gets a result.
+    """
+
+    signature: Signature
+    dtype: DType
+    between: Callable[[Place], Prepared]
+    order: Sequence[int] = ()
+    width: int = 1
+    which: int = 0
+    takes: bool = True
+
+
 def plain(op: str) -> str:
     """Return the op of which another is made by a division at the end."""
     return "sum" if op == "mean" else op
@@ -127,6 +146,7 @@ class Launches:
 
     def rows(
         self,
+        call: RowsCall,
         into: int,
         row_bytes: int,
         nbytes: int,
@@ -137,8 +157,14 @@ class Launches:
 
         into: where they begin in row 0; rows are row_bytes apart.
         """
+        if not call.takes:
+            return []
         return [
-            self._copy(into + rank * row_bytes, bases[other] + number * nbytes, nbytes)
+            self._copy(
+                into + rank * row_bytes,
+                bases[other] + (number * call.width + call.which) * nbytes,
+                nbytes,
+            )
             for other in (self.place, *self._others(len(bases)))
             for number, rank in enumerate(lanes[other])
         ]

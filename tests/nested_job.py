@@ -52,8 +52,20 @@ def right(comm: ringfold.Communicator, x: object, op: str, dtype: str) -> None:
         (lambda: comm.broadcast(fresh(), 2, blocking=False), rows[2]),
         (lambda: comm.reduce_scatter(fresh(), op, blocking=False), part),
         (lambda: comm.allgather(fresh(), blocking=False), rows),
+        (lambda: comm.gather(fresh(), 3, blocking=False), rows if rank == 3 else None),
     ):
-        assert np.array_equal(done(found()).get(), expected), (x.size, op, dtype)
+        got = done(found())
+        same = got is None if expected is None else np.array_equal(got.get(), expected)
+        assert same, (x.size, op, dtype)
+
+
+def exchanged(comm: ringfold.Communicator, x: object, dtype: str) -> None:
+    size, rank = comm.size, comm.rank
+    shape = (size, *x.shape)
+    sent = (np.arange(size * x.size) % 97).reshape(shape) + np.arange(size).reshape(-1, 1, 1)
+    x[...] = cupy.asarray(sent[rank].astype(dtype))
+    found = done(comm.alltoall(x, blocking=False))
+    assert np.array_equal(found.get(), sent[:, rank].astype(dtype)), (shape, dtype)
 
 
 with ringfold.Communicator() as comm, cupy.cuda.Stream(non_blocking=True):
@@ -62,6 +74,7 @@ with ringfold.Communicator() as comm, cupy.cuda.Stream(non_blocking=True):
                           ("max", "int32")):  # fmt: skip
             right(comm, comm.empty(count, dtype, device="cuda"), op, dtype)
             right(comm, cupy.empty(count, dtype), op, dtype)
+            exchanged(comm, cupy.empty((comm.size, count // comm.size), dtype), dtype)
     x = comm.empty(count, np.float32, device="cuda")
     x[...] = 1
     step = comm.plan("allreduce", x)
