@@ -19,7 +19,7 @@ from ringfold.workloads.agree import check_equal, settle
 from ringfold.workloads.command_line import parse
 from ringfold.workloads.crew import Crew, loaded, muster
 from ringfold.workloads.history import History
-from ringfold.workloads.options import Options, UsageError, grid_of
+from ringfold.workloads.options import Options, UsageError, check_membership, grid_of
 from ringfold.workloads.training import Training, go_on, join
 from ringfold.workloads.worlds import Left, open_world
 
@@ -45,7 +45,7 @@ def main() -> int:
             print(f"train.py: error: {error}", file=sys.stderr, flush=True)
         world.comm.barrier()  # the first rank that ends with a failure makes mpirun end the others
         status = 2
-    except ringfold.NotFinite as error:  # the same on every rank
+    except FloatingPointError as error:  # of gradients or the loss; the same on every rank
         if world.comm.rank == 0:
             print(f"train.py: {error}", file=sys.stderr, flush=True)
         world.comm.barrier()
@@ -79,17 +79,20 @@ def begin(world: World, parsed: Callable[[], Options]) -> Training:
     options = settle(comm, parsed)
     check_equal(comm, repr(options), "the options of train.py")
     grid = settle(comm, lambda: grid_of(options, comm.size))
+    settle(comm, lambda: check_membership(options, comm.size))
     settle(comm, lambda: loaded(options.workload))
     from ringfold.workloads import report
 
-    if options.report is not None:
-        path = options.report  # rank 0 writes it, and other hosts need not have the folder
-        settle(comm, lambda: comm.rank == 0 and report.check_writable(path))
-    if options.trace is not None:
-        timeline = options.trace
-        settle(comm, lambda: comm.rank == 0 and report.check_writable(timeline))
+    files = {"--report": options.report, "--trace": options.trace}
+    # Rank 0 writes them, and other hosts need not have the folder.
+    settle(comm, lambda: comm.rank == 0 and report.check_writable(files))
     crew = muster(comm, options, grid, again=False)
     first = crew.keeper.resume()
+    if first > crew.num_steps:
+        raise UsageError(
+            f"--resume: the newest checkpoint in {options.checkpoint} is of step {first}, but this "
+            f"run is to have {crew.num_steps} steps"
+        )
     return Training(options, grid, History.begin(comm), crew, first, first)
 
 

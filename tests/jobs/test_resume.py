@@ -132,6 +132,7 @@ def test_a_checkpoint_is_gone_on_from_only_by_the_run_that_it_belongs_to(
     assert train(1, *store, "--resume")["resumed_at"] == 0
     assert train(1, *store, "--resume")["resumed_at"] == 2
     for options, shown in (
+        (("--steps", 1, "--resume"), "is of step 2, but this run is to have 1 steps"),
         (("--seed", 3, "--resume"), "seed is 3 here, but 0 in the checkpoint"),
         ((), "holds a checkpoint of step 2: go on from it by --resume"),
     ):

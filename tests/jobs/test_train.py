@@ -133,8 +133,8 @@ def test_text_beats_the_single_bytes(train: Callable[..., dict[str, Any]], pipe:
         (2, "--data 3", "makes 3 ranks, but this job has 2"),
         (2, "--schedule gpip", "expected a file, or one of: 1f1b, gpipe, interleaved, naive"),
         (2, "--lr nan", "expected a finite number above 0"),
-        (2, "--report no/such/folder/report.json", "there is no folder"),
-        (1, "--steps 0", "expected 1 or more"),
+        (2, "--trace no/such/folder/trace.json", "--trace no/such/folder/trace.json: there is no"),
+        (1, "--membership 0:3,1:2", "there is no rank 1"),
         (2, "--checkpoint /proc/ringfold", "No such file or directory: '/proc/ringfold'"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)

@@ -15,6 +15,7 @@ from .options import TREE_MICROBATCHES, Options, UsageError, written_plan
 __all__ = ["parse"]
 
 WIRE_DTYPES = ("fp32", "bf16", "fp16")
+LARGEST = 3.4e38  # of float32
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,6 +40,9 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         raise UsageError("--elastic follows what happens, --membership what is planned: take one")
     if found.trace is not None and (found.elastic is not None or found.membership):
         raise UsageError("--trace is of ranks that stay: leave out --elastic and --membership")
+    files = [path.absolute() for path in (found.trace, found.report) if path is not None]
+    if len(files) > len(set(files)):
+        raise UsageError(f"--trace and --report name one file, {found.report}")
     defaults = WORKLOADS[found.workload]
     return Options(
         workload=found.workload,
@@ -155,11 +159,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--lr",
-        type=_positive,
+        type=_rate,
         help=f"learning rate (default: {_by_workload('lr')})",
     )
     train.add_argument(
-        "--seed", type=_whole(0), default=0, help="of weights and order of samples (default: 0)"
+        "--seed",
+        type=_whole(0, 2**63 - 1),
+        default=0,
+        help="of weights and order of samples (default: 0)",
     )
     train.add_argument(
         "--device",
@@ -171,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     wire = parser.add_argument_group("communication")
     wire.add_argument(
         "--bucket-mb",
-        type=_positive,
+        type=_mebibytes,
         default=4.0,
         metavar="MB",
         help="MiB of gradients that are reduced at once (default: 4)",
@@ -259,7 +266,7 @@ def _by_workload(setting: str) -> str:
     return ", ".join(f"{name} {getattr(found, setting)}" for name, found in WORKLOADS.items())
 
 
-def _whole(least: int) -> Callable[[str], int]:
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
     def convert(text: str) -> int:
         try:
             number = int(text)
@@ -267,6 +274,8 @@ def _whole(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
         if number < least:
             raise argparse.ArgumentTypeError(f"expected {least} or more, got {number}")
+        if most is not None and number > most:
+            raise argparse.ArgumentTypeError(f"expected {most} at the most, got {number}")
         return number
 
     return convert
@@ -279,6 +288,19 @@ def _positive(text: str) -> float:
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
     if not (math.isfinite(number) and number > 0):
         raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text}")
+    return number
+
+
+def _rate(text: str) -> float:
+    if (number := _positive(text)) > LARGEST:
+        raise argparse.ArgumentTypeError(f"expected a number that float32 holds, got {text}")
+    return number
+
+
+def _mebibytes(text: str) -> float:
+    number = _positive(text)
+    if number * 2**20 < 1:
+        raise argparse.ArgumentTypeError(f"expected a byte, {2**-20:.1e} MiB, or more, got {text}")
     return number
 
 

@@ -13,6 +13,7 @@ __all__ = [
     "Grid",
     "Options",
     "UsageError",
+    "check_membership",
     "grid_of",
     "grid_of_some",
     "needs_stages",
@@ -114,6 +115,20 @@ def grid_of_some(options: Options, num_ranks: int) -> Grid:
         microbatches = options.microbatches or TREE_MICROBATCHES
         data = _largest_divisor(microbatches, at_most=data)
     return grid_of(replace(options, data=data, pipe=pipe), data * pipe)
+
+
+def check_membership(options: Options, num_ranks: int) -> None:
+    """Raise UsageError unless --membership lets ranks that there are leave once, and not all."""
+    leaving = [rank for rank, _ in options.membership]
+    for rank in leaving:
+        if rank >= num_ranks:
+            raise UsageError(
+                f"--membership: there is no rank {rank}, this job has ranks 0 to {num_ranks - 1}"
+            )
+        if leaving.count(rank) > 1:
+            raise UsageError(f"--membership: rank {rank} can leave only once")
+    if len(leaving) == num_ranks:
+        raise UsageError(f"--membership: all {num_ranks} ranks leave, and nobody ends the run")
 
 
 def _grid_of(options: Options, num_ranks: int) -> Grid:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,15 +62,18 @@ class Report:
     events: Sequence[dict[str, Any]] = ()
 
 
-def check_writable(path: Path) -> None:
-    """Raise UsageError where a report could not be written, without writing one."""
-    folder = path.absolute().parent
-    if path.is_dir():
-        raise UsageError(f"--report {path} is a folder")
-    if not folder.is_dir():
-        raise UsageError(f"--report {path}: there is no folder {folder}")
-    if not os.access(path if path.exists() else folder, os.W_OK):
-        raise UsageError(f"--report {path} may not be written")
+def check_writable(files: Mapping[str, Path | None]) -> None:
+    """Raise UsageError where the file of an option could not be written, without writing it."""
+    for option, path in files.items():
+        if path is None:
+            continue
+        folder = path.absolute().parent
+        if path.is_dir():
+            raise UsageError(f"{option} {path} is a folder")
+        if not folder.is_dir():
+            raise UsageError(f"{option} {path}: there is no folder {folder}")
+        if not os.access(path if path.exists() else folder, os.W_OK):
+            raise UsageError(f"{option} {path} may not be written")
 
 
 def write(path: Path, report: Report) -> None:
