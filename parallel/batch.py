@@ -93,6 +93,8 @@ def join_rows(values: Sequence[Any], where: str) -> Any:
 
 
 def _join(column: Sequence[Tensor], where: str) -> Tensor:
+    if len(column) == 1:
+        return column[0]
     if any(tensor.dim() == 0 for tensor in column):
         raise ValueError(f"{where}: a tensor of no dimension cannot be joined over micro-batches")
     return torch.cat(list(column))

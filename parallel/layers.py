@@ -17,8 +17,11 @@ Named = list[tuple[str, nn.Module]]
 def named_layers(layers: nn.Sequential | nn.ModuleList | Sequence[nn.Module]) -> Named:
     """Return layers with the names that they have in the unsplit model.
 
-    A list counts as `nn.Sequential(*layers)`. TypeError names a member that is no module.
+    A list counts as `nn.Sequential(*layers)`. TypeError names a member that is no module, and what
+    a container does by itself, which no stage would.
     """
+    if isinstance(layers, nn.Sequential | nn.ModuleList):
+        _refuse_own(layers)
     if isinstance(layers, nn.Sequential):
         # named_children would leave out a module that occurs twice.
         return [(name, layer) for name, layer in layers._modules.items() if layer is not None]
@@ -31,6 +34,26 @@ def named_layers(layers: nn.Sequential | nn.ModuleList | Sequence[nn.Module]) ->
         if not isinstance(layer, nn.Module):
             raise TypeError(f"layer {name}: expected an nn.Module, got a {type(layer).__name__}")
     return named
+
+
+def _refuse_own(layers: nn.Module) -> None:
+    """Raise TypeError for a container that is more than its layers, one after the other."""
+    kind = type(layers)
+    own = [
+        *(["its own forward"] if kind.forward not in _PLAIN else []),
+        *(f"parameter {name}" for name, value in layers._parameters.items() if value is not None),
+        *(f"buffer {name}" for name, value in layers._buffers.items() if value is not None),
+        *(["hooks"] if any(getattr(layers, name) for name in _HOOKS) else []),
+    ]
+    if own:
+        raise TypeError(
+            f"the {kind.__name__} of layers has {', '.join(own)}, which would be lost when its "
+            "layers are split: put that into a layer"
+        )
+
+
+_PLAIN = (nn.Sequential.forward, nn.ModuleList.forward)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class RankLayers:

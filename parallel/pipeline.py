@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..comm.timeline import STEP, span
 from .actions import Action
 from .balancing import balanced_stages
-from .batch import clone_tensors, join_rows, row_bounds, split_rows
+from .batch import clone_tensors, row_bounds, split_rows
 from .carried import Carried
 from .clip import clip_over_stages
 from .finite import FiniteCheck
@@ -29,7 +29,7 @@ from .random_keys import name_layers
 from .reducer import Reducer, ReductionRecord
 from .replicas import broadcast_tensors, check_equal, describe, device_of
 from .rows import agree_on_rows, agree_on_rows_of_pipe
-from .share import share_of
+from .share import counts_of, share_of
 from .sparse import sparse_parameters
 from .stage import Stage
 from .stage_error import raise_together
@@ -243,6 +243,9 @@ class Pipeline:
             raise ValueError("a pipeline without loss_fn can evaluate, but not train")
         rows = agree_on_rows(self.mesh, x, y)
         replicas = self.mesh.data.size
+        # On all ranks before anything is sent, as a plan may refuse what one replica has.
+        for count in counts_of(rows, self._microbatches, in_tree=self._tree is not None):
+            self._plan(count)
         share = share_of(
             rows,
             self.mesh.data.rank,
@@ -305,10 +308,10 @@ class Pipeline:
         bounds = row_bounds(agree_on_rows_of_pipe(self.mesh.pipe, x), self._microbatches)
         batch = Batch(inputs=split_rows(x, bounds) if self._is_first else [])
         self._worker.evaluate(len(bounds), batch)
+        where = "output of the last stage"
+        joined = self._worker.join(batch, where) if self._is_last and not self._failed else None
         if self.mesh.pipe.allreduce(np.array([self._failed]), op="max")[0]:
             raise_together(self.mesh.pipe, self._worker.failure)
-        where = "output of the last stage"
-        joined = join_rows(batch.outputs, where) if self._is_last else None
         last = self.mesh.pipe.size - 1
         return broadcast_value(self.mesh.pipe, joined, last, where, self._device)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .batch import global_leaves, row_bounds
 from .random_keys import Samples
 
-__all__ = ["Share", "share_of"]
+__all__ = ["Share", "counts_of", "share_of"]
 
 
 @dataclass(frozen=True)
@@ -45,3 +45,10 @@ def share_of(
         bounds = row_bounds(rows[replica], microbatches)
     weights = tuple((end - first) / total if is_mean else 1.0 for first, end in bounds)
     return Share(bounds, before, weights, leaves)
+
+
+def counts_of(rows: Sequence[int], microbatches: int, *, in_tree: bool) -> list[int]:
+    """Return what numbers of micro-batches the replicas have, each once."""
+    if in_tree:
+        return sorted({len(leaves) for leaves in global_leaves(rows, microbatches)[1]})
+    return sorted({len(row_bounds(count, microbatches)) for count in set(rows)})

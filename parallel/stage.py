@@ -138,6 +138,11 @@ class Stage:
         """Run the layers and keep nothing."""
         return self.module(put_together(description.skeleton, tensors))
 
+    def needs_gradients(self, description: Description) -> bool:
+        """Tell whether a backward has something to do: for parameters, or for what came in."""
+        came = any(spec.needs_grad for spec in description.tensors)
+        return came or any(p.requires_grad for p in self.module.parameters())
+
     def begin_backward_at(self, microbatch: int, root: Tensor) -> None:
         """Let backward begin at `root`, such as a loss, instead of at the stage's outputs."""
         self._in_flight[microbatch].roots = [root] if root.requires_grad else []

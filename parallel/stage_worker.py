@@ -203,6 +203,11 @@ class StageWorker:
         loss = self._loss_fn(output, batch.targets[microbatch])
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise TypeError(f"expected loss_fn to return a tensor of one element, got {loss!r}")
+        if not loss.requires_grad and self._stage.needs_gradients(description):
+            raise TypeError(
+                "the loss needs no gradient, although parameters do: is step called under "
+                "torch.no_grad(), or does loss_fn detach?"
+            )
         self._stage.begin_backward_at(microbatch, loss)
         batch.losses[microbatch] = loss.item()
 

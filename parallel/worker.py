@@ -10,8 +10,9 @@ import torch
 from ..comm.errors import CommError
 from ..comm.timeline import COMPUTE, span
 from .actions import Action, Kind
+from .batch import join_rows
 from .messages import Outbox
-from .stage_error import Failure
+from .stage_error import Failure, shown
 from .stage_worker import Batch, StageWorker
 
 if TYPE_CHECKING:
@@ -110,6 +111,15 @@ class Worker:
                 stage = self._stages[action.stage]
                 self._attempt(action, batch, stage.evaluate)
         self._outbox.drain()
+
+    def join(self, batch: Batch, where: str) -> Any:
+        """Return the outputs of an evaluation end to end; a failure where they cannot be joined."""
+        try:
+            return join_rows(batch.outputs, where)
+        except (TypeError, ValueError, RuntimeError) as error:
+            last = Action(Kind.FORWARD, len(batch.outputs) - 1, self._last_stage)
+            self.failure = Failure(last, f"outputs: {shown(batch.outputs)}", error)
+            return None
 
     def _begin(self, plan: Sequence[Action]) -> None:
         self.failure = None

@@ -13,6 +13,7 @@ from torch import nn
 from ringfold import Mesh, Pipeline, StageError, run_local
 from ringfold.parallel.actions import parse_actions
 from ringfold.parallel.plan import PLANS, PlanError
+from ringfold.parallel.plan_text import parse_plan
 
 ONE_STAGE_A_RANK = [name for name in PLANS if name != "interleaved"]
 GRIDS = [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (1, 4), (4, 1)]
@@ -489,6 +490,36 @@ def test_bad_settings_are_refused_on_every_rank():
     engine_error(2, "layer 1: expected an nn.Module", TypeError, lambda _: [Times(1), abs])
 
 
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def with_hook():
+    made = nn.Sequential(Times(1), Times(2))
+    made.register_forward_hook(lambda *_: None)
+    return made
+
+
+def with_parameter():
+    made = nn.ModuleList([Times(1), Times(2)])
+    made.scale = nn.Parameter(torch.ones(1))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda: Residual(Times(1), Times(2)), "Residual of layers has its own forward"),
+        (with_hook, "Sequential of layers has hooks"),
+        (with_parameter, "ModuleList of layers has parameter scale"),
+    ],
+    ids=["forward", "hook", "parameter"],
+)
+def test_what_a_container_does_by_itself_is_refused(make, what):
+    engine_error(2, what, TypeError, lambda _: make())
+
+
 def test_layers_that_differ_between_ranks_are_refused_on_every_rank():
     def layers(rank):
         return [nn.Linear(2, 2), nn.Linear(2, 2 + rank % 2), nn.ReLU()]
@@ -572,6 +603,49 @@ def test_loss_must_be_one_element():
 
     with pytest.raises(StageError, match="loss_fn to return a tensor of one element"):
         run_local(1, main)
+
+
+def test_a_loss_without_a_graph_is_told():
+    def main(comm):
+        mesh = Mesh(comm, pipe=2)
+        engine = Pipeline([Times(2), Times(3)], mesh, loss_fn=mean_output, microbatches=2)
+        with torch.no_grad(), pytest.raises(StageError, match=r"under torch\.no_grad\(\)"):
+            engine.step(torch.ones(4))
+        for parameter in engine.parameters():
+            parameter.requires_grad_(False)
+        return engine.step(torch.arange(4.0)).item()  # there is nothing to train, and that is fine
+
+    assert run_local(2, main) == [9.0, 9.0]
+
+
+@pytest.mark.parametrize("rows", [(4, 1), (4, 0)])
+def test_a_plan_that_refuses_what_one_replica_has_is_refused_on_every_rank(rows):
+    plan = parse_plan("stage 0: F0 F1 B0 B1\nstage 1: F0 B0 F1 B1\n")
+
+    def main(comm):
+        mesh = Mesh(comm, data=2, pipe=2)
+        options = {"microbatches": 2, "schedule": plan}
+        engine = Pipeline([Times(2), Times(3)], mesh, loss_fn=mean_output, **options)
+        with pytest.raises(PlanError) as caught:
+            engine.step(torch.ones(rows[mesh.data.rank]))
+        return str(caught.value), engine.step(torch.arange(1.0, 9.0)).item()
+
+    assert len(set(run_local(4, main))) == 1
+
+
+@pytest.mark.parametrize("output", ["a number", "other widths"])
+def test_outputs_that_cannot_be_joined_are_told_on_every_rank(output):
+    def ends(x):
+        return x.mean() if output == "a number" else x.repeat(1, len(x))
+
+    def main(comm):
+        engine = Pipeline([Times(2), Call(ends)], Mesh(comm, pipe=2), microbatches=2)
+        with pytest.raises(StageError, match="rank 1 of 2: stage 1 failed in the forward") as told:
+            engine.forward(torch.ones(3, 1))
+        return str(told.value), engine.forward(torch.ones(1, 1)).item()
+
+    told, one = run_local(2, main)
+    assert told == one and told[1] == 2.0  # a single micro-batch's output needs no joining
 
 
 def test_state_of_the_unsplit_model_loads_by_name():
