@@ -140,6 +140,12 @@ class Pipeline:
             raise ValueError(f"unknown reduction {reduction!r}, expected one of: {known}")
         if reduction == "tree" and wire_dtype is not None:
             raise ValueError(f"reduction 'tree' adds gradients as they are, not as {wire_dtype}")
+        learned = loss_fn.parameters() if isinstance(loss_fn, nn.Module) else ()
+        if mesh.data.size > 1 and any(parameter.requires_grad for parameter in learned):
+            raise TypeError(
+                "loss_fn has parameters, whose gradients nobody reduces over the replicas: put "
+                "them into the last layer, or freeze them"
+            )
         self.mesh = mesh
         self.last_step: StepRecord | None = None
         self.steps_taken = 0

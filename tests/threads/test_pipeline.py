@@ -618,6 +618,20 @@ def test_a_loss_without_a_graph_is_told():
     assert run_local(2, main) == [9.0, 9.0]
 
 
+def test_a_loss_with_parameters_of_its_own_is_refused_over_replicas():
+    class Head(nn.Linear):
+        def forward(self, output, _):
+            return super().forward(output).mean()
+
+    def main(comm):
+        with pytest.raises(TypeError, match="loss_fn has parameters"):
+            Pipeline([Times(2)], Mesh(comm), loss_fn=Head(4, 1))
+        engine = Pipeline([Times(2)], Mesh(comm), loss_fn=Head(4, 1).requires_grad_(False))
+        engine.step(torch.ones(2, 4))
+
+    run_local(2, main)
+
+
 @pytest.mark.parametrize("rows", [(4, 1), (4, 0)])
 def test_a_plan_that_refuses_what_one_replica_has_is_refused_on_every_rank(rows):
     plan = parse_plan("stage 0: F0 F1 B0 B1\nstage 1: F0 B0 F1 B1\n")
