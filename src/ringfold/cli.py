@@ -150,6 +150,8 @@ def _simulate(arguments: argparse.Namespace) -> int:
     except ScheduleError as error:
         print(f"refused: size {arguments.ranks}: {error}")
         return REFUSED
+    if schedule.collective.name == "barrier":
+        nbytes = 0  # tokens alone travel, whatever a buffer would be
     cost = price(schedule, nbytes, cluster, arguments.itemsize)
     took = time.perf_counter() - start
     algbw = nbytes / cost.seconds if cost.seconds else 0.0
@@ -184,6 +186,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _tune(arguments: argparse.Namespace) -> int:
     from .comm.communicator import Communicator
     from .comm.settings import Settings
+    from .comm.texts import gather_texts
     from .comm.tune import measure
 
     path = arguments.out or Settings.read().tuning
@@ -192,10 +195,12 @@ def _tune(arguments: argparse.Namespace) -> int:
     with Communicator() as comm:
         if comm.size == 1:
             raise Misuse("one rank has no links to measure; try: mpirun -n 4 ringfold tune")
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        refused = _unwritable(beside) if comm.rank == 0 else ""
+        if told := next(filter(None, gather_texts(comm, refused)), ""):
+            raise Misuse(f"{told}; name a file by --out")
         tuning = measure(comm)
         if comm.rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(f".{path.name}.{os.getpid()}")
             beside.write_text(tuning.text())
             beside.replace(path)
             for name, link in (("within a node", tuning.intra), ("between nodes", tuning.inter)):
@@ -208,6 +213,17 @@ def _tune(arguments: argparse.Namespace) -> int:
                     )
             print(f"written to {path}")
     return 0
+
+
+def _unwritable(path: Path) -> str:
+    """Return why a file cannot be written; made and taken away again, "" where it can."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        path.unlink()
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -249,8 +265,10 @@ def _load(path: Path, function: str) -> Callable[[int], object]:
     if spec is None or spec.loader is None:
         raise Misuse(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name while they are made.
+    # Dataclasses look their module up by name while they are made, and what the file imports may
+    # lie beside it, as for a script.
     sys.modules[path.stem] = module
+    sys.path.insert(0, str(path.absolute().parent))
     spec.loader.exec_module(module)
     found = getattr(module, function, None)
     if not callable(found):

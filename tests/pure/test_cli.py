@@ -1,11 +1,12 @@
 """The command line judges a user's algorithm."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from ringfold import units
-from ringfold.cli import main
+from ringfold.cli import _unwritable, main
 
 OWN = """
 from ringfold.comm.collective import ALLREDUCE
@@ -63,6 +64,27 @@ def test_node_groups_follow_the_cluster(capsys: pytest.CaptureFixture[str]) -> N
     command = "simulate allreduce:hierarchical --ranks 64 --ranks-per-node 8"
     assert main(command.split()) == 0
     assert capsys.readouterr().out.splitlines()[3].split() == ["rounds:", "28"]
+
+
+def test_a_barrier_sends_tokens(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "barrier:dissemination", "--ranks", "64", "--latency", "5us"]) == 0
+    out = capsys.readouterr().out
+    assert "30 us" in out and out.splitlines()[4].split()[-1] == "0"
+
+
+def test_a_file_may_import_what_lies_beside_it(
+    own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "user.py").write_text("from own import around as again\n")
+    assert main(["verify", f"{tmp_path / 'user.py'}:again", "--sizes", "2"]) == 0
+
+
+def test_where_a_table_cannot_be_written_is_known_before_it_is_measured(tmp_path: Path) -> None:
+    assert _unwritable(tmp_path / "new" / ".tuning.1") == ""
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").touch()
+    assert "file" in _unwritable(tmp_path / "file" / ".tuning.1")
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,16 @@ def test_names_are_read() -> None:
     assert Settings.read({"HOME": "/h", "XDG_CACHE_HOME": "/c"}).tuning == Path("/c") / table
 
 
+def test_fields_count_more_than_names() -> None:
+    environ = {"RINGFOLD_TIMEOUT": "2.5", "RINGFOLD_SHARED": "0"}
+    assert Settings.read(environ, timeout=60) == Settings(60, shared=False)
+
+
+def test_what_is_out_of_range_is_named() -> None:
+    with pytest.raises(ValueError, match="RINGFOLD_TIMEOUT=0: timeout must be above 0 s"):
+        Settings.read({"RINGFOLD_TIMEOUT": "0", "RINGFOLD_SHARED": "0"})
+
+
 @pytest.mark.parametrize(
     "name, value",
     [("TIMEOUT", "soon"), ("SEGMENT_BYTES", "1.5"), ("ABORT", "yes")],

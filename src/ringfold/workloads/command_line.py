@@ -149,7 +149,11 @@ def _parser() -> argparse.ArgumentParser:
         type=_whole(1),
         help=f"passes over the data (default: {_by_workload('epochs')})",
     )
-    train.add_argument("--steps", type=_whole(1), help="stop after so many steps at the latest")
+    train.add_argument(
+        "--steps",
+        type=_whole(1),
+        help="so many steps at the most, over which the learning rate falls to its end",
+    )
     train.add_argument(
         "--batch-size",
         type=_whole(1),
