@@ -8,7 +8,6 @@ the order of the layers. That order is the same for every split, and so is every
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .layer_copy import LayerCopier
 from .sparse import as_dense
 
 if TYPE_CHECKING:
@@ -39,33 +39,30 @@ class Tie:
 
 
 def untie(named: Named) -> tuple[Named, list[Tie]]:
-    """Give every layer parameters of its own over the shared memory, and return what was shared.
+    """Let layers share no parameter and no module, and return what parameters they shared.
 
-    The layers are changed in place; a module that occurs again among them is copied. Buffers stay
-    shared.
+    The layers given stay as they are: one that shares something with a layer before it is copied,
+    as far as need be, and has parameters of its own over the shared memory. Buffers stay shared.
     """
     holders: dict[nn.Parameter, tuple[str, list[int], list[nn.Parameter]]] = {}
-    originals: dict[nn.Parameter, nn.Parameter] = {}
     made: Named = []
-    seen: set[nn.Module] = set()
+    met: set[nn.Module] = set()
+    copier = LayerCopier(layer for _, layer in named)
     for place, (name, layer) in enumerate(named):
-        if layer in seen:
-            kept: list[Tensor] = [*layer.parameters(), *layer.buffers()]
-            layer = copy.deepcopy(layer, {id(tensor): tensor for tensor in kept})
-        seen.add(layer)
-        made.append((name, layer))
-        for parameter, sites in _sites(layer).items():
-            original = originals.get(parameter, parameter)
-            if original not in holders:
-                holders[original] = f"{name}.{sites[0].path}", [place], [original]
-                continue
-            own = nn.Parameter(original.detach(), requires_grad=original.requires_grad)
-            originals[own] = original
-            for site in sites:
-                site.module._parameters[site.attribute] = own
-            _, layers, uses = holders[original]
+        modules = set(layer.modules())
+        own: dict[nn.Parameter, nn.Parameter] = {}
+        for path, parameter in layer.named_parameters():
+            if parameter in holders:
+                own[parameter] = _use_of(parameter)
+            else:
+                holders[parameter] = f"{name}.{path}", [], []
+            _, layers, uses = holders[parameter]
             layers.append(place)
-            uses.append(own)
+            uses.append(own.get(parameter, parameter))
+        if own or not met.isdisjoint(modules):
+            layer = copier.copy(name, layer, met, own)
+        met |= modules
+        made.append((name, layer))
     return made, [
         Tie(name, tuple(layers), tuple(uses))
         for name, layers, uses in holders.values()
@@ -170,23 +167,8 @@ class _Shared:
         return torch.view_as_complex(real) if self.uses[0].is_complex() else real
 
 
-@dataclass(frozen=True)
-class _Site:
-    """Where in a layer a parameter is."""
-
-    module: nn.Module
-    attribute: str
-    path: str
-
-
-def _sites(layer: nn.Module) -> dict[nn.Parameter, list[_Site]]:
-    found: dict[nn.Parameter, list[_Site]] = {}
-    for prefix, module in layer.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                path = f"{prefix}.{attribute}" if prefix else attribute
-                found.setdefault(parameter, []).append(_Site(module, attribute, path))
-    return found
+def _use_of(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
 
 
 def _sum(before: Tensor | None, total: Tensor | None) -> Tensor | None:
