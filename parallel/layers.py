@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RankLayers", "named_layers"]
+__all__ = ["RankLayers", "named_layers", "refuse_shared_buffers"]
 
 Named = list[tuple[str, nn.Module]]
 
@@ -43,7 +43,6 @@ class RankLayers:
     """
 
     def __init__(self, named: Named, stages: Sequence[range], rank: int, num_ranks: int) -> None:
-        _refuse_shared_buffers(named, stages, num_ranks)
         own = range(rank, len(stages), num_ranks)
         self.stages = {
             stage: nn.Sequential(OrderedDict(named[i] for i in stages[stage])) for stage in own
@@ -75,7 +74,8 @@ class RankLayers:
         self.module.load_state_dict(own)
 
 
-def _refuse_shared_buffers(named: Named, stages: Sequence[range], num_ranks: int) -> None:
+def refuse_shared_buffers(named: Named, stages: Sequence[range], num_ranks: int) -> None:
+    """Raise ValueError for a buffer of two ranks, by its first names there."""
     holder: dict[Tensor, tuple[int, str]] = {}
     for stage, members in enumerate(stages):
         for name, layer in (named[i] for i in members):

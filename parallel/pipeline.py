@@ -18,7 +18,7 @@ from .batch import clone_tensors, join_rows, row_bounds, split_rows
 from .carried import Carried
 from .clip import clip_over_stages
 from .finite import FiniteCheck
-from .layers import RankLayers, named_layers
+from .layers import RankLayers, named_layers, refuse_shared_buffers
 from .loss_scale import LossScaler
 from .mesh import Mesh
 from .messages import broadcast_value
@@ -34,7 +34,7 @@ from .sparse import sparse_parameters
 from .stage import Stage
 from .stage_error import raise_together
 from .stage_worker import Batch
-from .ties import TiedGradients, untie
+from .ties import TiedGradients, move, untie
 from .tree import sum_in_tree
 from .tree_gradients import TreeGradients
 from .worker import Worker
@@ -177,18 +177,20 @@ class Pipeline:
             self.stages = balanced_stages(named, mesh.comm, balance, in_flight, sample)
         else:
             self.stages = cut(len(named), num_stages, boundaries)
+        pipe = mesh.pipe
+        ranks = [stage % pipe.size for stage, members in enumerate(self.stages) for _ in members]
+        refuse_shared_buffers(named, self.stages, pipe.size)
+        if device is not None:
+            held = [layer for layer, rank in enumerate(ranks) if rank == pipe.rank]
+            move(named, held, torch.device(device))
         named, ties = untie(named)
         name_layers(nn.Sequential(OrderedDict(named)))
-        pipe = mesh.pipe
         self._layers = RankLayers(named, self.stages, pipe.rank, pipe.size)
-        if device is not None:
-            self._layers.module.to(device)
         self._device = device_of(whole) if device is None else torch.device(device)
         self._stages = [
             Stage(m, s, s in again, self._device) for s, m in self._layers.stages.items()
         ]
         broadcast_tensors(mesh.data, self._layers.tensors(), 0, bucket_bytes)
-        ranks = [stage % pipe.size for stage, members in enumerate(self.stages) for _ in members]
         self._ties = TiedGradients(ties, ranks, pipe)
         self._ties.equalize()
         parts = {s: list(m.parameters()) for s, m in self._layers.stages.items()}

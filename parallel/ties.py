@@ -8,7 +8,7 @@ the order of the layers. That order is the same for every split, and so is every
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from .sparse import as_dense
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
 
-__all__ = ["Tie", "TiedGradients", "untie"]
+__all__ = ["Tie", "TiedGradients", "move", "untie"]
 
 Named = list[tuple[str, nn.Module]]
 
@@ -68,6 +68,32 @@ def untie(named: Named) -> tuple[Named, list[Tie]]:
         for name, layers, uses in holders.values()
         if len(uses) > 1
     ]
+
+
+def move(named: Named, held: Collection[int], to: torch.device | torch.dtype) -> None:
+    """Move the layers in `held`, so that one tensor of several layers is still one in all of them.
+
+    Done before `untie`: moving gives every parameter memory of its own, and a buffer that two
+    modules have becomes two.
+    """
+    modules = dict.fromkeys(module for _, layer in named for module in layer.modules())
+    before = [
+        (module, table, name, tensor)
+        for module in modules
+        for table in (module._parameters, module._buffers)
+        for name, tensor in table.items()
+        if tensor is not None
+    ]
+    for place in held:
+        named[place][1].to(to)
+    moved: dict[Tensor, Tensor] = {}
+    for _, table, name, tensor in before:
+        after = table[name]
+        if after is not None and after is not tensor:
+            moved.setdefault(tensor, after)
+    for module, table, name, tensor in before:
+        if tensor in moved and table[name] is not moved[tensor]:
+            setattr(module, name, moved[tensor])
 
 
 class TiedGradients:

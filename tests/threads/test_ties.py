@@ -10,7 +10,7 @@ from torch import nn
 
 from ringfold import Dropout, Mesh, Pipeline, ShardedOptimizer, run_local
 from ringfold.parallel import SyncBatchNorm
-from ringfold.parallel.ties import untie
+from ringfold.parallel.ties import move, untie
 
 
 def mean_output(output, _):
@@ -400,3 +400,33 @@ def test_a_layer_that_cannot_be_copied_is_refused_by_name():
         untie([("a", nn.Sequential(act)), ("b", Locked(act))])
     with pytest.raises(TypeError, match=r"layer b .* cannot be copied over the same memory: Stubb"):
         untie([("a", nn.Sequential(linear)), ("b", Stubborn(linear))])
+
+
+def test_a_move_keeps_shared_tensors_one():
+    """Each use had memory of its own after it, and a buffer of two modules became two."""
+    first, norm, last = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    last.weight, last.running_mean = norm.weight, norm.running_mean
+    layers = [first, norm, nn.Sequential(first, last)]
+    named = [(str(i), layer) for i, layer in enumerate(layers)]
+    move(named, [0, 1], torch.float64)  # as a move to a GPU, it replaces what parameters hold
+    assert last.running_mean is norm.running_mean
+    made, ties = untie(named)
+    assert [tie.name for tie in ties] == ["0.weight", "0.bias", "1.weight"]
+    for tie in ties:
+        one, other = tie.uses
+        assert one.dtype == torch.float64
+        assert one.data_ptr() == other.data_ptr()
+    assert made[2][1][1].running_mean.data_ptr() == norm.running_mean.data_ptr()
+    assert last.bias.dtype == torch.float32
+
+
+def test_a_device_keeps_ties():
+    """A move to this one makes other parameters, of which each layer had its own."""
+
+    def main(comm):
+        engine = Pipeline(tied_network(), Mesh(comm), loss_fn=mean_output, device="meta")
+        assert {p.device.type for p in engine.parameters()} == {"meta"}
+        return [name for name, _ in engine.named_parameters()]
+
+    expected = [name for name, _ in nn.Sequential(*tied_network()).named_parameters()]
+    assert run_local(1, main) == [expected]
