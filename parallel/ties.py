@@ -136,11 +136,15 @@ class TiedGradients:
                     shared.uses[0].copy_(flat)
 
     def begin(self) -> None:
-        """Set aside the gradients that are there; `finish` adds to them, as backward does."""
+        """Set aside the gradients that are there; `finish` adds to them, as backward does.
+
+        Uses are frozen as the first one is, which alone is known outside.
+        """
         self._before = [shared.uses[0].grad for shared in self._shared]
         for shared in self._shared:
             for use in shared.uses:
                 use.grad = None
+                use.requires_grad_(shared.uses[0].requires_grad)
 
     def finish(self) -> None:
         """Add the uses' gradients in the order of the layers, the same on every holder."""
@@ -194,7 +198,10 @@ class _Shared:
 
 
 def _use_of(parameter: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    """Return another parameter over the same memory, with the attributes that users gave it."""
+    use = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    use.__dict__.update(parameter.__dict__)
+    return use
 
 
 def _sum(before: Tensor | None, total: Tensor | None) -> Tensor | None:

@@ -430,3 +430,38 @@ def test_a_device_keeps_ties():
 
     expected = [name for name, _ in nn.Sequential(*tied_network()).named_parameters()]
     assert run_local(1, main) == [expected]
+
+
+@pytest.mark.parametrize("reduction", ["bucket", "tree"])
+@pytest.mark.parametrize("grid", [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_a_shared_weight_is_frozen_later_and_released_again(grid, reduction):
+    """Only the first use on a rank was frozen, and the gradients of the others moved it."""
+
+    def main(comm):
+        mesh = Mesh(comm, data=grid[0], pipe=grid[1])
+        layers = nested_network()
+        layers[0].embed.weight.no_decay = "embed"
+        engine = Pipeline(
+            layers,
+            mesh,
+            loss_fn=nn.functional.cross_entropy,
+            microbatches=grid[0],
+            reduction=reduction,
+        )
+        generator = torch.Generator().manual_seed(mesh.data.rank)
+        x, y = torch.randint(0, 11, (2, 8), generator=generator)
+        (embed,) = (p for n, p in engine.named_parameters() if n == "0.embed.weight")
+        optimizer = torch.optim.SGD(engine.parameters(), lr=0.5)
+        moved = []
+        for learns in (True, False, True):
+            embed.requires_grad_(learns)
+            before = embed.detach().clone()
+            engine.zero_grad()
+            engine.step(x, y)
+            optimizer.step()
+            moved.append(not torch.equal(embed, before))
+        return moved, embed.no_decay
+
+    assert run_local(grid[0] * grid[1], main) == [([True, False, True], "embed")] * (
+        grid[0] * grid[1]
+    )
