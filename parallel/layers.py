@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RankLayers", "named_layers"]
+__all__ = ["Named", "RankLayers", "named_layers"]
 
 Named = list[tuple[str, nn.Module]]
 
@@ -66,7 +66,6 @@ class RankLayers:
     """
 
     def __init__(self, named: Named, stages: Sequence[range], rank: int, num_ranks: int) -> None:
-        _refuse_shared_buffers(named, stages, num_ranks)
         own = range(rank, len(stages), num_ranks)
         self.stages = {
             stage: nn.Sequential(OrderedDict(named[i] for i in stages[stage])) for stage in own
@@ -96,16 +95,3 @@ class RankLayers:
         if unknown:
             raise ValueError(f"names that are in no stage of this model: {', '.join(unknown)}")
         self.module.load_state_dict(own)
-
-
-def _refuse_shared_buffers(named: Named, stages: Sequence[range], num_ranks: int) -> None:
-    holder: dict[Tensor, tuple[int, str]] = {}
-    for stage, members in enumerate(stages):
-        for name, layer in (named[i] for i in members):
-            for key, tensor in layer.named_buffers():
-                first, known = holder.setdefault(tensor, (stage, f"{name}.{key}"))
-                if first % num_ranks != stage % num_ranks:
-                    raise ValueError(
-                        f"{known} of stage {first} and {name}.{key} of stage {stage} are one and "
-                        "the same buffer: choose boundaries that put both on one rank"
-                    )

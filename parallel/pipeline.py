@@ -17,6 +17,7 @@ from .balancing import balanced_stages
 from .batch import clone_tensors, row_bounds, split_rows
 from .carried import Carried
 from .clip import clip_over_stages
+from .constants import Constants
 from .finite import FiniteCheck
 from .layers import RankLayers, named_layers
 from .loss_scale import LossScaler
@@ -34,7 +35,7 @@ from .sparse import sparse_parameters
 from .stage import Stage
 from .stage_error import raise_together
 from .stage_worker import Batch
-from .ties import TiedGradients, untie
+from .ties import TiedGradients, move, untie
 from .tree import sum_in_tree
 from .tree_gradients import TreeGradients
 from .worker import Worker
@@ -104,8 +105,8 @@ class Pipeline:
 
     Collective over mesh.comm. Parameters and buffers start as those of replica 0. ValueError on
     every rank for layers or settings that differ between ranks, a stage left without layers, an
-    unknown schedule, or a buffer that two ranks share. A parameter that layers share is one on all
-    ranks (`ties`): the first layer's value counts, and gradients of all uses are added.
+    unknown schedule, or a persistent buffer that two ranks share. What layers share is one on all
+    ranks (`ties`, `constants`): the first layer's value counts, gradients of all uses are added.
     """
 
     def __init__(
@@ -183,18 +184,23 @@ class Pipeline:
             self.stages = balanced_stages(named, mesh.comm, balance, in_flight, sample)
         else:
             self.stages = cut(len(named), num_stages, boundaries)
+        pipe = mesh.pipe
+        ranks = [stage % pipe.size for stage, members in enumerate(self.stages) for _ in members]
+        constants = Constants(named, self.stages, pipe.size)
+        if device is not None:
+            held = [layer for layer, rank in enumerate(ranks) if rank == pipe.rank]
+            move(named, held, torch.device(device))
         named, ties = untie(named)
         name_layers(nn.Sequential(OrderedDict(named)))
-        pipe = mesh.pipe
         self._layers = RankLayers(named, self.stages, pipe.rank, pipe.size)
-        if device is not None:
-            self._layers.module.to(device)
         self._device = device_of(whole) if device is None else torch.device(device)
         self._stages = [
             Stage(m, s, s in again, self._device) for s, m in self._layers.stages.items()
         ]
         broadcast_tensors(mesh.data, self._layers.tensors(), 0, bucket_bytes)
-        ranks = [stage % pipe.size for stage, members in enumerate(self.stages) for _ in members]
+        constants.equalize(pipe, self._device, bucket_bytes)
+        for stage in self._layers.stages.values():
+            constants.watch(stage)
         self._ties = TiedGradients(ties, ranks, pipe)
         self._ties.equalize()
         parts = {s: list(m.parameters()) for s, m in self._layers.stages.items()}

@@ -8,20 +8,20 @@ the order of the layers. That order is the same for every split, and so is every
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from .layer_copy import LayerCopier
 from .sparse import as_dense
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
 
-__all__ = ["Tie", "TiedGradients", "untie"]
+__all__ = ["Tie", "TiedGradients", "move", "untie"]
 
 Named = list[tuple[str, nn.Module]]
 
@@ -39,38 +39,61 @@ class Tie:
 
 
 def untie(named: Named) -> tuple[Named, list[Tie]]:
-    """Give every layer parameters of its own over the shared memory, and return what was shared.
+    """Let layers share no parameter and no module, and return what parameters they shared.
 
-    The layers are changed in place; a module that occurs again among them is copied. Buffers stay
-    shared.
+    The layers given stay as they are: one that shares something with a layer before it is copied,
+    as far as need be, and has parameters of its own over the shared memory. Buffers stay shared.
     """
     holders: dict[nn.Parameter, tuple[str, list[int], list[nn.Parameter]]] = {}
-    originals: dict[nn.Parameter, nn.Parameter] = {}
     made: Named = []
-    seen: set[nn.Module] = set()
+    met: set[nn.Module] = set()
+    copier = LayerCopier(layer for _, layer in named)
     for place, (name, layer) in enumerate(named):
-        if layer in seen:
-            kept: list[Tensor] = [*layer.parameters(), *layer.buffers()]
-            layer = copy.deepcopy(layer, {id(tensor): tensor for tensor in kept})
-        seen.add(layer)
-        made.append((name, layer))
-        for parameter, sites in _sites(layer).items():
-            original = originals.get(parameter, parameter)
-            if original not in holders:
-                holders[original] = f"{name}.{sites[0].path}", [place], [original]
-                continue
-            own = nn.Parameter(original.detach(), requires_grad=original.requires_grad)
-            originals[own] = original
-            for site in sites:
-                site.module._parameters[site.attribute] = own
-            _, layers, uses = holders[original]
+        modules = set(layer.modules())
+        own: dict[nn.Parameter, nn.Parameter] = {}
+        for path, parameter in layer.named_parameters():
+            if parameter in holders:
+                own[parameter] = _use_of(parameter)
+            else:
+                holders[parameter] = f"{name}.{path}", [], []
+            _, layers, uses = holders[parameter]
             layers.append(place)
-            uses.append(own)
+            uses.append(own.get(parameter, parameter))
+        if own or not met.isdisjoint(modules):
+            layer = copier.copy(name, layer, met, own)
+        met |= modules
+        made.append((name, layer))
     return made, [
         Tie(name, tuple(layers), tuple(uses))
         for name, layers, uses in holders.values()
         if len(uses) > 1
     ]
+
+
+def move(named: Named, held: Collection[int], to: torch.device | torch.dtype) -> None:
+    """Move the layers in `held`, so that one tensor of several layers is still one in all of them.
+
+    Done before `untie`: moving gives every parameter memory of its own, and a buffer that two
+    modules have becomes two.
+    """
+    modules = dict.fromkeys(module for _, layer in named for module in layer.modules())
+    before = [
+        (module, table, name, tensor)
+        for module in modules
+        for table in (module._parameters, module._buffers)
+        for name, tensor in table.items()
+        if tensor is not None
+    ]
+    for place in held:
+        named[place][1].to(to)
+    moved: dict[Tensor, Tensor] = {}
+    for _, table, name, tensor in before:
+        after = table[name]
+        if after is not None and after is not tensor:
+            moved.setdefault(tensor, after)
+    for module, table, name, tensor in before:
+        if tensor in moved and table[name] is not moved[tensor]:
+            setattr(module, name, moved[tensor])
 
 
 class TiedGradients:
@@ -113,11 +136,15 @@ class TiedGradients:
                     shared.uses[0].copy_(flat)
 
     def begin(self) -> None:
-        """Set aside the gradients that are there; `finish` adds to them, as backward does."""
+        """Set aside the gradients that are there; `finish` adds to them, as backward does.
+
+        Uses are frozen as the first one is, which alone is known outside.
+        """
         self._before = [shared.uses[0].grad for shared in self._shared]
         for shared in self._shared:
             for use in shared.uses:
                 use.grad = None
+                use.requires_grad_(shared.uses[0].requires_grad)
 
     def finish(self) -> None:
         """Add the uses' gradients in the order of the layers, the same on every holder."""
@@ -170,23 +197,11 @@ class _Shared:
         return torch.view_as_complex(real) if self.uses[0].is_complex() else real
 
 
-@dataclass(frozen=True)
-class _Site:
-    """Where in a layer a parameter is."""
-
-    module: nn.Module
-    attribute: str
-    path: str
-
-
-def _sites(layer: nn.Module) -> dict[nn.Parameter, list[_Site]]:
-    found: dict[nn.Parameter, list[_Site]] = {}
-    for prefix, module in layer.named_modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                path = f"{prefix}.{attribute}" if prefix else attribute
-                found.setdefault(parameter, []).append(_Site(module, attribute, path))
-    return found
+def _use_of(parameter: nn.Parameter) -> nn.Parameter:
+    """Return another parameter over the same memory, with the attributes that users gave it."""
+    use = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    use.__dict__.update(parameter.__dict__)
+    return use
 
 
 def _sum(before: Tensor | None, total: Tensor | None) -> Tensor | None:
