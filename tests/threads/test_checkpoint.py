@@ -3,9 +3,11 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +177,123 @@ def test_a_sharded_optimizer_goes_on_sharded_otherwise_or_whole(tmp_path, before
     optimizer.step()
     for model in run_local(max(after, 1), read):
         same(dict(model.state_dict()), dict(expected.state_dict()))
+
+
+def two_models(comm, seed, pipe):
+    """Two models with the same names, and one optimizer of both."""
+    pair = [network(seed), network(seed + 100)]
+    if pipe:  # cut at other places, so that ranks hold one name of different models
+        mesh, loss_fn = Mesh(comm, pipe=comm.size), nn.functional.mse_loss
+        cuts = [[2], [3]] if comm.size > 1 else [None, None]
+        pair = [
+            Pipeline(m, mesh, loss_fn=loss_fn, boundaries=b)
+            for m, b in zip(pair, cuts, strict=True)
+        ]
+    g, d = pair
+    return g, d, torch.optim.Adam([*g.parameters(), *d.parameters()], lr=0.1)
+
+
+def filled(g, d, optimizer):
+    """Give every parameter a state that tells by its numbers whose it is."""
+    for place, model in enumerate((g, d)):
+        for name, parameter in model.named_parameters():
+            value = 100.0 * place + sum(map(ord, name)) % 97
+            optimizer.state[parameter] = {
+                "step": torch.tensor(3.0 + place),
+                "exp_avg": torch.full_like(parameter, value),
+                "exp_avg_sq": torch.full_like(parameter, -value),
+            }
+    return optimizer
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 0), (2, 2), (2, 0), (0, 2), (2, 1)])
+def test_one_optimizer_of_two_models_with_the_same_names(tmp_path, before, after):
+    """0 ranks: one rank without a pipeline."""
+
+    def write(comm):
+        g, d, optimizer = two_models(comm, 1, before)
+        state = {"g": g, "d": d, "o": filled(g, d, optimizer), "o2": optimizer}
+        ringfold.save(tmp_path, state, comm)
+
+    def read(comm):
+        g, d, optimizer = two_models(comm, 5, after)
+        ringfold.load(tmp_path, {"d": d, "g": g, "o": optimizer}, comm)
+        g2, d2, expected = two_models(comm, 5, after)
+        same(optimizer.state_dict(), filled(g2, d2, expected).state_dict())
+        # A state of one of them has its own part.
+        alone = torch.optim.Adam(d.parameters(), lr=0.1)
+        ringfold.load(tmp_path, {"d": d, "o": alone}, comm)
+        same([alone.state[p] for p in d.parameters()], [optimizer.state[p] for p in d.parameters()])
+
+    run_local(max(before, 1), write)
+    run_local(max(after, 1), read)
+
+
+def without_module_names(folder, path, modules):
+    """Rewrite a checkpoint's manifest with names as they were before modules were in them."""
+    (place,) = folder.iterdir()
+    text = (place / "manifest.json").read_text()
+    manifest = from_text(text)
+    bare = {
+        key: value
+        for old, value in manifest.values.items()
+        for key in (re.sub(rf"^({path}/\w+/)({modules}):", r"\1", old),)
+    }
+    (place / "manifest.json").write_text(to_text(replace(manifest, values=bare)))
+
+
+def test_a_checkpoint_without_module_names_is_loaded_where_it_tells_names_apart(tmp_path):
+    def make(seed):
+        g, d = network(seed), nn.Sequential(*[nn.Identity()] * 5, nn.Linear(3, 2))
+        return g, d, torch.optim.Adam([*g.parameters(), *d.parameters()])
+
+    def main(comm):
+        g, d, optimizer = make(1)
+        ringfold.save(tmp_path / "apart", {"g": g, "d": d, "o": filled(g, d, optimizer)}, comm)
+        without_module_names(tmp_path / "apart", "o", "g|d")
+        g2, d2, other = make(2)
+        ringfold.load(tmp_path / "apart", {"g": g2, "d": d2, "o": other}, comm)
+        same(optimizer.state_dict(), other.state_dict())
+
+        g, d, optimizer = two_models(comm, 1, 0)
+        ringfold.save(tmp_path / "alike", {"g": g, "d": d, "o": filled(g, d, optimizer)}, comm)
+        without_module_names(tmp_path / "alike", "o", "g|d")
+        before = {name: value.clone() for name, value in g.state_dict().items()}
+        says = (
+            r"o/state/0\.weight: the checkpoint .* whether it is of g:0\.weight or of d:0\.weight"
+        )
+        with pytest.raises(CheckpointError, match=says):
+            ringfold.load(tmp_path / "alike", {"g": g, "d": d, "o": optimizer}, comm)
+        same(before, dict(g.state_dict()))
+
+    run_local(1, main)
+
+
+def test_a_sharded_optimizer_beside_two_models_and_the_whole_one_go_on_from_each_other(tmp_path):
+    def make(comm, sharded, seed):
+        model, average = network(seed), network(seed + 1)
+        optimizer = (
+            ringfold.ShardedOptimizer(model.named_parameters(), comm, torch.optim.Adam, lr=0.1)
+            if sharded
+            else torch.optim.Adam(model.parameters(), lr=0.1)
+        )
+        return {"average": average, "model": model, "o": optimizer}
+
+    def main(comm):
+        for sharded in (False, True):
+            state = make(comm, sharded, 1)
+            state["model"](torch.arange(20.0).view(4, 5)).square().mean().backward()
+            state["o"].step()
+            ringfold.save(tmp_path / f"{sharded}", state, comm)
+            other = make(comm, not sharded, 5)
+            ringfold.load(tmp_path / f"{sharded}", other, comm)
+            found = []
+            for optimizer, model in ((s["o"], s["model"]) for s in (state, other)):
+                rows = optimizer.state_dict()["state"].values()
+                found.append([row["exp_avg"] for row in rows] + [*model.parameters()])
+            same(*found)
+
+    run_local(2, main)
 
 
 VALUES = {
