@@ -44,7 +44,7 @@ def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"{path}: a {type(value).__name__} cannot be kept without pickle")
 
 
-def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
+def decode(value: Any, tensor: Callable[[str], Any]) -> Any:
     """Return what `encode` was given; `tensor` looks up a tensor by its path."""
     if isinstance(value, list):
         return [decode(v, tensor) for v in value]

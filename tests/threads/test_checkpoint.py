@@ -595,6 +595,50 @@ def test_random_streams_go_on(tmp_path):
         assert len(set(on_two)) == 2 and on_two == run_local(2, read)
 
 
+@pytest.mark.parametrize(
+    ("kept", "complaint"),
+    [
+        (None, r"random/1: the checkpoint of step 3 has no such value"),
+        ({"other": 5}, r"random/1/generators/aug: the checkpoint of step 3 .* only \['other'\]"),
+        ({"aug": np.random.default_rng(5)}, r"aug: expected a state of torch.Generator, .* PCG64"),
+    ],
+)
+def test_streams_that_do_not_fit_are_refused_before_anything_is_changed(tmp_path, kept, complaint):
+    def streams(generators):
+        made = {k: torch.Generator() if v == 5 else v for k, v in generators.items()}
+        return RandomStreams(**made)
+
+    def main(comm):
+        extra = {} if kept is None else {"random": streams(kept)}
+        ringfold.save(tmp_path, {"m": network(1), **extra}, comm, step=3)
+        model, augmentation = network(2), torch.Generator().manual_seed(7 + comm.rank)
+        # Rank 0 has none of that name, and is told, too.
+        own = {"aug": augmentation} if comm.rank == 1 or kept is None else {}
+        before = [*model.state_dict().values(), augmentation.get_state()]
+        before = [value.clone() for value in before]
+        says = complaint if kept is not None else complaint.replace("1", "0", 1)
+        with pytest.raises(CheckpointError, match=says):
+            ringfold.load(tmp_path, {"m": model, "random": RandomStreams(**own)}, comm)
+        same(before, [*model.state_dict().values(), augmentation.get_state()])
+
+    run_local(2, main)
+
+
+@pytest.mark.parametrize(("kept", "here"), [("PCG64", "MT19937"), ("MT19937", "torch.Generator")])
+def test_a_stream_of_another_kind_is_refused_by_both_names(tmp_path, kept, here):
+    def made(kind):
+        if kind == "torch.Generator":
+            return torch.Generator()
+        return np.random.Generator(getattr(np.random, kind)(5))
+
+    def main(comm):
+        ringfold.save(tmp_path, {"random": RandomStreams(a=made(kept))}, comm)
+        with pytest.raises(CheckpointError, match=f"a: expected a state of {here}, .* of {kept}"):
+            ringfold.load(tmp_path, {"random": RandomStreams(a=made(here))}, comm)
+
+    run_local(1, main)
+
+
 def test_a_manifest_reads_back_what_it_was_and_nothing_else():
     manifest = Manifest(
         3, 2, {"f": 10}, {"a/b": Entry("f", "F32", (2, 0), "00")}, {"v": {"mapping": [[1, None]]}}
