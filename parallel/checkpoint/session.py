@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import time
 import warnings
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from .partial import Partial, make_partial
 from .shares import captured_by, share_out, summary_of
 from .snapshot import Snapshot
 from .state import Part, parts_of
-from .store import Place, places, read_manifest
+from .store import Place, places, read_manifest, wrong_step
 from .writer import Job, Writing
 
 if TYPE_CHECKING:
@@ -85,13 +86,17 @@ class Checkpoints:
     def save(self, state: Mapping[str, Any], step: int) -> None:
         """Copy the state and return; it is written in the background.
 
+        step: a whole number from 0 on, which names the checkpoint and `load` finds it by.
         Waits for the checkpoint before, if that is still being written, and raises its error.
         The copies stay allocated for the next one: about this rank's share of the checkpoint.
         """
         start = time.perf_counter()
         try:
             self.wait()
-            mine, values, nbytes = self._share_out(state, f"checkpoint of step {step}")
+            complaint = wrong_step(step)
+            what = f"checkpoint of step {step}"
+            mine, values, nbytes = self._share_out(state, what, complaint)
+            step = operator.index(step)
             copies = self._snapshot.take(mine)
             folder, made = self._open(step, nbytes)
             self._writing = Writing(
@@ -122,11 +127,11 @@ class Checkpoints:
         self.stood_still += time.perf_counter() - start
 
     def _share_out(
-        self, state: Mapping[str, Any], what: str
+        self, state: Mapping[str, Any], what: str, complaint: str = ""
     ) -> tuple[dict[str, Tensor], dict[str, Any], int]:
         """Return what this rank writes, all values, and the bytes that all ranks write."""
-        captured, complaint = captured_by(state, self.comm)
-        agree(self.comm, complaint, what)
+        captured, problem = captured_by(state, self.comm)
+        agree(self.comm, complaint or problem, what)
         rows = gather_texts(self.comm, summary_of(captured))
         chosen, values, nbytes = share_out([json.loads(row) for row in rows])
         mine = {n: captured.tensors[n] for n, r in chosen.items() if r == self.comm.rank}

@@ -7,11 +7,13 @@ step. It comes into being by one rename, so there is never half of one under suc
 from __future__ import annotations
 
 import errno
+import operator
 import re
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import Damaged
 from .files import fsync_folder, write_text
@@ -25,6 +27,7 @@ __all__ = [
     "part_name",
     "places",
     "read_manifest",
+    "wrong_step",
 ]
 
 MANIFEST = "manifest.json"
@@ -38,6 +41,14 @@ class Place:
     sequence: int
     step: int
     path: Path
+
+
+def wrong_step(step: Any) -> str:
+    """Return why a folder cannot be named by such a step, or no text."""
+    with suppress(TypeError):
+        if not isinstance(step, bool) and operator.index(step) >= 0:
+            return ""
+    return f"expected a whole number from 0 on as a step, got {step!r}"
 
 
 def places(root: Path) -> list[Place]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -143,3 +144,25 @@ def test_two_that_take_the_same_number_at_once_get_two(tmp_path, monkeypatch):
     run_local(1, lambda comm: ringfold.save(tmp_path, numbers(3), comm, step=3))
     run_local(1, lambda comm: ringfold.save(tmp_path, numbers(3), comm, step=3))
     assert names(tmp_path) == ["000001-step-3", "000002-step-3"]
+
+
+@pytest.mark.parametrize("step", [100.0, -1, "best", True, None, torch.tensor(3.0), np.int64(-2)])
+def test_a_step_that_would_not_be_found_again_is_refused_on_all_ranks(tmp_path, step):
+    def main(comm):
+        with Checkpoints(tmp_path, comm) as checkpoints:
+            with pytest.raises(CheckpointError, match="rank 1: expected a whole number from 0 on"):
+                checkpoints.save(numbers(1), 1 if comm.rank == 0 else step)
+            assert not list(tmp_path.iterdir())
+
+    run_local(2, main)
+
+
+@pytest.mark.parametrize("step", [0, np.int64(5), np.uint8(7), torch.tensor(9), 2**40])
+def test_every_kind_of_whole_number_is_a_step(tmp_path, step):
+    def main(comm):
+        ringfold.save(tmp_path, numbers(int(step)), comm, step=step)
+        found = ringfold.load(tmp_path, {"v": None}, comm, step=step)
+        assert found.step == step and type(found.step) is int
+        assert loaded(tmp_path, comm, int(step)) == step
+
+    run_local(2, main)
