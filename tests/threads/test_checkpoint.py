@@ -339,6 +339,32 @@ def test_what_needs_pickle_is_refused_by_its_path(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("value", "places"),
+    [
+        ({"a/b": torch.zeros(2), "a": {"b": torch.ones(2)}}, r"v\['a'\]\['b'\] and v\['a/b'\]"),
+        ([{1: torch.zeros(2), "1": torch.ones(2)}], r"v\[0\]\['1'\] and v\[0\]\[1\]"),
+    ],
+)
+def test_tensors_whose_keys_make_one_path_are_refused_by_their_places(tmp_path, value, places):
+    def main(comm):
+        ringfold.save(tmp_path, {"v": value if comm.rank == 1 else torch.zeros(1)}, comm)
+
+    with pytest.raises(CheckpointError, match=f"rank 1: {places} would both be kept as v/"):
+        run_local(2, main)
+    assert not list(tmp_path.iterdir())
+
+
+def test_plain_values_under_such_keys_come_back(tmp_path):
+    value = {"a/b": 1, "a": {"b": 2.5, "c": torch.ones(2)}, 1: "one", "1": [None]}
+
+    def main(comm):
+        ringfold.save(tmp_path, {"v": value}, comm)
+        same(ringfold.load(tmp_path, {"v": None}, comm).values["v"], value)
+
+    run_local(1, main)
+
+
 def test_values_that_differ_between_ranks_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="v differs between ranks: rank 0 has 0, rank 1"):
         run_local(2, lambda comm: ringfold.save(tmp_path, {"v": comm.rank}, comm))
