@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .errors import CheckpointError
+from .files import raw_bytes
 from .fitting import value_at
 from .values import decode, encode, references
 
@@ -59,11 +62,12 @@ class OptimizerPart:
     def capture(self, into: Captured) -> None:
         found = self._state()
         for index, (group, members) in enumerate(self._groups()):
-            path = f"{self.path}/groups/{index}"
             hyper = {key: value for key, value in group.items() if key not in _NOT_HYPER}
-            into.values[path] = encode(hyper, path, into.tensors)
+            # By contents: ranks of a pipeline may have other groups under the same number.
+            home = f"{self.path}/groups/{index}-{_digest(hyper, f'{self.path}/groups')}"
+            into.values[home] = encode(hyper, home, into.tensors)
             for (name, *_), _ in members:
-                into.values[f"{self.path}/group_of/{name}"] = index
+                into.values[f"{self.path}/group_of/{name}"] = home
                 path = f"{self.path}/state/{name}"
                 into.values[path] = encode(found.get(name, {}), path, into.tensors)
 
@@ -87,20 +91,46 @@ class OptimizerPart:
         value_at(manifest, f"{self.path}/state/{found}")
         return found
 
-    def _saved_group(self, manifest: Manifest, index: int, names: list[str]) -> str:
-        paths = [f"{self.path}/group_of/{name}" for name in names]
-        saved = {int(value_at(manifest, path)) for path in paths} or {index}
-        if len(saved) > 1:
+    def _saved_group(self, manifest: Manifest, index: int, names: list[str]) -> str | None:
+        """Return where a group's hyper-parameters are.
+
+        A group without parameters on this rank takes those of its number, if all ranks that wrote
+        had the same; else None, and it keeps its own.
+        """
+        groups = f"{self.path}/groups/"
+        homes: dict[str, str] = {}
+        for name in names:
+            home = value_at(manifest, f"{self.path}/group_of/{name}")
+            # A number, in checkpoints whose groups had the same one on all ranks.
+            homes.setdefault(home if isinstance(home, str) else f"{groups}{home}", name)
+        if not names:
+            own = [p for p in manifest.values if p.startswith(groups)]
+            homes = {p: "" for p in own if p[len(groups) :].partition("-")[0] == f"{index}"}
+        contents = {_contents(manifest, home, groups): home for home in homes}
+        if len(contents) > 1 and names:
+            first, second, *_ = contents.values()
+            keys = _differing(value_at(manifest, first), value_at(manifest, second))
             raise CheckpointError(
-                f"{self.path}: parameter group {index} holds parameters of the checkpoint's groups "
-                f"{sorted(saved)}"
+                f"{self.path}: parameter group {index} holds {homes[first]} and {homes[second]}, "
+                f"which differ in {', '.join(keys)} in the checkpoint of step {manifest.step}"
             )
-        return f"{self.path}/groups/{saved.pop()}"
+        return next(iter(homes)) if len(contents) == 1 else None
+
+    def _hyper(
+        self, manifest: Manifest, index: int, names: list[str], tensors: Tensors
+    ) -> dict[str, Any]:
+        home = self._saved_group(manifest, index, names)
+        if home is None:
+            return {}
+        # Each group its own copy: several may come from one, and a tensor is changed in place.
+        found: dict[str, Any] = decode(manifest.values[home], lambda path: tensors[path].clone())
+        return found
 
     def wanted(self, manifest: Manifest) -> list[str]:
         found = []
         for index, names in enumerate(self._saved(manifest)):
-            found += references(value_at(manifest, self._saved_group(manifest, index, names)))
+            home = self._saved_group(manifest, index, names)
+            found += [] if home is None else references(value_at(manifest, home))
             for name in names:
                 found += references(value_at(manifest, f"{self.path}/state/{name}"))
         return found
@@ -108,8 +138,7 @@ class OptimizerPart:
     def restore(self, manifest: Manifest, tensors: Tensors) -> None:
         saved = self._saved(manifest)
         for index, ((group, members), names) in enumerate(zip(self._groups(), saved, strict=True)):
-            path = self._saved_group(manifest, index, names)
-            group.update(decode(manifest.values[path], tensors.__getitem__))
+            group.update(self._hyper(manifest, index, names, tensors))
             on_device = bool(group.get("capturable") or group.get("fused"))
             for name, (_, parameter) in zip(names, members, strict=True):
                 state = decode(manifest.values[f"{self.path}/state/{name}"], tensors.__getitem__)
@@ -151,11 +180,36 @@ class ShardedPart(OptimizerPart):
         for index, (own, names) in enumerate(
             zip(self.optimizer.names, self._saved(manifest), strict=True)
         ):
-            path = self._saved_group(manifest, index, names)
-            hyper = decode(manifest.values[path], tensors.__getitem__)
+            hyper = self._hyper(manifest, index, names, tensors)
             groups.append({**hyper, "params": list(own)})
             for name, saved in zip(own, names, strict=True):
                 state = decode(manifest.values[f"{self.path}/state/{saved}"], tensors.__getitem__)
                 if state:
                     whole[name] = state
         self.optimizer.load_state_dict({"state": whole, "param_groups": groups})
+
+
+def _digest(hyper: dict[str, Any], path: str) -> str:
+    """Return a short digest of hyper-parameters, the same for every group that has the same.
+
+    path: for the TypeError of a value that cannot be kept.
+    """
+    tensors: dict[str, Tensor] = {}
+    found = hashlib.sha256(json.dumps(encode(hyper, path, tensors)).encode())
+    for tensor in tensors.values():
+        found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(raw_bytes(tensor.detach().cpu().contiguous()))
+    return found.hexdigest()[:16]
+
+
+def _contents(manifest: Manifest, home: str, groups: str) -> str:
+    """Return what is equal for equal hyper-parameters: the digest, if there is one."""
+    digest = home.removeprefix(groups).partition("-")[2]
+    return digest or json.dumps(value_at(manifest, home))
+
+
+def _differing(left: Any, right: Any) -> list[str]:
+    """Return the keys in which two encoded mappings differ."""
+    rows = [dict(next(iter(encoded.values()))) for encoded in (left, right)]
+    keys = dict.fromkeys([*rows[0], *rows[1]])
+    return [key for key in keys if rows[0].get(key) != rows[1].get(key)]

@@ -229,17 +229,16 @@ def test_one_optimizer_of_two_models_with_the_same_names(tmp_path, before, after
     run_local(max(after, 1), read)
 
 
-def without_module_names(folder, path, modules):
-    """Rewrite a checkpoint's manifest with names as they were before modules were in them."""
-    (place,) = folder.iterdir()
-    text = (place / "manifest.json").read_text()
-    manifest = from_text(text)
-    bare = {
-        key: value
-        for old, value in manifest.values.items()
-        for key in (re.sub(rf"^({path}/\w+/)({modules}):", r"\1", old),)
-    }
-    (place / "manifest.json").write_text(to_text(replace(manifest, values=bare)))
+def rewrite(folder, change):
+    """Replace the values of the only checkpoint's manifest, as if another version had written."""
+    (path,) = folder.glob("*/manifest.json")
+    manifest = from_text(path.read_text())
+    path.write_text(to_text(replace(manifest, values=change(manifest))))
+
+
+def without_module_names(manifest):
+    """Return a manifest's values with names as they were before modules were in them."""
+    return {re.sub(r"^(o/\w+/)[gd]:", r"\1", key): v for key, v in manifest.values.items()}
 
 
 def test_a_checkpoint_without_module_names_is_loaded_where_it_tells_names_apart(tmp_path):
@@ -250,14 +249,14 @@ def test_a_checkpoint_without_module_names_is_loaded_where_it_tells_names_apart(
     def main(comm):
         g, d, optimizer = make(1)
         ringfold.save(tmp_path / "apart", {"g": g, "d": d, "o": filled(g, d, optimizer)}, comm)
-        without_module_names(tmp_path / "apart", "o", "g|d")
+        rewrite(tmp_path / "apart", without_module_names)
         g2, d2, other = make(2)
         ringfold.load(tmp_path / "apart", {"g": g2, "d": d2, "o": other}, comm)
         same(optimizer.state_dict(), other.state_dict())
 
         g, d, optimizer = two_models(comm, 1, 0)
         ringfold.save(tmp_path / "alike", {"g": g, "d": d, "o": filled(g, d, optimizer)}, comm)
-        without_module_names(tmp_path / "alike", "o", "g|d")
+        rewrite(tmp_path / "alike", without_module_names)
         before = {name: value.clone() for name, value in g.state_dict().items()}
         says = (
             r"o/state/0\.weight: the checkpoint .* whether it is of g:0\.weight or of d:0\.weight"
@@ -294,6 +293,129 @@ def test_a_sharded_optimizer_beside_two_models_and_the_whole_one_go_on_from_each
             same(*found)
 
     run_local(2, main)
+
+
+def rate(name):
+    return 0.01 * (1 + sum(map(ord, name)) % 97)
+
+
+def by_layer(comm, seed, cut):
+    """Give each parameter a group and a rate of its own, as with rates that decay by layer."""
+    mesh = Mesh(comm, pipe=comm.size)
+    cuts = None if comm.size == 1 else [cut]
+    engine = Pipeline(network(seed), mesh, loss_fn=nn.functional.mse_loss, boundaries=cuts)
+    groups = [{"params": [p], "lr": rate(n) * seed} for n, p in engine.named_parameters()]
+    return engine, torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
+def test_each_stage_of_a_pipeline_may_have_groups_of_its_own(tmp_path, before, after):
+    def write(comm):
+        engine, optimizer = by_layer(comm, 1, 2)
+        ringfold.save(tmp_path, {"m": engine, "o": optimizer}, comm)
+
+    def read(comm):
+        engine, optimizer = by_layer(comm, 5, 3)
+        ringfold.load(tmp_path, {"m": engine, "o": optimizer}, comm)
+        names = {p: n for n, p in engine.named_parameters()}
+        return [(names[g["params"][0]], g["lr"]) for g in optimizer.param_groups]
+
+    run_local(before, write)
+    found = dict(row for rows in run_local(after, read) for row in rows)
+    assert found == {name: rate(name) for name, _ in network(1).named_parameters()}
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 2), (2, 1)])
+def test_a_group_without_parameters_on_a_rank_has_the_rate_of_the_others(tmp_path, before, after):
+    def make(comm, lr):
+        mesh = Mesh(comm, pipe=comm.size)
+        layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2, bias=False))
+        engine = Pipeline(layers, mesh, loss_fn=nn.functional.mse_loss)
+        rows = [[p for p in engine.parameters() if (p.dim() > 1) == wide] for wide in (True, False)]
+        groups = [{"params": row, "lr": lr * (i + 1)} for i, row in enumerate(rows)]
+        return engine, torch.optim.SGD(groups, lr=lr)
+
+    def main(comm, load):
+        engine, optimizer = make(comm, 3.0 if load else 0.5)
+        state = {"m": engine, "o": optimizer}
+        ringfold.load(tmp_path, state, comm) if load else ringfold.save(tmp_path, state, comm)
+        return [(len(group["params"]), group["lr"]) for group in optimizer.param_groups]
+
+    run_local(before, lambda comm: main(comm, False))
+    rows = run_local(after, lambda comm: main(comm, True))
+    assert all([lr for _, lr in row] == [0.5, 1.0] for row in rows)
+    assert (0 in [number for number, _ in rows[-1]]) == (after == 2)
+
+
+def test_groups_are_joined_where_they_are_alike_and_divided_into_copies(tmp_path):
+    def groups(model, *rates):
+        rows = zip((model[0].parameters(), model[4].parameters()), rates, strict=True)
+        rows = [{"params": list(part), "lr": torch.tensor(rate)} for part, rate in rows]
+        return torch.optim.Adam(rows)
+
+    def main(comm):
+        for name, rates in (("alike", (0.25, 0.25)), ("other", (0.25, 0.5))):
+            model = network(1)
+            ringfold.save(tmp_path / name, {"m": model, "o": groups(model, *rates)}, comm)
+        model = network(2)
+        both = [*model[0].parameters(), *model[4].parameters()]
+        joined = torch.optim.Adam(both, lr=torch.tensor(0.75))
+        ringfold.load(tmp_path / "alike", {"m": model, "o": joined}, comm)
+        assert joined.param_groups[0]["lr"].item() == 0.25
+        says = r"o: parameter group 0 holds 0\.weight and 4\.weight, which differ in lr"
+        with pytest.raises(CheckpointError, match=says):
+            ringfold.load(tmp_path / "other", {"m": model, "o": joined}, comm)
+
+        ringfold.save(tmp_path / "joined", {"m": model, "o": joined}, comm)
+        divided = groups(model, 1.0, 1.0)
+        ringfold.load(tmp_path / "joined", {"m": model, "o": divided}, comm)
+        divided.param_groups[0]["lr"].fill_(7.0)
+        assert divided.param_groups[1]["lr"].item() == 0.25
+
+    run_local(1, main)
+
+
+def test_replicas_with_other_rates_are_refused_by_their_rates(tmp_path):
+    def main(comm):
+        model, optimizer = trained(1)
+        optimizer.param_groups[0]["lr"] = 0.25 * (1 + comm.rank)
+        ringfold.save(tmp_path, {"m": model, "o": optimizer}, comm)
+
+    says = (
+        r"o/group_of/0\.weight differs between ranks: rank 0 has .*'lr', 0\.25.* 1 has .*'lr', 0\.5"
+    )
+    with pytest.raises(CheckpointError, match=says):
+        run_local(2, main)
+
+
+def test_a_checkpoint_with_numbered_groups_is_loaded(tmp_path):
+    """As they were written before stages could have groups of their own."""
+
+    def numbered(manifest):
+        return {
+            key.partition("-")[0] if key.startswith("o/groups/") else key: int(
+                value[len("o/groups/") :].partition("-")[0]
+            )
+            if key.startswith("o/group_of/")
+            else value
+            for key, value in manifest.values.items()
+        }
+
+    def main(comm):
+        model, optimizer = trained(1, groups)
+        ringfold.save(tmp_path, {"m": model, "o": optimizer}, comm)
+        rewrite(tmp_path, numbered)
+        fresh = network(2)
+        other = groups(fresh)
+        for group in other.param_groups:
+            group["lr"] = 7.0
+        ringfold.load(tmp_path, {"m": fresh, "o": other}, comm)
+        same(optimizer.state_dict(), other.state_dict())
+        one = torch.optim.Adam(fresh.parameters())
+        with pytest.raises(CheckpointError, match="which differ in lr in the checkpoint of step 0"):
+            ringfold.load(tmp_path, {"m": fresh, "o": one}, comm)
+
+    run_local(1, main)
 
 
 VALUES = {
