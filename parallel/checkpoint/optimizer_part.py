@@ -11,6 +11,7 @@ from torch import Tensor
 from .errors import CheckpointError
 from .files import raw_bytes
 from .fitting import value_at
+from .kinds import kind_of, misfit
 from .values import decode, encode, references
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ class OptimizerPart:
     def __init__(self, path: str, optimizer: torch.optim.Optimizer, names: Names) -> None:
         self.path, self.optimizer, self.names = path, optimizer, names
 
+    def _kind(self) -> dict[str, Any]:
+        return kind_of(self.optimizer, type(self.optimizer))
+
     def _state(self) -> dict[str, dict[str, Any]]:
         """Return the state of every parameter by name; collective where it is shared out."""
         members = (member for _, members in self._groups() for member in members)
@@ -61,6 +65,8 @@ class OptimizerPart:
 
     def capture(self, into: Captured) -> None:
         found = self._state()
+        path = f"{self.path}/kind"
+        into.values[path] = encode(self._kind(), path, into.tensors)
         for index, (group, members) in enumerate(self._groups()):
             hyper = {key: value for key, value in group.items() if key not in _NOT_HYPER}
             # By contents: ranks of a pipeline may have other groups under the same number.
@@ -126,7 +132,19 @@ class OptimizerPart:
         found: dict[str, Any] = decode(manifest.values[home], lambda path: tensors[path].clone())
         return found
 
+    def _fit_kind(self, manifest: Manifest) -> None:
+        """Raise CheckpointError if another kind of optimizer has written; old ones do not tell."""
+        no_tensors: dict[str, Tensor] = {}
+        saved = decode(manifest.values.get(f"{self.path}/kind"), no_tensors.__getitem__)
+        own = self._kind()
+        if saved is not None and misfit(saved, own):
+            raise CheckpointError(
+                f"{self.path}: expected the state of {_told(own)}, the checkpoint of step "
+                f"{manifest.step} has that of {_told(saved)}"
+            )
+
     def wanted(self, manifest: Manifest) -> list[str]:
+        self._fit_kind(manifest)
         found = []
         for index, names in enumerate(self._saved(manifest)):
             home = self._saved_group(manifest, index, names)
@@ -158,6 +176,9 @@ class ShardedPart(OptimizerPart):
 
     optimizer: ShardedOptimizer
 
+    def _kind(self) -> dict[str, Any]:
+        return kind_of(self.optimizer, self.optimizer.kind)
+
     def _state(self) -> dict[str, dict[str, Any]]:
         state: dict[str, dict[str, Any]] = self.optimizer.state_dict()["state"]
         return state
@@ -187,6 +208,10 @@ class ShardedPart(OptimizerPart):
                 if state:
                     whole[name] = state
         self.optimizer.load_state_dict({"state": whole, "param_groups": groups})
+
+
+def _told(kind: dict[str, Any]) -> str:
+    return f"{kind['name']} ({', '.join(kind['hyper'])})"
 
 
 def _digest(hyper: dict[str, Any], path: str) -> str:

@@ -418,6 +418,85 @@ def test_a_checkpoint_with_numbered_groups_is_loaded(tmp_path):
     run_local(1, main)
 
 
+class OwnAdam(torch.optim.Adam):
+    """Torch's, with a hyper-parameter more."""
+
+    def __init__(self, params, lr=0.1, warmup=10):
+        super().__init__(params, lr=lr)
+        for group in self.param_groups:
+            group["warmup"] = warmup
+
+
+class Wrapped(torch.optim.Optimizer):
+    """Another optimizer behind torch's interface."""
+
+    def __init__(self, params, of=torch.optim.Adam):
+        inner = of(params, lr=0.1)
+        super().__init__(inner.param_groups, inner.defaults)
+        self.param_groups, self.state, self.step = inner.param_groups, inner.state, inner.step
+
+
+class Own(torch.optim.Optimizer):
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1, "own": 1})
+
+
+KINDS = {
+    "SGD": torch.optim.SGD,
+    "Adam": torch.optim.Adam,
+    "AdamW": torch.optim.AdamW,
+    "Adamax": torch.optim.Adamax,
+    "OwnAdam": OwnAdam,
+    "Wrapped": Wrapped,
+    "Own": Own,
+}
+
+
+@pytest.mark.parametrize("kept", ["SGD", "Adam", "Adamax", "OwnAdam", "Wrapped"])
+def test_the_state_of_another_kind_of_optimizer_is_refused_by_both_names(tmp_path, kept):
+    def make(kind, model, comm):
+        if kind == "sharded":
+            named = model.named_parameters()
+            return ringfold.ShardedOptimizer(named, comm, torch.optim.Adam, lr=0.1)
+        return KINDS[kind](model.parameters())
+
+    def main(comm):
+        fits = {"Adam", "OwnAdam", "Wrapped", "sharded"}
+        model, optimizer = trained(1, lambda m: make(kept, m, comm))
+        ringfold.save(tmp_path, {"m": model, "o": optimizer}, comm)
+        for kind in (*KINDS, "sharded"):
+            other = network(2)
+            own = make(kind, other, comm)
+            before = {name: value.clone() for name, value in other.state_dict().items()}
+            state = {"m": other, "o": own}
+            # What is wrapped is not known; AdamW has the hyper-parameters of Adam.
+            if kind == kept or {kind, kept} <= fits or {kind, kept} == {"Wrapped", "AdamW"}:
+                ringfold.load(tmp_path, state, comm)
+                other(torch.ones(4, 5)).square().mean().backward()
+                own.step()
+                continue
+            name = "Adam" if kind == "sharded" else kind
+            says = rf"o: expected the state of {name} \(.*lr.* step 0 has that of {kept} \(.*lr"
+            with pytest.raises(CheckpointError, match=says):
+                ringfold.load(tmp_path, state, comm)
+            same(before, dict(other.state_dict()))
+
+    run_local(1, main)
+
+
+def test_an_optimizer_whose_kind_was_not_kept_is_loaded(tmp_path):
+    def main(comm):
+        model, optimizer = trained(1)
+        ringfold.save(tmp_path, {"m": model, "o": optimizer}, comm)
+        rewrite(tmp_path, lambda m: {k: v for k, v in m.values.items() if k != "o/kind"})
+        fresh = network(2)
+        other = torch.optim.AdamW(fresh.parameters())
+        ringfold.load(tmp_path, {"m": fresh, "o": other}, comm)
+        same(optimizer.state_dict(), other.state_dict())
+
+    run_local(1, main)
+
+
 VALUES = {
     "plain": [None, True, 0, -3, 2**60, 0.1, -0.0, "text", {"a": (1, (2.5,)), 3: []}],
     "odd floats": (float("inf"), float("-inf"), float("nan")),
