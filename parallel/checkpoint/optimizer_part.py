@@ -70,8 +70,11 @@ class OptimizerPart:
         for index, (group, members) in enumerate(self._groups()):
             hyper = {key: value for key, value in group.items() if key not in _NOT_HYPER}
             # By contents: ranks of a pipeline may have other groups under the same number.
-            home = f"{self.path}/groups/{index}-{_digest(hyper, f'{self.path}/groups')}"
-            into.values[home] = encode(hyper, home, into.tensors)
+            digest = _digest(hyper, f"{self.path}/groups")
+            home = f"{self.path}/groups/{digest}"
+            if home not in into.values:
+                into.values[home] = encode(hyper, home, into.tensors)
+            into.values[f"{self.path}/group_at/{index}/{digest}"] = home
             for (name, *_), _ in members:
                 into.values[f"{self.path}/group_of/{name}"] = home
                 path = f"{self.path}/state/{name}"
@@ -103,16 +106,17 @@ class OptimizerPart:
         A group without parameters on this rank takes those of its number, if all ranks that wrote
         had the same; else None, and it keeps its own.
         """
-        groups = f"{self.path}/groups/"
         homes: dict[str, str] = {}
         for name in names:
             home = value_at(manifest, f"{self.path}/group_of/{name}")
             # A number, in checkpoints whose groups had the same one on all ranks.
-            homes.setdefault(home if isinstance(home, str) else f"{groups}{home}", name)
+            homes.setdefault(home if isinstance(home, str) else self._numbered(home), name)
         if not names:
-            own = [p for p in manifest.values if p.startswith(groups)]
-            homes = {p: "" for p in own if p[len(groups) :].partition("-")[0] == f"{index}"}
-        contents = {_contents(manifest, home, groups): home for home in homes}
+            at = f"{self.path}/group_at/{index}/"
+            there = {home for path, home in manifest.values.items() if path.startswith(at)}
+            old = {self._numbered(index)} & manifest.values.keys()
+            homes = dict.fromkeys(there | old, "")
+        contents = {json.dumps(value_at(manifest, home)): home for home in homes}
         if len(contents) > 1 and names:
             first, second, *_ = contents.values()
             keys = _differing(value_at(manifest, first), value_at(manifest, second))
@@ -120,7 +124,10 @@ class OptimizerPart:
                 f"{self.path}: parameter group {index} holds {homes[first]} and {homes[second]}, "
                 f"which differ in {', '.join(keys)} in the checkpoint of step {manifest.step}"
             )
-        return next(iter(homes)) if len(contents) == 1 else None
+        return next(iter(contents.values())) if len(contents) == 1 else None
+
+    def _numbered(self, index: int) -> str:
+        return f"{self.path}/groups/{index}"
 
     def _hyper(
         self, manifest: Manifest, index: int, names: list[str], tensors: Tensors
@@ -225,12 +232,6 @@ def _digest(hyper: dict[str, Any], path: str) -> str:
         found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(raw_bytes(tensor.detach().cpu().contiguous()))
     return found.hexdigest()[:16]
-
-
-def _contents(manifest: Manifest, home: str, groups: str) -> str:
-    """Return what is equal for equal hyper-parameters: the digest, if there is one."""
-    digest = home.removeprefix(groups).partition("-")[2]
-    return digest or json.dumps(value_at(manifest, home))
 
 
 def _differing(left: Any, right: Any) -> list[str]:

@@ -303,7 +303,9 @@ def by_layer(comm, seed, cut):
     """Give each parameter a group and a rate of its own, as with rates that decay by layer."""
     mesh = Mesh(comm, pipe=comm.size)
     cuts = None if comm.size == 1 else [cut]
-    engine = Pipeline(network(seed), mesh, loss_fn=nn.functional.mse_loss, boundaries=cuts)
+    tied = network(seed).append(nn.Linear(3, 7)).append(nn.Linear(7, 7))
+    tied[6].weight = tied[2].weight  # of other groups on other stages, and of one rate
+    engine = Pipeline(tied, mesh, loss_fn=nn.functional.mse_loss, boundaries=cuts)
     groups = [{"params": [p], "lr": rate(n) * seed} for n, p in engine.named_parameters()]
     return engine, torch.optim.SGD(groups, lr=0.1, momentum=0.9)
 
@@ -311,18 +313,18 @@ def by_layer(comm, seed, cut):
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
 def test_each_stage_of_a_pipeline_may_have_groups_of_its_own(tmp_path, before, after):
     def write(comm):
-        engine, optimizer = by_layer(comm, 1, 2)
+        engine, optimizer = by_layer(comm, 1, 3)
         ringfold.save(tmp_path, {"m": engine, "o": optimizer}, comm)
 
     def read(comm):
-        engine, optimizer = by_layer(comm, 5, 3)
+        engine, optimizer = by_layer(comm, 5, 4)
         ringfold.load(tmp_path, {"m": engine, "o": optimizer}, comm)
         names = {p: n for n, p in engine.named_parameters()}
         return [(names[g["params"][0]], g["lr"]) for g in optimizer.param_groups]
 
     run_local(before, write)
     found = dict(row for rows in run_local(after, read) for row in rows)
-    assert found == {name: rate(name) for name, _ in network(1).named_parameters()}
+    assert found == {name: rate(name) for name in found} and len(found) == 8
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 2), (2, 1)])
@@ -392,14 +394,18 @@ def test_a_checkpoint_with_numbered_groups_is_loaded(tmp_path):
     """As they were written before stages could have groups of their own."""
 
     def numbered(manifest):
-        return {
-            key.partition("-")[0] if key.startswith("o/groups/") else key: int(
-                value[len("o/groups/") :].partition("-")[0]
-            )
-            if key.startswith("o/group_of/")
-            else value
-            for key, value in manifest.values.items()
+        values = dict(manifest.values)
+        numbers = {
+            v: int(k.split("/")[2]) for k, v in values.items() if k.startswith("o/group_at/")
         }
+        for key, value in manifest.values.items():
+            if key in numbers:
+                values[f"o/groups/{numbers[key]}"] = values.pop(key)
+            elif key.startswith("o/group_of/"):
+                values[key] = numbers[value]
+            elif key.startswith("o/group_at/"):
+                del values[key]
+        return values
 
     def main(comm):
         model, optimizer = trained(1, groups)
