@@ -138,6 +138,11 @@ class ShardedOptimizer(Optimizer):
         """Return the full names of every group's parameters, in the order of its "params"."""
         return self._names
 
+    @property
+    def kind(self) -> type[Optimizer]:
+        """Return the class of the optimizer that is shared out."""
+        return type(self._inner)
+
     def state_dict(self, root: int | None = None) -> dict[str, Any]:
         """Return the whole state by full parameter name; collective.
 

@@ -22,7 +22,7 @@ from ..replicas import flat_bytes
 from .errors import Damaged
 from .manifest import Entry
 
-__all__ = ["DTYPES", "fsync_folder", "read_tensors", "write_tensors", "write_text"]
+__all__ = ["DTYPES", "fsync_folder", "raw_bytes", "read_tensors", "write_tensors", "write_text"]
 
 DTYPES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import operator
 import time
 import warnings
 from collections.abc import Mapping
@@ -19,10 +19,11 @@ from .agreement import agree
 from .errors import CheckpointError, Damaged
 from .files import read_tensors
 from .manifest import Manifest
+from .partial import Partial, make_partial
 from .shares import captured_by, share_out, summary_of
 from .snapshot import Snapshot
 from .state import Part, parts_of
-from .store import Place, open_partial, places, read_manifest
+from .store import Place, places, read_manifest, wrong_step
 from .writer import Job, Writing
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Loaded:
 class Checkpoints:
     """Write checkpoints into a folder while training goes on, and load the newest whole one.
 
-    folder: shared by all ranks.  keep: how many checkpoints stay, the newest; None for all.
+    folder: shared by all ranks.  keep: how many checkpoints stay in it, the newest; None for all.
     patience: seconds that rank 0 waits for the slowest rank's file.
 
     A state maps names of your choice to objects: modules, DataParallel or Pipeline engines, torch
@@ -85,21 +86,27 @@ class Checkpoints:
     def save(self, state: Mapping[str, Any], step: int) -> None:
         """Copy the state and return; it is written in the background.
 
+        step: a whole number from 0 on, which names the checkpoint and `load` finds it by.
         Waits for the checkpoint before, if that is still being written, and raises its error.
         The copies stay allocated for the next one: about this rank's share of the checkpoint.
         """
         start = time.perf_counter()
         try:
             self.wait()
-            mine, values, nbytes = self._share_out(state, f"checkpoint of step {step}")
-            partial = self._open(step, nbytes)
+            complaint = wrong_step(step)
+            what = f"checkpoint of step {step}"
+            mine, values, nbytes = self._share_out(state, what, complaint)
+            step = operator.index(step)
+            copies = self._snapshot.take(mine)
+            folder, made = self._open(step, nbytes)
             self._writing = Writing(
                 Job(
-                    partial=partial,
+                    folder=folder,
+                    made=made,
                     step=step,
                     rank=self.comm.rank,
                     num_ranks=self.comm.size,
-                    tensors=self._snapshot.take(mine),
+                    tensors=copies,
                     values=values,
                     keep=self._keep,
                     patience=self._patience,
@@ -120,11 +127,11 @@ class Checkpoints:
         self.stood_still += time.perf_counter() - start
 
     def _share_out(
-        self, state: Mapping[str, Any], what: str
+        self, state: Mapping[str, Any], what: str, complaint: str = ""
     ) -> tuple[dict[str, Tensor], dict[str, Any], int]:
         """Return what this rank writes, all values, and the bytes that all ranks write."""
-        captured, complaint = captured_by(state, self.comm)
-        agree(self.comm, complaint, what)
+        captured, problem = captured_by(state, self.comm)
+        agree(self.comm, complaint or problem, what)
         rows = gather_texts(self.comm, summary_of(captured))
         chosen, values, nbytes = share_out([json.loads(row) for row in rows])
         mine = {n: captured.tensors[n] for n, r in chosen.items() if r == self.comm.rank}
@@ -149,8 +156,8 @@ class Checkpoints:
             agree(self.comm, writing.error, what)
         except CheckpointError:
             self.give_up()
-            if self.comm.rank == 0:
-                shutil.rmtree(writing.job.partial, ignore_errors=True)
+            if writing.job.made is not None:
+                writing.job.made.discard()
             raise
         self._writing = None
         self.writing += writing.seconds
@@ -191,10 +198,9 @@ class Checkpoints:
 
     def probe(self) -> None:
         """Raise CheckpointError now if the folder cannot be made, written, or seen by all ranks."""
-        partial = self._open(0, 0)
-        self.comm.barrier()
-        if self.comm.rank == 0:
-            partial.rmdir()
+        _, made = self._open(0, 0)
+        if made is not None:
+            made.discard()
 
     def newest(self) -> int | None:
         """Return the step of the newest checkpoint, None where there is none; by name alone."""
@@ -226,22 +232,29 @@ class Checkpoints:
         else:
             self.give_up()
 
-    def _open(self, step: int, nbytes: int) -> Path:
-        text, complaint = "", ""
+    def _open(self, step: int, nbytes: int) -> tuple[Path, Partial | None]:
+        """Return the folder to write in, and on rank 0 what holds it."""
+        made, complaint = None, ""
         if self.comm.rank == 0:
             try:
-                text = open_partial(self.folder, step, nbytes).name
+                made = make_partial(self.folder, step, nbytes)
             except OSError as error:
                 complaint = str(error)
         what = f"checkpoint of step {step} in {self.folder}"
-        agree(self.comm, complaint, what)
-        partial = self.folder / gather_texts(self.comm, text)[0]
-        end = time.monotonic() + _VISIBLE
-        while not partial.is_dir() and time.monotonic() < end:
-            time.sleep(0.01)
-        seen = partial.is_dir()
-        agree(self.comm, "" if seen else "does not see the folder that rank 0 has made", what)
-        return partial
+        try:
+            agree(self.comm, complaint, what)
+            name = gather_texts(self.comm, "" if made is None else made.path.name)[0]
+            folder = self.folder / name
+            end = time.monotonic() + _VISIBLE
+            while not folder.is_dir() and time.monotonic() < end:
+                time.sleep(0.01)
+            seen = "" if folder.is_dir() else "does not see the folder that rank 0 has made"
+            agree(self.comm, seen, what)
+        except BaseException:
+            if made is not None:
+                made.discard()
+            raise
+        return folder, made
 
     def _first_problem(self, attempt: _Attempt, parts: Mapping[str, Part]) -> str | None:
         """Return what is damaged, on any rank; CheckpointError if it is whole, but does not fit."""

@@ -52,22 +52,30 @@ def share_out(rows: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, Any
     values: dict[str, tuple[int, Any]] = {}
     for rank, row in enumerate(rows):
         for name, (nbytes, *kind) in row["tensors"].items():
-            _same(kinds, name, rank, kind)
+            _same(kinds, name, rank, kind, rows)
             holders.setdefault(name, (nbytes, []))[1].append(rank)
         for path, value in row["values"].items():
-            _same(values, path, rank, value)
+            _same(values, path, rank, value, rows)
     chosen = assign(holders, len(rows))
     total = sum(nbytes for nbytes, _ in holders.values())
     return chosen, {path: value for path, (_, value) in values.items()}, total
 
 
-def _same(known: dict[str, tuple[int, Any]], name: str, rank: int, value: Any) -> None:
+def _same(
+    known: dict[str, tuple[int, Any]], name: str, rank: int, value: Any, rows: list[dict[str, Any]]
+) -> None:
     first, expected = known.setdefault(name, (rank, value))
     if value != expected:
+        shown = [_shown(v, rows[r]["values"]) for r, v in ((first, expected), (rank, value))]
         raise CheckpointError(
-            f"{name} differs between ranks: rank {first} has {str(expected)[:200]}, "
-            f"rank {rank} has {str(value)[:200]}"
+            f"{name} differs between ranks: rank {first} has {shown[0]}, rank {rank} has {shown[1]}"
         )
+
+
+def _shown(value: Any, values: Mapping[str, Any]) -> str:
+    """Return text for a value, or for that whose path it is."""
+    meant = values.get(value, value) if isinstance(value, str) else value
+    return str(meant)[:200]
 
 
 def assign(holders: Mapping[str, tuple[int, list[int]]], num_ranks: int) -> dict[str, int]:

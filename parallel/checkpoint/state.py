@@ -1,7 +1,7 @@
 """Take the objects of a training run apart into named tensors and values, and restore them.
 
 Names do not depend on the rank that holds something: a parameter is MODEL/full.name, an optimizer's
-state OPTIMIZER/state/full.name/key. That is why a checkpoint fits any grid.
+state OPTIMIZER/state/full.name/key (`names`). That is why a checkpoint fits any grid.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from ..data_parallel import DataParallel
 from ..pipeline import Pipeline
 from ..sharded_optimizer import ShardedOptimizer
 from .carried_part import CarriedPart
-from .errors import CheckpointError
-from .files import DTYPES
+from .fitting import fit, value_at
 from .manifest import Manifest
+from .names import names_of
+from .optimizer_part import OptimizerPart, ShardedPart
 from .streams import RandomStreams, StreamsPart
 from .values import decode, encode, references
 
@@ -90,118 +91,6 @@ class Model:
         self.module.load_state_dict(state)
 
 
-class Optimizer:
-    """A torch optimizer, keyed by the full names of its parameters."""
-
-    whole = False
-
-    def __init__(
-        self, path: str, optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
-    ) -> None:
-        self.path, self.optimizer, self.names = path, optimizer, names
-
-    def _state(self) -> dict[str, dict[str, Any]]:
-        """Return the state of every parameter by name; collective where it is shared out."""
-        named = (member for _, members in self._groups() for member in members)
-        return {name: dict(self.optimizer.state.get(p, {})) for name, p in named}
-
-    def _groups(self) -> list[tuple[dict[str, Any], list[tuple[str, Tensor]]]]:
-        """Return every group with its named parameters."""
-        found = []
-        for group in self.optimizer.param_groups:
-            members = []
-            for parameter in group["params"]:
-                name = self.names.get(parameter)
-                if name is not None:
-                    members.append((name, parameter))
-                elif parameter.numel():  # an empty placeholder is in no state
-                    raise CheckpointError(
-                        f"{self.path}: a parameter of shape {tuple(parameter.shape)} is in no "
-                        "module of the state, so it has no name"
-                    )
-            found.append((group, members))
-        return found
-
-    def capture(self, into: Captured) -> None:
-        found = self._state()
-        for index, (group, members) in enumerate(self._groups()):
-            path = f"{self.path}/groups/{index}"
-            hyper = {key: value for key, value in group.items() if key not in _NOT_HYPER}
-            into.values[path] = encode(hyper, path, into.tensors)
-            for name, _ in members:
-                into.values[f"{self.path}/group_of/{name}"] = index
-                path = f"{self.path}/state/{name}"
-                into.values[path] = encode(found.get(name, {}), path, into.tensors)
-
-    def _saved_group(self, manifest: Manifest, index: int, names: list[str]) -> str:
-        paths = [f"{self.path}/group_of/{name}" for name in names]
-        saved = {int(value_at(manifest, path)) for path in paths} or {index}
-        if len(saved) > 1:
-            raise CheckpointError(
-                f"{self.path}: parameter group {index} holds parameters of the checkpoint's groups "
-                f"{sorted(saved)}"
-            )
-        return f"{self.path}/groups/{saved.pop()}"
-
-    def wanted(self, manifest: Manifest) -> list[str]:
-        names = []
-        for index, (_, members) in enumerate(self._groups()):
-            group = self._saved_group(manifest, index, [name for name, _ in members])
-            names += references(value_at(manifest, group))
-            for name, _ in members:
-                names += references(value_at(manifest, f"{self.path}/state/{name}"))
-        return names
-
-    def restore(self, manifest: Manifest, tensors: Tensors) -> None:
-        for index, (group, members) in enumerate(self._groups()):
-            path = self._saved_group(manifest, index, [name for name, _ in members])
-            group.update(decode(manifest.values[path], tensors.__getitem__))
-            on_device = bool(group.get("capturable") or group.get("fused"))
-            for name, parameter in members:
-                state = decode(manifest.values[f"{self.path}/state/{name}"], tensors.__getitem__)
-                if not state:  # it has had no gradient yet, and must look so
-                    self.optimizer.state.pop(parameter, None)
-                    continue
-                self.optimizer.state[parameter] = {
-                    key: value.to(parameter.device)
-                    if isinstance(value, Tensor) and (value.dim() or on_device)
-                    else value
-                    for key, value in state.items()
-                }
-
-
-class Sharded(Optimizer):
-    """A ShardedOptimizer: kept as the whole optimizer would be, so that either goes on from it."""
-
-    optimizer: ShardedOptimizer
-
-    def _state(self) -> dict[str, dict[str, Any]]:
-        state: dict[str, dict[str, Any]] = self.optimizer.state_dict()["state"]
-        return state
-
-    def _groups(self) -> list[tuple[dict[str, Any], list[tuple[str, Tensor]]]]:
-        return [
-            (group, list(zip(names, group["params"], strict=True)))
-            for group, names in zip(self.optimizer.param_groups, self.optimizer.names, strict=True)
-        ]
-
-    def restore(self, manifest: Manifest, tensors: Tensors) -> None:
-        groups = []
-        whole = {}
-        for index, names in enumerate(self.optimizer.names):
-            path = self._saved_group(manifest, index, names)
-            hyper = decode(manifest.values[path], tensors.__getitem__)
-            groups.append({**hyper, "params": list(names)})
-            for name in names:
-                state = decode(manifest.values[f"{self.path}/state/{name}"], tensors.__getitem__)
-                if state:
-                    whole[name] = state
-        self.optimizer.load_state_dict({"state": whole, "param_groups": groups})
-
-
-_NOT_HYPER = ("params", "param_names")
-
-
 class Value:
     """A nesting of plain values and tensors, the same on every rank; or what gives such a one."""
 
@@ -226,32 +115,9 @@ class Value:
         return None
 
 
-def fit(manifest: Manifest, path: str, tensor: Tensor) -> None:
-    """Raise CheckpointError unless the checkpoint has a tensor of this name, dtype and shape."""
-    entry = manifest.tensors.get(path)
-    if entry is None:
-        raise CheckpointError(f"tensor {path}: the checkpoint of step {manifest.step} has none")
-    expected = DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
-    if (entry.dtype, entry.shape) != expected:
-        raise CheckpointError(
-            f"tensor {path}: expected {expected[0]} {expected[1]}, the checkpoint of step "
-            f"{manifest.step} has {entry.dtype} {entry.shape}"
-        )
-
-
-def value_at(manifest: Manifest, path: str) -> Any:
-    """Return an encoded value; CheckpointError if the checkpoint has none."""
-    if path not in manifest.values:
-        raise CheckpointError(f"{path}: the checkpoint of step {manifest.step} has no such value")
-    return manifest.values[path]
-
-
 def parts_of(state: Mapping[str, Any], rank: int, num_ranks: int) -> dict[str, Part]:
     """Choose how each object of a state is kept; TypeError for a name that holds a slash."""
-    names: dict[Tensor, str] = {}
-    for value in state.values():
-        if hasattr(value, "named_parameters"):
-            names |= {parameter: name for name, parameter in value.named_parameters()}
+    names = names_of(state)
     parts: dict[str, Part] = {}
     for path, value in state.items():
         if not isinstance(path, str) or not path or "/" in path or ":" in path:
@@ -261,9 +127,9 @@ def parts_of(state: Mapping[str, Any], rank: int, num_ranks: int) -> dict[str, P
             if isinstance(value, DataParallel | Pipeline):
                 parts[f"{path}:carried"] = CarriedPart(f"{path}:carried", value)
         elif isinstance(value, ShardedOptimizer):
-            parts[path] = Sharded(path, value, names)
+            parts[path] = ShardedPart(path, value, names)
         elif isinstance(value, torch.optim.Optimizer):
-            parts[path] = Optimizer(path, value, names)
+            parts[path] = OptimizerPart(path, value, names)
         elif isinstance(value, RandomStreams):
             parts[path] = StreamsPart(path, value, rank, num_ranks)
         else:

@@ -6,29 +6,32 @@ step. It comes into being by one rename, so there is never half of one under suc
 
 from __future__ import annotations
 
-import os
+import errno
+import operator
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import Damaged
 from .files import fsync_folder, write_text
 from .manifest import Manifest, from_text, to_text
+from .partial import PARTIAL, Partial
 
 __all__ = [
     "MANIFEST",
     "Place",
     "commit",
-    "open_partial",
     "part_name",
     "places",
     "read_manifest",
+    "wrong_step",
 ]
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"(\d{6,})-step-(\d+)")
-_PARTIAL = ".partial-"
 
 
 @dataclass(frozen=True, order=True)
@@ -38,6 +41,14 @@ class Place:
     sequence: int
     step: int
     path: Path
+
+
+def wrong_step(step: Any) -> str:
+    """Return why a folder cannot be named by such a step, or no text."""
+    with suppress(TypeError):
+        if not isinstance(step, bool) and operator.index(step) >= 0:
+            return ""
+    return f"expected a whole number from 0 on as a step, got {step!r}"
 
 
 def places(root: Path) -> list[Place]:
@@ -66,35 +77,33 @@ def part_name(rank: int) -> str:
     return f"rank-{rank:05d}"
 
 
-def open_partial(root: Path, step: int, nbytes: int) -> Path:
-    """Make the folder in which the next checkpoint is written, and return it.
-
-    What killed runs have left is removed. OSError if the folder cannot be made or written, or if
-    the disk has no room for nbytes bytes; nothing old is touched.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    for stale in root.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(stale, ignore_errors=True)
-    disk = os.statvfs(root)
-    free = disk.f_bavail * disk.f_frsize
-    if free < nbytes:
-        raise OSError(f"the disk has {free} bytes free, the checkpoint needs {nbytes}")
-    sequence = max((place.sequence for place in places(root)), default=0) + 1
-    partial = root / f"{_PARTIAL}{sequence:06d}-step-{step}"
-    partial.mkdir()
-    return partial
-
-
-def commit(partial: Path, manifest: Manifest, keep: int | None) -> Path:
+def commit(partial: Partial, manifest: Manifest, keep: int | None) -> Path:
     """Write the manifest, give the folder its name, and remove all but the newest `keep`."""
-    write_text(partial / MANIFEST, to_text(manifest))
-    fsync_folder(partial)
-    final = partial.with_name(partial.name.removeprefix(_PARTIAL))
-    partial.rename(final)
+    write_text(partial.path / MANIFEST, to_text(manifest))
+    fsync_folder(partial.path)
+    final = _name(partial.path, manifest.step)
     fsync_folder(final.parent)
+    partial.release()
     for place in places(final.parent)[keep:] if keep is not None else ():
         # Renamed first, so that a kill does not leave half a checkpoint under a whole one's name.
-        dying = place.path.with_name(f"{_PARTIAL}old-{place.path.name}")
-        place.path.rename(dying)
+        dying = place.path.with_name(f"{PARTIAL}old-{place.path.name}")
+        with suppress(FileNotFoundError):  # another run keeps as few, and was faster
+            place.path.rename(dying)
         shutil.rmtree(dying, ignore_errors=True)
     return final
+
+
+def _name(partial: Path, step: int) -> Path:
+    """Rename a folder to be the newest checkpoint."""
+    root = partial.parent
+    sequence = max((place.sequence for place in places(root)), default=0) + 1
+    while True:
+        final = root / f"{sequence:06d}-step-{step}"
+        try:
+            partial.rename(final)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            sequence += 1  # another run has just taken this one
+        else:
+            return final

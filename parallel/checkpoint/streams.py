@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import random
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import CheckpointError
+from .fitting import fit, value_at
 from .values import decode, encode, references
 
 if TYPE_CHECKING:
@@ -28,8 +31,9 @@ class RandomStreams:
 
     Always torch's, NumPy's and Python's global ones (and torch's on the current CUDA device, where
     in use); `generators` adds others by name. With as many ranks as wrote the checkpoint, each goes
-    on with its own streams. With another number, every rank starts new ones, drawn from those of
-    rank 0 and its own number: different on every rank, and the same in every such resume.
+    on with its own streams, all of which must be in it. With another number, every rank starts new
+    ones, drawn from those of rank 0 and its own number: different on every rank, and the same in
+    every such resume.
     """
 
     def __init__(self, **generators: Generator) -> None:
@@ -99,17 +103,56 @@ class StreamsPart:
         return f"{self.path}/{self.rank if manifest.ranks == self.num_ranks else 0}"
 
     def wanted(self, manifest: Manifest) -> list[str]:
-        return references(manifest.values.get(self._source(manifest)))
+        saved = value_at(manifest, self._source(manifest))
+        if manifest.ranks == self.num_ranks:
+            self._fit_generators(manifest)
+        return references(saved)
+
+    def _fit_generators(self, manifest: Manifest) -> None:
+        """Raise CheckpointError unless each has a state of its kind there."""
+        source = self._source(manifest)
+        kept = decode(manifest.values[source], _Reference)["generators"]
+        for key, generator in self.streams.generators.items():
+            where = f"{source}/generators/{key}"
+            if key not in kept:
+                raise CheckpointError(
+                    f"{where}: the checkpoint of step {manifest.step} has no such stream, "
+                    f"only {sorted(kept)}"
+                )
+            expected, found = _kind(generator), _kind_of_state(kept[key])
+            if found != expected:
+                raise CheckpointError(
+                    f"{where}: expected a state of {expected}, the checkpoint of step "
+                    f"{manifest.step} has one of {found}"
+                )
+            if isinstance(generator, torch.Generator):  # on another device it has another size
+                fit(manifest, kept[key].path, generator.get_state())
 
     def restore(self, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
-        saved = manifest.values.get(self._source(manifest))
-        state = decode(saved, tensors.__getitem__)
-        if state is not None and manifest.ranks == self.num_ranks:
+        state = decode(manifest.values[self._source(manifest)], tensors.__getitem__)
+        if manifest.ranks == self.num_ranks:
             self.streams.write(state)
             return
-        origin = b"" if state is None else state["torch"].numpy().tobytes()
+        origin = state["torch"].numpy().tobytes()
         digest = hashlib.sha256(origin + f"{self.rank}".encode()).digest()
         self.streams.seed(int.from_bytes(digest[:7], "little"))
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Stand for a tensor that has not been read yet."""
+
+    path: str
+
+
+def _kind(generator: Generator) -> str:
+    if isinstance(generator, torch.Generator):
+        return "torch.Generator"
+    return str(generator.bit_generator.state["bit_generator"])
+
+
+def _kind_of_state(state: Any) -> str:
+    return "torch.Generator" if isinstance(state, _Reference) else str(state["bit_generator"])
 
 
 def _plain(value: Any) -> Any:

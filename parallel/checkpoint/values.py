@@ -16,11 +16,29 @@ _TUPLE, _FLOAT, _TENSOR, _KEYS = "tuple", "float", "tensor", "mapping"
 def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Return JSON for a nesting of dict, list, tuple, str, int, float, bool, None and tensors.
 
-    Tensors are put into `tensors` under their path. TypeError names the path of anything else.
+    Tensors are put into `tensors` under their path. TypeError names the path of anything else, and
+    the places of two tensors whose keys make one path.
     """
+    places: dict[str, str] = {}
+
+    def put(tensor: Tensor, path: str, place: str) -> None:
+        if path in tensors:
+            other = places.get(path, "another tensor of the state")
+            raise TypeError(f"{place} and {other} would both be kept as {path}")
+        tensors[path], places[path] = tensor, place
+
+    return _encode(value, path, path, put)
+
+
+def _encode(value: Any, path: str, place: str, put: Callable[[Tensor, str, str], None]) -> Any:
+    """Encode what lies at a place, such as v['a']['b'], under a path, such as v/a/b."""
+
+    def inside(key: Any, inner: Any) -> Any:
+        return _encode(inner, f"{path}/{key}", f"{place}[{key!r}]", put)
+
     match value:
         case Tensor():
-            tensors[path] = value
+            put(value, path, place)
             return {_TENSOR: path}
         case None | bool() | str():
             return value
@@ -29,22 +47,18 @@ def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         case float():
             return float(value) if math.isfinite(value) else {_FLOAT: repr(float(value))}
         case tuple():
-            return {_TUPLE: [encode(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]}
+            return {_TUPLE: [inside(i, v) for i, v in enumerate(value)]}
         case list():
-            return [encode(v, f"{path}/{i}", tensors) for i, v in enumerate(value)]
+            return [inside(i, v) for i, v in enumerate(value)]
         case Mapping():
             # As pairs: JSON's own keys are text only.
-            return {
-                _KEYS: [
-                    [_key(k, path), encode(v, f"{path}/{k}", tensors)] for k, v in value.items()
-                ]
-            }
+            return {_KEYS: [[_key(k, path), inside(k, v)] for k, v in value.items()]}
         case _ if hasattr(value, "item") and getattr(value, "shape", None) == ():
-            return encode(value.item(), path, tensors)  # a NumPy scalar
+            return _encode(value.item(), path, place, put)  # a NumPy scalar
     raise TypeError(f"{path}: a {type(value).__name__} cannot be kept without pickle")
 
 
-def decode(value: Any, tensor: Callable[[str], Tensor]) -> Any:
+def decode(value: Any, tensor: Callable[[str], Any]) -> Any:
     """Return what `encode` was given; `tensor` looks up a tensor by its path."""
     if isinstance(value, list):
         return [decode(v, tensor) for v in value]

@@ -7,7 +7,6 @@ training meanwhile.
 from __future__ import annotations
 
 import json
-import shutil
 import threading
 import time
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from .files import write_tensors, write_text
 from .manifest import Entry, Manifest
+from .partial import Partial
 from .store import commit, part_name
 
 __all__ = ["Job", "Writing"]
@@ -31,10 +31,12 @@ _LOOK = 0.005
 class Job:
     """All that writing needs to know; the tensors are this rank's own copies.
 
+    folder: where all ranks write.  made: the same on rank 0, which has made it.
     keep: how many checkpoints stay, None for all.  patience: seconds for the slowest rank.
     """
 
-    partial: Path
+    folder: Path
+    made: Partial | None
     step: int
     rank: int
     num_ranks: int
@@ -83,15 +85,15 @@ class Writing:
         try:
             done: dict[str, Any] = self._write_own()
             self._own_done.set()
-            if job.rank == 0:
+            if job.made is not None:
                 rows = [done, *(self._result_of(rank) for rank in range(1, job.num_ranks))]
-                self.path = commit(job.partial, self._manifest(rows), job.keep)
+                self.path = commit(job.made, self._manifest(rows), job.keep)
         except Exception as error:  # the waiter reports it, on all ranks
             self.error = f"{type(error).__name__}: {error}"
             if not self._own_done.is_set():
                 self._own_error = self.error
-            if job.rank == 0:
-                shutil.rmtree(job.partial, ignore_errors=True)
+            if job.made is not None:
+                job.made.discard()
             else:
                 self._tell({"error": self.error})
         self.seconds = time.perf_counter() - start
@@ -100,7 +102,7 @@ class Writing:
     def _write_own(self) -> dict[str, Any]:
         job = self.job
         name = f"{part_name(job.rank)}.safetensors"
-        nbytes, entries = write_tensors(job.partial / name, job.tensors)
+        nbytes, entries = write_tensors(job.folder / name, job.tensors)
         done = {
             "file": name,
             "nbytes": nbytes,
@@ -112,12 +114,12 @@ class Writing:
 
     def _tell(self, what: Mapping[str, Any]) -> None:
         try:
-            write_text(self.job.partial / f"{part_name(self.job.rank)}.json", json.dumps(what))
+            write_text(self.job.folder / f"{part_name(self.job.rank)}.json", json.dumps(what))
         except OSError:
             return  # rank 0 has removed the folder, or will run out of patience
 
     def _result_of(self, rank: int) -> dict[str, Any]:
-        path = self.job.partial / f"{part_name(rank)}.json"
+        path = self.job.folder / f"{part_name(rank)}.json"
         end = time.monotonic() + self.job.patience
         while not path.exists():
             if self._given_up.is_set():

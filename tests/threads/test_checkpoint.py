@@ -5,12 +5,12 @@ import os
 import pickle
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from checkpointed import groups, network, same, trained
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,59 +19,6 @@ from ringfold import CheckpointError, Checkpoints, Mesh, Pipeline, RandomStreams
 from ringfold.parallel.checkpoint.errors import Damaged
 from ringfold.parallel.checkpoint.manifest import Entry, Manifest, from_text, to_text
 from ringfold.parallel.checkpoint.shares import assign
-
-LOCK = threading.Lock()  # torch's and Python's global random streams are one for all threads
-
-
-def network(seed):
-    with LOCK, torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Linear(5, 7),
-            nn.BatchNorm1d(7, affine=False),
-            nn.Linear(7, 7, bias=False),
-            nn.Tanh(),
-            nn.Linear(7, 3),
-        )
-
-
-def trained(seed, make=lambda m: torch.optim.AdamW(m.parameters(), lr=0.01, betas=(0.8, 0.9))):
-    model = network(seed)
-    optimizer = make(model)
-    for step in range(3):
-        optimizer.zero_grad()
-        model(torch.arange(20.0).view(4, 5) + step).square().mean().backward()
-        optimizer.step()
-    return model, optimizer
-
-
-def same(left, right):
-    assert type(left) is type(right)
-    if isinstance(left, torch.Tensor):
-        assert left.dtype == right.dtype and left.shape == right.shape
-        bits = [t.contiguous().reshape(-1).view(torch.uint8) for t in (left, right)]
-        assert bits[0].equal(bits[1])
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys()
-        for key in left:
-            same(left[key], right[key])
-    elif isinstance(left, list | tuple):
-        assert len(left) == len(right)
-        for pair in zip(left, right, strict=True):
-            same(*pair)
-    else:
-        assert left == right or (left != left and right != right)
-
-
-def groups(model):
-    """Two groups, a frozen parameter, and one that never had a gradient."""
-    model[0].bias.requires_grad_(False)
-    rows = [
-        {"params": list(model[0].parameters()), "lr": 0.05},
-        {"params": [*model[2].parameters(), *model[4].parameters()], "lr": 0.005},
-    ]
-    return torch.optim.Adam(rows, lr=0.1)
-
 
 OPTIMIZERS = {
     "adamw": lambda m: torch.optim.AdamW(m.parameters(), lr=0.01, betas=(0.8, 0.9)),
@@ -218,6 +165,32 @@ def test_what_needs_pickle_is_refused_by_its_path(tmp_path):
     with pytest.raises(CheckpointError, match=r"v/a/1: a object cannot be kept without pickle"):
         run_local(2, main)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("value", "places"),
+    [
+        ({"a/b": torch.zeros(2), "a": {"b": torch.ones(2)}}, r"v\['a'\]\['b'\] and v\['a/b'\]"),
+        ([{1: torch.zeros(2), "1": torch.ones(2)}], r"v\[0\]\['1'\] and v\[0\]\[1\]"),
+    ],
+)
+def test_tensors_whose_keys_make_one_path_are_refused_by_their_places(tmp_path, value, places):
+    def main(comm):
+        ringfold.save(tmp_path, {"v": value if comm.rank == 1 else torch.zeros(1)}, comm)
+
+    with pytest.raises(CheckpointError, match=f"rank 1: {places} would both be kept as v/"):
+        run_local(2, main)
+    assert not list(tmp_path.iterdir())
+
+
+def test_plain_values_under_such_keys_come_back(tmp_path):
+    value = {"a/b": 1, "a": {"b": 2.5, "c": torch.ones(2)}, 1: "one", "1": [None]}
+
+    def main(comm):
+        ringfold.save(tmp_path, {"v": value}, comm)
+        same(ringfold.load(tmp_path, {"v": None}, comm).values["v"], value)
+
+    run_local(1, main)
 
 
 def test_values_that_differ_between_ranks_are_refused(tmp_path):
@@ -474,6 +447,50 @@ def test_random_streams_go_on(tmp_path):
         run_local(1, main)
         on_two = run_local(2, read)
         assert len(set(on_two)) == 2 and on_two == run_local(2, read)
+
+
+@pytest.mark.parametrize(
+    ("kept", "complaint"),
+    [
+        (None, r"random/1: the checkpoint of step 3 has no such value"),
+        ({"other": 5}, r"random/1/generators/aug: the checkpoint of step 3 .* only \['other'\]"),
+        ({"aug": np.random.default_rng(5)}, r"aug: expected a state of torch.Generator, .* PCG64"),
+    ],
+)
+def test_streams_that_do_not_fit_are_refused_before_anything_is_changed(tmp_path, kept, complaint):
+    def streams(generators):
+        made = {k: torch.Generator() if v == 5 else v for k, v in generators.items()}
+        return RandomStreams(**made)
+
+    def main(comm):
+        extra = {} if kept is None else {"random": streams(kept)}
+        ringfold.save(tmp_path, {"m": network(1), **extra}, comm, step=3)
+        model, augmentation = network(2), torch.Generator().manual_seed(7 + comm.rank)
+        # Rank 0 has none of that name, and is told, too.
+        own = {"aug": augmentation} if comm.rank == 1 or kept is None else {}
+        before = [*model.state_dict().values(), augmentation.get_state()]
+        before = [value.clone() for value in before]
+        says = complaint if kept is not None else complaint.replace("1", "0", 1)
+        with pytest.raises(CheckpointError, match=says):
+            ringfold.load(tmp_path, {"m": model, "random": RandomStreams(**own)}, comm)
+        same(before, [*model.state_dict().values(), augmentation.get_state()])
+
+    run_local(2, main)
+
+
+@pytest.mark.parametrize(("kept", "here"), [("PCG64", "MT19937"), ("MT19937", "torch.Generator")])
+def test_a_stream_of_another_kind_is_refused_by_both_names(tmp_path, kept, here):
+    def made(kind):
+        if kind == "torch.Generator":
+            return torch.Generator()
+        return np.random.Generator(getattr(np.random, kind)(5))
+
+    def main(comm):
+        ringfold.save(tmp_path, {"random": RandomStreams(a=made(kept))}, comm)
+        with pytest.raises(CheckpointError, match=f"a: expected a state of {here}, .* of {kept}"):
+            ringfold.load(tmp_path, {"random": RandomStreams(a=made(here))}, comm)
+
+    run_local(1, main)
 
 
 def test_a_manifest_reads_back_what_it_was_and_nothing_else():

@@ -1,0 +1,168 @@
+"""Several runs write into one folder of checkpoints: each leaves the others' alone."""
+
+import errno
+import fcntl
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import ringfold
+from ringfold import CheckpointError, Checkpoints, run_local
+from ringfold.parallel.checkpoint import partial, store, writer
+from ringfold.parallel.checkpoint.partial import make_partial
+
+
+def numbers(step):
+    return {"v": {"step": step, "x": torch.full((40,), float(step))}}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def loaded(folder, comm, step):
+    found = ringfold.load(folder, {"v": None}, comm, step=step).values["v"]
+    assert found["x"].eq(step).all()
+    return found["step"]
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_what_another_is_writing_is_left_alone(tmp_path, monkeypatch, slow):
+    """As where a second job starts on the folder of one that runs, or keeps its best there."""
+    go_on = threading.Event()
+    write = writer.write_tensors
+
+    def wait(path, tensors):
+        if "step-7-" in path.parent.name and path.name == f"rank-0000{slow}.safetensors":
+            assert go_on.wait(60)
+        return write(path, tensors)
+
+    monkeypatch.setattr(writer, "write_tensors", wait)
+
+    def main(comm):
+        with Checkpoints(tmp_path, comm) as last, Checkpoints(tmp_path, comm) as best:
+            last.save(numbers(7), 7)
+            best.probe()
+            best.save(numbers(5), 5)
+            best.wait()
+            best.save(numbers(7), 7)  # of the same step, and waiting, too
+            comm.barrier()
+            go_on.set()
+        return loaded(tmp_path, comm, 5), loaded(tmp_path, comm, 7)
+
+    assert run_local(2, main) == [(5, 7)] * 2
+    assert names(tmp_path) == ["000001-step-5", "000002-step-7", "000003-step-7"]
+
+
+def test_a_checkpoint_that_fails_leaves_nothing_and_the_others_alone(tmp_path, monkeypatch):
+    write = writer.write_tensors
+
+    def fail(path, tensors):
+        if "step-7-" in path.parent.name and path.name == "rank-00001.safetensors":
+            raise OSError(errno.EIO, "worn out")
+        return write(path, tensors)
+
+    monkeypatch.setattr(writer, "write_tensors", fail)
+
+    def main(comm):
+        first, second = Checkpoints(tmp_path, comm), Checkpoints(tmp_path, comm)
+        first.save(numbers(7), 7)
+        second.save(numbers(8), 8)
+        with pytest.raises(CheckpointError, match=r"rank 1: OSError: .*worn out"):
+            first.wait()
+        second.wait()
+
+    run_local(2, main)
+    assert names(tmp_path) == ["000001-step-8"]
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from ringfold.parallel.checkpoint.partial import make_partial
+made = make_partial(Path(sys.argv[1]), 3, 0)
+(made.path / "half").write_text("half")
+print(made.path.name, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_folder_of_a_killed_process_is_removed_and_that_of_a_living_one_is_not(tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        name = holder.stdout.readline().strip()
+        make_partial(tmp_path, 4, 0).discard()
+        assert names(tmp_path) == [name, f"{name}.lock"] and (tmp_path / name / "half").exists()
+    finally:
+        holder.kill()
+        holder.communicate(timeout=60)
+    made = make_partial(tmp_path, 5, 0)
+    assert names(tmp_path) == [made.path.name, f"{made.path.name}.lock"]
+    made.discard()
+    assert names(tmp_path) == []
+
+
+def test_without_locks_checkpoints_are_written_and_what_is_left_stays(tmp_path, monkeypatch):
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    left = make_partial(tmp_path, 1, 0).path.name
+
+    def main(comm):
+        ringfold.save(tmp_path, numbers(2), comm, step=2)
+        return loaded(tmp_path, comm, 2)
+
+    assert run_local(2, main) == [2, 2]
+    assert names(tmp_path) == [left, f"{left}.lock", "000001-step-2"]
+
+
+def test_a_lock_that_is_swept_away_before_it_is_held_is_made_again(tmp_path, monkeypatch):
+    real, swept = fcntl.flock, []
+
+    def sweep_first(descriptor, operation):
+        if not swept:
+            (lock,) = tmp_path.glob("*.lock")
+            swept.append(lock.name)
+            lock.unlink()
+        real(descriptor, operation)
+
+    monkeypatch.setattr(partial.fcntl, "flock", sweep_first)
+    made = make_partial(tmp_path, 1, 0)
+    assert names(tmp_path) == [made.path.name, f"{made.path.name}.lock"]
+    assert f"{made.path.name}.lock" not in swept
+    made.discard()
+
+
+def test_two_that_take_the_same_number_at_once_get_two(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "places", lambda root: [])  # neither has seen the other
+    run_local(1, lambda comm: ringfold.save(tmp_path, numbers(3), comm, step=3))
+    run_local(1, lambda comm: ringfold.save(tmp_path, numbers(3), comm, step=3))
+    assert names(tmp_path) == ["000001-step-3", "000002-step-3"]
+
+
+@pytest.mark.parametrize("step", [100.0, -1, "best", True, None, torch.tensor(3.0), np.int64(-2)])
+def test_a_step_that_would_not_be_found_again_is_refused_on_all_ranks(tmp_path, step):
+    def main(comm):
+        with Checkpoints(tmp_path, comm) as checkpoints:
+            with pytest.raises(CheckpointError, match="rank 1: expected a whole number from 0 on"):
+                checkpoints.save(numbers(1), 1 if comm.rank == 0 else step)
+            assert not list(tmp_path.iterdir())
+
+    run_local(2, main)
+
+
+@pytest.mark.parametrize("step", [0, np.int64(5), np.uint8(7), torch.tensor(9), 2**40])
+def test_every_kind_of_whole_number_is_a_step(tmp_path, step):
+    def main(comm):
+        ringfold.save(tmp_path, numbers(int(step)), comm, step=step)
+        found = ringfold.load(tmp_path, {"v": None}, comm, step=step)
+        assert found.step == step and type(found.step) is int
+        assert loaded(tmp_path, comm, int(step)) == step
+
+    run_local(2, main)
