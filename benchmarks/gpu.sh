@@ -83,6 +83,10 @@ for name in torch cupy; do
     exit 2
   fi
 done
+if ! why=$(python benchmarks/gpu_compiles.py 2>&1); then
+  echo "gpu.sh: no kernel can be compiled: $(tail -1 <<< "$why")" >&2
+  exit 2
+fi
 find_sanitizer() {
   command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer \
     "$venv"/lib/python3*/site-packages/nvidia/cu*/compute-sanitizer/compute-sanitizer 2>/dev/null | tail -1

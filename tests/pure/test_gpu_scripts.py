@@ -41,3 +41,16 @@ def test_the_script_sees_what_lies_in_the_environment_of_its_python(tmp_path: Pa
     )
     assert "has no torch" not in done.stderr, done.stderr
     assert done.returncode == 0 or "has no cupy" in done.stderr, done.stdout + done.stderr
+
+
+def test_a_kernel_that_cannot_be_compiled_is_told_in_one_line(tmp_path: Path) -> None:
+    """Before anything is run: without NVRTC here, or for a NumPy that Numba does not know."""
+    pytest.importorskip("numba_cuda")
+    done = run(sys.executable, str(BENCHMARKS / "gpu_compiles.py"))
+    assert (done.returncode, done.stdout) == (0, "sm_90\n") or "libnvrtc" in done.stderr
+    (tmp_path / "sitecustomize.py").write_text(
+        "import numba.cuda\ndef refuse(*_, **__): raise AttributeError('no row_stack\\nhere')\n"
+        "numba.cuda.compile = refuse\n"
+    )
+    done = run("env", f"PYTHONPATH={tmp_path}", sys.executable, str(BENCHMARKS / "gpu_compiles.py"))
+    assert (done.returncode, done.stderr) == (1, "AttributeError: no row_stack\n")
