@@ -103,7 +103,6 @@ class Ipc:
         Raises: CommError where a device refuses another rank's; after all were exchanged.
         """
         self._comm, self._device, self._peering = comm, device, peering
-        self.stream = device.make_stream()
         self._opened: dict[tuple[int, int], int] = {}
         self._mine = [event for event, _ in mine]
         self._all = range(comm.size)
@@ -122,6 +121,7 @@ class Ipc:
             ]
             for which, own in enumerate(self._mine)
         ]
+        self.stream = device.make_stream()
 
     def offer(self, signature: Signature, array: DeviceArray) -> Offer:
         """Return what this rank brings to a collective on an array."""
@@ -141,27 +141,35 @@ class Ipc:
         into: int,
         ready: Event,
         tag: int,
+        missed: list[Exception] | None = None,
     ) -> Steps:
         """Run on this rank; return the event behind all ranks' work.
 
         None where it is not done; so it is on all ranks, then.
 
         into: the address of the result.  ready: behind which this rank's memory may be used.
+        missed: takes what has kept this rank from launching, which goes on with the others then;
+        without, that is an error.
         """
         self._device.follow(self.stream, ready)
         rows = yield from self.meet(self.offer(signature, array), tag)
-        launches = self.kept(
-            (signature, array.address, into),
-            rows,
-            array.address,
-            lambda bases: self._launches(signature, array, into, bases),
-        )
-        if launches is None:
-            return None
-        if launches:
-            self.begin()
-        for launch in launches:
-            launch()
+        try:
+            launches = self.kept(
+                (signature, array.address, into),
+                rows,
+                array.address,
+                lambda bases: self._launches(signature, array, into, bases),
+            )
+            if launches is None:
+                return None
+            if launches:
+                self.begin()
+            for launch in launches:
+                launch()
+        except Exception as error:
+            if missed is None:
+                raise
+            missed.append(error)
         yield from self._pass(_DONE, tag, self._workers(signature))
         return self._device.record(self.stream)
 

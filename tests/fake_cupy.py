@@ -527,15 +527,15 @@ def install(folder: Path | str) -> Runtime:
     """Let `import cupy` give this one, and let kernels in the simulator run on its streams."""
     runtime = Runtime(Path(folder))
     sys.modules["cupy"] = module(runtime)
-    from ringfold.kernels.device import launch
+    from ringfold.kernels.device import launch, table
     from ringfold.kernels.device.primitives import simulating
 
     if simulating():
-        _launch_on_streams(runtime, launch)
+        _launch_on_streams(runtime, launch, table)
     return runtime
 
 
-def _launch_on_streams(runtime: Runtime, launch: Any) -> None:
+def _launch_on_streams(runtime: Runtime, launch: Any, table: Any) -> None:
     made, prepared, one = launch.Launcher, launch.Launcher.prepared, threading.Lock()
 
     def late(
@@ -554,6 +554,13 @@ def _launch_on_streams(runtime: Runtime, launch: Any) -> None:
 
         return put
 
+    read = table.Placed.read
+
+    def read_behind(self: Any) -> Any:
+        runtime.streamSynchronize(1)  # as a copy to the host, which is put on the default stream
+        return read(self)
+
+    table.Placed.read = read_behind
     made.prepared = late
     launch.Launcher = lambda device=0, stream=1, blocks=2, threads=4: made(
         device, stream, blocks, threads

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import weakref
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -117,9 +117,16 @@ class CudaDevice:
         self._ordinal = ordinal
         self._device = cupy.cuda.Device(ordinal)
         self._streams: list[Any] = []
-        memory = CudaMemory(cupy, ordinal)
-        self.peering = CudaPeering(cupy, ordinal, memory, CudaEvent, _handle_of)
-        self.arithmetic = CudaArithmetic(cupy, ordinal, memory)
+        self._memory = CudaMemory(cupy, ordinal)
+        self.peering = CudaPeering(cupy, ordinal, self._memory, CudaEvent, _handle_of)
+
+    @cached_property
+    def arithmetic(self) -> CudaArithmetic | None:
+        """Return what computes in device memory; None where no kernel can be compiled and run."""
+        from ...kernels.device.usable import why_not
+
+        why = why_not(self._ordinal)
+        return None if why else CudaArithmetic(self._cupy, self._ordinal, self._memory)
 
     def caller(self, array: DeviceArray) -> Stream:
         """Return the stream that the array names, else its library's current one."""
