@@ -39,8 +39,18 @@ HANDLE_BYTES = 64
 MPS_ENABLED = 133
 
 
+NOT_READY, ILLEGAL_ADDRESS = 600, 700
+ERRORS = {
+    NOT_READY: "cudaErrorNotReady: device not ready",
+    ILLEGAL_ADDRESS: "cudaErrorIllegalAddress: an illegal memory access was encountered",
+}
+
+
 class CUDARuntimeError(RuntimeError):
-    """As CuPy's."""
+    """As CuPy's, which takes a status."""
+
+    def __init__(self, status: int | str) -> None:
+        super().__init__(ERRORS[status] if isinstance(status, int) else status)
 
 
 def view(address: int, nbytes: int) -> np.ndarray:
@@ -255,9 +265,12 @@ class Runtime:
 
         self.put(stream, reach)
 
-    def event_ended(self, event: int) -> bool:
+    def eventQuery(self, event: int) -> int:
+        """As CuPy's, which returns the status: errors of the device, as all calls from there on."""
+        if any(worker.failed is not None for worker in self._all()):
+            return ILLEGAL_ADDRESS
         shared = self._events[event][1]
-        return shared.reached >= shared.recorded
+        return 0 if shared.reached >= shared.recorded else NOT_READY
 
     def streamWaitEvent(self, stream: int, event: int, flags: int = 0) -> None:
         name, shared, _ = self._events[event]
@@ -356,7 +369,7 @@ def module(runtime: Runtime) -> Any:
 
         @property
         def done(self) -> bool:
-            return runtime.event_ended(self.ptr)
+            return runtime.eventQuery(self.ptr) == 0
 
         def record(self) -> None:
             runtime.put(current_stream(), lambda: setattr(self, "at", time.perf_counter()))
