@@ -39,3 +39,8 @@ def test_the_benchmark_of_training(job, tmp_path):
     rows = json.loads(out.read_text())["rows"]
     assert {row["model"] for row in rows} == {"mlp", "transformer"}
     assert all(row["wrong"] == 0 and row["device"] == "a pretended GPU" for row in rows)
+
+
+def test_the_gradients_are_those_of_the_host(job):
+    done = job(2, TESTS / "pretended_cuda_job.py", TESTS / "gradients_job.py")
+    assert done.returncode == 0 and done.output.count("right") == 2, done.output
