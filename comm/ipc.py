@@ -25,6 +25,7 @@ from ..kernels.records import ALL, Row, Where
 from . import fused
 from .call_codes import code_of
 from .device import HANDLE_BYTES, Device, DeviceArray, Event, Exported, Peering
+from .device_wait import passes
 from .fused_pulls import own_bytes
 from .fused_rows import Shape
 from .texts import gather_texts
@@ -211,7 +212,12 @@ class Ipc:
         return self._folders if signature.operation in _FOLDING else self._all
 
     def close(self) -> None:
-        """Give back the others' memory; after the last operation has ended."""
+        """Give back the others' memory; after the last operation has ended.
+
+        Nothing of this rank waits for the others' events any more, then. They must not be destroyed
+        before, so that this is to be kept until all ranks have closed theirs.
+        """
+        passes(self._device.record(self.stream))
         opened, self._opened = self._opened, {}
         for address in opened.values():
             self._peering.close(address)

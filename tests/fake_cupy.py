@@ -58,13 +58,13 @@ def view(address: int, nbytes: int) -> np.ndarray:
 
 
 class SharedWords:
-    """Two counters in a file: how often an event was put on a stream, and was reached."""
+    """Counters in a file: how often an event was put on a stream, reached, and destroyed."""
 
     def __init__(self, path: Path, *, new: bool) -> None:
         if new:
-            path.write_bytes(bytes(16))
+            path.write_bytes(bytes(24))
         with path.open("r+b") as file:
-            self._map = mmap.mmap(file.fileno(), 16)
+            self._map = mmap.mmap(file.fileno(), 24)
         self.words = np.frombuffer(self._map, np.int64)
 
     @property
@@ -116,6 +116,7 @@ class Runtime:
         self.registered: dict[int, int] = {}
         self.opened: dict[int, str] = {}
         self._files: dict[int, tuple[str, mmap.mmap]] = {}
+        self._shown: set[str] = set()
         self._graves: list[tuple[str, mmap.mmap]] = []
         self._events: dict[int, tuple[str, SharedWords, bool]] = {}
         self._workers: dict[int, Worker] = {}
@@ -222,6 +223,7 @@ class Runtime:
         name, _, interprocess = self._events[event]
         if not interprocess:
             raise CUDARuntimeError("cudaErrorInvalidResourceHandle: not an interprocess event")
+        self._shown.add(name)
         return name.encode().ljust(HANDLE_BYTES, b"\0")
 
     def ipcOpenEventHandle(self, handle: bytes) -> int:
@@ -248,7 +250,9 @@ class Runtime:
         return number
 
     def forget_event(self, event: int) -> None:
-        name, _, _ = self._events.pop(event)
+        name, shared, _ = self._events.pop(event)
+        if name in self._shown:
+            shared.words[2] = 1
         (self.folder / name).unlink(missing_ok=True)
 
     def memsetAsync(self, ptr: int, value: int, size: int, stream: int) -> None:
@@ -280,6 +284,8 @@ class Runtime:
 
         def wait() -> None:
             while shared.reached < number:
+                if shared.words[2]:
+                    raise CUDARuntimeError("an event is destroyed while a stream waits for it")
                 time.sleep(5e-5)
 
         self.put(stream, wait)
@@ -364,8 +370,7 @@ def module(runtime: Runtime) -> Any:
             if interprocess and not disable_timing:
                 raise CUDARuntimeError("cudaErrorInvalidValue: such events have no clock")
             self.ptr = runtime.make_event(interprocess)
-            if not interprocess:
-                weakref.finalize(self, runtime.forget_event, self.ptr).atexit = False
+            weakref.finalize(self, runtime.forget_event, self.ptr).atexit = False
 
         @property
         def done(self) -> bool:

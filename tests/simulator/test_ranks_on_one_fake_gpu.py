@@ -41,6 +41,11 @@ def test_events_that_nobody_follows_are_told(part: str, tmp_path: Path) -> None:
     assert done.returncode != 0 and "AssertionError" in done.stderr, done.stdout + done.stderr
 
 
+def test_events_live_until_all_ranks_have_closed(tmp_path: Path) -> None:
+    done = run(2, "parting_job.py", str(tmp_path))
+    assert done.returncode == 0 and done.stdout.count("right") == 2, done.stdout + done.stderr
+
+
 def test_doctor_tells_the_ways_of_gpu_memory(tmp_path: Path) -> None:
     done = run(3, "doctor_job.py", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
