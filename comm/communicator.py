@@ -371,9 +371,9 @@ class Communicator:
         if self._runner.closed:
             return
         self._progress.drain(self._settings.timeout)
-        if self._device_operations is not None:
-            self._device_operations.close()
-        self._unshare()
+        kept = [] if self._device_operations is None else self._device_operations.close()
+        self._unshare()  # behind which no rank uses what is kept
+        del kept
         self._runner.close()
         if self.node is not self:
             self.node.close()

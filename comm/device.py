@@ -54,7 +54,10 @@ class Event(Protocol):
     """A place on a stream; ended once everything before it has run."""
 
     def ended(self) -> bool:
-        """Look, without waiting."""
+        """Look, without waiting.
+
+        Raises: CommError where what the device was to do has failed.
+        """
         ...
 
 

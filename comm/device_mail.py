@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .device import HANDLE_BYTES, DeviceArray, Event, Peering, Stream
-from .device_wait import reached
+from .device_wait import passes, reached
 from .errors import CommError
 from .letters import Words
 from .mailboxes import NOTE_BYTES, Mailboxes
@@ -78,12 +78,17 @@ class DeviceMail:
         self.refused: dict[int, str] = {}
 
     def close(self) -> None:
-        """Give back the others' rooms, and the own ones; after the last message has ended."""
+        """Give back the others' rooms; after the last message has ended.
+
+        Nothing of this rank waits for the others' events any more, then: to destroy an event that a
+        stream waits for is undefined. So this is to be kept until all ranks have closed theirs.
+        """
         device, stream = self._lane.device, self._lane.inward
         for berth in (berth for free in self._berths.values() for berth in free):
             if berth.taken is not None:
-                device.follow(stream, berth.taken)  # so that whoever waits for the device waits
-        self._berths.clear()
+                device.follow(stream, berth.taken)
+        for one in filter(None, (stream, self._stream)):
+            passes(device.record(one))
         opened, self._opened = self._opened, {}
         for address in opened.values():
             self._peering.close(address)

@@ -32,11 +32,12 @@ class DeviceMessages:
         self._comm, self._lane_of = comm, lane_of
         self._mails: dict[str, DeviceMail] = {}
 
-    def close(self) -> None:
-        """Give back what was opened of others."""
+    def close(self) -> list[object]:
+        """Give back what was opened of others; return what they may use until they close theirs."""
         mails, self._mails = self._mails, {}
         for mail in mails.values():
             mail.close()
+        return list(mails.values())
 
     def send(self, array: DeviceArray, empty: Prepared, tag: int) -> Prepared:
         """empty: a message of no elements to the same rank, as host memory's is prepared."""

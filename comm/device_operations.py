@@ -64,15 +64,19 @@ class DeviceOperations:
         self._no_ipc = ""
         self.messages = DeviceMessages(comm, self._lane)
 
-    def close(self) -> None:
-        """Give the group back; collective where a collective was called."""
+    def close(self) -> list[object]:
+        """Give the group back; collective where a collective was called.
+
+        Returns: what other ranks may use until they have closed theirs, so that it must live.
+        """
         group, self._group = self._group, None
         ipc, self._ipc = self._ipc, None
         if ipc is not None:
             ipc.close()
-        self.messages.close()
+        kept = self.messages.close()
         if group is not None:
             group.close()
+        return kept
 
     # -- collectives -------------------------------------------------------------------------
 

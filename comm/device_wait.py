@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Generator
 from dataclasses import dataclass
 
 from .device import Event
+from .errors import CommError
 from .transport.base import Request
 
 _LOOKS, _GLANCES = 200, 12
@@ -35,6 +37,19 @@ def reached(
                 return patient
             os.sched_yield()
         patient = yield [Reached(rank, event)]
+
+
+def passes(event: Event, seconds: float = 30.0) -> bool:
+    """Wait for an event so long; tell whether it has ended, which it never does after an error."""
+    end = time.monotonic() + seconds
+    try:
+        while not event.ended():
+            if time.monotonic() > end:
+                return False
+            os.sched_yield()
+    except CommError:
+        return False
+    return True
 
 
 def wait_here(event: Event) -> None:

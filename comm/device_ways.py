@@ -59,13 +59,16 @@ class DeviceWays:
         self._asked = False
         self._why_not = ""
 
-    def close(self) -> None:
-        """Give the group back; collective where a collective was called."""
+    def close(self) -> list[object]:
+        """Give the group back; collective where a collective was called.
+
+        Returns: what must live until the other ranks have closed theirs.
+        """
         self._direct = None
         nested, self._nested = self._nested, None
         if nested is not None:
             nested.close()
-        self._staged.close()
+        return self._staged.close()
 
     def alike(self, comm: Communicator, like: Like) -> DeviceWays:
         """Return the ways of another group's memory on the same devices; `like` makes results."""

@@ -25,6 +25,7 @@ from ..kernels.records import ALL, Row, Where
 from . import fused
 from .call_codes import code_of
 from .device import HANDLE_BYTES, Device, DeviceArray, Event, Exported, Peering
+from .device_wait import passes
 from .fused_pulls import own_bytes
 from .fused_rows import Shape
 from .texts import gather_texts
@@ -103,7 +104,6 @@ class Ipc:
         Raises: CommError where a device refuses another rank's; after all were exchanged.
         """
         self._comm, self._device, self._peering = comm, device, peering
-        self.stream = device.make_stream()
         self._opened: dict[tuple[int, int], int] = {}
         self._mine = [event for event, _ in mine]
         self._all = range(comm.size)
@@ -122,6 +122,7 @@ class Ipc:
             ]
             for which, own in enumerate(self._mine)
         ]
+        self.stream = device.make_stream()
 
     def offer(self, signature: Signature, array: DeviceArray) -> Offer:
         """Return what this rank brings to a collective on an array."""
@@ -141,27 +142,35 @@ class Ipc:
         into: int,
         ready: Event,
         tag: int,
+        missed: list[Exception] | None = None,
     ) -> Steps:
         """Run on this rank; return the event behind all ranks' work.
 
         None where it is not done; so it is on all ranks, then.
 
         into: the address of the result.  ready: behind which this rank's memory may be used.
+        missed: takes what has kept this rank from launching, which goes on with the others then;
+        without, that is an error.
         """
         self._device.follow(self.stream, ready)
         rows = yield from self.meet(self.offer(signature, array), tag)
-        launches = self.kept(
-            (signature, array.address, into),
-            rows,
-            array.address,
-            lambda bases: self._launches(signature, array, into, bases),
-        )
-        if launches is None:
-            return None
-        if launches:
-            self.begin()
-        for launch in launches:
-            launch()
+        try:
+            launches = self.kept(
+                (signature, array.address, into),
+                rows,
+                array.address,
+                lambda bases: self._launches(signature, array, into, bases),
+            )
+            if launches is None:
+                return None
+            if launches:
+                self.begin()
+            for launch in launches:
+                launch()
+        except Exception as error:
+            if missed is None:
+                raise
+            missed.append(error)
         yield from self._pass(_DONE, tag, self._workers(signature))
         return self._device.record(self.stream)
 
@@ -203,7 +212,12 @@ class Ipc:
         return self._folders if signature.operation in _FOLDING else self._all
 
     def close(self) -> None:
-        """Give back the others' memory; after the last operation has ended."""
+        """Give back the others' memory; after the last operation has ended.
+
+        Nothing of this rank waits for the others' events any more, then. They must not be destroyed
+        before, so that this is to be kept until all ranks have closed theirs.
+        """
+        passes(self._device.record(self.stream))
         opened, self._opened = self._opened, {}
         for address in opened.values():
             self._peering.close(address)

@@ -51,44 +51,67 @@ def open_ipc(comm: Communicator, device: Device) -> tuple[Ipc | None, str]:
     assert made is not None
     array = describe(x, writable=True)
     signature = Signature("allreduce", "sum", array.dtype.name, array.count)
-    if not _agree(comm, _can_open(made, signature, array)):
-        made.close()
-        return None, "memory cannot be opened"
+    why = _open_others(made, signature, array)
+    if not _agree(comm, not why):
+        _give_up(comm, made)
+        return None, why or "another rank cannot open memory"
     caller = device.caller(array)
+    missed: list[Exception] = []
 
     def run(tag: int) -> Steps:
         ready = device.record(caller)
-        last = yield from made.run(signature, array, array.address, ready, tag)
+        last = yield from made.run(signature, array, array.address, ready, tag, missed)
         if last is not None:
             device.follow(caller, last)
         return last is not None
 
     receipt = Receipt("allreduce", "pairwise, in place", "ipc", comm.size, array.nbytes, "trial")
     done = comm._start(Prepared(receipt, Channel.COLLECTIVE, run, signature), True)
-    if not _agree(comm, done and right(comm.size)):
-        made.close()
-        return None, "a trial gave wrong sums"
+    if missed:
+        fine, why = None, f"a trial could not be launched: {_said(missed[0])}"
+    else:
+        fine, why = _attempt(lambda: bool(done) and right(comm.size))
+    if not _agree(comm, bool(fine)):
+        _give_up(comm, made)
+        return None, why or ("another rank's trial failed" if fine else "a trial gave wrong sums")
     return made, ""
 
 
 def _attempt(make: Callable[[], Made]) -> tuple[Made | None, str]:
+    """Return what a device makes, or why not: any error of its libraries is this rank's alone."""
     try:
         return make(), ""
-    except CommError as error:
-        return None, str(error)
+    except Exception as error:
+        return None, _said(error)
+
+
+def _said(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or ["no reason given"]
+    return lines[0] if isinstance(error, CommError) else f"{type(error).__name__}: {lines[0]}"
+
+
+def _give_up(comm: Communicator, made: Ipc) -> None:
+    """Close it, and keep its events until nobody waits for them; collective."""
+    _attempt(made.close)
+    comm.barrier()
 
 
 def _agree(comm: Communicator, fine: bool) -> bool:
     return bool(comm.allreduce(np.array([fine], np.uint8), "min")[0])
 
 
-def _can_open(ipc: Ipc, signature: Signature, array: DeviceArray) -> bool:
-    """Exchange handles, and open the others'; collective, and never an error on one rank only."""
-    rows = ipc._comm.allgather(ipc.offer(signature, array).write(np.zeros(OFFER_WORDS, np.int64)))
-    try:
+def _open_others(ipc: Ipc, signature: Signature, array: DeviceArray) -> str:
+    """Exchange handles, and open the others'; return why not; collective, on every rank."""
+    mine = np.zeros(OFFER_WORDS, np.int64)
+    _, why = _attempt(lambda: ipc.offer(signature, array).write(mine))
+    rows = ipc._comm.allgather(mine)
+    if why or not rows[:, 0].all():
+        return why or "memory cannot be shown"
+
+    def open_all() -> None:
         for rank, row in enumerate(rows):
             if rank != ipc._comm.rank:
                 ipc.opened_at(rank, row)
-    except CommError:
-        return False
-    return bool(rows[:, 0].all())
+
+    _, why = _attempt(open_all)
+    return why and f"memory cannot be opened: {why}"

@@ -80,14 +80,15 @@ class Lookout:
                     self._end(f"{reason}; ending the job", 1)
 
         thread = threading.Thread(target=look, name="ringfold-lookout", daemon=True)
-        thread.start()
+        looking = _starts(thread)
         try:
             yield
         finally:
             done.set()
-            if told is not None:
-                told.wake()
-            thread.join()
+            if looking:
+                if told is not None:
+                    told.wake()
+                thread.join()
 
     def _end(self, reason: str, status: int) -> None:
         sys.stdout.flush()
@@ -155,3 +156,16 @@ class Lookout:
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} (process {self._others[rank].pid} on {socket.gethostname()})"
+
+
+def _starts(thread: threading.Thread) -> bool:
+    """Start a thread where it can be; MPI can be started and ended without anybody looking on.
+
+    Python 3.12.0 to 3.12.2 starts none once the interpreter is ending (CPython issue 113964), which
+    is when MPI is ended; later ones do again.
+    """
+    try:
+        thread.start()
+    except RuntimeError:
+        return False
+    return True

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .carried import Carried
 from .drift import GradientReport, check_replicas, report_gradients
 from .finite import FiniteCheck
+from .gpu_threads import check_gpu_threads
 from .hooks import WireHook
 from .join import even_batches
 from .reducer import START_BYTES, Reducer, ReductionRecord, check_weight
@@ -117,6 +118,7 @@ class DataParallel(nn.Module):
             "settings of DataParallel",
         )
         tensors = [tensor for _, tensor in (*named, *buffers)]
+        check_gpu_threads(comm, tensors)
         broadcast_tensors(comm, tensors, root, START_BYTES)
         self._roster = Roster(module) if comm.size > 1 else None
         if comm.size > 1 or check_finite:

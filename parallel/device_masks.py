@@ -15,7 +15,7 @@ def mask_on_device(
 ) -> Tensor | None:
     """Return rows x count flags on a GPU, as `kernels.masks.mask` makes them, on its stream.
 
-    None for a device that is no GPU, or without Numba's CUDA.
+    None for a device that is no GPU, or where no kernel can be compiled and run.
     """
     launcher = launcher_of(device)
     if launcher is None:

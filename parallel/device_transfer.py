@@ -1,8 +1,8 @@
 """Pack gradients into a bucket of GPU memory and back: one launch of a kernel for all of them.
 
 Whether all was finite is found on the way; the answer can be asked for once the host waits for the
-bucket anyway. Without Numba's CUDA the same is done by torch's operations, a few for each tensor,
-and whether all was finite stays unknown.
+bucket anyway. Where no kernel can be compiled and run the same is done by torch's operations, a few
+for each tensor, and whether all was finite stays unknown.
 """
 
 from __future__ import annotations
@@ -100,16 +100,16 @@ class DevicePacker:
 
 @cache
 def _packer(ordinal: int) -> DevicePacker | None:
-    """Return a device's packer; None where there is no Numba CUDA."""
-    try:
-        from ..kernels.device import pack  # noqa: F401
-    except ImportError:
+    """Return a device's packer; None where no kernel can be compiled and run."""
+    from ..kernels.device.usable import why_not
+
+    if why_not(ordinal):
         return None
     return DevicePacker(lambda: int(torch.cuda.current_stream(ordinal).cuda_stream) or 1, ordinal)
 
 
 def launcher_of(device: torch.device) -> Launcher | None:
-    """Return where kernels run on the caller's stream; None for no GPU, or without Numba's CUDA."""
+    """Return where kernels run on the caller's stream; None for no GPU, or without kernels."""
     packer = _packer(device.index or 0) if device.type == "cuda" else None
     return None if packer is None else packer.launcher()
 

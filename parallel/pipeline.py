@@ -19,6 +19,7 @@ from .carried import Carried
 from .clip import clip_over_stages
 from .constants import Constants
 from .finite import FiniteCheck
+from .gpu_threads import check_gpu_threads
 from .layers import RankLayers, named_layers
 from .loss_scale import LossScaler
 from .mesh import Mesh
@@ -218,6 +219,7 @@ class Pipeline:
         self._tree = TreeGradients(parts, mesh.data) if in_tree else None
         reducer = self._reducer if mesh.data.size > 1 and not in_tree else None
         if reducer is not None:
+            check_gpu_threads(mesh.data, self._layers.module.parameters())
             reducer.attach(self._gradient_ready)
         channel = pipe.split(0, key=pipe.rank)
         assert channel is not None

@@ -250,7 +250,7 @@ def find_anywhere(
     node_of: return what the devices of a rank's node share; None where they share nothing.
     """
     from ringfold.comm.transport import device, gpu_aware
-    from ringfold.parallel import device_transfer
+    from ringfold.parallel import data_parallel, device_transfer, pipeline
 
     def ways(comm: Communicator) -> DeviceWays:
         gpu = EagerGpu(node_of(comm))
@@ -274,5 +274,7 @@ def find_anywhere(
     monkeypatch.setattr(torch.autograd.Variable, "_execution_engine", _Engine(engine))
     packer = simulated_packer(monkeypatch) if simulating() else None  # else torch's operations
     monkeypatch.setattr(device_transfer, "_packer", lambda ordinal: packer)
+    for module in (data_parallel, pipeline):  # backward runs in the thread that calls it
+        monkeypatch.setattr(module, "check_gpu_threads", lambda comm, tensors: None)
     monkeypatch.setattr(gpu_aware, "cuda_ways", ways)
     monkeypatch.setattr(device, "empty", empty)

@@ -39,8 +39,18 @@ HANDLE_BYTES = 64
 MPS_ENABLED = 133
 
 
+NOT_READY, ILLEGAL_ADDRESS = 600, 700
+ERRORS = {
+    NOT_READY: "cudaErrorNotReady: device not ready",
+    ILLEGAL_ADDRESS: "cudaErrorIllegalAddress: an illegal memory access was encountered",
+}
+
+
 class CUDARuntimeError(RuntimeError):
-    """As CuPy's."""
+    """As CuPy's, which takes a status."""
+
+    def __init__(self, status: int | str) -> None:
+        super().__init__(ERRORS[status] if isinstance(status, int) else status)
 
 
 def view(address: int, nbytes: int) -> np.ndarray:
@@ -48,13 +58,13 @@ def view(address: int, nbytes: int) -> np.ndarray:
 
 
 class SharedWords:
-    """Two counters in a file: how often an event was put on a stream, and was reached."""
+    """Counters in a file: how often an event was put on a stream, reached, and destroyed."""
 
     def __init__(self, path: Path, *, new: bool) -> None:
         if new:
-            path.write_bytes(bytes(16))
+            path.write_bytes(bytes(24))
         with path.open("r+b") as file:
-            self._map = mmap.mmap(file.fileno(), 16)
+            self._map = mmap.mmap(file.fileno(), 24)
         self.words = np.frombuffer(self._map, np.int64)
 
     @property
@@ -106,6 +116,7 @@ class Runtime:
         self.registered: dict[int, int] = {}
         self.opened: dict[int, str] = {}
         self._files: dict[int, tuple[str, mmap.mmap]] = {}
+        self._shown: set[str] = set()
         self._graves: list[tuple[str, mmap.mmap]] = []
         self._events: dict[int, tuple[str, SharedWords, bool]] = {}
         self._workers: dict[int, Worker] = {}
@@ -212,6 +223,7 @@ class Runtime:
         name, _, interprocess = self._events[event]
         if not interprocess:
             raise CUDARuntimeError("cudaErrorInvalidResourceHandle: not an interprocess event")
+        self._shown.add(name)
         return name.encode().ljust(HANDLE_BYTES, b"\0")
 
     def ipcOpenEventHandle(self, handle: bytes) -> int:
@@ -238,7 +250,9 @@ class Runtime:
         return number
 
     def forget_event(self, event: int) -> None:
-        name, _, _ = self._events.pop(event)
+        name, shared, _ = self._events.pop(event)
+        if name in self._shown:
+            shared.words[2] = 1
         (self.folder / name).unlink(missing_ok=True)
 
     def memsetAsync(self, ptr: int, value: int, size: int, stream: int) -> None:
@@ -255,9 +269,12 @@ class Runtime:
 
         self.put(stream, reach)
 
-    def event_ended(self, event: int) -> bool:
+    def eventQuery(self, event: int) -> int:
+        """As CuPy's, which returns the status: errors of the device, as all calls from there on."""
+        if any(worker.failed is not None for worker in self._all()):
+            return ILLEGAL_ADDRESS
         shared = self._events[event][1]
-        return shared.reached >= shared.recorded
+        return 0 if shared.reached >= shared.recorded else NOT_READY
 
     def streamWaitEvent(self, stream: int, event: int, flags: int = 0) -> None:
         name, shared, _ = self._events[event]
@@ -267,6 +284,8 @@ class Runtime:
 
         def wait() -> None:
             while shared.reached < number:
+                if shared.words[2]:
+                    raise CUDARuntimeError("an event is destroyed while a stream waits for it")
                 time.sleep(5e-5)
 
         self.put(stream, wait)
@@ -351,12 +370,11 @@ def module(runtime: Runtime) -> Any:
             if interprocess and not disable_timing:
                 raise CUDARuntimeError("cudaErrorInvalidValue: such events have no clock")
             self.ptr = runtime.make_event(interprocess)
-            if not interprocess:
-                weakref.finalize(self, runtime.forget_event, self.ptr).atexit = False
+            weakref.finalize(self, runtime.forget_event, self.ptr).atexit = False
 
         @property
         def done(self) -> bool:
-            return runtime.event_ended(self.ptr)
+            return runtime.eventQuery(self.ptr) == 0
 
         def record(self) -> None:
             runtime.put(current_stream(), lambda: setattr(self, "at", time.perf_counter()))
@@ -527,15 +545,15 @@ def install(folder: Path | str) -> Runtime:
     """Let `import cupy` give this one, and let kernels in the simulator run on its streams."""
     runtime = Runtime(Path(folder))
     sys.modules["cupy"] = module(runtime)
-    from ringfold.kernels.device import launch
+    from ringfold.kernels.device import launch, table
     from ringfold.kernels.device.primitives import simulating
 
     if simulating():
-        _launch_on_streams(runtime, launch)
+        _launch_on_streams(runtime, launch, table)
     return runtime
 
 
-def _launch_on_streams(runtime: Runtime, launch: Any) -> None:
+def _launch_on_streams(runtime: Runtime, launch: Any, table: Any) -> None:
     made, prepared, one = launch.Launcher, launch.Launcher.prepared, threading.Lock()
 
     def late(
@@ -554,6 +572,13 @@ def _launch_on_streams(runtime: Runtime, launch: Any) -> None:
 
         return put
 
+    read = table.Placed.read
+
+    def read_behind(self: Any) -> Any:
+        runtime.streamSynchronize(1)  # as a copy to the host, which is put on the default stream
+        return read(self)
+
+    table.Placed.read = read_behind
     made.prepared = late
     launch.Launcher = lambda device=0, stream=1, blocks=2, threads=4: made(
         device, stream, blocks, threads

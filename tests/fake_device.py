@@ -298,6 +298,7 @@ class FakePeering:
         node.gpus.append(gpu)
 
     def export(self, address: int, nbytes: int) -> Exported | None:
+        self._refuse("export")
         for number, array in enumerate(self.gpu.arrays, 1):
             offset = address - array.address
             if array.registered and offset >= 0 and offset + nbytes <= array.values.nbytes:
@@ -348,16 +349,29 @@ class FakePeering:
             for address in targets:
                 self.find(address, nbytes).view(storage)[:] = narrow
 
-        return lambda: self.gpu.launch(stream, kernel)
+        def launch() -> None:
+            if self.refuses == "launch":  # compiled at the first launch, with errors of its own
+                raise RuntimeError("module has no attribute\nand more")
+            self.gpu.launch(stream, kernel)
+
+        return launch
 
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         into = self.gpu.memory(target, nbytes)
         self.gpu.launch(stream, lambda: np.copyto(into, self.find(source, nbytes)))
 
     def trial(self, count: int) -> tuple[FakeArray, Callable[[int], bool]]:
+        if self.refuses == "trial":
+            raise OSError("no compiler")
         x = FakeArray(self.gpu, np.empty(count, np.float32), registered=True)
         x.filled_late(np.ones(count, np.float32))
-        return x, lambda number: bool((x.get() == number).all())
+
+        def right(number: int) -> bool:
+            if self.refuses == "right":  # what a kernel has done wrong shows where the host waits
+                raise OSError("illegal address")
+            return bool((x.get() == number).all())
+
+        return x, right
 
     def find(self, address: int, nbytes: int) -> np.ndarray:
         for gpu in self.node.gpus:

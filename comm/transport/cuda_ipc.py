@@ -127,10 +127,11 @@ class CudaPeering:
 
     def trial(self, count: int) -> tuple[Any, Callable[[int], bool]]:
         """Return registered ones of float32, and what waits and tells whether all are a number."""
-        try:
-            from ...kernels.device import fold  # noqa: F401
-        except ImportError as error:
-            raise CommError(f"there are no kernels: {error}") from error
+        from ...kernels.device.usable import why_not
+
+        why = why_not(self._ordinal)
+        if why:
+            raise CommError(f"there are no kernels: {why}")
         with self._told("no memory can be had"):
             x = self.allocate((count,), np.dtype(np.float32))
             with self._cupy.cuda.Device(self._ordinal):

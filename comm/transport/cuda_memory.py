@@ -54,6 +54,7 @@ class CudaMemory:
         self._spare: deque[Piece] = deque()
         self._opened: dict[bytes, tuple[int, int]] = {}  # address, and how often it was opened
         self._lock = threading.Lock()
+        self._listing = threading.Lock()  # of allocations and spare pieces; never held over a call
 
     @contextmanager
     def told(self, what: str) -> Iterator[None]:
@@ -79,19 +80,21 @@ class CudaMemory:
                 # Streams follow what other ranks still do with it, and all of them end here.
                 self._runtime.deviceSynchronize()
         made = Allocation(piece, self._return)
-        self._allocations.add(made)
+        with self._listing:
+            self._allocations.add(made)
         return made
 
     def _unused(self, size: int) -> Piece | None:
-        for _ in range(len(self._spare)):
-            piece = self._spare.popleft()
-            if piece.nbytes == size:
-                return piece
-            self._spare.append(piece)
+        with self._listing:
+            for _ in range(len(self._spare)):
+                piece = self._spare.popleft()
+                if piece.nbytes == size:
+                    return piece
+                self._spare.append(piece)
         return None
 
     def _return(self, piece: Piece) -> None:
-        # Called by the garbage collector, at any moment and in any thread.
+        # Called by the garbage collector, at any moment and in any thread; so it takes no lock.
         if piece.handle:
             self._spare.append(piece)
         else:
@@ -99,7 +102,9 @@ class CudaMemory:
 
     def export(self, address: int, nbytes: int) -> Exported | None:
         """Return how others open memory; None for memory that was not allocated here."""
-        for one in self._allocations:
+        with self._listing:  # other threads allocate meanwhile
+            allocations = list(self._allocations)
+        for one in allocations:
             piece = one.piece
             offset = address - piece.base
             if offset >= 0 and offset + nbytes <= piece.nbytes:

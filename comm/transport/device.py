@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import weakref
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, cached_property, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -96,15 +96,30 @@ def _opened(ordinal: int) -> CudaDevice:
     return CudaDevice(load_cupy(), ordinal)
 
 
+_NOT_READY = 600
+"""cudaErrorNotReady."""
+
+
 class CudaEvent:
     """An event of CUDA's, without its clock."""
 
-    def __init__(self, event: Any) -> None:
-        self.event = event
+    def __init__(self, runtime: Any, device: str, event: Any) -> None:
+        """event: CuPy's, or what has a handle.  device: as errors name it."""
+        self._runtime, self._device, self.event = runtime, device, event
 
     def ended(self) -> bool:
-        """Look, without waiting."""
-        return bool(self.event.done)
+        """Look, without waiting.
+
+        Raises: CommError where something on the device has failed, which shows here first: by
+        CuPy's own `done` an event would be waited for until time is up.
+        """
+        status = int(self._runtime.eventQuery(self.event.ptr))
+        if status in (0, _NOT_READY):
+            return status == 0
+        raise CommError(
+            f"{self._device}: a kernel or copy that this process has launched, in the program or "
+            f"in an operation, has failed: {self._runtime.CUDARuntimeError(status)}"
+        )
 
 
 class CudaDevice:
@@ -117,9 +132,17 @@ class CudaDevice:
         self._ordinal = ordinal
         self._device = cupy.cuda.Device(ordinal)
         self._streams: list[Any] = []
-        memory = CudaMemory(cupy, ordinal)
-        self.peering = CudaPeering(cupy, ordinal, memory, CudaEvent, _handle_of)
-        self.arithmetic = CudaArithmetic(cupy, ordinal, memory)
+        self._memory = CudaMemory(cupy, ordinal)
+        self._event_of = partial(CudaEvent, self._runtime, self.name)
+        self.peering = CudaPeering(cupy, ordinal, self._memory, self._event_of, _handle_of)
+
+    @cached_property
+    def arithmetic(self) -> CudaArithmetic | None:
+        """Return what computes in device memory; None where no kernel can be compiled and run."""
+        from ...kernels.device.usable import why_not
+
+        why = why_not(self._ordinal)
+        return None if why else CudaArithmetic(self._cupy, self._ordinal, self._memory)
 
     def caller(self, array: DeviceArray) -> Stream:
         """Return the stream that the array names, else its library's current one."""
@@ -134,15 +157,16 @@ class CudaDevice:
     def make_stream(self) -> Stream:
         """Return a new stream, which the default stream does not wait for."""
         with self._device:
-            self._streams.append(self._cupy.cuda.Stream(non_blocking=True))
-        return int(self._streams[-1].ptr)
+            stream = self._cupy.cuda.Stream(non_blocking=True)
+        self._streams.append(stream)  # other threads make theirs meanwhile
+        return int(stream.ptr)
 
     def record(self, stream: Stream) -> Event:
         """Put an event on a stream."""
         with self._device:
             event = self._cupy.cuda.Event(block=False, disable_timing=True)
             self._runtime.eventRecord(event.ptr, stream)
-        return CudaEvent(event)
+        return self._event_of(event)
 
     def follow(self, stream: Stream, event: Event) -> None:
         """Let all later work of a stream run behind an event."""

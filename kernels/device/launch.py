@@ -145,4 +145,5 @@ def compile_kernel(name: str, function: Callable[..., Any], blocks: int = BLOCKS
         kernel.__name__ = name
         return kernel
     # Without optimization at link time, so that the machine code is what the tests have looked at.
-    return cuda.jit(launch_bounds=(THREADS, blocks), lto=False)(function)
+    # As a decorator, cuda.jit(...)(function), it would not pass `lto` on (numba-cuda 0.30).
+    return cuda.jit(function, launch_bounds=(THREADS, blocks), lto=False)

@@ -53,7 +53,9 @@ def primitives() -> Primitives:
     from numba.cuda.extending import intrinsic, register_jitable
 
     from . import generated
+    from .numba_numpy import load_registries
 
+    load_registries()  # before anything is compiled: every kernel is made of these
     made = {name: intrinsic(getattr(generated, name)) for name in names}
     return Primitives(**made, compiled=register_jitable)
 

@@ -40,7 +40,7 @@ def gpus(library: str, ranks: int) -> list[Finding]:
     found.append(good("peer access", _peers(runtime, count)))
     if ranks > count:
         found.append(_sharing(runtime, ranks, count))
-    return [*found, _aware(library)]
+    return [*found, _kernels(count), _aware(library)]
 
 
 def has_gpu(findings: Sequence[Finding]) -> bool:
@@ -116,6 +116,20 @@ def _sharing(runtime: Any, ranks: int, count: int) -> Finding:
         "GPU sharing",
         f"{text} take turns there, each for a time slice, since MPS does not serve them",
         "start nvidia-cuda-mps-control -d before the ranks",
+    )
+
+
+def _kernels(count: int) -> Finding:
+    """Compile and run one on each card, as training does at its start."""
+    from .kernels.device.usable import why_not
+
+    reasons = [f"cuda:{index}: {why}" for index in range(count) if (why := why_not(index))]
+    if not reasons:
+        return good("GPU kernels", "compiled and run")
+    return note(
+        "GPU kernels",
+        f"none, so memory is staged and torch's operations pack gradients: {'; '.join(reasons)}",
+        "pip install 'numba-cuda[cu13]', of the driver's version of CUDA",
     )
 
 

@@ -39,3 +39,15 @@ def test_the_benchmark_of_training(job, tmp_path):
     rows = json.loads(out.read_text())["rows"]
     assert {row["model"] for row in rows} == {"mlp", "transformer"}
     assert all(row["wrong"] == 0 and row["device"] == "a pretended GPU" for row in rows)
+
+
+def test_the_gradients_are_those_of_the_host(job):
+    done = job(2, TESTS / "pretended_cuda_job.py", TESTS / "gradients_job.py")
+    assert done.returncode == 0 and done.output.count("right") == 2, done.output
+
+
+def test_gradients_of_another_size_are_found(job):
+    """Of which the losses of text, whose optimizer is Adam, say nothing."""
+    done = job(2, TESTS / "pretended_cuda_job.py", TESTS / "gradients_job.py", 0.99)
+    assert done.returncode != 0
+    assert "digits, 0.weight: the gradient is off by 0.01 of its norm" in done.output

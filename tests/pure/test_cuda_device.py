@@ -1,15 +1,19 @@
 """What can be told of the CUDA device without one: the map of ranks, and what is missing."""
 
 import sys
+import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fake_cupy
 import numpy as np
 import pytest
 from fake_device import FakeArray, FakeGpu
 
 from ringfold import CommError, run_local
 from ringfold.comm.device import LEGACY_STREAM, describe
+from ringfold.comm.device_wait import reached, wait_here
 from ringfold.comm.transport.device import CudaDevice, load_cupy, ordinal_of
 
 
@@ -75,3 +79,25 @@ def test_the_callers_stream(monkeypatch: pytest.MonkeyPatch) -> None:
         assert device.caller(tensor) == told
     unknown = describe(FakeArray(FakeGpu(), np.zeros(2), stream=None), writable=True)
     assert device.caller(unknown) == LEGACY_STREAM
+
+
+@pytest.mark.timeout(20)
+def test_what_fails_on_the_device_is_told_and_not_waited_for(tmp_path: Path) -> None:
+    """An event behind it never ends, and by CuPy's `done` it is as one that has not ended yet."""
+    runtime = fake_cupy.Runtime(tmp_path)
+    device = CudaDevice(fake_cupy.module(runtime), 0)
+    stream, others = device.make_stream(), device.make_stream()
+    go = threading.Event()
+    runtime.put(stream, go.wait)
+    event = device.record(stream)
+    assert not event.ended()
+    go.set()
+    wait_here(event)
+    runtime.put(others, lambda: runtime.find(1, 8))
+    event = device.record(others)
+    words = "cuda:0: a kernel or copy .* has failed: cudaErrorIllegalAddress: an illegal memory"
+    with pytest.raises(CommError, match=words):
+        wait_here(event)
+    with pytest.raises(CommError, match=words):
+        for _ in reached(event, 0):
+            pass

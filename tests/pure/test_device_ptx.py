@@ -65,6 +65,40 @@ print(json.dumps(found))
 """
 
 
+LATER_NUMPY = """
+import numpy as np
+if hasattr(np, "row_stack"):
+    del np.row_stack
+    np.__all__ = [name for name in np.__all__ if name != "row_stack"]
+from types import SimpleNamespace
+from numba import cuda, types
+from numba.cuda import cuda_paths, decorators, dispatcher
+from numba.cuda.cudadrv import nvrtc
+from ringfold.kernels.device.masks import mask_kernel
+decorators._have_nvjitlink = lambda: True  # which is why Numba would
+cuda_paths._get_nvrtc_path = lambda: None
+nvrtc.get_arch_option = lambda major, minor, suffix="": f"compute_{major}{minor}{suffix}"
+dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=(9, 0))
+i, u = types.int64, types.uint64
+kernel = mask_kernel()
+ptx, _ = cuda.compile(
+    kernel.py_func, types.void(i, i, i, i, u, u, u, i), cc=(9, 0), device=False, abi="numba"
+)
+print(".entry" in ptx, hasattr(np, "row_stack"), kernel.targetoptions["lto"])
+"""
+
+
+def test_kernels_compile_beside_numpy_2_5():
+    """Which has no row_stack any more, that numba-cuda 0.30 refers to; nor has it afterwards.
+
+    Nor does Numba optimize at link time, so that the machine code is what is looked at here.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", LATER_NUMPY], capture_output=True, text=True, timeout=100
+    )
+    assert (done.returncode, done.stdout) == (0, "True False False\n"), done.stderr
+
+
 @pytest.fixture(scope="module")
 def every_target():
     result = subprocess.run(

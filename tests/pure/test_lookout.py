@@ -4,8 +4,14 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
+
+import pytest
 
 from ringfold.comm.ending import told_to_end
+from ringfold.comm.lookout import Lookout
+from ringfold.comm.settings import Seat
+from ringfold.comm.transport import mpi_start
 
 SCRIPT = """
 import ctypes, os, signal, threading
@@ -68,3 +74,19 @@ def test_a_program_that_looks_for_signals_itself_goes_on_doing_so() -> None:
     thread.start()
     thread.join()
     assert seen == [None]
+
+
+def test_mpi_ends_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.12.0 to 3.12.2 starts none once the interpreter is ending."""
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    ended: list[Lookout | None] = []
+    library = SimpleNamespace(MPI_Finalize=lambda: ended.append(lookout) or 0)
+    monkeypatch.setattr(mpi_start, "_library", lambda mpi: library)
+    lookout = Lookout(Seat("a job of nobody", 0, 2, 2))
+    mpi_start.end_mpi(None, lookout)
+    assert ended == [lookout]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -4,7 +4,9 @@ import pytest
 import torch
 from numba import config
 
-from ringfold.parallel import transfer
+from ringfold.kernels.device import usable
+from ringfold.kernels.device.launch import Launcher
+from ringfold.parallel import device_transfer, transfer
 from ringfold.parallel.device_transfer import DevicePacker
 
 pytestmark = pytest.mark.skipif(
@@ -69,3 +71,24 @@ def test_tables_do_not_grow_without_end() -> None:
     for tensor in kept:
         one.unpack([(tensor, 3)], flat)
     assert len(one._tables) <= 256
+
+
+def test_kernels_that_cannot_be_launched_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What imports may still fail to compile: then torch's operations pack, and masks are moved."""
+
+    def prepared(*_: object, **__: object) -> None:
+        raise AttributeError("numpy has no row_stack\nwhich it had")
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Launcher, "prepared", prepared)
+            usable._tried.cache_clear()
+            device_transfer._packer.cache_clear()
+            assert usable.why_not(0) == "AttributeError: numpy has no row_stack"
+            assert device_transfer._packer(0) is None
+            assert device_transfer.launcher_of(torch.device("cuda", 0)) is None
+        assert usable.why_not(0) == "AttributeError: numpy has no row_stack"  # it is tried once
+    finally:
+        usable._tried.cache_clear()
+        device_transfer._packer.cache_clear()
+    assert usable.why_not(0) == ""

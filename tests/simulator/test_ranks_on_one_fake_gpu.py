@@ -28,15 +28,28 @@ def test_what_one_rank_cannot_do_is_staged(call: str, tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stdout.count("right") == 3, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("kernel", ["", "fold"])
+def test_kernels_that_one_rank_cannot_launch_are_staged(kernel: str, tmp_path: Path) -> None:
+    """All of them, which is found before the trial, or the one of the trial alone."""
+    done = run(3, "kernelless_job.py", str(tmp_path), kernel)
+    assert done.returncode == 0 and done.stdout.count("right") == 3, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("part", ["messages", "collectives"])
 def test_events_that_nobody_follows_are_told(part: str, tmp_path: Path) -> None:
     done = run(2, "ipc_job.py", "3001", str(tmp_path), part)
     assert done.returncode != 0 and "AssertionError" in done.stderr, done.stdout + done.stderr
 
 
+def test_events_live_until_all_ranks_have_closed(tmp_path: Path) -> None:
+    done = run(2, "parting_job.py", str(tmp_path))
+    assert done.returncode == 0 and done.stdout.count("right") == 2, done.stdout + done.stderr
+
+
 def test_doctor_tells_the_ways_of_gpu_memory(tmp_path: Path) -> None:
     done = run(3, "doctor_job.py", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "GPU kernels      compiled and run" in done.stdout, done.stdout
     assert "GPU messages     ipc, for all 3 pairs of ranks" in done.stdout, done.stdout
     assert "GPU allreduce    right, ipc" in done.stdout, done.stdout
     assert "3 ranks on 1 card take turns there" in done.stdout, done.stdout

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from ringfold import Communicator, DataParallel, Mesh, Pipeline, Settings, run_local
 from ringfold.comm import device_nesting
 from ringfold.comm.transport.local import LocalTransport
-from ringfold.parallel import ShardedOptimizer, broadcast_optimizer
+from ringfold.parallel import (
+    ShardedOptimizer,
+    broadcast_optimizer,
+    data_parallel,
+    gpu_threads,
+    pipeline,
+)
 from ringfold.parallel.random_keys import Dropout
 
 SETTINGS = Settings(timeout=60)
@@ -282,6 +288,26 @@ def test_checkpoints_are_of_no_device(tmp_path: Path) -> None:
         return wanted
 
     on_both(2, train)
+
+
+def test_threads_that_share_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There, autograd has one thread for all of them: one rank's backward would await another's."""
+    for module in (data_parallel, pipeline):
+        monkeypatch.setattr(module, "check_gpu_threads", gpu_threads.check_gpu_threads)
+
+    def main(comm: Communicator) -> None:
+        module, words = plain_layers()[0], "ranks 0, 2 are threads of one process .* on cuda:0"
+        with pretend():
+            moved = to_cuda(module) if comm.rank != 1 else module
+            before = [p.detach().clone() for p in moved.parameters()]
+            with pytest.raises(ValueError, match=words):
+                DataParallel(moved, comm, root=2)
+            assert all(torch.equal(p, q) for p, q in zip(moved.parameters(), before, strict=True))
+            stages = [to_cuda(one) for one in plain_layers()[:2]]
+            with pytest.raises(ValueError, match="ranks 0, 1, 2 are threads"):
+                Pipeline(stages, Mesh(comm, pipe=1), loss_fn=nn.MSELoss(), microbatches=1)
+
+    run_local(3, main, settings=SETTINGS)
 
 
 def test_what_mixes_devices_is_refused_here_as_on_a_gpu() -> None:

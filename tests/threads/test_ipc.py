@@ -277,7 +277,11 @@ def test_a_part_of_registered_memory() -> None:
     [
         ("make_event", "make_event is refused"),
         ("open_event", "open_event is refused"),
-        ("open", "memory cannot be opened"),
+        ("trial", "OSError: no compiler"),
+        ("export", "export is refused"),
+        ("open", "memory cannot be opened: open is refused"),
+        ("launch", "a trial could not be launched: RuntimeError: module has no attribute"),
+        ("right", "OSError: illegal address"),
         ("wrong", "a trial gave wrong sums"),
     ],
 )
