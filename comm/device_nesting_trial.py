@@ -9,7 +9,7 @@ import numpy as np
 
 from .device import Device, DeviceArray, Like
 from .device_nesting import Nested
-from .ipc_trial import open_ipc
+from .ipc_trial import give_up, open_ipc
 from .nested_node import NestedNode
 from .scratch import Place, Scratch
 
@@ -41,7 +41,7 @@ def open_nested(
     able = np.array([ipc is not None and arithmetic is not None], np.uint8)
     if not group.allreduce(able, "min")[0]:
         if ipc is not None:
-            ipc.close()
+            give_up(node, ipc)
         return None
     assert ipc is not None and arithmetic is not None
     lane = group.split(node.rank, group.rank)

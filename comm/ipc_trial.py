@@ -53,7 +53,7 @@ def open_ipc(comm: Communicator, device: Device) -> tuple[Ipc | None, str]:
     signature = Signature("allreduce", "sum", array.dtype.name, array.count)
     why = _open_others(made, signature, array)
     if not _agree(comm, not why):
-        _give_up(comm, made)
+        give_up(comm, made)
         return None, why or "another rank cannot open memory"
     caller = device.caller(array)
     missed: list[Exception] = []
@@ -72,7 +72,7 @@ def open_ipc(comm: Communicator, device: Device) -> tuple[Ipc | None, str]:
     else:
         fine, why = _attempt(lambda: bool(done) and right(comm.size))
     if not _agree(comm, bool(fine)):
-        _give_up(comm, made)
+        give_up(comm, made)
         return None, why or ("another rank's trial failed" if fine else "a trial gave wrong sums")
     return made, ""
 
@@ -90,7 +90,7 @@ def _said(error: Exception) -> str:
     return lines[0] if isinstance(error, CommError) else f"{type(error).__name__}: {lines[0]}"
 
 
-def _give_up(comm: Communicator, made: Ipc) -> None:
+def give_up(comm: Communicator, made: Ipc) -> None:
     """Close it, and keep its events until nobody waits for them; collective."""
     _attempt(made.close)
     comm.barrier()
