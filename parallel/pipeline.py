@@ -254,7 +254,7 @@ class Pipeline:
         # sum, and it leaves equal gradients of earlier steps as they are.
         factor = float(replicas if self._tree is None else 1)
         if self._loss_scaler is not None:
-            factor *= self._loss_scaler.factor
+            factor = self._loss_scaler.scale(factor)
         batch = Batch(
             inputs=split_rows(x, share.bounds) if self._is_first else [],
             targets=split_rows(y, share.bounds) if self._is_last else [],
