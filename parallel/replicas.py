@@ -40,7 +40,10 @@ def member_of(name: str, tensor: Tensor) -> Member:
 
 
 def real_view(tensor: Tensor) -> Tensor:
-    """Return a complex tensor as real pairs in the same memory, any other tensor as it is."""
+    """Return a complex tensor as real pairs, any other tensor as it is.
+
+    In the same memory, unless the tensor is a conjugate view: then in a copy.
+    """
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
@@ -100,7 +103,8 @@ def broadcast_tensors(
     """
     if comm.size == 1:
         return
-    targets = [real_view(tensor.detach()) for tensor in tensors]
+    wholes = [tensor.detach() for tensor in tensors]
+    targets = [real_view(tensor) for tensor in wholes]
     members = [member_of("", tensor) for tensor in targets]
     for bucket in plan_buckets(members, limit_bytes):
         if bucket.count == 0:
@@ -111,6 +115,9 @@ def broadcast_tensors(
         if comm.rank != root:
             for part, offset in zip(parts, bucket.offsets, strict=True):
                 part.copy_(flat[offset : offset + part.numel()].view(part.shape))
+            for index in bucket.indices:
+                if wholes[index].is_conj():  # the target is a copy
+                    wholes[index].copy_(torch.view_as_complex(targets[index]))
 
 
 def check_root(comm: Communicator, root: int) -> None:

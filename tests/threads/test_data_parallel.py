@@ -464,6 +464,19 @@ def test_dtypes_layouts_and_buffers(size):
         assert grads["turned"].tolist() == (mean * torch.arange(6.0).view(3, 2)).tolist()
 
 
+def test_a_buffer_that_is_a_conjugate_or_negative_view_gets_roots_values():
+    def main(comm):
+        module = nn.Linear(1, 1)
+        made = torch.full((3,), complex(1 + comm.rank, 2 + comm.rank)).conj()
+        module.register_buffer("conjugate", made)
+        module.register_buffer("negative", made.imag)
+        model = DataParallel(module, comm, root=1)
+        model.check_replicas()
+        return module.conjugate.tolist(), module.negative.tolist()
+
+    assert run_local(3, main) == [([2 - 3j] * 3, [-3.0] * 3)] * 3
+
+
 @pytest.mark.parametrize("size", (2, 3))
 def test_parameter_used_twice_and_two_forwards_for_one_backward(size):
     def main(comm):
