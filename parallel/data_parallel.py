@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .carried import Carried
 from .drift import GradientReport, check_replicas, report_gradients
@@ -21,6 +21,7 @@ from .replicas import broadcast_tensors, check_equal, check_root, describe
 from .roster import Roster
 from .spans import record_forward
 from .sparse import sparse_parameters
+from .transparent import Transparent
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -33,7 +34,7 @@ Batch = TypeVar("Batch")
 _AVERAGES = ("active", "all")
 
 
-class DataParallel(nn.Module):
+class DataParallel(Transparent):
     """Wrap a module so that backward leaves the mean of all ranks' gradients in `.grad`.
 
     Buckets of gradients are reduced while backward still computes the others; when
@@ -282,29 +283,6 @@ class DataParallel(nn.Module):
     def last_step(self) -> ReductionRecord | None:
         """Return what the last synchronised backward did on this rank; None before the first."""
         return None if self._reducer is None else self._reducer.last
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters under the user's own names."""
-        return self.module.named_parameters(*args, **kwargs)
-
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        """Yield the buffers under the user's own names."""
-        return self.module.named_buffers(*args, **kwargs)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the module's state under the user's own names."""
-        return self.module.state_dict(*args, **kwargs)
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Load the module's own state, on every rank the same one; no communication."""
-        if assign:
-            raise ValueError(
-                "assign=True would replace the parameters that are synchronised: "
-                "load into the module before wrapping it"
-            )
-        return self.module.load_state_dict(state_dict, strict)
 
     def __getstate__(self) -> dict[str, Any]:
         # Communicators and hooks belong to this process.

@@ -581,6 +581,63 @@ def test_names_are_the_users():
     run_local(2, main)
 
 
+@pytest.mark.parametrize("parent", ["dict", "average", "compiled", "twice", "own name"])
+def test_the_state_of_a_parent_loads(parent):
+    """Names in a parent's state have no "module." of the wrapper, and are found where it is."""
+    make = {
+        "dict": lambda wrap: nn.ModuleDict({"G": wrap(), "D": wrap(), "plain": network(0)}),
+        "average": lambda wrap: torch.optim.swa_utils.AveragedModel(wrap()),
+        "compiled": lambda wrap: torch.compile(wrap(), backend="eager"),
+        "twice": lambda wrap: nn.Sequential(wrap(), wrap()),
+        "own name": lambda wrap: nn.ModuleDict({"G": wrap(nn.ModuleDict({"module": network(0)}))}),
+    }[parent]
+
+    def main(comm):
+        def wrap(module=None):
+            model = DataParallel(module or network(0), comm)
+            return DataParallel(model, comm) if parent == "twice" else model
+
+        whole, plain = (
+            make(wrap),
+            make(lambda module=None: network(0) if module is None else module),
+        )
+        state = whole.state_dict()
+        assert state.keys() == plain.state_dict().keys()
+        plain.load_state_dict(state)
+        changed = {name: value + 1 for name, value in state.items()}
+        whole.load_state_dict(changed)
+        assert all(torch.equal(changed[name], value) for name, value in whole.state_dict().items())
+        first = next(name for name in changed if name.endswith("weight"))
+        with pytest.raises(RuntimeError, match="Missing key"):
+            whole.load_state_dict({k: v for k, v in changed.items() if k != first})
+        with pytest.raises(RuntimeError, match="Unexpected key"):
+            whole.load_state_dict({**changed, first.replace("weight", "other"): changed[first]})
+        with pytest.raises(ValueError, match="assign=True"):
+            whole.load_state_dict(changed, assign=True)
+
+    run_local(1, main)
+
+
+def test_tensors_and_layers_are_found_by_the_users_names():
+    def main(comm):
+        module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        model = DataParallel(DataParallel(module, comm), comm)
+        for name, parameter in model.named_parameters():
+            assert model.get_parameter(name) is parameter
+        for name, buffer in model.named_buffers():
+            assert model.get_buffer(name) is buffer
+        assert model.get_submodule("1") is module[1] and model.get_submodule("") is model
+        for name, layer in model.module.named_modules():
+            assert model.module.get_submodule(name) is layer
+        assert model.get_parameter("module.module.0.weight") is module[0].weight
+        with pytest.raises(AttributeError, match="no attribute `2`"):
+            model.get_submodule("2")
+        wrapped = DataParallel(nn.Linear(2, 2), comm)
+        assert wrapped.get_parameter("weight") is wrapped.module.weight
+
+    run_local(1, main)
+
+
 def test_changed_dtype_is_refused_by_name():
     def main(comm):
         module = Scalars(w=1)
