@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from ringfold import DataParallel, run_local
+from ringfold.parallel import GlobalBatchSampler, NoneIfEmpty
 from ringfold.parallel.buckets import LIMITS
 
 SIZES = (1, 2, 3, 4)
@@ -948,3 +950,32 @@ def test_the_last_small_bucket_tells_the_same_in_every_pass():
     for first, second, third in run_local(2, main):
         assert first == second == third
         assert first[2] == 3 * 1.5
+
+
+@pytest.mark.parametrize("collate", [None, torch.stack])
+def test_a_last_batch_of_which_ranks_get_nothing(collate):
+    """torch's default_collate raises IndexError on an empty part."""
+    samples = torch.linspace(-1, 2, 9)[:, None]
+
+    def main(comm):
+        model = DataParallel(Scalars(w=1), comm)
+        sampler = GlobalBatchSampler(9, 8, comm.rank, comm.size, tail="keep", uneven=True)
+        loader = DataLoader(samples, batch_sampler=sampler, collate_fn=NoneIfEmpty(collate))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        empty = 0
+        for batch in loader:
+            optimizer.zero_grad()
+            with model.weighted(0 if batch is None else len(batch)):
+                if batch is None:
+                    empty += 1
+                    model.reduce_gradients()
+                else:
+                    model(lambda scalars, x=batch: (scalars.w * x).square().mean()).backward()
+            optimizer.step()
+        return model.module.w.item(), empty
+
+    [(alone, _)] = run_local(1, main)
+    for size in (2, 3):
+        found = run_local(size, main)
+        assert [w for w, _ in found] == pytest.approx([alone] * size)
+        assert [empty for _, empty in found] == [0] + [1] * (size - 1)
