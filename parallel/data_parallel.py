@@ -17,7 +17,7 @@ from .finite import FiniteCheck
 from .hooks import WireHook
 from .join import even_batches
 from .reducer import START_BYTES, Reducer, ReductionRecord, check_weight
-from .replicas import broadcast_tensors, check_equal, check_root, describe
+from .replicas import broadcast_tensors, check_equal, check_root, check_sendable, describe
 from .roster import Roster
 from .spans import record_forward
 from .sparse import sparse_parameters
@@ -95,6 +95,8 @@ class DataParallel(Transparent):
         named = list(module.named_parameters())
         buffers = list(module.named_buffers())
         lines = [*describe(named), *describe(buffers)]
+        check_equal(comm, lines, "parameters or buffers of the module")
+        check_sendable(comm, (*named, *buffers))
         self._finite = FiniteCheck(comm) if check_finite else None
         self._looking = False
         self._reducer: Reducer | None = Reducer(
@@ -106,7 +108,6 @@ class DataParallel(Transparent):
             sparse=sparse_parameters(module),
             finite=self._finite,
         )
-        check_equal(comm, lines, "parameters or buffers of the module")
         check_equal(
             comm,
             [

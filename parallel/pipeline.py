@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from .plan import PlanFunction, plan_function, whole_plan
 from .plan_check import check_plan, num_stages_of, stage_peaks
 from .random_keys import name_layers
 from .reducer import Reducer, ReductionRecord
-from .replicas import broadcast_tensors, check_equal, describe, device_of
+from .replicas import broadcast_tensors, check_equal, check_sendable, describe, device_of
 from .rows import agree_on_rows, agree_on_rows_of_pipe
 from .share import share_of
 from .sparse import sparse_parameters
@@ -170,6 +171,7 @@ class Pipeline:
             *describe(whole.named_buffers()),
         ]
         check_equal(mesh.comm, lines, "settings, parameters or buffers of the pipeline")
+        check_sendable(mesh.data, chain(whole.named_parameters(), whole.named_buffers()))
 
         if boundaries is None:
             count = microbatches if reduction == "bucket" else -(-microbatches // mesh.data.size)

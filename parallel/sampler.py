@@ -193,4 +193,4 @@ class NoneIfEmpty:
             return self.collate(samples)
         from torch.utils.data import default_collate
 
-        return default_collate(samples)
+        return default_collate(list(samples))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .clip import clip_over_stages
-from .replicas import check_equal, describe
+from .replicas import check_equal, check_sendable, describe
 from .shard import Shard, shards_of
 from .shard_state import gather_state, own_state
 
@@ -88,6 +88,7 @@ class ShardedOptimizer(Optimizer):
             raise ValueError("expected every parameter name once over all groups")
         lines = [*describe(everything), f"{optimizer.__name__}, reduce {reduce}, {bucket_bytes}"]
         check_equal(comm, lines, "parameters or settings of the sharded optimizer")
+        check_sendable(comm, everything)
         self._shards = [
             shards_of(group["params"], comm.rank, comm.size, bucket_bytes) for group in groups
         ]
@@ -240,7 +241,7 @@ def _see(gradient: Tensor | None) -> _Seen:
 
 def _is_seen(seen: _Seen, gradient: Tensor | None) -> bool:
     if seen is None or gradient is None:
-        return seen is gradient
+        return seen is None and gradient is None
     return seen[0]() is gradient and seen[1] == _version(gradient)
 
 

@@ -60,7 +60,7 @@ class SyncBatchNorm(_BatchNorm):
         normal: Tensor = self._over_all_ranks(x)
         return normal
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _over_all_ranks(self, x: Tensor) -> Tensor:
         count, mean, var = _statistics(x.detach(), self.channel)
         if count <= 1:

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -872,6 +873,52 @@ def test_layers_without_parameters_may_come_and_parameters_may_go():
         return module[0].weight.grad.item()
 
     assert run_local(2, main) == [1.5, 1.5]
+
+
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.x = nn.UninitializedParameter()
+
+
+class Holder(nn.Module):
+    """A frozen x beside a parameter."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.register_buffer("x", x)
+        self.y = nn.Parameter(torch.ones(2))
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Lazy, "x has no shape yet"),
+        (lambda: Holder(torch.ones(3, device="meta")), "x (3,) float32 is on the meta device"),
+        (lambda: Holder(torch.ones(1).expand(3)), "x (3,) float32 is expanded"),
+        (lambda: Holder(torch.eye(3).to_sparse()), "layout torch.sparse_coo, expected a dense"),
+        (lambda: Holder(torch.inference_mode()(torch.ones)(3)), "made in inference mode"),
+    ],
+)
+def test_what_cannot_be_made_equal_is_refused_by_name_on_all_ranks(alike, make, message):
+    def main(comm):
+        module = make() if alike or comm.rank == 1 else Holder(torch.ones(3))
+        with pytest.raises(ValueError, match=re.escape(message)):
+            DataParallel(module, comm)
+
+    run_local(2, main)
+
+
+def test_a_buffer_of_a_narrow_dtype_is_roots():
+    def main(comm):
+        module = Holder((torch.arange(3.0) + comm.rank).to(torch.float8_e5m2))
+        model = DataParallel(module, comm, root=1)
+        model.module.y.sum().backward()
+        model.check_replicas()
+        return module.x.float().tolist()
+
+    assert run_local(3, main) == [[1.0, 2.0, 3.0]] * 3
 
 
 def test_a_lazy_module_is_refused_by_name():
