@@ -189,6 +189,8 @@ class Pipeline:
         self._stages = [
             Stage(m, s, s in again, self._device) for s, m in self._layers.stages.items()
         ]
+        of_rank = self._layers.module.modules()
+        self._meeting: list[Any] = [m for m in of_rank if hasattr(m, "meets_replicas")]
         broadcast_tensors(mesh.data, self._layers.tensors(), 0, bucket_bytes)
         ranks = [stage % pipe.size for stage, members in enumerate(self.stages) for _ in members]
         self._ties = TiedGradients(ties, ranks, pipe)
@@ -237,13 +239,15 @@ class Pipeline:
             tensor of no dimension, without a graph.
 
         Collective over mesh.comm. When it returns, the gradients are ready, averaged over
-        mesh.data. ValueError on every rank if a batch does not fit. StageError on every rank,
-        naming stage, micro-batch, shapes and dtypes, if a stage or the loss raises, as on an input
-        that does not fit: clear the gradients then, which hold a part of the batch.
+        mesh.data. ValueError on every rank if a batch does not fit, as where SyncBatchNorm layers
+        would meet in unequal numbers of micro-batches. StageError on every rank, naming stage,
+        micro-batch, shapes and dtypes, if a stage or the loss raises, as on an input that does not
+        fit: clear the gradients then, which hold a part of the batch.
         """
         if not self._has_loss:
             raise ValueError("a pipeline without loss_fn can evaluate, but not train")
-        rows = agree_on_rows(self.mesh, x, y)
+        meets = any(layer.meets_replicas for layer in self._meeting)
+        rows, meeting = agree_on_rows(self.mesh, x, y, meets)
         replicas = self.mesh.data.size
         share = share_of(
             rows,
@@ -251,6 +255,7 @@ class Pipeline:
             self._microbatches,
             is_mean=self._loss_reduction == "mean",
             in_tree=self._tree is not None,
+            meeting=meeting,
         )
         # The mean over replicas of gradients that are each multiplied by their number is the
         # sum, and it leaves equal gradients of earlier steps as they are.

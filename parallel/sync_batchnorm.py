@@ -78,6 +78,13 @@ class SyncBatchNorm(_BatchNorm):
             normal = normal + _along(self.bias, x)
         return normal.to(x.dtype)
 
+    @property
+    def meets_replicas(self) -> bool:
+        """Tell whether forward, as it is set now, is collective."""
+        if self.channel is None or self.channel.size == 1:
+            return False
+        return self.training or self.running_mean is None
+
     def _follow(self, mean: Tensor, unbiased: Tensor) -> None:
         if self.running_mean is None or self.running_var is None:
             return
