@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
@@ -15,7 +15,7 @@ from .carried import Carried
 from .drift import GradientReport, check_replicas, report_gradients
 from .finite import FiniteCheck
 from .hooks import WireHook
-from .join import even_batches
+from .join import check_at_end, turns
 from .reducer import START_BYTES, Reducer, ReductionRecord, check_weight
 from .replicas import broadcast_tensors, check_equal, check_root, check_sendable, describe
 from .roster import Roster
@@ -89,7 +89,7 @@ class DataParallel(Transparent):
         self.module = module
         self.comm: Communicator | None = comm
         self.synchronize = True
-        self._root = root
+        self._root = self._source = root
         self._broadcast_buffers = broadcast_buffers
         self._weight: float | None = None
         named = list(module.named_parameters())
@@ -214,7 +214,8 @@ class DataParallel(Transparent):
             replaces that, and ranks that have run out weigh 0. "all": over all ranks, those that
             have run out counting as zeros; `weighted` must not be used then.
 
-        One reduction per turn: accumulate within a turn under `no_sync`. Collective: every rank
+        Buffers are sent from `root`, or while it has no batch from the next rank that has one. One
+        reduction per turn: accumulate within a turn under `no_sync`. Collective: every rank
         iterates to the end. ValueError for other words.
         """
         if average not in _AVERAGES:
@@ -223,13 +224,22 @@ class DataParallel(Transparent):
             )
         if self.comm is None:
             return iter(batches)
-        turns = even_batches(self.comm, batches, at_end)
-        return self._weighing(turns) if average == "active" and at_end == "none" else turns
+        check_at_end(at_end)
+        weigh = average == "active" and at_end == "none"
+        return self._joined(turns(self.comm, batches, at_end), self.comm.size, weigh)
 
-    def _weighing(self, turns: Iterator[Batch | None]) -> Iterator[Batch | None]:
-        for batch in turns:
-            with self.weighted(0.0 if batch is None else 1.0):
-                yield batch
+    def _joined(
+        self, taken: Iterator[tuple[Batch | None, list[int]]], size: int, weigh: bool
+    ) -> Iterator[Batch | None]:
+        for batch, ranks in taken:
+            # Buffers are those of root, or of the next rank that has seen a batch in this turn.
+            self._source = min(ranks, key=lambda rank: (rank - self._root) % size)
+            try:
+                weight = 0.0 if batch is None else 1.0
+                with self.weighted(weight) if weigh else nullcontext():
+                    yield batch
+            finally:
+                self._source = self._root
 
     def check_replicas(self) -> str:
         """Compare the bits of all ranks' parameters and buffers; return their common hash.
@@ -324,7 +334,7 @@ class DataParallel(Transparent):
         if self._finite is not None:
             self._finite.agree()
         if self._broadcast_buffers and (buffers := self._roster.buffers()):
-            broadcast_tensors(self.comm, buffers, self._root, START_BYTES)
+            broadcast_tensors(self.comm, buffers, self._source, START_BYTES)
 
 
 def _forward_to(wrapper: DataParallel | None, index: int) -> None:
