@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .plan import PLANS, PlanError
     from .powersgd import PowerSGD
     from .random_keys import Dropout, name_layers, show_samples
-    from .sampler import GlobalBatchSampler, ShardSampler
+    from .sampler import GlobalBatchSampler, NoneIfEmpty, ShardSampler
     from .sharded_optimizer import ShardedOptimizer
     from .stage_error import StageError
     from .sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
@@ -30,6 +30,7 @@ __all__ = [
     "GlobalBatchSampler",
     "Mesh",
     "Metrics",
+    "NoneIfEmpty",
     "Pipeline",
     "PlanError",
     "PowerSGD",
@@ -53,6 +54,7 @@ _HOMES = {
     "GlobalBatchSampler": "sampler",
     "Mesh": "mesh",
     "Metrics": "metrics",
+    "NoneIfEmpty": "sampler",
     "Pipeline": "pipeline",
     "PlanError": "plan",
     "PowerSGD": "powersgd",

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .carried import Carried
 from .drift import GradientReport, check_replicas, report_gradients
 from .finite import FiniteCheck
 from .gpu_threads import check_gpu_threads
 from .hooks import WireHook
-from .join import even_batches
+from .join import check_at_end, turns
 from .reducer import START_BYTES, Reducer, ReductionRecord, check_weight
-from .replicas import broadcast_tensors, check_equal, check_root, describe
+from .replicas import broadcast_tensors, check_equal, check_root, check_sendable, describe
 from .roster import Roster
 from .spans import record_forward
 from .sparse import sparse_parameters
+from .transparent import Transparent
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -34,7 +35,7 @@ Batch = TypeVar("Batch")
 _AVERAGES = ("active", "all")
 
 
-class DataParallel(nn.Module):
+class DataParallel(Transparent):
     """Wrap a module so that backward leaves the mean of all ranks' gradients in `.grad`.
 
     Buckets of gradients are reduced while backward still computes the others; when
@@ -89,12 +90,14 @@ class DataParallel(nn.Module):
         self.module = module
         self.comm: Communicator | None = comm
         self.synchronize = True
-        self._root = root
+        self._root = self._source = root
         self._broadcast_buffers = broadcast_buffers
         self._weight: float | None = None
         named = list(module.named_parameters())
         buffers = list(module.named_buffers())
         lines = [*describe(named), *describe(buffers)]
+        check_equal(comm, lines, "parameters or buffers of the module")
+        check_sendable(comm, (*named, *buffers))
         self._finite = FiniteCheck(comm) if check_finite else None
         self._looking = False
         self._reducer: Reducer | None = Reducer(
@@ -106,7 +109,6 @@ class DataParallel(nn.Module):
             sparse=sparse_parameters(module),
             finite=self._finite,
         )
-        check_equal(comm, lines, "parameters or buffers of the module")
         check_equal(
             comm,
             [
@@ -214,7 +216,8 @@ class DataParallel(nn.Module):
             replaces that, and ranks that have run out weigh 0. "all": over all ranks, those that
             have run out counting as zeros; `weighted` must not be used then.
 
-        One reduction per turn: accumulate within a turn under `no_sync`. Collective: every rank
+        Buffers are sent from `root`, or while it has no batch from the next rank that has one. One
+        reduction per turn: accumulate within a turn under `no_sync`. Collective: every rank
         iterates to the end. ValueError for other words.
         """
         if average not in _AVERAGES:
@@ -223,13 +226,22 @@ class DataParallel(nn.Module):
             )
         if self.comm is None:
             return iter(batches)
-        turns = even_batches(self.comm, batches, at_end)
-        return self._weighing(turns) if average == "active" and at_end == "none" else turns
+        check_at_end(at_end)
+        weigh = average == "active" and at_end == "none"
+        return self._joined(turns(self.comm, batches, at_end), self.comm.size, weigh)
 
-    def _weighing(self, turns: Iterator[Batch | None]) -> Iterator[Batch | None]:
-        for batch in turns:
-            with self.weighted(0.0 if batch is None else 1.0):
-                yield batch
+    def _joined(
+        self, taken: Iterator[tuple[Batch | None, list[int]]], size: int, weigh: bool
+    ) -> Iterator[Batch | None]:
+        for batch, ranks in taken:
+            # Buffers are those of root, or of the next rank that has seen a batch in this turn.
+            self._source = min(ranks, key=lambda rank: (rank - self._root) % size)
+            try:
+                weight = 0.0 if batch is None else 1.0
+                with self.weighted(weight) if weigh else nullcontext():
+                    yield batch
+            finally:
+                self._source = self._root
 
     def check_replicas(self) -> str:
         """Compare the bits of all ranks' parameters and buffers; return their common hash.
@@ -285,29 +297,6 @@ class DataParallel(nn.Module):
         """Return what the last synchronised backward did on this rank; None before the first."""
         return None if self._reducer is None else self._reducer.last
 
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters under the user's own names."""
-        return self.module.named_parameters(*args, **kwargs)
-
-    def named_buffers(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        """Yield the buffers under the user's own names."""
-        return self.module.named_buffers(*args, **kwargs)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the module's state under the user's own names."""
-        return self.module.state_dict(*args, **kwargs)
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Load the module's own state, on every rank the same one; no communication."""
-        if assign:
-            raise ValueError(
-                "assign=True would replace the parameters that are synchronised: "
-                "load into the module before wrapping it"
-            )
-        return self.module.load_state_dict(state_dict, strict)
-
     def __getstate__(self) -> dict[str, Any]:
         # Communicators and hooks belong to this process.
         gone = ("comm", "_reducer", "_roster", "_finite")
@@ -347,7 +336,7 @@ class DataParallel(nn.Module):
         if self._finite is not None:
             self._finite.agree()
         if self._broadcast_buffers and (buffers := self._roster.buffers()):
-            broadcast_tensors(self.comm, buffers, self._root, START_BYTES)
+            broadcast_tensors(self.comm, buffers, self._source, START_BYTES)
 
 
 def _forward_to(wrapper: DataParallel | None, index: int) -> None:

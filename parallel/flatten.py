@@ -77,10 +77,23 @@ class Flattened:
         self._home = home
         self._flat = flat = home.flat
         self._dense = [None if g is None else _dense(g) for g in gradients]
-        self._at_home = [
-            d is not None and d.dtype == flat.dtype and d.data_ptr() == address
-            for d, address in zip(self._dense, home.addresses, strict=True)
-        ]
+        self._at_home = []
+        start = flat.data_ptr()
+        end = start + flat.nbytes
+        for i, (dense, address) in enumerate(zip(self._dense, home.addresses, strict=True)):
+            there = -1 if dense is None else dense.data_ptr()
+            at_home = there == address and dense is not None and dense.dtype == flat.dtype
+            self._at_home.append(at_home)
+            if start <= there < end and not at_home:
+                self._take_away(i)
+
+    def _take_away(self, i: int) -> None:
+        """Copy a gradient that lies at another one's place, as where the owner has swapped two."""
+        gradient = self._gradients[i]
+        assert gradient is not None
+        if gradient.numel():  # one without elements may have any address
+            self._gradients[i] = gradient.detach().clone()
+            self._dense[i] = _dense(self._gradients[i])  # type: ignore[arg-type]
 
     def pack(self, scale: float) -> Finite:
         """Write the gradients times `scale` into the bucket, zeros for those that are not there.

@@ -20,8 +20,10 @@ any collective of `comm` with blocking=False.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -134,8 +136,26 @@ class Wire:
     def __str__(self) -> str:
         if self.hook is None:
             return str(self.dtype)
-        # The repr of a function names its address, which is another one on every rank.
-        return getattr(self.hook, "__qualname__", None) or repr(self.hook)
+        return _shown(self.hook)
+
+
+def _shown(hook: Any) -> str:
+    """Say which hook it is and how it is set, the same on every rank.
+
+    Of its values only plain ones: a repr may name an address, or a state, of this rank alone.
+    """
+    if isinstance(hook, functools.partial):
+        given = {str(place): value for place, value in enumerate(hook.args)} | hook.keywords
+        return f"{_shown(hook.func)} with ({_plain(given)})"
+    if dataclasses.is_dataclass(hook) and not isinstance(hook, type):
+        shown = [field.name for field in dataclasses.fields(hook) if field.repr]
+        return f"{type(hook).__qualname__}({_plain({n: getattr(hook, n) for n in shown})})"
+    return getattr(hook, "__qualname__", None) or type(hook).__qualname__
+
+
+def _plain(values: Mapping[str, Any]) -> str:
+    plain = (int, float, str, type(None))
+    return ", ".join(f"{n}={v!r}" for n, v in values.items() if isinstance(v, plain))
 
 
 def wire_format(wire: str | WireHook | None) -> Wire:

@@ -10,7 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
 
-__all__ = ["AT_END", "even_batches"]
+__all__ = ["AT_END", "check_at_end", "even_batches", "turns"]
 
 Batch = TypeVar("Batch")
 
@@ -29,16 +29,26 @@ def even_batches(
     Collective over `comm`, a small message per turn: every rank iterates to the end. ValueError for
     another at_end.
     """
+    check_at_end(at_end)
+    return (batch for batch, _ in turns(comm, batches, at_end))
+
+
+def check_at_end(at_end: str) -> None:
+    """Refuse another word than those of `even_batches`."""
     if at_end not in AT_END:
         raise ValueError(f"unknown at_end {at_end!r}, expected one of: {', '.join(AT_END)}")
-    return _turns(comm, iter(batches), enough=comm.size if at_end == "stop" else 1)
 
 
-def _turns(comm: Communicator, batches: Iterator[Batch], enough: int) -> Iterator[Batch | None]:
-    end = object()
+def turns(
+    comm: Communicator, batches: Iterable[Batch], at_end: str
+) -> Iterator[tuple[Batch | None, list[int]]]:
+    """Yield the batches of `even_batches`, and the ranks that have one in the turn."""
+    mine, end = iter(batches), object()
+    enough = comm.size if at_end == "stop" else 1
     while True:
-        batch = next(batches, end)
-        here = comm.allreduce(np.array([batch is not end], dtype=np.int64), op="sum")
-        if here[0] < enough:
+        batch = next(mine, end)
+        flags = comm.allgather(np.array([batch is not end], dtype=np.uint8))
+        ranks = np.flatnonzero(flags).tolist()
+        if len(ranks) < enough:
             return
-        yield None if batch is end else batch  # type: ignore[misc]
+        yield None if batch is end else batch, ranks  # type: ignore[misc]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LossScaler"]
 
+Scaled = TypeVar("Scaled", Tensor, float)
+
 
 class LossScaler:
     """Hold one factor for all ranks of a communicator, and take or skip each step on all of them.
@@ -31,12 +34,22 @@ class LossScaler:
         scaler.unscale_(optimizer)            # only to clip in between
         scaler.step(optimizer)
 
+    Several optimizers take a step each. All of them divide by the factor that the losses were
+    multiplied by: what their steps do to it holds from the next `scale` on. Step each optimizer
+    that holds gradients of scaled losses before that, or call `update` where one is given up:
+
+        scaler.scale(loss).backward()
+        scaler.step(one)
+        scaler.step(other)
+
     A `Pipeline(loss_scaler=scaler)` scales by itself; take mesh.comm there, so that all stages and
     replicas skip together. Works with every torch optimizer, ShardedOptimizer too.
 
-    factor: what losses are multiplied by; equal on all ranks, as all see the same verdicts.
-    growth, interval: the factor is multiplied by growth after `interval` steps without overflow.
-    backoff: the factor is multiplied by it where a step is skipped.
+    factor: what the next losses are multiplied by; equal on all ranks, as all see the same
+        verdicts.
+    growth, interval: the factor is multiplied by growth after `interval` turns without overflow; a
+        turn is what the optimizers do between two `scale`s.
+    backoff: the factor is multiplied by it after a turn in which a step is skipped.
     least, most: bounds of the factor.
     skipped: steps that were skipped so far.
     """
@@ -65,42 +78,87 @@ class LossScaler:
         self._growth, self._backoff, self._interval = growth, backoff, interval
         self._least, self._most = least, most
         self._good = 0
-        self._unscaled: set[int] = set()
+        # Of the turn: the factor and the good turns at its start, and who did what in it.
+        self._start: tuple[float, int] | None = None
+        self._overflow = False
+        self._stepped: WeakSet[Optimizer] = WeakSet()
+        self._unscaled: WeakSet[Optimizer] = WeakSet()
 
-    def scale(self, loss: Tensor) -> Tensor:
+    def scale(self, loss: Scaled) -> Scaled:
         """Return the loss times the factor."""
+        if self._stepped:
+            self._end_turn()
+        # Whose gradients are gone was unscaled for a step that was never taken.
+        for optimizer in list(self._unscaled):
+            if not _gradients(optimizer):
+                self._unscaled.discard(optimizer)
         return loss * self.factor
 
     @torch.no_grad()
     def unscale_(self, optimizer: Optimizer) -> None:
-        """Divide the gradients of an optimizer's parameters by the factor, once per step."""
-        if id(optimizer) in self._unscaled:
-            return
-        self._unscaled.add(id(optimizer))
+        """Divide the gradients of an optimizer's parameters by the factor of their losses.
+
+        RuntimeError if that was done already, and the optimizer took no step since.
+        """
+        if optimizer in self._stepped:
+            self._end_turn()
+        if optimizer in self._unscaled:
+            raise RuntimeError(
+                f"the gradients of this {type(optimizer).__name__} are unscaled already, with no "
+                "step since: unscale_ once before each step, and call update() where a step is "
+                "given up"
+            )
+        self._unscaled.add(optimizer)
+        factor, _ = self._begun()
         for gradient in _gradients(optimizer):
-            gradient.mul_(1.0 / self.factor)
+            gradient.mul_(1.0 / factor)
 
     def step(self, optimizer: Optimizer) -> bool:
         """Step the optimizer unless a gradient on any rank is infinite or NaN; tell whether.
 
         Collective over the communicator. The gradients are unscaled afterwards in any case; the
-        factor is adjusted for the next step.
+        factor is adjusted for the next turn.
         """
-        self.unscale_(optimizer)
-        self._unscaled.clear()
+        if optimizer in self._stepped:
+            self._end_turn()
+        if optimizer not in self._unscaled:
+            self.unscale_(optimizer)
+        self._unscaled.discard(optimizer)
         told = np.array([all_finite(_gradients(optimizer))], np.uint8)
         finite = bool(self._comm.allreduce(told, op="min")[0])
+        self._stepped.add(optimizer)
+        self._overflow |= not finite
+        self._adjust()
         if finite:
             optimizer.step()
-            self._good += 1
-            if self._good == self._interval:
-                self.factor = min(self.factor * self._growth, self._most)
-                self._good = 0
         else:
             self.skipped += 1
-            self._good = 0
-            self.factor = max(self.factor * self._backoff, self._least)
         return finite
+
+    def update(self) -> None:
+        """End a turn in which an optimizer was unscaled, but is not stepped; else needless."""
+        self._end_turn()
+        self._unscaled.clear()
+
+    def _begun(self) -> tuple[float, int]:
+        """Return the factor and the good turns as they were before any step of this turn."""
+        if self._start is None:
+            self._start = self.factor, self._good
+        return self._start
+
+    def _end_turn(self) -> None:
+        self._start, self._overflow = None, False
+        self._stepped.clear()
+
+    def _adjust(self) -> None:
+        """Say what the turn's verdicts so far mean for the next one."""
+        factor, good = self._begun()
+        if self._overflow:
+            self.factor, self._good = max(factor * self._backoff, self._least), 0
+        elif good + 1 == self._interval:
+            self.factor, self._good = min(factor * self._growth, self._most), 0
+        else:
+            self.factor, self._good = factor, good + 1
 
     def state_dict(self) -> dict[str, float]:
         """Return what a resumed run needs, plain values that are the same on every rank."""
@@ -110,6 +168,7 @@ class LossScaler:
         """Go on as the scaler of the state would, on every rank from the same state."""
         self.factor = float(state["factor"])
         self._good, self.skipped = int(state["good"]), int(state["skipped"])
+        self.update()
 
 
 def _gradients(optimizer: Optimizer) -> list[Tensor]:

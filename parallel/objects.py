@@ -1,4 +1,7 @@
-"""Exchange plain Python values between the ranks of one job, as pickles."""
+"""Exchange plain Python values between the ranks of one job, as pickles.
+
+A value that one rank cannot pickle is a TypeError on all of them, which else would wait for it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import pickle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -15,19 +19,44 @@ __all__ = ["broadcast_object", "gather_objects"]
 
 def gather_objects(comm: Communicator, value: Any) -> list[Any]:
     """Return the values of all ranks, by rank; collective."""
-    text = np.frombuffer(pickle.dumps(value), dtype=np.uint8)
-    lengths = comm.allgather(np.array([text.size], dtype=np.int64))[:, 0]
+    text, error = _pickled(value)
+    described = comm.allgather(_describe(text, error))
+    lengths = described[:, 0]
     padded = np.zeros(int(lengths.max()), dtype=np.uint8)
     padded[: text.size] = text
     rows = comm.allgather(padded)
-    return [pickle.loads(row[:n].tobytes()) for row, n in zip(rows, lengths, strict=True)]
+    texts = [row[:n].tobytes() for row, n in zip(rows, lengths, strict=True)]
+    for rank, (text_of, failed) in enumerate(zip(texts, described[:, 1], strict=True)):
+        if failed:
+            raise _refusal(rank, text_of) from error
+    return [pickle.loads(text_of) for text_of in texts]
 
 
 def broadcast_object(comm: Communicator, value: Any, root: int) -> Any:
     """Return root's value; collective. On root it is the value itself."""
-    text = pickle.dumps(value) if comm.rank == root else b""
-    length = comm.broadcast(np.array([len(text)], dtype=np.int64), root=root)
-    data = np.zeros(int(length[0]), dtype=np.uint8)
-    data[: len(text)] = np.frombuffer(text, dtype=np.uint8)
+    nothing = np.zeros(0, np.uint8), None
+    text, error = _pickled(value) if comm.rank == root else nothing
+    length, failed = comm.broadcast(_describe(text, error), root=root)
+    data = np.zeros(int(length), dtype=np.uint8)
+    data[: text.size] = text
     comm.broadcast(data, root=root)
+    if failed:
+        raise _refusal(root, data.tobytes()) from error
     return value if comm.rank == root else pickle.loads(data.tobytes())
+
+
+def _pickled(value: Any) -> tuple[NDArray[np.uint8], Exception | None]:
+    """Return the pickle of a value, or what is wrong with it as text, and as the error."""
+    try:
+        text, error = pickle.dumps(value), None
+    except Exception as raised:  # whatever the value's own methods raise
+        text, error = f"{type(raised).__name__}: {raised}".encode(), raised
+    return np.frombuffer(text, dtype=np.uint8), error
+
+
+def _describe(text: NDArray[np.uint8], error: Exception | None) -> NDArray[np.int64]:
+    return np.array([text.size, error is not None], dtype=np.int64)
+
+
+def _refusal(rank: int, text: bytes) -> TypeError:
+    return TypeError(f"a value of rank {rank} cannot be sent, as it has no pickle: {text.decode()}")

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from .objects import broadcast_object
 from .replicas import check_equal, check_root, dtype_name
+from .sharded_optimizer import ShardedOptimizer
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -38,7 +39,8 @@ def broadcast_optimizer(optimizer: Optimizer, comm: Communicator, root: int = 0)
     Values keep their Python types and dtypes, whatever there is: no state, a part of it, several
     groups, frozen parameters, schedulers' entries in the groups. Collective. ValueError on every
     rank, before anything is changed, if the kinds of optimizer, or the numbers, shapes or dtypes of
-    parameters differ; the parameters themselves are not sent.
+    parameters differ; the parameters themselves are not sent. TypeError on every rank, as early,
+    for a ShardedOptimizer, which holds other state on every rank, and for entries without a pickle.
     """
     check_root(comm, root)
     kind = type(optimizer).__name__
@@ -47,7 +49,12 @@ def broadcast_optimizer(optimizer: Optimizer, comm: Communicator, root: int = 0)
         for number, group in enumerate(optimizer.param_groups)
         for parameter in group["params"]
     ]
-    check_equal(comm, lines, "parameters of the optimizer")
+    check_equal(comm, [*lines, kind], "parameters of the optimizer")
+    if isinstance(optimizer, ShardedOptimizer):
+        raise TypeError(
+            f"{kind} holds a part of the state on each rank: give the whole state, as of its "
+            "state_dict, to load_state_dict on every rank"
+        )
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     tensors: list[Tensor] = []
     sent: Any = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from .plan import PlanFunction, plan_function, whole_plan
 from .plan_check import check_plan, num_stages_of, stage_peaks
 from .random_keys import name_layers
 from .reducer import Reducer, ReductionRecord
-from .replicas import broadcast_tensors, check_equal, describe, device_of
+from .replicas import broadcast_tensors, check_equal, check_sendable, describe, device_of
 from .rows import agree_on_rows, agree_on_rows_of_pipe
 from .share import counts_of, share_of
 from .sparse import sparse_parameters
@@ -178,6 +179,7 @@ class Pipeline:
             *describe(whole.named_buffers()),
         ]
         check_equal(mesh.comm, lines, "settings, parameters or buffers of the pipeline")
+        check_sendable(mesh.data, chain(whole.named_parameters(), whole.named_buffers()))
 
         if boundaries is None:
             count = microbatches if reduction == "bucket" else -(-microbatches // mesh.data.size)
@@ -198,6 +200,8 @@ class Pipeline:
         self._stages = [
             Stage(m, s, s in again, self._device) for s, m in self._layers.stages.items()
         ]
+        of_rank = self._layers.module.modules()
+        self._meeting: list[Any] = [m for m in of_rank if hasattr(m, "meets_replicas")]
         broadcast_tensors(mesh.data, self._layers.tensors(), 0, bucket_bytes)
         constants.equalize(pipe, self._device, bucket_bytes)
         for stage in self._layers.stages.values():
@@ -249,13 +253,15 @@ class Pipeline:
             tensor of no dimension, without a graph.
 
         Collective over mesh.comm. When it returns, the gradients are ready, averaged over
-        mesh.data. ValueError on every rank if a batch does not fit. StageError on every rank,
-        naming stage, micro-batch, shapes and dtypes, if a stage or the loss raises, as on an input
-        that does not fit: clear the gradients then, which hold a part of the batch.
+        mesh.data. ValueError on every rank if a batch does not fit, as where SyncBatchNorm layers
+        would meet in unequal numbers of micro-batches. StageError on every rank, naming stage,
+        micro-batch, shapes and dtypes, if a stage or the loss raises, as on an input that does not
+        fit: clear the gradients then, which hold a part of the batch.
         """
         if not self._has_loss:
             raise ValueError("a pipeline without loss_fn can evaluate, but not train")
-        rows = agree_on_rows(self.mesh, x, y)
+        meets = any(layer.meets_replicas for layer in self._meeting)
+        rows, meeting = agree_on_rows(self.mesh, x, y, meets)
         replicas = self.mesh.data.size
         # On all ranks before anything is sent, as a plan may refuse what one replica has.
         for count in counts_of(rows, self._microbatches, in_tree=self._tree is not None):
@@ -266,12 +272,13 @@ class Pipeline:
             self._microbatches,
             is_mean=self._loss_reduction == "mean",
             in_tree=self._tree is not None,
+            meeting=meeting,
         )
         # The mean over replicas of gradients that are each multiplied by their number is the
         # sum, and it leaves equal gradients of earlier steps as they are.
         factor = float(replicas if self._tree is None else 1)
         if self._loss_scaler is not None:
-            factor *= self._loss_scaler.factor
+            factor = self._loss_scaler.scale(factor)
         batch = Batch(
             inputs=split_rows(x, share.bounds) if self._is_first else [],
             targets=split_rows(y, share.bounds) if self._is_last else [],

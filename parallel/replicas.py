@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from ..comm.dtypes import DTYPES
 from .buckets import Member, plan_buckets
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "broadcast_tensors",
     "check_equal",
+    "check_sendable",
     "describe",
     "device_of",
     "dtype_name",
@@ -40,7 +42,10 @@ def member_of(name: str, tensor: Tensor) -> Member:
 
 
 def real_view(tensor: Tensor) -> Tensor:
-    """Return a complex tensor as real pairs in the same memory, any other tensor as it is."""
+    """Return a complex tensor as real pairs, any other tensor as it is.
+
+    In the same memory, unless the tensor is a conjugate view: then in a copy.
+    """
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
@@ -58,12 +63,45 @@ def flat_bytes(tensor: Tensor) -> Tensor:
 
 
 def describe(named: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Return one line per tensor: name, shape, dtype; ValueError for a lazy one, by name."""
-    named = list(named)
+    """Return one line per tensor: name, shape, dtype, and why it cannot be sent, if it cannot."""
+    lines = []
     for name, tensor in named:
-        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
-            raise ValueError(f"{name} has no shape yet: run a forward of its lazy module first")
-    return [f"{name} {tuple(t.shape)} {dtype_name(t.dtype)}" for name, t in named]
+        problem = _problem(tensor)
+        lines.append(f"{name} {problem}" if problem else f"{name} {_kind(tensor)}")
+    return lines
+
+
+def check_sendable(comm: Communicator, named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse a tensor that ranks cannot make equal; a lazy one in any case.
+
+    ValueError by name, on every rank where `check_equal` has compared what `describe` returned.
+    """
+    for name, tensor in named:
+        problem = _problem(tensor)
+        if problem and (comm.size > 1 or _is_lazy(tensor)):
+            raise ValueError(f"{name} {problem}")
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {dtype_name(tensor.dtype)}"
+
+
+def _is_lazy(tensor: Tensor) -> bool:
+    return isinstance(tensor, UninitializedParameter | UninitializedBuffer)
+
+
+def _problem(tensor: Tensor) -> str | None:
+    if _is_lazy(tensor):
+        return "has no shape yet: run a forward of its lazy module first"
+    if tensor.is_meta:
+        return f"{_kind(tensor)} is on the meta device: give it values first, as by to_empty"
+    if tensor.layout != torch.strided:
+        return f"{_kind(tensor)} has the layout {tensor.layout}, expected a dense tensor"
+    if tensor.is_inference():
+        return f"{_kind(tensor)} was made in inference mode and cannot be written: clone it"
+    if any(stride == 0 < n - 1 for n, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        return f"{_kind(tensor)} is expanded and cannot be written: clone it"
+    return None
 
 
 def check_equal(comm: Communicator, lines: Sequence[str], what: str) -> None:
@@ -100,17 +138,22 @@ def broadcast_tensors(
     """
     if comm.size == 1:
         return
-    targets = [real_view(tensor.detach()) for tensor in tensors]
+    wholes = [tensor.detach() for tensor in tensors]
+    targets = [real_view(tensor) for tensor in wholes]
     members = [member_of("", tensor) for tensor in targets]
     for bucket in plan_buckets(members, limit_bytes):
         if bucket.count == 0:
             continue
         parts = [targets[index] for index in bucket.indices]
         flat = torch.cat([part.reshape(-1) for part in parts])
-        comm.broadcast(flat, root=root)
+        # A dtype that communicators do not know, such as one of 8 bits, travels as bytes.
+        comm.broadcast(flat if bucket.dtype in DTYPES else flat.view(torch.uint8), root=root)
         if comm.rank != root:
             for part, offset in zip(parts, bucket.offsets, strict=True):
                 part.copy_(flat[offset : offset + part.numel()].view(part.shape))
+            for index in bucket.indices:
+                if wholes[index].is_conj():  # the target is a copy
+                    wholes[index].copy_(torch.view_as_complex(targets[index]))
 
 
 def check_root(comm: Communicator, root: int) -> None:

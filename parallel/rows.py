@@ -18,9 +18,10 @@ _NOT_GIVEN = -1
 _REFUSED = -2
 
 
-def agree_on_rows(mesh: Mesh, x: Any, y: Any) -> tuple[int, ...]:
-    """Return the rows of every replica's batch, by replica; not all are zero.
+def agree_on_rows(mesh: Mesh, x: Any, y: Any, meets: bool = False) -> tuple[tuple[int, ...], bool]:
+    """Return the rows of every replica's batch, by replica, and whether any rank `meets`.
 
+    Not all rows are zero. meets: whether layers of this rank meet other replicas in their forward.
     x counts on first stages, y, if it is given, on last ones. Collective over mesh.comm. Raises on
     every rank if a batch is unfit on any: there what is wrong with it, elsewhere a ValueError that
     names the rank.
@@ -28,7 +29,7 @@ def agree_on_rows(mesh: Mesh, x: Any, y: Any) -> tuple[int, ...]:
     is_first = mesh.pipe.rank == 0
     is_last = mesh.pipe.rank == mesh.pipe.size - 1
     error: Exception | None = None
-    mine = np.array([_NOT_GIVEN, _NOT_GIVEN], dtype=np.int64)
+    mine = np.array([_NOT_GIVEN, _NOT_GIVEN, meets], dtype=np.int64)
     try:
         if is_first:
             mine[0] = count_rows(x, "x")
@@ -52,7 +53,7 @@ def agree_on_rows(mesh: Mesh, x: Any, y: Any) -> tuple[int, ...]:
             )
     if sum(rows_x) == 0:
         raise ValueError("the global batch has no rows")
-    return tuple(map(int, rows_x))
+    return tuple(map(int, rows_x)), bool(table[:, 2].any())
 
 
 def agree_on_rows_of_pipe(pipe: Communicator, x: Any) -> int:

@@ -1,17 +1,19 @@
 """Deal the samples of a data set to ranks.
 
-Both samplers are plain iterables that a torch DataLoader accepts, and need no torch. The shuffle
+Samplers are plain iterables that a torch DataLoader accepts, and need no torch. The shuffle
 is drawn from (seed, epoch) alone, so that all ranks deal from the same order without a message.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["GlobalBatchSampler", "ShardSampler", "epoch_order", "part_bounds"]
+__all__ = ["GlobalBatchSampler", "NoneIfEmpty", "ShardSampler", "epoch_order", "part_bounds"]
 
 Order = NDArray[np.int64]
 
@@ -129,8 +131,9 @@ class GlobalBatchSampler(_Epochs):
     `mesh.data.size` with a mesh. Every rank yields the same number of batches.
 
     `tail`: "drop" (default) leaves a last incomplete batch out; "keep" deals it, and a rank's part
-    may then be shorter than the others', or empty: weigh the loss by true counts; "pad" completes
-    it from the start of the order. ValueError if size does not divide batch_size, unless
+    may then be shorter than the others', or empty, which a DataLoader cannot collate without
+    `NoneIfEmpty`: weigh the loss by true counts; "pad" completes it from the start of the order.
+    ValueError if size does not divide batch_size, unless
     `uneven=True`, with which the first ranks hold one sample more.
     """
 
@@ -163,3 +166,31 @@ class GlobalBatchSampler(_Epochs):
     def __len__(self) -> int:
         whole, rest = divmod(self.num_samples, self.batch_size)
         return whole + (rest > 0 and self.tail != "drop")
+
+
+@dataclass(frozen=True)
+class NoneIfEmpty:
+    """Collate the samples of a DataLoader's batch, to None where there are none.
+
+        loader = DataLoader(data, batch_sampler=sampler, collate_fn=NoneIfEmpty())
+        for batch in loader:
+            with model.weighted(0 if batch is None else len(batch)):
+                if batch is None:
+                    model.reduce_gradients()
+                else:
+                    loss(model(batch)).backward()
+
+    collate: what a batch with samples is given to; torch's default_collate if None.
+    """
+
+    collate: Callable[[Sequence[Any]], Any] | None = None
+
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        """Return the batch."""
+        if not samples:
+            return None
+        if self.collate is not None:
+            return self.collate(samples)
+        from torch.utils.data import default_collate
+
+        return default_collate(list(samples))

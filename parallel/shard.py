@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..comm.dtypes import DTYPES
 from .buckets import Bucket, plan_buckets
-from .replicas import member_of
+from .replicas import dtype_name, member_of
 from .sparse import as_dense
 
 __all__ = ["Piece", "Shard", "shards_of"]
@@ -101,9 +102,11 @@ def shards_of(
 ) -> list[Shard]:
     """Return this rank's shards of the members, bucket by bucket.
 
-    TypeError for a complex parameter.
+    TypeError for a complex parameter, or one of a dtype that communicators do not know.
     """
     for name, parameter in members:
+        if dtype_name(parameter.dtype) not in DTYPES:
+            raise TypeError(f"{name}: a parameter of {parameter.dtype} cannot be sharded")
         if parameter.is_complex():
             raise TypeError(f"{name}: a complex parameter cannot be sharded, view it as real")
     described = [member_of(name, parameter) for name, parameter in members]

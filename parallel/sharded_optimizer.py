@@ -6,6 +6,7 @@ stage 1: reduce-scatter the gradients, step on this rank's part, allgather the p
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .clip import clip_over_stages
-from .replicas import check_equal, describe
+from .replicas import check_equal, check_sendable, describe
 from .shard import Shard, shards_of
 from .shard_state import gather_state, own_state
 
@@ -28,6 +29,10 @@ __all__ = ["ShardedOptimizer"]
 _ELEMENTWISE = (SGD, Adam, AdamW)
 
 Named = Iterable[tuple[str, nn.Parameter]]
+
+# A gradient and its version, which goes up with every change in place. The reference is weak: a
+# new gradient may have the identity and the address of one that is gone.
+_Seen = tuple[weakref.ref[Tensor], int] | None
 
 
 class ShardedOptimizer(Optimizer):
@@ -74,13 +79,16 @@ class ShardedOptimizer(Optimizer):
         groups = _groups(named)
         self._comm = comm
         self._reduce = reduce
-        self._reduced = False
+        # The gradients that the pieces were given theirs of, by clip_grad_norm_; None if it was not
+        # called since the last step.
+        self._brought: list[_Seen] | None = None
         self._names = [[name for name, _ in group["params"]] for group in groups]
         everything = [pair for group in groups for pair in group["params"]]
         if len(set(name for name, _ in everything)) != len(everything):
             raise ValueError("expected every parameter name once over all groups")
         lines = [*describe(everything), f"{optimizer.__name__}, reduce {reduce}, {bucket_bytes}"]
         check_equal(comm, lines, "parameters or settings of the sharded optimizer")
+        check_sendable(comm, everything)
         self._shards = [
             shards_of(group["params"], comm.rank, comm.size, bucket_bytes) for group in groups
         ]
@@ -105,7 +113,8 @@ class ShardedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._bring_gradients()
+        if not self._are_brought():
+            self._bring_gradients()
         for inner, group in zip(self._inner.param_groups, self.param_groups, strict=True):
             inner.update(_hyper(group))
         for shard in self._all_shards():
@@ -127,9 +136,12 @@ class ShardedOptimizer(Optimizer):
         """Scale the averaged gradients that `step` will use so that their norm is at most max_norm.
 
         Returns the norm before, the same on every rank. Call it between backward and `step`; the
-        `.grad` of the parameters stay as they are.
+        `.grad` of the parameters stay as they are. Where these change before `step`, as by another
+        backward, `step` uses what they are then, not clipped: clip again.
         """
-        self._bring_gradients()
+        if not self._are_brought():
+            self._bring_gradients()
+            self._brought = [_see(gradient) for gradient in self._gradients()]
         pieces = [p.parameter for shard in self._all_shards() for p in shard.pieces]
         return clip_over_stages(pieces, self._comm, max_norm, norm_type)
 
@@ -186,11 +198,22 @@ class ShardedOptimizer(Optimizer):
     def _all_shards(self) -> list[Shard]:
         return [shard for shards in self._shards for shard in shards]
 
+    def _gradients(self) -> list[Tensor | None]:
+        return [p.grad for shard in self._all_shards() for _, p in shard.members]
+
+    def _are_brought(self) -> bool:
+        """Tell whether the pieces have the gradients that the parameters have now; collective.
+
+        Ranks agree, since one whose gradients only a reduction has written sees no change in them.
+        """
+        if self._brought is None:
+            return False
+        pairs = zip(self._brought, self._gradients(), strict=True)
+        same = all(_is_seen(seen, gradient) for seen, gradient in pairs)
+        return bool(self._comm.allreduce(np.array([same], np.uint8), op="min")[0])
+
     def _bring_gradients(self) -> None:
-        """Give every piece its part of the averaged gradients, once per step."""
-        if self._reduced:
-            return
-        self._reduced = True
+        """Give every piece its part of the averaged gradients."""
         present = self._present()
         flights: list[tuple[Shard, Work | None]] = [(s, None) for s in self._all_shards()]
         if self._reduce:
@@ -211,10 +234,24 @@ class ShardedOptimizer(Optimizer):
         return {name for (name, _), flag in zip(pairs, flags, strict=True) if flag}
 
     def _drop_gradients(self) -> None:
-        self._reduced = False
+        self._brought = None
         for shard in self._all_shards():
             for piece in shard.pieces:
                 piece.parameter.grad = None
+
+
+def _see(gradient: Tensor | None) -> _Seen:
+    return None if gradient is None else (weakref.ref(gradient), _version(gradient))
+
+
+def _is_seen(seen: _Seen, gradient: Tensor | None) -> bool:
+    if seen is None or gradient is None:
+        return seen is None and gradient is None
+    return seen[0]() is gradient and seen[1] == _version(gradient)
+
+
+def _version(gradient: Tensor) -> int:
+    return 0 if gradient.is_inference() else gradient._version
 
 
 def _hyper(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,9 +32,19 @@ class Share:
 
 
 def share_of(
-    rows: Sequence[int], replica: int, microbatches: int, *, is_mean: bool, in_tree: bool
+    rows: Sequence[int],
+    replica: int,
+    microbatches: int,
+    *,
+    is_mean: bool,
+    in_tree: bool,
+    meeting: bool = False,
 ) -> Share:
-    """Cut replica `replica` of batches of these rows; ValueError as `global_leaves` has it."""
+    """Cut replica `replica` of batches of these rows.
+
+    ValueError as `global_leaves` has it, and for unequal numbers of micro-batches where layers of
+    the replicas are `meeting` in each.
+    """
     before, total = sum(rows[:replica]), sum(rows)
     leaves = None
     if in_tree:
@@ -43,6 +53,12 @@ def share_of(
         bounds = tuple((first - before, end - before) for first, end in mine)
     else:
         bounds = row_bounds(rows[replica], microbatches)
+    counts = [min(n, microbatches) for n in rows] if leaves is None else list(map(len, leaves))
+    if meeting and len(set(counts)) > 1:
+        raise ValueError(
+            f"replicas of {list(rows)} rows have {counts} micro-batches, in each of which a layer "
+            "such as SyncBatchNorm meets those of the other replicas: expected equal numbers"
+        )
     weights = tuple((end - first) / total if is_mean else 1.0 for first, end in bounds)
     return Share(bounds, before, weights, leaves)
 

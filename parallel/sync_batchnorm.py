@@ -28,6 +28,7 @@ class SyncBatchNorm(_BatchNorm):
     The layer sends on a channel of its own, so that its messages and those of a reduction that goes
     on beside backward do not depend on each other's order. Creating one is collective over `comm`,
     unless it is given the `channel` of another. A copy or pickle is independent of the ranks.
+    torch.compile leaves it out where ranks meet. Its backward cannot be differentiated again.
 
     ValueError, on every rank, if all ranks together have no more than one value per channel.
     """
@@ -56,6 +57,11 @@ class SyncBatchNorm(_BatchNorm):
             return nn.functional.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
             )
+        normal: Tensor = self._over_all_ranks(x)
+        return normal
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _over_all_ranks(self, x: Tensor) -> Tensor:
         count, mean, var = _statistics(x.detach(), self.channel)
         if count <= 1:
             raise ValueError(
@@ -67,8 +73,17 @@ class SyncBatchNorm(_BatchNorm):
             x, mean, (var + self.eps).rsqrt(), count, self.channel
         )
         if self.weight is not None:
-            normal = normal * _along(self.weight, x) + _along(self.bias, x)
+            normal = normal * _along(self.weight, x)
+        if self.bias is not None:
+            normal = normal + _along(self.bias, x)
         return normal.to(x.dtype)
+
+    @property
+    def meets_replicas(self) -> bool:
+        """Tell whether forward, as it is set now, is collective."""
+        if self.channel is None or self.channel.size == 1:
+            return False
+        return self.training or self.running_mean is None
 
     def _follow(self, mean: Tensor, unbiased: Tensor) -> None:
         if self.running_mean is None or self.running_var is None:

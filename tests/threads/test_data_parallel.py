@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -12,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 
 from ringfold import DataParallel, run_local
+from ringfold.parallel import GlobalBatchSampler, NoneIfEmpty
 from ringfold.parallel.buckets import LIMITS
 
 SIZES = (1, 2, 3, 4)
@@ -464,6 +467,19 @@ def test_dtypes_layouts_and_buffers(size):
         assert grads["turned"].tolist() == (mean * torch.arange(6.0).view(3, 2)).tolist()
 
 
+def test_a_buffer_that_is_a_conjugate_or_negative_view_gets_roots_values():
+    def main(comm):
+        module = nn.Linear(1, 1)
+        made = torch.full((3,), complex(1 + comm.rank, 2 + comm.rank)).conj()
+        module.register_buffer("conjugate", made)
+        module.register_buffer("negative", made.imag)
+        model = DataParallel(module, comm, root=1)
+        model.check_replicas()
+        return module.conjugate.tolist(), module.negative.tolist()
+
+    assert run_local(3, main) == [([2 - 3j] * 3, [-3.0] * 3)] * 3
+
+
 @pytest.mark.parametrize("size", (2, 3))
 def test_parameter_used_twice_and_two_forwards_for_one_backward(size):
     def main(comm):
@@ -566,6 +582,63 @@ def test_names_are_the_users():
             model.load_state_dict(changed, assign=True)
 
     run_local(2, main)
+
+
+@pytest.mark.parametrize("parent", ["dict", "average", "compiled", "twice", "own name"])
+def test_the_state_of_a_parent_loads(parent):
+    """Names in a parent's state have no "module." of the wrapper, and are found where it is."""
+    make = {
+        "dict": lambda wrap: nn.ModuleDict({"G": wrap(), "D": wrap(), "plain": network(0)}),
+        "average": lambda wrap: torch.optim.swa_utils.AveragedModel(wrap()),
+        "compiled": lambda wrap: torch.compile(wrap(), backend="eager"),
+        "twice": lambda wrap: nn.Sequential(wrap(), wrap()),
+        "own name": lambda wrap: nn.ModuleDict({"G": wrap(nn.ModuleDict({"module": network(0)}))}),
+    }[parent]
+
+    def main(comm):
+        def wrap(module=None):
+            model = DataParallel(module or network(0), comm)
+            return DataParallel(model, comm) if parent == "twice" else model
+
+        whole, plain = (
+            make(wrap),
+            make(lambda module=None: network(0) if module is None else module),
+        )
+        state = whole.state_dict()
+        assert state.keys() == plain.state_dict().keys()
+        plain.load_state_dict(state)
+        changed = {name: value + 1 for name, value in state.items()}
+        whole.load_state_dict(changed)
+        assert all(torch.equal(changed[name], value) for name, value in whole.state_dict().items())
+        first = next(name for name in changed if name.endswith("weight"))
+        with pytest.raises(RuntimeError, match="Missing key"):
+            whole.load_state_dict({k: v for k, v in changed.items() if k != first})
+        with pytest.raises(RuntimeError, match="Unexpected key"):
+            whole.load_state_dict({**changed, first.replace("weight", "other"): changed[first]})
+        with pytest.raises(ValueError, match="assign=True"):
+            whole.load_state_dict(changed, assign=True)
+
+    run_local(1, main)
+
+
+def test_tensors_and_layers_are_found_by_the_users_names():
+    def main(comm):
+        module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        model = DataParallel(DataParallel(module, comm), comm)
+        for name, parameter in model.named_parameters():
+            assert model.get_parameter(name) is parameter
+        for name, buffer in model.named_buffers():
+            assert model.get_buffer(name) is buffer
+        assert model.get_submodule("1") is module[1] and model.get_submodule("") is model
+        for name, layer in model.module.named_modules():
+            assert model.module.get_submodule(name) is layer
+        assert model.get_parameter("module.module.0.weight") is module[0].weight
+        with pytest.raises(AttributeError, match="no attribute `2`"):
+            model.get_submodule("2")
+        wrapped = DataParallel(nn.Linear(2, 2), comm)
+        assert wrapped.get_parameter("weight") is wrapped.module.weight
+
+    run_local(1, main)
 
 
 def test_changed_dtype_is_refused_by_name():
@@ -802,6 +875,52 @@ def test_layers_without_parameters_may_come_and_parameters_may_go():
     assert run_local(2, main) == [1.5, 1.5]
 
 
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.x = nn.UninitializedParameter()
+
+
+class Holder(nn.Module):
+    """A frozen x beside a parameter."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.register_buffer("x", x)
+        self.y = nn.Parameter(torch.ones(2))
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Lazy, "x has no shape yet"),
+        (lambda: Holder(torch.ones(3, device="meta")), "x (3,) float32 is on the meta device"),
+        (lambda: Holder(torch.ones(1).expand(3)), "x (3,) float32 is expanded"),
+        (lambda: Holder(torch.eye(3).to_sparse()), "layout torch.sparse_coo, expected a dense"),
+        (lambda: Holder(torch.inference_mode()(torch.ones)(3)), "made in inference mode"),
+    ],
+)
+def test_what_cannot_be_made_equal_is_refused_by_name_on_all_ranks(alike, make, message):
+    def main(comm):
+        module = make() if alike or comm.rank == 1 else Holder(torch.ones(3))
+        with pytest.raises(ValueError, match=re.escape(message)):
+            DataParallel(module, comm)
+
+    run_local(2, main)
+
+
+def test_a_buffer_of_a_narrow_dtype_is_roots():
+    def main(comm):
+        module = Holder((torch.arange(3.0) + comm.rank).to(torch.float8_e5m2))
+        model = DataParallel(module, comm, root=1)
+        model.module.y.sum().backward()
+        model.check_replicas()
+        return module.x.float().tolist()
+
+    assert run_local(3, main) == [[1.0, 2.0, 3.0]] * 3
+
+
 def test_a_lazy_module_is_refused_by_name():
     def main(comm):
         with pytest.raises(ValueError, match=r"0\.weight has no shape yet"):
@@ -878,3 +997,32 @@ def test_the_last_small_bucket_tells_the_same_in_every_pass():
     for first, second, third in run_local(2, main):
         assert first == second == third
         assert first[2] == 3 * 1.5
+
+
+@pytest.mark.parametrize("collate", [None, torch.stack])
+def test_a_last_batch_of_which_ranks_get_nothing(collate):
+    """torch's default_collate raises IndexError on an empty part."""
+    samples = torch.linspace(-1, 2, 9)[:, None]
+
+    def main(comm):
+        model = DataParallel(Scalars(w=1), comm)
+        sampler = GlobalBatchSampler(9, 8, comm.rank, comm.size, tail="keep", uneven=True)
+        loader = DataLoader(samples, batch_sampler=sampler, collate_fn=NoneIfEmpty(collate))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        empty = 0
+        for batch in loader:
+            optimizer.zero_grad()
+            with model.weighted(0 if batch is None else len(batch)):
+                if batch is None:
+                    empty += 1
+                    model.reduce_gradients()
+                else:
+                    model(lambda scalars, x=batch: (scalars.w * x).square().mean()).backward()
+            optimizer.step()
+        return model.module.w.item(), empty
+
+    [(alone, _)] = run_local(1, main)
+    for size in (2, 3):
+        found = run_local(size, main)
+        assert [w for w, _ in found] == pytest.approx([alone] * size)
+        assert [empty for _, empty in found] == [0] + [1] * (size - 1)

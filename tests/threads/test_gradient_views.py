@@ -123,3 +123,31 @@ def test_layouts_that_cannot_live_in_a_bucket_keep_their_own():
             assert dense[:2].eq(0.5).all() and not dense[2:].any()
 
     run_local(2, main)
+
+
+@pytest.mark.parametrize("given", ["swapped", "one for both", "one for both, then gone"])
+def test_gradients_at_each_others_places_are_taken_as_they_are(given):
+    """A gradient is a view of the bucket, so that an owner who moves it moves the view."""
+
+    def main(comm):
+        model = DataParallel(Vectors(a=5, b=5), comm)
+        a, b = model.parameters()
+        weight = {"a": 1.0, "b": 10.0}
+        model({name: (comm.rank + 1) * scale for name, scale in weight.items()}).backward()
+        a.grad, b.grad = b.grad, None if given.endswith("gone") else a.grad
+        if given == "one for both":
+            b.grad = a.grad
+        with model.weighted(comm.rank + 1.0):
+            model.reduce_gradients()
+        mean = (comm.size + 1) / 2
+        slope = model.module.slope("a", mean)
+        torch.testing.assert_close(a.grad, 10 * slope)
+        if given == "swapped":
+            torch.testing.assert_close(b.grad, slope)
+        elif given == "one for both":
+            torch.testing.assert_close(b.grad, 10 * slope)
+        else:
+            assert b.grad is None
+        assert a.grad.data_ptr() != (0 if b.grad is None else b.grad.data_ptr())
+
+    run_local(2, main)

@@ -104,6 +104,31 @@ def test_a_loss_that_reaches_no_parameter():
     assert run_local(3, main) == [(pytest.approx(16 / 3), ("w",))] * 3
 
 
+@pytest.mark.parametrize("average", ["active", "all"])
+@pytest.mark.parametrize("root", [0, 2])
+def test_running_statistics_are_those_of_a_rank_that_still_has_batches(root, average):
+    """Those of root overwrote the others' in every turn, also where it had run out."""
+    counts = (1, 4, 2)
+
+    def main(comm):
+        module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, momentum=None))
+        model = DataParallel(module, comm, root=root)
+        batches = [torch.randn(4, 2) for _ in range(counts[comm.rank])]
+        tracked = []
+        for batch in model.join(batches, average=average):
+            model.zero_grad()
+            if batch is None:
+                model.reduce_gradients()
+            else:
+                model(batch).sum().backward()
+            model.check_replicas()
+            tracked.append(module[1].num_batches_tracked.item())
+        assert model._source == root
+        return tracked
+
+    assert run_local(3, main) == [[1, 2, 3, 4]] * 3
+
+
 def test_even_batches():
     def main(comm):
         mine = range(comm.rank)

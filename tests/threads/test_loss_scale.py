@@ -41,7 +41,6 @@ def test_scaled_training_is_training(size: int, sharded: bool) -> None:
                 if scaled:
                     scaler.scale(loss).backward()
                     scaler.unscale_(optimizer)
-                    scaler.unscale_(optimizer)  # once is enough
                 else:
                     loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -156,3 +155,85 @@ def test_bounds_hold_and_bad_settings_are_refused() -> None:
                 LossScaler(comm, **settings)
 
     run_local(1, main)
+
+
+def two_weights(comm: Communicator, **settings):
+    """Return two weights of one, an optimizer of rate 1 for each, and a scaler."""
+    parameters = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+    optimizers = [torch.optim.SGD([p], lr=1.0) for p in parameters]
+    return parameters, optimizers, LossScaler(comm, 1024.0, **settings)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_two_optimizers_divide_by_the_factor_of_their_losses(first: bool) -> None:
+    """Whether both are unscaled first or each in its step, and whatever their steps do to it."""
+
+    def main(comm: Communicator):
+        (a, b), optimizers, scaler = two_weights(comm, interval=2)
+        history = []
+        for step in range(4):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            scaler.scale((a + b).sum() / 4).backward()
+            if step == 1 and comm.rank == comm.size - 1:
+                a.grad.fill_(float("nan"))
+            if first:
+                for optimizer in optimizers:
+                    scaler.unscale_(optimizer)
+            taken = [scaler.step(optimizer) for optimizer in optimizers]
+            history.append((*taken, a.item(), b.item(), scaler.factor))
+        return history
+
+    expected = [
+        (True, True, 0.75, 0.75, 1024.0),
+        (False, True, 0.75, 0.5, 512.0),
+        (True, True, 0.5, 0.25, 512.0),
+        (True, True, 0.25, 0.0, 1024.0),
+    ]
+    for size in (1, 2):
+        assert run_local(size, main) == [expected] * size
+
+
+def test_both_overflow_and_the_factor_is_halved_once() -> None:
+    def main(comm: Communicator):
+        (a, b), optimizers, scaler = two_weights(comm)
+        scaler.scale((a + b).sum() * float("inf")).backward()
+        assert [scaler.step(optimizer) for optimizer in optimizers] == [False, False]
+        return scaler.factor, scaler.skipped
+
+    assert run_local(2, main) == [(512.0, 2)] * 2
+
+
+def test_a_step_that_is_given_up_leaves_no_mark() -> None:
+    """Neither where the gradients are dropped, nor where they are zeroed and update() is called."""
+
+    def main(comm: Communicator):
+        found = []
+        for to_none in (True, False):
+            (a, _), (optimizer, _), scaler = two_weights(comm)
+            for step in range(2):
+                optimizer.zero_grad(set_to_none=to_none)
+                scaler.scale(a.sum() / 4).backward()
+                scaler.unscale_(optimizer)
+                if step == 1:
+                    scaler.step(optimizer)
+                elif not to_none:
+                    scaler.update()
+            found.append(a.item())
+        return found
+
+    assert run_local(1, main) == [[0.75, 0.75]]
+
+
+def test_a_second_unscale_is_refused() -> None:
+    def main(comm: Communicator) -> float:
+        (a, _), (optimizer, other), scaler = two_weights(comm)
+        scaler.scale(a.sum() / 4).backward()
+        scaler.unscale_(optimizer)
+        scaler.unscale_(other)
+        with pytest.raises(RuntimeError, match=r"this SGD are unscaled already.* update\(\)"):
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        return a.item()
+
+    assert run_local(2, main) == [0.75] * 2

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam
 
-from ringfold import run_local
+from ringfold import ShardedOptimizer, run_local
+from ringfold.parallel.objects import gather_objects
 from ringfold.parallel.optimizer_state import broadcast_optimizer
 
 
@@ -100,3 +101,25 @@ def test_different_optimizers_are_refused_on_all_ranks():
             broadcast_optimizer(optimizer, comm, root=2)
 
     run_local(2, main)
+
+
+def test_a_sharded_optimizer_and_entries_without_a_pickle_are_refused_on_all_ranks():
+    """The first was taken and nothing sent; of the second only root heard."""
+
+    def main(comm):
+        made = parameters()
+        optimizer = SGD(groups(made), lr=0.1 + comm.rank)
+        optimizer.param_groups[0]["schedule"] = lambda step: step
+        with pytest.raises(TypeError, match=r"value of rank 1 cannot .*lambda") as caught:
+            broadcast_optimizer(optimizer, comm, root=1)
+        assert (caught.value.__cause__ is not None) == (comm.rank == 1)
+        assert optimizer.param_groups[0]["lr"] == 0.1 + comm.rank
+        named = [(str(i), p) for i, p in enumerate(parameters())]
+        with pytest.raises(TypeError, match="ShardedOptimizer holds a part of the state on each"):
+            broadcast_optimizer(ShardedOptimizer(named, comm, Adam), comm)
+        values = [comm.rank, (lambda: None) if comm.rank == 1 else None]
+        with pytest.raises(TypeError, match="value of rank 1 cannot be sent"):
+            gather_objects(comm, values)
+        return gather_objects(comm, values[:1])
+
+    assert run_local(3, main) == [[[0], [1], [2]]] * 3

@@ -14,6 +14,7 @@ from ringfold import Mesh, Pipeline, StageError, run_local
 from ringfold.parallel.actions import parse_actions
 from ringfold.parallel.plan import PLANS, PlanError
 from ringfold.parallel.plan_text import parse_plan
+from ringfold.parallel.sync_batchnorm import convert_sync_batchnorm
 
 ONE_STAGE_A_RANK = [name for name in PLANS if name != "interleaved"]
 GRIDS = [(1, 1), (1, 2), (2, 1), (1, 3), (3, 1), (2, 2), (1, 4), (4, 1)]
@@ -450,6 +451,34 @@ def test_replicas_share_buffers_and_evaluate_apart():
         assert all(torch.equal(zero[name], one[name]) for name in zero)
     assert torch.equal(results[0][1], results[1][1])
     assert results[0][1].shape == (ROWS, 2)
+
+
+@pytest.mark.parametrize(("rows", "fits"), [((4, 4), True), ((3, 2), True), ((3, 1), False)])
+@pytest.mark.parametrize("pipe", [1, 2])
+def test_layers_that_meet_other_replicas_do_so_equally_often(rows, fits, pipe):
+    """Replicas with unequal numbers of micro-batches waited for each other's statistics."""
+
+    def main(comm):
+        with Mesh(comm, data=2, pipe=pipe) as mesh:
+            layers = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+            engine = Pipeline(
+                convert_sync_batchnorm(layers, mesh.data),
+                mesh,
+                loss_fn=nn.functional.mse_loss,
+                microbatches=2,
+            )
+            count = rows[mesh.data.rank]
+            batch = torch.arange(2.0 * count).view(count, 2) + mesh.data.rank, torch.ones(count, 1)
+            if fits:
+                engine.step(*batch)
+            else:
+                with pytest.raises(ValueError, match=r"3, 1\] rows have \[2, 1\] micro-batches"):
+                    engine.step(*batch)
+                engine.eval()
+            assert engine.step(*batch) > 0
+            engine.close()
+
+    run_local(2 * pipe, main)
 
 
 def test_nested_outputs_are_joined_on_every_rank():

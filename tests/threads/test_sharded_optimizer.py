@@ -217,6 +217,49 @@ def test_clipping_and_a_scheduler(reduce):
     run_local(2, main)
 
 
+@pytest.mark.parametrize("reduce", [False, True])
+@pytest.mark.parametrize("again", ["none", "zeros", "accumulated", "some ranks"])
+def test_a_step_uses_the_gradients_of_now_not_those_that_were_clipped(reduce, again):
+    """As where a step is skipped by the norm, or clip_grad_norm_ only looks at it."""
+
+    def main(comm):
+        module = nn.Linear(2, 1, bias=False)
+        nn.init.ones_(module.weight)
+        model = module if reduce else DataParallel(module, comm)
+        optimizer = ShardedOptimizer(
+            module.named_parameters(), comm, SGD, reduce=reduce, lr=1.0, bucket_bytes=4
+        )
+
+        def run_backward(value):
+            model(
+                torch.full((1, 2), value * (comm.rank + 1) * 2 / (comm.size + 1))
+            ).sum().backward()
+
+        run_backward(0.25)
+        optimizer.clip_grad_norm_(1e-3)
+        if again in ("none", "zeros"):
+            module.zero_grad(set_to_none=again == "none")
+        if again != "some ranks":
+            run_backward(0.5)
+        elif reduce:
+            if comm.rank == 0:
+                module.weight.grad.zero_()
+        elif comm.rank == 0:
+            model(torch.full((1, 2), comm.size * 0.5)).sum().backward()
+        else:
+            model.reduce_gradients()
+        optimizer.step()
+        return module.weight.flatten().tolist()
+
+    size = 3
+    first = 0.25 / size * 2 / (size + 1)  # of rank 0 to the mean
+    gone = {"none": 0.5, "zeros": 0.5, "accumulated": 0.75, "some ranks": 0.25 - first}
+    if not reduce and again == "some ranks":
+        gone[again] = 0.25 + 0.5
+    for found in run_local(size, main):
+        assert found == pytest.approx([1 - gone[again]] * 2)
+
+
 def test_refusals():
     def main(comm):
         module = nn.Linear(2, 2)

@@ -159,6 +159,41 @@ def test_converts_in_place_and_keeps_tensors():
     run_local(2, main)
 
 
+@pytest.mark.parametrize("without", ["weight", "bias"])
+def test_without_a_weight_or_a_bias(without):
+    """BatchNorm(bias=False) of torch 2.13 has a weight alone."""
+    x = batch(0)
+    weight, bias = (None if n == without else torch.arange(2.0) for n in ("weight", "bias"))
+    expected = nn.functional.batch_norm(x, None, None, weight, bias, True)
+
+    def main(comm):
+        plain = nn.BatchNorm2d(2)
+        for name, value in {"weight": weight, "bias": bias}.items():
+            plain.register_parameter(name, None if value is None else nn.Parameter(value.clone()))
+        layer = convert_sync_batchnorm(plain, comm)
+        first = comm.rank * 4
+        output = layer(x[first : first + 4 * (comm.rank + 1)])
+        output.sum().backward()
+        return output.detach()
+
+    torch.testing.assert_close(torch.cat(run_local(2, main)), expected)
+
+
+def test_a_compiled_module_meets_the_other_ranks_outside_of_what_is_compiled():
+    def main(comm):
+        found = []
+        for compiled in (False, True):
+            module = convert_sync_batchnorm(network(), comm)
+            run = torch.compile(module, backend="aot_eager") if compiled else module
+            for step in range(2):
+                run(batch(step)).square().mean().backward()
+            found.append([p.grad for p in module.parameters()] + list(module.buffers()))
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other)
+
+    run_local(1, main)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_dtypes(dtype):
     def main(comm):

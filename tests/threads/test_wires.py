@@ -1,6 +1,8 @@
 """Wire hooks: the user's own, PowerSGD and top-k, with errors kept and bytes by the formula."""
 
 import copy
+import dataclasses
+import functools
 
 import pytest
 import torch
@@ -320,5 +322,49 @@ def test_a_hook_that_returns_no_work():
         model = DataParallel(Planted(w=(2,)), comm, wire=blocking)
         with pytest.raises(TypeError, match=r"blocking: expected .* Work or Rounds, got Tensor"):
             model({"w": torch.ones(2)}).backward()
+
+    run_local(2, main)
+
+
+def scaled_mean(factor, bucket, comm, more=None):
+    return comm.allreduce(bucket.flat, op="mean", blocking=False)
+
+
+class CallableHook:
+    def __init__(self, state=None):
+        self.state = state
+
+    def __call__(self, bucket, comm):
+        return comm.allreduce(bucket.flat, op="mean", blocking=False)
+
+
+@dataclasses.dataclass
+class SetHook(CallableHook):
+    ratio: float = 0.5
+    state: object = None
+
+
+@pytest.mark.parametrize(
+    ("make", "shown"),
+    [
+        (lambda rank: CallableHook(), "CallableHook"),
+        (lambda rank: CallableHook().__call__, "CallableHook.__call__"),
+        (lambda rank: functools.partial(scaled_mean, 2), "scaled_mean with (0=2)"),
+        (lambda rank: functools.partial(CallableHook(), more=CallableHook()), "CallableHook with"),
+        (lambda rank: SetHook(0.1, object()), "SetHook(ratio=0.1)"),
+        (lambda rank: SetHook(0.1 + rank), None),
+        (lambda rank: functools.partial(scaled_mean, rank), None),
+        (lambda rank: scaled_mean if rank else CallableHook(), None),
+    ],
+)
+def test_hooks_are_compared_by_what_they_are_not_by_address(make, shown):
+    def main(comm):
+        hook = make(comm.rank)
+        if shown is None:
+            with pytest.raises(ValueError, match=r"settings .* entry 1: wire"):
+                DataParallel(nn.Linear(1, 1), comm, wire=hook)
+        else:
+            assert str(wire_format(hook)).startswith(shown)
+            DataParallel(nn.Linear(1, 1), comm, wire=hook)
 
     run_local(2, main)
