@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .carried import Carried
 from .drift import GradientReport, check_replicas, report_gradients
 from .finite import FiniteCheck
-from .hooks import WireHook
+from .hooks import WireHook, wire_format
 from .join import even_batches
 from .reducer import START_BYTES, Reducer, ReductionRecord, check_weight
 from .replicas import broadcast_tensors, check_equal, check_root, describe
@@ -50,6 +50,8 @@ class DataParallel(nn.Module):
       reduces it without a copy: clone a gradient that is to outlive the next backward.
     - Buffers, such as running statistics, are sent from `root` at the end of every synchronised
       backward, unless `broadcast_buffers` is off.
+    - Gradients travel on a channel of the wrapper's own, so that several wrappers over one `comm`,
+      as of a generator and its critic, may have parts in one backward; `close` gives it back.
     - A copy (`copy.deepcopy`) or a pickle of the wrapper is independent of the ranks: it has the
       same parameters under the same names, and never communicates.
 
@@ -94,27 +96,31 @@ class DataParallel(nn.Module):
         named = list(module.named_parameters())
         buffers = list(module.named_buffers())
         lines = [*describe(named), *describe(buffers)]
-        self._finite = FiniteCheck(comm) if check_finite else None
-        self._looking = False
-        self._reducer: Reducer | None = Reducer(
-            named,
-            comm,
-            op="mean",
-            bucket_bytes=None if bucket_bytes == "auto" else bucket_bytes,
-            wire=wire or wire_dtype,
-            sparse=sparse_parameters(module),
-            finite=self._finite,
-        )
         check_equal(comm, lines, "parameters or buffers of the module")
         check_equal(
             comm,
             [
                 f"bucket_bytes {bucket_bytes}",
-                f"wire {self._reducer.wire}",
+                f"wire {wire_format(wire or wire_dtype)}",
                 f"root {root}",
                 f"check_finite {check_finite}",
             ],
             "settings of DataParallel",
+        )
+        # What a backward sends is ordered among what this wrapper sends, not among wrappers.
+        channel = comm if comm.size == 1 else comm.split(0, key=comm.rank)
+        assert channel is not None
+        self._channel: Communicator | None = channel
+        self._finite = FiniteCheck(channel) if check_finite else None
+        self._looking = False
+        self._reducer: Reducer | None = Reducer(
+            named,
+            channel,
+            op="mean",
+            bucket_bytes=None if bucket_bytes == "auto" else bucket_bytes,
+            wire=wire or wire_dtype,
+            sparse=sparse_parameters(module),
+            finite=self._finite,
         )
         tensors = [tensor for _, tensor in (*named, *buffers)]
         broadcast_tensors(comm, tensors, root, START_BYTES)
@@ -276,7 +282,14 @@ class DataParallel(nn.Module):
         """
         if self._reducer is not None:
             self._reducer.detach()
-        self.comm, self._reducer, self._roster = None, None, None
+        self.comm, self._channel, self._reducer, self._roster = None, None, None, None
+
+    def close(self) -> None:
+        """Detach, and give the wrapper's own channel back; collective. `comm` stays open."""
+        comm, channel = self.comm, self._channel
+        self.detach()
+        if channel is not None and channel is not comm:
+            channel.close()
 
     @property
     def last_step(self) -> ReductionRecord | None:
@@ -308,7 +321,7 @@ class DataParallel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Communicators and hooks belong to this process.
-        gone = ("comm", "_reducer", "_roster", "_finite")
+        gone = ("comm", "_channel", "_reducer", "_roster", "_finite")
         return {**self.__dict__, **dict.fromkeys(gone)}
 
     def _ready(self, index: int) -> None:
@@ -339,13 +352,14 @@ class DataParallel(nn.Module):
     def _end_of_backward(self) -> None:
         # With re-entrant checkpointing there is one of these per nested backward: what they reduce
         # again is equal on all ranks by then, and stays as it is.
-        assert self._reducer is not None and self.comm is not None and self._roster is not None
+        assert self._reducer is not None and self._channel is not None
+        assert self._roster is not None
         self._reducer.flush()
         self._reducer.finish()
         if self._finite is not None:
             self._finite.agree()
         if self._broadcast_buffers and (buffers := self._roster.buffers()):
-            broadcast_tensors(self.comm, buffers, self._root, START_BYTES)
+            broadcast_tensors(self._channel, buffers, self._root, START_BYTES)
 
 
 def _forward_to(wrapper: DataParallel | None, index: int) -> None:

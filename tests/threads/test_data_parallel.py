@@ -94,13 +94,14 @@ def test_buckets_start_while_backward_goes_on(size):
         model = DataParallel(module, comm, bucket_bytes=1)
         module[0].weight.register_hook(lambda _: started.append(len(in_flight)))
         in_flight = []
-        allreduce = comm.allreduce
+        channel = model._channel
+        allreduce = channel.allreduce
 
         def counted(*args, **options):
             in_flight.append(args)
             return allreduce(*args, **options)
 
-        comm.allreduce = counted
+        channel.allreduce = counted
         for _ in range(2):
             in_flight.clear()
             model(data()[0]).sum().backward()
@@ -175,8 +176,9 @@ def test_pr15_last_micro_step_reduces_the_whole_sum(accumulate, forward_inside):
         module = Scalars(w=1)
         model = DataParallel(module, comm)
         counted = []
-        allreduce = comm.allreduce
-        comm.allreduce = lambda *a, **k: counted.append(a) or allreduce(*a, **k)
+        channel = model._channel
+        allreduce = channel.allreduce
+        channel.allreduce = lambda *a, **k: counted.append(a) or allreduce(*a, **k)
         inputs = [(1, 2, 3), (10, 20, 30)][comm.rank]
         for x in inputs[:2]:
             accumulate(model, lambda x=x: model(lambda m: m.w * x))
@@ -841,6 +843,29 @@ def test_recomputed_layers(reentrant):
     for found in run_local(2, main):
         for gradient, parameter in zip(found, whole.parameters(), strict=True):
             torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_wrappers_over_one_communicator_reduce_in_one_backward():
+    """A generator and its critic whose bias one rank uses: each got the other's gradients."""
+
+    def main(comm):
+        first, second = Scalars(w=2, shift=0), Scalars(w=3, bias=1)
+        generator, critic = (DataParallel(m, comm, bucket_bytes=1) for m in (first, second))
+        for step in range(3):
+            generator.zero_grad()
+            critic.zero_grad()
+            made = generator(lambda m: m.w * (comm.rank + 1.0) + m.shift)
+            score = critic(lambda m, x=made: m.w * x + (m.bias if comm.rank == 0 else 0))
+            (score * (step + 1)).backward()
+            grads = [grad(p) for p in (first.w, first.shift, second.w, second.bias)]
+            assert grads == [n * (step + 1) for n in (4.5, 3.0, 3.0, 0.5)]
+        critic.close()
+        first.zero_grad()
+        generator(lambda m: m.w * comm.rank).backward()
+        critic(lambda m: m.w * comm.rank).backward()
+        return grad(first.w), grad(second.w), comm.allreduce(np.ones(1)).item()
+
+    assert run_local(2, main) == [(0.5, 9.0, 2.0), (0.5, 10.0, 2.0)]
 
 
 def test_flags_follow_the_gradients_from_pass_to_pass():
