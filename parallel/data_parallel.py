@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .backward_end import BackwardEnd
 from .carried import Carried
 from .drift import GradientReport, check_replicas, report_gradients
 from .finite import FiniteCheck
@@ -112,7 +113,8 @@ class DataParallel(nn.Module):
         assert channel is not None
         self._channel: Communicator | None = channel
         self._finite = FiniteCheck(channel) if check_finite else None
-        self._looking = False
+        self._looking: BackwardEnd | None = None
+        self._ending: BackwardEnd | None = None
         self._reducer: Reducer | None = Reducer(
             named,
             channel,
@@ -133,8 +135,8 @@ class DataParallel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
         if self._reducer is not None:
-            if self._reducer.active and not _in_backward():
-                self._reducer.abandon()
+            if not _in_backward():
+                self._abandon()
             if self._roster is not None and torch.is_grad_enabled():
                 self._roster.check()
         timeline = None if self.comm is None else self.comm.timeline
@@ -194,8 +196,7 @@ class DataParallel(nn.Module):
         """
         if self._reducer is None or self._reducer.single:
             return
-        if self._reducer.active:
-            self._reducer.abandon()
+        self._abandon()
         self._reducer.begin(self._weight)
         self._end_of_backward()
 
@@ -321,27 +322,36 @@ class DataParallel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Communicators and hooks belong to this process.
-        gone = ("comm", "_channel", "_reducer", "_roster", "_finite")
+        gone = ("comm", "_channel", "_reducer", "_roster", "_finite", "_ending", "_looking")
         return {**self.__dict__, **dict.fromkeys(gone)}
 
     def _ready(self, index: int) -> None:
         reducer = self._reducer
         if reducer is None:
             return
-        alone = reducer.single or not self.synchronize
-        if self._finite is not None and alone and not self._looking:
-            self._looking = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._look)
-        if alone:
+        if reducer.single or not self.synchronize:
+            if self._finite is not None and not (self._looking and self._looking.waits):
+                self._looking = BackwardEnd(self._look)
             return
-        if not reducer.active:
+        if self._ending is None or not self._ending.waits:
+            self._abandon()  # of a backward that has failed
             reducer.begin(self._weight)
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
-        reducer.mark(index)
+            self._ending = BackwardEnd(self._end_of_backward)
+        reducer.mark(index, nested=self._ending.nested)
+
+    def _abandon(self) -> None:
+        """Give up what a backward that has failed has begun."""
+        if self._ending is not None:
+            self._ending.cancel()
+        if self._looking is not None:
+            self._looking.cancel()
+        self._ending, self._looking = None, None
+        if self._reducer is not None and self._reducer.active:
+            self._reducer.abandon()
 
     def _look(self) -> None:
         """Look at what a backward has left here that is not reduced yet, or never is."""
-        self._looking = False
+        self._looking = None
         if self._finite is None:
             return
         self._finite.look_at(self.module)
@@ -350,8 +360,7 @@ class DataParallel(nn.Module):
             self._finite.agree()
 
     def _end_of_backward(self) -> None:
-        # With re-entrant checkpointing there is one of these per nested backward: what they reduce
-        # again is equal on all ranks by then, and stays as it is.
+        self._ending = None
         assert self._reducer is not None and self._channel is not None
         assert self._roster is not None
         self._reducer.flush()

@@ -95,6 +95,7 @@ class _Pass:
     weight: float | None
     total: Work | None
     seen: set[int] = field(default_factory=set)
+    held: bool = False
     begun: float = field(default_factory=time.perf_counter)
     arrival: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
@@ -140,6 +141,7 @@ class Reducer:
         self._size_known = not self._chooses_size
         self._layout = self._lay_out(self._trainable(), order=None)
         self._arrival_known = False
+        self._repeated = False
         self._pass: _Pass | None = None
         self._handles: list[RemovableHandle] = []
         self.last: ReductionRecord | None = None
@@ -192,12 +194,21 @@ class Reducer:
             total=total,
         )
 
-    def mark(self, index: int) -> None:
-        """Note that a gradient is ready, and start every bucket that is now full."""
+    def mark(self, index: int, *, nested: bool = False) -> None:
+        """Note that a gradient is ready, and start every bucket that is now full.
+
+        nested: whether backwards within the backward may accumulate it again. All buckets wait for
+            the end then, in a first pass; in later ones if one has been.
+
+        Raises: RuntimeError where it is accumulated again although it has left.
+        """
         current = self._pass
         assert current is not None
         if index in current.seen:
+            self._repeat(current, index)
             return
+        if self._repeated or (nested and not self._arrival_known):
+            current.held = True
         current.seen.add(index)
         current.arrival.append(index)
         current.times.append(time.perf_counter() - current.begun)
@@ -206,10 +217,22 @@ class Reducer:
             return
         current.waiting[place] -= 1
         started = len(current.flights)
-        while started < self._layout.eager and current.waiting[started] == 0:
+        eager = 0 if current.held else self._layout.eager
+        while started < eager and current.waiting[started] == 0:
             self._start(current, self._layout.buckets[started], last=False)
             current.overlapped += 1
             started += 1
+
+    def _repeat(self, current: _Pass, index: int) -> None:
+        """Let a gradient that has not left be accumulated again, in this pass and those to come."""
+        self._repeated = current.held = True
+        place = self._layout.bucket_of.get(index)
+        if place is not None and place < len(current.flights):
+            raise RuntimeError(
+                f"gradient of {self._names[index]}: accumulated again, in a backward within the "
+                "backward, after it was sent: a layer that several re-entrant checkpoints share "
+                "needs checkpoint(..., use_reentrant=False)"
+            )
 
     def flush(self) -> None:
         """Start all buckets that have not been started; no more gradients will come."""
@@ -251,6 +274,8 @@ class Reducer:
     def abandon(self) -> None:
         """Give up a pass whose backward has failed; wait for what was started."""
         current, self._pass = self._pass, None
+        if self._finite is not None:
+            self._finite.forget()
         if current is not None:
             for flight in current.flights:
                 flight.rounds.abandon()

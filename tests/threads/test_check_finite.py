@@ -104,6 +104,59 @@ def test_the_last_microbatch_is_stopped_before_its_bucket_leaves(size) -> None:
         assert all_finite(gradients)
 
 
+class Fail(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("out of memory")
+
+
+def fail_halfway(model: nn.Module, x: torch.Tensor, factor: float) -> None:
+    """Run a backward that reaches the second of two layers only."""
+    first, second = model.module
+    with pytest.raises(RuntimeError, match="out of memory"):
+        (second(Fail.apply(first(x))).sum() * factor).backward()
+    model.zero_grad()
+
+
+def two_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_failed_backward_does_not_end_the_looking(size) -> None:
+    """The micro-batches after it were not looked at."""
+
+    def main(comm: Communicator):
+        model = ringfold.DataParallel(two_layers(), comm, check_finite=True)
+        x = torch.ones(1, 2)
+        with model.no_sync():
+            fail_halfway(model, x, 1.0)
+            (model(x) * math.nan).sum().backward()
+        model.zero_grad()
+        with pytest.raises(NotFinite) as caught:
+            model(x).sum().backward()
+        return caught.value.step, caught.value.microbatch
+
+    assert run_local(size, main) == [(0, 0)] * size
+
+
+def test_what_a_failed_backward_has_found_is_forgotten() -> None:
+    """A healthy step raised what the one before it had found in its first bucket."""
+
+    def main(comm: Communicator):
+        model = ringfold.DataParallel(two_layers(), comm, check_finite=True, bucket_bytes=1)
+        x = torch.full((1, 2), comm.rank + 1.0)
+        fail_halfway(model, x, math.nan)
+        model(x).sum().backward()
+        return model.module[1].bias.grad.tolist()
+
+    assert run_local(2, main) == [[1.0, 1.0]] * 2
+
+
 @pytest.mark.parametrize("wire", [None, "bf16", "powersgd:1"])
 def test_finite_gradients_are_what_they_are_without_the_check(wire) -> None:
     def main(comm: Communicator):
