@@ -368,7 +368,10 @@ class DataParallel(nn.Module):
         if self._finite is not None:
             self._finite.agree()
         if self._broadcast_buffers and (buffers := self._roster.buffers()):
-            broadcast_tensors(self._channel, buffers, self._root, START_BYTES)
+            # As `data`, which autograd takes no notice of: torch's own layers follow their running
+            # statistics so, and another backward may run through what has kept these.
+            data = [buffer.data for buffer in buffers]
+            broadcast_tensors(self._channel, data, self._root, START_BYTES)
 
 
 def _forward_to(wrapper: DataParallel | None, index: int) -> None:

@@ -687,6 +687,38 @@ def test_running_statistics_are_those_of_the_root():
     assert not torch.equal(results[0][1], results[1][1])
 
 
+class Scaled(nn.Module):
+    """A batch normalisation, and a buffer that backward needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(5, 3), nn.BatchNorm1d(3)
+        self.register_buffer("scale", torch.full((3,), 2.0))
+
+    def forward(self, x):
+        return self.norm(self.linear(x) * self.scale)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_buffers_of_the_root_leave_other_backwards_alone(training):
+    """On all ranks but the root the second backward found a buffer modified."""
+
+    def main(comm):
+        module = Scaled().train(training)
+        model = DataParallel(module, comm, root=1)
+        x = data()[0]
+        first, second = model(x[comm.rank :: 3]), model(x[: comm.rank + 2])
+        first.square().sum().backward()
+        second.square().sum().backward(retain_graph=True)
+        second[:, 0].sum().backward()
+        return [p.grad for p in module.parameters()], module.norm.running_mean
+
+    results = run_local(3, main)
+    for gradients, mean in results:
+        assert all(map(torch.equal, gradients, results[0][0]))
+        assert torch.equal(mean, results[1][1])
+
+
 def rows_one(*indices, width=1):
     """An embedding's gradient by rows, for the sum over looked-up rows."""
     table = torch.zeros(4, width)
