@@ -18,7 +18,7 @@ from .finite import FiniteCheck
 from .hooks import WireHook, wire_format
 from .join import even_batches
 from .reducer import START_BYTES, Reducer, ReductionRecord, check_weight
-from .replicas import broadcast_tensors, check_equal, check_root, describe
+from .replicas import broadcast_tensors, check_equal, check_root, describe, describe_frozen
 from .roster import Roster
 from .spans import record_forward
 from .sparse import sparse_parameters
@@ -69,7 +69,8 @@ class DataParallel(nn.Module):
     root: the rank of `comm` whose parameters and buffers all ranks start from.
 
     Collective over `comm`. ValueError on every rank, before anything is overwritten, if the modules
-    differ between ranks in the names, shapes or dtypes of parameters or buffers.
+    differ between ranks in the names, shapes or dtypes of parameters or buffers, or in which
+    are frozen.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class DataParallel(nn.Module):
         self._weight: float | None = None
         named = list(module.named_parameters())
         buffers = list(module.named_buffers())
-        lines = [*describe(named), *describe(buffers)]
+        lines = [*describe(named), *describe(buffers), *describe_frozen(named)]
         check_equal(comm, lines, "parameters or buffers of the module")
         check_equal(
             comm,

@@ -30,7 +30,7 @@ from .finite import FiniteCheck
 from .flight import Flight, Load, carrier_of
 from .hooks import WireHook, wire_format
 from .pace import measure_pace
-from .replicas import check_equal, dtype_name, member_of
+from .replicas import check_equal, describe_frozen, dtype_name, member_of
 from .transfer import Finite
 
 if TYPE_CHECKING:
@@ -407,8 +407,7 @@ class Reducer:
     def _agree_again(self, current: _Pass) -> None:
         """Follow a change of requires_grad, and reduce what has been unfrozen in this same pass."""
         trainable = self._trainable()
-        words = ("frozen", "trainable")
-        lines = [f"{name} {words[flag]}" for name, flag in zip(self._names, trainable, strict=True)]
+        lines = describe_frozen(zip(self._names, self._parameters, strict=True))
         check_equal(self._comm, lines, "requires_grad of the parameters")
         before = self._layout.trainable
         late = [i for i, flag in enumerate(trainable) if flag and not before[i]]

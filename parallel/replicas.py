@@ -21,6 +21,7 @@ __all__ = [
     "broadcast_tensors",
     "check_equal",
     "describe",
+    "describe_frozen",
     "device_of",
     "dtype_name",
     "flat_bytes",
@@ -64,6 +65,11 @@ def describe(named: Iterable[tuple[str, Tensor]]) -> list[str]:
         if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
             raise ValueError(f"{name} has no shape yet: run a forward of its lazy module first")
     return [f"{name} {tuple(t.shape)} {dtype_name(t.dtype)}" for name, t in named]
+
+
+def describe_frozen(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Return one line per parameter: its name, and whether it is to be trained."""
+    return [f"{name} {'trainable' if p.requires_grad else 'frozen'}" for name, p in named]
 
 
 def check_equal(comm: Communicator, lines: Sequence[str], what: str) -> None:

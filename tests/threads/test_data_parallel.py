@@ -836,6 +836,22 @@ def test_layers_without_parameters_may_come_and_parameters_may_go():
     assert run_local(2, main) == [1.5, 1.5]
 
 
+def test_frozen_on_some_ranks_only_is_refused_at_once():
+    """The buckets of such ranks held other parameters."""
+
+    def main(comm):
+        module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+        module[0 if comm.rank == 1 else 1].requires_grad_(False)
+        with pytest.raises(
+            ValueError,
+            match=r"entry 2: 0\.weight trainable on ranks 0, 2; 0\.weight frozen on rank 1",
+        ):
+            DataParallel(module, comm)
+        return True
+
+    assert all(run_local(3, main))
+
+
 def test_a_lazy_module_is_refused_by_name():
     def main(comm):
         with pytest.raises(ValueError, match=r"0\.weight has no shape yet"):
