@@ -81,6 +81,11 @@ def check_weight(weight: float) -> None:
         raise ValueError(f"expected a finite weight >= 0, got {weight}")
 
 
+def _may_be_trained(parameter: Tensor) -> bool:
+    number = parameter.is_floating_point() or parameter.is_complex()
+    return number and (parameter.requires_grad or not parameter.is_inference())
+
+
 def _all_finite(found: Sequence[Finite]) -> bool | None:
     verdicts = [one() if callable(one) else one for one in found]
     return False if False in verdicts else None if None in verdicts else True
@@ -149,7 +154,7 @@ class Reducer:
     def attach(self, on_ready: Callable[[int], None]) -> None:
         """Call on_ready(index) whenever backward has accumulated a parameter's gradient."""
         for index, parameter in enumerate(self._parameters):
-            if not (parameter.is_floating_point() or parameter.is_complex()):
+            if not _may_be_trained(parameter):
                 continue
             # A frozen parameter takes no hook, but it keeps one when it is frozen and unfrozen.
             frozen = not parameter.requires_grad

@@ -852,6 +852,22 @@ def test_frozen_on_some_ranks_only_is_refused_at_once():
     assert all(run_local(3, main))
 
 
+def test_a_frozen_layer_made_for_inference():
+    def main(comm):
+        with torch.inference_mode():
+            made = nn.Linear(1, 1).requires_grad_(False)
+        module = nn.Sequential(made, nn.Linear(1, 1))
+        model = DataParallel(module, comm)
+        with torch.no_grad():
+            hidden = made(torch.ones(1, 1)).clone()
+        module[1](hidden + comm.rank).sum().backward()
+        model.check_replicas()
+        return module[1].weight.grad.item() - hidden.item(), made.weight.grad
+
+    for found, nothing in run_local(2, main):
+        assert found == pytest.approx(0.5) and nothing is None
+
+
 def test_a_lazy_module_is_refused_by_name():
     def main(comm):
         with pytest.raises(ValueError, match=r"0\.weight has no shape yet"):
