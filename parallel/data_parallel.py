@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,11 +16,12 @@ from .drift import GradientReport, check_replicas, report_gradients
 from .finite import FiniteCheck
 from .hooks import WireHook, wire_format
 from .join import even_batches
-from .reducer import START_BYTES, Reducer, ReductionRecord, check_weight
-from .replicas import broadcast_tensors, check_equal, check_root, describe, describe_frozen
+from .reducer import START_BYTES, Reducer, ReductionRecord
+from .replicas import broadcast_tensors, check_equal, check_root, describe
 from .roster import Roster
 from .spans import record_forward
 from .sparse import sparse_parameters
+from .weights import begin_weighing, sum_of_weights
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -86,9 +86,6 @@ class DataParallel(nn.Module):
         check_finite: bool = False,
     ) -> None:
         super().__init__()
-        check_root(comm, root)
-        if wire is not None and wire_dtype is not None:
-            raise ValueError(f"expected wire or wire_dtype, got both: {wire} and {wire_dtype}")
         self.module = module
         self.comm: Communicator | None = comm
         self.synchronize = True
@@ -97,18 +94,20 @@ class DataParallel(nn.Module):
         self._weight: float | None = None
         named = list(module.named_parameters())
         buffers = list(module.named_buffers())
-        lines = [*describe(named), *describe(buffers), *describe_frozen(named)]
-        check_equal(comm, lines, "parameters or buffers of the module")
-        check_equal(
-            comm,
-            [
-                f"bucket_bytes {bucket_bytes}",
-                f"wire {wire_format(wire or wire_dtype)}",
-                f"root {root}",
-                f"check_finite {check_finite}",
-            ],
-            "settings of DataParallel",
-        )
+
+        def settings() -> list[str]:
+            if wire is not None and wire_dtype is not None:
+                raise ValueError(f"expected wire or wire_dtype, got both: {wire} and {wire_dtype}")
+            check_root(comm, root)
+            form = wire_format(wire or wire_dtype)
+            one = f"bucket_bytes {bucket_bytes}", f"wire {form}", f"root {root}"
+            return [*one, f"check_finite {check_finite}"]
+
+        def contents() -> list[str]:
+            return [*describe(named), *describe(buffers)]
+
+        check_equal(comm, settings, "settings of DataParallel")
+        check_equal(comm, contents, "parameters or buffers of the module")
         # What a backward sends is ordered among what this wrapper sends, not among wrappers.
         channel = comm if comm.size == 1 else comm.split(0, key=comm.rank)
         assert channel is not None
@@ -181,12 +180,11 @@ class DataParallel(nn.Module):
         The plain mean over ranks is then what `weighted` computes. For models whose ranks meet in
         the backward itself, such as SyncBatchNorm, where weights come too late afterwards; with
         gradients accumulated over several batches it may differ from batch to batch. Collective;
-        0 on every rank if all weights are 0. ValueError on this rank for a bad weight.
+        0 on every rank if all weights are 0. ValueError on every rank for a bad weight.
         """
-        check_weight(weight)
         if self.comm is None:
             return 1.0
-        total = float(self.comm.allreduce(np.array([weight], np.float64), op="sum")[0])
+        total = sum_of_weights(begin_weighing(self.comm, weight))
         return weight * self.comm.size / total if total else 0.0
 
     def reduce_gradients(self) -> None:

@@ -27,7 +27,7 @@ from .plan import PlanFunction, plan_function, whole_plan
 from .plan_check import check_plan, num_stages_of, stage_peaks
 from .random_keys import name_layers
 from .reducer import Reducer, ReductionRecord
-from .replicas import broadcast_tensors, check_equal, describe, describe_frozen, device_of
+from .replicas import broadcast_tensors, check_equal, describe, device_of
 from .rows import agree_on_rows, agree_on_rows_of_pipe
 from .share import share_of
 from .sparse import sparse_parameters
@@ -168,7 +168,6 @@ class Pipeline:
             f"layers {' '.join(name for name, _ in named)}",
             *describe(whole.named_parameters()),
             *describe(whole.named_buffers()),
-            *describe_frozen(whole.named_parameters()),
         ]
         check_equal(mesh.comm, lines, "settings, parameters or buffers of the pipeline")
 

@@ -12,7 +12,6 @@ since the ranks last agreed on it.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -30,8 +29,9 @@ from .finite import FiniteCheck
 from .flight import Flight, Load, carrier_of
 from .hooks import WireHook, wire_format
 from .pace import measure_pace
-from .replicas import check_equal, describe_frozen, dtype_name, member_of
+from .replicas import check_equal, dtype_name, member_of
 from .transfer import Finite
+from .weights import begin_weighing, sum_of_weights
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ..comm.communicator import Communicator
     from ..comm.work import Receipt, Work
 
-__all__ = ["START_BYTES", "Reducer", "ReductionRecord", "check_weight"]
+__all__ = ["START_BYTES", "Reducer", "ReductionRecord"]
 
 START_BYTES = 4 << 20
 
@@ -73,12 +73,6 @@ class ReductionRecord:
     def reductions(self) -> int:
         """Return the number of reductions, one per bucket."""
         return len(self.bucket_nbytes)
-
-
-def check_weight(weight: float) -> None:
-    """Refuse what is no weight of a mean."""
-    if not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"expected a finite weight >= 0, got {weight}")
 
 
 def _may_be_trained(parameter: Tensor) -> bool:
@@ -188,15 +182,11 @@ class Reducer:
         the op; a rank of weight 0 adds nothing, whatever its gradients hold.
         """
         assert self._pass is None
-        total = None
-        if weight is not None:
-            check_weight(weight)
-            total = self._comm.allreduce(np.array([weight], np.float64), op="sum", blocking=False)
         self._pass = _Pass(
             waiting=[len(bucket.indices) for bucket in self._layout.buckets],
             changed=self._trainable() != self._layout.trainable,
             weight=weight,
-            total=total,
+            total=None if weight is None else begin_weighing(self._comm, weight),
         )
 
     def mark(self, index: int, *, nested: bool = False) -> None:
@@ -369,7 +359,7 @@ class Reducer:
     def _share(self, current: _Pass) -> float | None:
         if current.weight is None or current.total is None:
             return None
-        total = float(current.total.wait()[0])
+        total = sum_of_weights(current.total)
         return current.weight / total if total else 0.0
 
     def _gradient(self, index: int) -> Tensor | None:
@@ -412,7 +402,8 @@ class Reducer:
     def _agree_again(self, current: _Pass) -> None:
         """Follow a change of requires_grad, and reduce what has been unfrozen in this same pass."""
         trainable = self._trainable()
-        lines = describe_frozen(zip(self._names, self._parameters, strict=True))
+        words = ("frozen", "trainable")
+        lines = [f"{name} {words[flag]}" for name, flag in zip(self._names, trainable, strict=True)]
         check_equal(self._comm, lines, "requires_grad of the parameters")
         before = self._layout.trainable
         late = [i for i, flag in enumerate(trainable) if flag and not before[i]]

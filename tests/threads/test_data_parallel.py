@@ -836,16 +836,53 @@ def test_layers_without_parameters_may_come_and_parameters_may_go():
     assert run_local(2, main) == [1.5, 1.5]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({}, r"parameters or buffers of the module, on rank 1: 0\.weight has no shape yet"),
+        ({"root": 2}, r"settings of DataParallel, on rank 1: expected a root from 0 to 1, got 2"),
+        ({"wire": "int3"}, r"settings of DataParallel, on rank 1: unknown wire dtype 'int3'"),
+    ],
+)
+def test_what_one_rank_cannot_wrap_every_rank_is_told_at_once(arguments, told):
+    def main(comm):
+        own = comm.rank == 1
+        module = nn.Sequential(nn.LazyLinear(1) if own and not arguments else nn.Linear(1, 1))
+        with pytest.raises(ValueError, match=told):
+            DataParallel(module, comm, **(arguments if own else {}))
+        comm.barrier()
+
+    run_local(2, main)
+
+
+def test_a_bad_weight_of_one_rank_is_told_to_every_rank():
+    def main(comm):
+        module = Scalars(a=1, b=1)
+        model = DataParallel(module, comm, bucket_bytes=1)
+        bad = float("nan") if comm.rank == 1 else 1.0
+        told = "expected a finite weight >= 0, got nan on rank 1"
+        with pytest.raises(ValueError, match=told), model.weighted(bad):
+            model(lambda m: m.a * m.b).backward()
+        with pytest.raises(ValueError, match=told):
+            model.loss_factor(bad)
+        model.zero_grad()
+        with model.weighted(comm.rank):
+            model(lambda m: m.a * m.b * comm.rank).backward()
+        return grad(module.a)
+
+    assert run_local(3, main) == [pytest.approx(5 / 3)] * 3
+
+
 def test_frozen_on_some_ranks_only_is_refused_at_once():
     """The buckets of such ranks held other parameters."""
 
     def main(comm):
         module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
         module[0 if comm.rank == 1 else 1].requires_grad_(False)
-        with pytest.raises(
-            ValueError,
-            match=r"entry 2: 0\.weight trainable on ranks 0, 2; 0\.weight frozen on rank 1",
-        ):
+        told = (
+            r"0\.weight \(2, 2\) float32 on ranks 0, 2; 0\.weight \(2, 2\) float32 frozen on rank 1"
+        )
+        with pytest.raises(ValueError, match=told):
             DataParallel(module, comm)
         return True
 
