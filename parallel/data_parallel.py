@@ -6,10 +6,12 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
+from ..comm.errors import NotFinite
 from .backward_end import BackwardEnd
 from .carried import Carried
 from .drift import GradientReport, check_replicas, report_gradients
@@ -32,6 +34,10 @@ __all__ = ["DataParallel"]
 Batch = TypeVar("Batch")
 
 _AVERAGES = ("active", "all")
+
+_WRAPPERS: WeakKeyDictionary[Communicator, WeakValueDictionary[str, DataParallel]]
+_WRAPPERS = WeakKeyDictionary()
+"""By communicator and channel, in the order in which all ranks have made them."""
 
 
 class DataParallel(nn.Module):
@@ -112,6 +118,8 @@ class DataParallel(nn.Module):
         channel = comm if comm.size == 1 else comm.split(0, key=comm.rank)
         assert channel is not None
         self._channel: Communicator | None = channel
+        self._siblings = _WRAPPERS.setdefault(comm, WeakValueDictionary())
+        self._siblings[channel.name] = self
         self._finite = FiniteCheck(channel) if check_finite else None
         self._looking: BackwardEnd | None = None
         self._ending: BackwardEnd | None = None
@@ -192,12 +200,13 @@ class DataParallel(nn.Module):
 
         For a rank without a batch, or whose loss reaches no parameter, while other ranks run a
         synchronised backward: what it has in `.grad` counts, or zeros, and it gets the result.
+        For several wrappers with parts in that backward in the order in which they were made.
         """
         if self._reducer is None or self._reducer.single:
             return
         self._abandon()
         self._reducer.begin(self._weight)
-        self._end_of_backward()
+        self._reduce()
 
     def join(
         self, batches: Iterable[Batch], *, at_end: str = "none", average: str = "active"
@@ -321,8 +330,8 @@ class DataParallel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # Communicators and hooks belong to this process.
-        gone = ("comm", "_channel", "_reducer", "_roster", "_finite", "_ending", "_looking")
-        return {**self.__dict__, **dict.fromkeys(gone)}
+        own = "comm", "_channel", "_siblings", "_reducer", "_roster", "_finite"
+        return {**self.__dict__, **dict.fromkeys((*own, "_ending", "_looking"))}
 
     def _ready(self, index: int) -> None:
         reducer = self._reducer
@@ -359,7 +368,24 @@ class DataParallel(nn.Module):
             self._finite.agree()
 
     def _end_of_backward(self) -> None:
-        self._ending = None
+        """Reduce what a backward has left, of all wrappers in it, in one order on all ranks.
+
+        Autograd may have reached them in different orders, and each waits for all ranks.
+        """
+        refused: Exception | None = None
+        for wrapper in list(self._siblings.values()):
+            if wrapper is self or (wrapper._ending is not None and wrapper._ending.waits):
+                try:
+                    wrapper._reduce()
+                except (NotFinite, ValueError) as error:  # on all ranks, which go on with the next
+                    refused = refused or error
+        if refused is not None:
+            raise refused
+
+    def _reduce(self) -> None:
+        if self._ending is not None:
+            self._ending.cancel()
+            self._ending = None
         assert self._reducer is not None and self._channel is not None
         assert self._roster is not None
         self._reducer.flush()

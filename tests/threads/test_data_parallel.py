@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ringfold import DataParallel, run_local
+from ringfold import DataParallel, NotFinite, run_local
 from ringfold.parallel.buckets import LIMITS
 
 SIZES = (1, 2, 3, 4)
@@ -967,6 +967,30 @@ def test_wrappers_over_one_communicator_reduce_in_one_backward():
         return grad(first.w), grad(second.w), comm.allreduce(np.ones(1)).item()
 
     assert run_local(2, main) == [(0.5, 9.0, 2.0), (0.5, 10.0, 2.0)]
+
+
+@pytest.mark.parametrize("check_finite", [False, True])
+def test_wrappers_that_ranks_reach_in_different_orders(check_finite):
+    """Each rank waited for the other in another wrapper."""
+
+    def main(comm):
+        modules = [Scalars(a=2, b=3) for _ in range(3)]
+        models = [DataParallel(m, comm, check_finite=check_finite) for m in modules]
+        for step in range(3):
+            for model in models:
+                model.zero_grad()
+            shifted = models[comm.rank :] + models[: comm.rank]
+            bad = check_finite and step == 1 and comm.rank == 2
+            losses = [model(lambda m: m.a * m.b * (comm.rank + 1)) for model in shifted]
+            loss = sum(losses) * (float("nan") if bad else 1.0)
+            if check_finite and step == 1:
+                with pytest.raises(NotFinite, match="rank 2"):
+                    loss.backward()
+            else:
+                loss.backward()
+                assert [(grad(m.a), grad(m.b)) for m in modules] == [(6.0, 4.0)] * 3
+
+    run_local(3, main)
 
 
 def test_flags_follow_the_gradients_from_pass_to_pass():
