@@ -157,6 +157,40 @@ def test_what_a_failed_backward_has_found_is_forgotten() -> None:
     assert run_local(2, main) == [[1.0, 1.0]] * 2
 
 
+class Refusing(nn.Module):
+    """Raise in one call."""
+
+    def __init__(self, call: int) -> None:
+        super().__init__()
+        self.calls, self.call = 0, call
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls - 1 == self.call:
+            raise RuntimeError("out of memory")
+        return x.clone()
+
+
+@pytest.mark.parametrize(("data", "pipe"), [(1, 2), (2, 1)])
+def test_what_a_step_that_a_stage_failed_has_found_is_forgotten(data, pipe) -> None:
+    def main(comm: Communicator) -> None:
+        engine = ringfold.Pipeline(
+            [*layers(comm.rank, (1, 1, 0), math.nan, 4), Refusing(1)],
+            ringfold.Mesh(comm, data=data, pipe=pipe),
+            loss_fn=nn.functional.mse_loss,
+            microbatches=2,
+            schedule="1f1b",
+            check_finite=True,
+        )
+        x, y = torch.ones(4, 4), torch.zeros(4, 4)
+        with pytest.raises(ringfold.StageError, match="out of memory"):
+            engine.step(x, y)
+        engine.zero_grad()
+        assert math.isfinite(engine.step(x, y))
+
+    run_local(2, main)
+
+
 @pytest.mark.parametrize("wire", [None, "bf16", "powersgd:1"])
 def test_finite_gradients_are_what_they_are_without_the_check(wire) -> None:
     def main(comm: Communicator):
