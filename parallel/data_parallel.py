@@ -6,23 +6,26 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
-import numpy as np
 import torch
 from torch import nn
 
+from ..comm.errors import NotFinite
+from .backward_end import BackwardEnd
 from .carried import Carried
 from .drift import GradientReport, check_replicas, report_gradients
 from .finite import FiniteCheck
 from .gpu_threads import check_gpu_threads
-from .hooks import WireHook
+from .hooks import WireHook, wire_format
 from .join import check_at_end, turns
-from .reducer import START_BYTES, Reducer, ReductionRecord, check_weight
+from .reducer import START_BYTES, Reducer, ReductionRecord
 from .replicas import broadcast_tensors, check_equal, check_root, check_sendable, describe
 from .roster import Roster
 from .spans import record_forward
 from .sparse import sparse_parameters
 from .transparent import Transparent
+from .weights import begin_weighing, sum_of_weights
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -33,6 +36,10 @@ __all__ = ["DataParallel"]
 Batch = TypeVar("Batch")
 
 _AVERAGES = ("active", "all")
+
+_WRAPPERS: WeakKeyDictionary[Communicator, WeakValueDictionary[str, DataParallel]]
+_WRAPPERS = WeakKeyDictionary()
+"""By communicator and channel, in the order in which all ranks have made them."""
 
 
 class DataParallel(Transparent):
@@ -52,6 +59,8 @@ class DataParallel(Transparent):
       reduces it without a copy: clone a gradient that is to outlive the next backward.
     - Buffers, such as running statistics, are sent from `root` at the end of every synchronised
       backward, unless `broadcast_buffers` is off.
+    - Gradients travel on a channel of the wrapper's own, so that several wrappers over one `comm`,
+      as of a generator and its critic, may have parts in one backward; `close` gives it back.
     - A copy (`copy.deepcopy`) or a pickle of the wrapper is independent of the ranks: it has the
       same parameters under the same names, and never communicates.
 
@@ -68,7 +77,8 @@ class DataParallel(Transparent):
     root: the rank of `comm` whose parameters and buffers all ranks start from.
 
     Collective over `comm`. ValueError on every rank, before anything is overwritten, if the modules
-    differ between ranks in the names, shapes or dtypes of parameters or buffers.
+    differ between ranks in the names, shapes or dtypes of parameters or buffers, or in which
+    are frozen.
     """
 
     def __init__(
@@ -84,9 +94,6 @@ class DataParallel(Transparent):
         check_finite: bool = False,
     ) -> None:
         super().__init__()
-        check_root(comm, root)
-        if wire is not None and wire_dtype is not None:
-            raise ValueError(f"expected wire or wire_dtype, got both: {wire} and {wire_dtype}")
         self.module = module
         self.comm: Communicator | None = comm
         self.synchronize = True
@@ -95,29 +102,36 @@ class DataParallel(Transparent):
         self._weight: float | None = None
         named = list(module.named_parameters())
         buffers = list(module.named_buffers())
+
+        def settings() -> list[str]:
+            if wire is not None and wire_dtype is not None:
+                raise ValueError(f"expected wire or wire_dtype, got both: {wire} and {wire_dtype}")
+            check_root(comm, root)
+            form = wire_format(wire or wire_dtype)
+            one = f"bucket_bytes {bucket_bytes}", f"wire {form}", f"root {root}"
+            return [*one, f"check_finite {check_finite}"]
+
+        check_equal(comm, settings, "settings of DataParallel")
         lines = [*describe(named), *describe(buffers)]
         check_equal(comm, lines, "parameters or buffers of the module")
         check_sendable(comm, (*named, *buffers))
-        self._finite = FiniteCheck(comm) if check_finite else None
-        self._looking = False
+        # What a backward sends is ordered among what this wrapper sends, not among wrappers.
+        channel = comm if comm.size == 1 else comm.split(0, key=comm.rank)
+        assert channel is not None
+        self._channel: Communicator | None = channel
+        self._siblings = _WRAPPERS.setdefault(comm, WeakValueDictionary())
+        self._siblings[channel.name] = self
+        self._finite = FiniteCheck(channel) if check_finite else None
+        self._looking: BackwardEnd | None = None
+        self._ending: BackwardEnd | None = None
         self._reducer: Reducer | None = Reducer(
             named,
-            comm,
+            channel,
             op="mean",
             bucket_bytes=None if bucket_bytes == "auto" else bucket_bytes,
             wire=wire or wire_dtype,
             sparse=sparse_parameters(module),
             finite=self._finite,
-        )
-        check_equal(
-            comm,
-            [
-                f"bucket_bytes {bucket_bytes}",
-                f"wire {self._reducer.wire}",
-                f"root {root}",
-                f"check_finite {check_finite}",
-            ],
-            "settings of DataParallel",
         )
         tensors = [tensor for _, tensor in (*named, *buffers)]
         check_gpu_threads(comm, tensors)
@@ -131,8 +145,8 @@ class DataParallel(Transparent):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
         if self._reducer is not None:
-            if self._reducer.active and not _in_backward():
-                self._reducer.abandon()
+            if not _in_backward():
+                self._abandon()
             if self._roster is not None and torch.is_grad_enabled():
                 self._roster.check()
         timeline = None if self.comm is None else self.comm.timeline
@@ -176,12 +190,11 @@ class DataParallel(Transparent):
         The plain mean over ranks is then what `weighted` computes. For models whose ranks meet in
         the backward itself, such as SyncBatchNorm, where weights come too late afterwards; with
         gradients accumulated over several batches it may differ from batch to batch. Collective;
-        0 on every rank if all weights are 0. ValueError on this rank for a bad weight.
+        0 on every rank if all weights are 0. ValueError on every rank for a bad weight.
         """
-        check_weight(weight)
         if self.comm is None:
             return 1.0
-        total = float(self.comm.allreduce(np.array([weight], np.float64), op="sum")[0])
+        total = sum_of_weights(begin_weighing(self.comm, weight))
         return weight * self.comm.size / total if total else 0.0
 
     def reduce_gradients(self) -> None:
@@ -189,13 +202,13 @@ class DataParallel(Transparent):
 
         For a rank without a batch, or whose loss reaches no parameter, while other ranks run a
         synchronised backward: what it has in `.grad` counts, or zeros, and it gets the result.
+        For several wrappers with parts in that backward in the order in which they were made.
         """
         if self._reducer is None or self._reducer.single:
             return
-        if self._reducer.active:
-            self._reducer.abandon()
+        self._abandon()
         self._reducer.begin(self._weight)
-        self._end_of_backward()
+        self._reduce()
 
     def join(
         self, batches: Iterable[Batch], *, at_end: str = "none", average: str = "active"
@@ -290,7 +303,14 @@ class DataParallel(Transparent):
         """
         if self._reducer is not None:
             self._reducer.detach()
-        self.comm, self._reducer, self._roster = None, None, None
+        self.comm, self._channel, self._reducer, self._roster = None, None, None, None
+
+    def close(self) -> None:
+        """Detach, and give the wrapper's own channel back; collective. `comm` stays open."""
+        comm, channel = self.comm, self._channel
+        self.detach()
+        if channel is not None and channel is not comm:
+            channel.close()
 
     @property
     def last_step(self) -> ReductionRecord | None:
@@ -299,27 +319,36 @@ class DataParallel(Transparent):
 
     def __getstate__(self) -> dict[str, Any]:
         # Communicators and hooks belong to this process.
-        gone = ("comm", "_reducer", "_roster", "_finite")
-        return {**self.__dict__, **dict.fromkeys(gone)}
+        own = "comm", "_channel", "_siblings", "_reducer", "_roster", "_finite"
+        return {**self.__dict__, **dict.fromkeys((*own, "_ending", "_looking"))}
 
     def _ready(self, index: int) -> None:
         reducer = self._reducer
         if reducer is None:
             return
-        alone = reducer.single or not self.synchronize
-        if self._finite is not None and alone and not self._looking:
-            self._looking = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._look)
-        if alone:
+        if reducer.single or not self.synchronize:
+            if self._finite is not None and not (self._looking and self._looking.waits):
+                self._looking = BackwardEnd(self._look)
             return
-        if not reducer.active:
+        if self._ending is None or not self._ending.waits:
+            self._abandon()  # of a backward that has failed
             reducer.begin(self._weight)
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
-        reducer.mark(index)
+            self._ending = BackwardEnd(self._end_of_backward)
+        reducer.mark(index, nested=self._ending.nested)
+
+    def _abandon(self) -> None:
+        """Give up what a backward that has failed has begun."""
+        if self._ending is not None:
+            self._ending.cancel()
+        if self._looking is not None:
+            self._looking.cancel()
+        self._ending, self._looking = None, None
+        if self._reducer is not None and self._reducer.active:
+            self._reducer.abandon()
 
     def _look(self) -> None:
         """Look at what a backward has left here that is not reduced yet, or never is."""
-        self._looking = False
+        self._looking = None
         if self._finite is None:
             return
         self._finite.look_at(self.module)
@@ -328,15 +357,35 @@ class DataParallel(Transparent):
             self._finite.agree()
 
     def _end_of_backward(self) -> None:
-        # With re-entrant checkpointing there is one of these per nested backward: what they reduce
-        # again is equal on all ranks by then, and stays as it is.
-        assert self._reducer is not None and self.comm is not None and self._roster is not None
+        """Reduce what a backward has left, of all wrappers in it, in one order on all ranks.
+
+        Autograd may have reached them in different orders, and each waits for all ranks.
+        """
+        refused: Exception | None = None
+        for wrapper in list(self._siblings.values()):
+            if wrapper is self or (wrapper._ending is not None and wrapper._ending.waits):
+                try:
+                    wrapper._reduce()
+                except (NotFinite, ValueError) as error:  # on all ranks, which go on with the next
+                    refused = refused or error
+        if refused is not None:
+            raise refused
+
+    def _reduce(self) -> None:
+        if self._ending is not None:
+            self._ending.cancel()
+            self._ending = None
+        assert self._reducer is not None and self._channel is not None
+        assert self._roster is not None
         self._reducer.flush()
         self._reducer.finish()
         if self._finite is not None:
             self._finite.agree()
         if self._broadcast_buffers and (buffers := self._roster.buffers()):
-            broadcast_tensors(self.comm, buffers, self._source, START_BYTES)
+            # As `data`, which autograd takes no notice of: torch's own layers follow their running
+            # statistics so, and another backward may run through what has kept these.
+            data = [buffer.data for buffer in buffers]
+            broadcast_tensors(self._channel, data, self._source, START_BYTES)
 
 
 def _forward_to(wrapper: DataParallel | None, index: int) -> None:

@@ -67,6 +67,10 @@ class FiniteCheck:
             named = list(module.named_parameters())[::-1]  # about as backward reaches them
             self.look([name for name, _ in named], [parameter.grad for _, parameter in named])
 
+    def forget(self) -> None:
+        """Begin the step anew, after a backward that has failed."""
+        self._found, self.microbatch = None, 0
+
     def agree(self) -> None:
         """End a step: raise on every rank where any has found something; collective.
 

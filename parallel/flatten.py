@@ -183,10 +183,33 @@ def _plain_place(parameter: Tensor) -> tuple[Sequence[int], Sequence[int]]:
 
 
 def in_place(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
-    """Return a gradient's own memory as a flat tensor, None where it is no contiguous real one."""
+    """Return a gradient's own memory as a flat tensor, None where that must be left alone.
+
+    As where it is not contiguous, or where anything else looks at it.
+    """
     if gradient is None or not _can_move(gradient, parameter) or not gradient.is_contiguous():
         return None
+    if not _is_sole_owner(gradient):
+        return None
     return real_view(gradient.detach()).view(-1)
+
+
+def _is_sole_owner(gradient: Tensor) -> bool:
+    """Tell whether no other tensor has the gradient's memory.
+
+    What autograd makes a gradient may be a view of what the rest of backward still reads, or of
+    another parameter's gradient, and then has no base that would tell so. Memory that torch cannot
+    resize is another library's, whose uses nobody counts.
+    """
+    return gradient.untyped_storage().resizable() and _uses(gradient) <= _USES_OF_ONE
+
+
+def _uses(tensor: Tensor) -> int:
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+
+
+_USES_OF_ONE = _uses(torch.empty(1))
+"""The tensor's own use of its memory, and that of whoever counts."""
 
 
 def _can_move(gradient: Tensor, parameter: Tensor) -> bool:

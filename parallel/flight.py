@@ -199,8 +199,8 @@ class LargeCarrier:
     """Reduce one gradient where it lies, its flags beside it.
 
     A gradient that autograd has just made is reduced in its own memory, since packing it would
-    cost more than shared memory saves. One that its owner keeps from pass to pass moves to
-    registered memory, and stays.
+    cost more than shared memory saves; unless another tensor has that memory, too. One that its
+    owner keeps from pass to pass moves to registered memory, and stays.
     """
 
     def __init__(self, comm: Communicator, op: str) -> None:

@@ -311,6 +311,8 @@ class Pipeline:
             loss, failed = map(float, work.wait())
         self._ties.finish()
         if failed:
+            if self._finite is not None:
+                self._finite.forget()
             raise_together(self.mesh.comm, self._worker.failure)
         if self._finite is not None:
             self._finite.step = self.steps_taken

@@ -12,7 +12,6 @@ since the ranks last agreed on it.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from .hooks import WireHook, wire_format
 from .pace import measure_pace
 from .replicas import check_equal, dtype_name, member_of
 from .transfer import Finite
+from .weights import begin_weighing, sum_of_weights
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ..comm.communicator import Communicator
     from ..comm.work import Receipt, Work
 
-__all__ = ["START_BYTES", "Reducer", "ReductionRecord", "check_weight"]
+__all__ = ["START_BYTES", "Reducer", "ReductionRecord"]
 
 START_BYTES = 4 << 20
 
@@ -75,10 +75,9 @@ class ReductionRecord:
         return len(self.bucket_nbytes)
 
 
-def check_weight(weight: float) -> None:
-    """Refuse what is no weight of a mean."""
-    if not (math.isfinite(weight) and weight >= 0):
-        raise ValueError(f"expected a finite weight >= 0, got {weight}")
+def _may_be_trained(parameter: Tensor) -> bool:
+    number = parameter.is_floating_point() or parameter.is_complex()
+    return number and (parameter.requires_grad or not parameter.is_inference())
 
 
 def _all_finite(found: Sequence[Finite]) -> bool | None:
@@ -95,6 +94,7 @@ class _Pass:
     weight: float | None
     total: Work | None
     seen: set[int] = field(default_factory=set)
+    held: bool = False
     begun: float = field(default_factory=time.perf_counter)
     arrival: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
@@ -140,6 +140,7 @@ class Reducer:
         self._size_known = not self._chooses_size
         self._layout = self._lay_out(self._trainable(), order=None)
         self._arrival_known = False
+        self._repeated = False
         self._pass: _Pass | None = None
         self._handles: list[RemovableHandle] = []
         self.last: ReductionRecord | None = None
@@ -147,7 +148,7 @@ class Reducer:
     def attach(self, on_ready: Callable[[int], None]) -> None:
         """Call on_ready(index) whenever backward has accumulated a parameter's gradient."""
         for index, parameter in enumerate(self._parameters):
-            if not (parameter.is_floating_point() or parameter.is_complex()):
+            if not _may_be_trained(parameter):
                 continue
             # A frozen parameter takes no hook, but it keeps one when it is frozen and unfrozen.
             frozen = not parameter.requires_grad
@@ -181,23 +182,28 @@ class Reducer:
         the op; a rank of weight 0 adds nothing, whatever its gradients hold.
         """
         assert self._pass is None
-        total = None
-        if weight is not None:
-            check_weight(weight)
-            total = self._comm.allreduce(np.array([weight], np.float64), op="sum", blocking=False)
         self._pass = _Pass(
             waiting=[len(bucket.indices) for bucket in self._layout.buckets],
             changed=self._trainable() != self._layout.trainable,
             weight=weight,
-            total=total,
+            total=None if weight is None else begin_weighing(self._comm, weight),
         )
 
-    def mark(self, index: int) -> None:
-        """Note that a gradient is ready, and start every bucket that is now full."""
+    def mark(self, index: int, *, nested: bool = False) -> None:
+        """Note that a gradient is ready, and start every bucket that is now full.
+
+        nested: whether backwards within the backward may accumulate it again. All buckets wait for
+            the end then, in a first pass; in later ones if one has been.
+
+        Raises: RuntimeError where it is accumulated again although it has left.
+        """
         current = self._pass
         assert current is not None
         if index in current.seen:
+            self._repeat(current, index)
             return
+        if self._repeated or (nested and not self._arrival_known):
+            current.held = True
         current.seen.add(index)
         current.arrival.append(index)
         current.times.append(time.perf_counter() - current.begun)
@@ -206,10 +212,22 @@ class Reducer:
             return
         current.waiting[place] -= 1
         started = len(current.flights)
-        while started < self._layout.eager and current.waiting[started] == 0:
+        eager = 0 if current.held else self._layout.eager
+        while started < eager and current.waiting[started] == 0:
             self._start(current, self._layout.buckets[started], last=False)
             current.overlapped += 1
             started += 1
+
+    def _repeat(self, current: _Pass, index: int) -> None:
+        """Let a gradient that has not left be accumulated again, in this pass and those to come."""
+        self._repeated = current.held = True
+        place = self._layout.bucket_of.get(index)
+        if place is not None and place < len(current.flights):
+            raise RuntimeError(
+                f"gradient of {self._names[index]}: accumulated again, in a backward within the "
+                "backward, after it was sent: a layer that several re-entrant checkpoints share "
+                "needs checkpoint(..., use_reentrant=False)"
+            )
 
     def flush(self) -> None:
         """Start all buckets that have not been started; no more gradients will come."""
@@ -251,6 +269,8 @@ class Reducer:
     def abandon(self) -> None:
         """Give up a pass whose backward has failed; wait for what was started."""
         current, self._pass = self._pass, None
+        if self._finite is not None:
+            self._finite.forget()
         if current is not None:
             for flight in current.flights:
                 flight.rounds.abandon()
@@ -339,7 +359,7 @@ class Reducer:
     def _share(self, current: _Pass) -> float | None:
         if current.weight is None or current.total is None:
             return None
-        total = float(current.total.wait()[0])
+        total = sum_of_weights(current.total)
         return current.weight / total if total else 0.0
 
     def _gradient(self, index: int) -> Tensor | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING
 
@@ -63,11 +63,14 @@ def flat_bytes(tensor: Tensor) -> Tensor:
 
 
 def describe(named: Iterable[tuple[str, Tensor]]) -> list[str]:
-    """Return one line per tensor: name, shape, dtype, and why it cannot be sent, if it cannot."""
+    """Return one line per tensor: name, shape, dtype, whether it is a frozen parameter.
+
+    Of one that cannot be sent, why not.
+    """
     lines = []
     for name, tensor in named:
         problem = _problem(tensor)
-        lines.append(f"{name} {problem}" if problem else f"{name} {_kind(tensor)}")
+        lines.append(f"{name} {problem or _kind(tensor) + _frozen(tensor)}")
     return lines
 
 
@@ -97,30 +100,47 @@ def _problem(tensor: Tensor) -> str | None:
         return f"{_kind(tensor)} is on the meta device: give it values first, as by to_empty"
     if tensor.layout != torch.strided:
         return f"{_kind(tensor)} has the layout {tensor.layout}, expected a dense tensor"
-    if tensor.is_inference():
-        return f"{_kind(tensor)} was made in inference mode and cannot be written: clone it"
     if any(stride == 0 < n - 1 for n, stride in zip(tensor.shape, tensor.stride(), strict=True)):
         return f"{_kind(tensor)} is expanded and cannot be written: clone it"
     return None
 
 
-def check_equal(comm: Communicator, lines: Sequence[str], what: str) -> None:
+def _frozen(tensor: Tensor) -> str:
+    return " frozen" if isinstance(tensor, nn.Parameter) and not tensor.requires_grad else ""
+
+
+def check_equal(
+    comm: Communicator, lines: Sequence[str] | Callable[[], Sequence[str]], what: str
+) -> None:
     """Refuse ranks that describe `what` differently.
+
+    lines: of this rank's own, or what returns them, raising ValueError or TypeError where it holds
+        what cannot be described: every rank is told then.
 
     Collective. ValueError on every rank, naming the first line that differs and which ranks hold
     which. One small message when all are equal.
     """
+    try:
+        text, error = "\n".join(lines() if callable(lines) else lines).encode(), None
+    except (ValueError, TypeError) as raised:
+        text, error = str(raised).encode(), raised
     if comm.size == 1:
+        if error is not None:
+            raise error
         return
-    text = "\n".join(lines).encode()
-    digest = np.array([len(text), zlib.crc32(text), zlib.adler32(text)], dtype=np.int64)
-    digests = comm.allgather(digest)
-    if (digests == digests[0]).all():
+    own = [error is not None, len(text), zlib.crc32(text), zlib.adler32(text)]
+    table = comm.allgather(np.array(own, dtype=np.int64))
+    failed, digests = table[:, 0].nonzero()[0].tolist(), table[:, 1:]
+    if not failed and (digests == digests[0]).all():
         return
     padded = np.zeros(int(digests[:, 0].max()), dtype=np.uint8)
     padded[: len(text)] = np.frombuffer(text, dtype=np.uint8)
     rows = comm.allgather(padded)
     texts = [bytes(row[: int(n)]).decode() for row, n in zip(rows, digests[:, 0], strict=True)]
+    if failed:
+        alike = [rank for rank in failed if texts[rank] == texts[failed[0]]]
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{what}, on {_ranks(alike)}: {texts[failed[0]]}") from error
     columns = zip_longest(*(text.split("\n") for text in texts), fillvalue="nothing")
     for position, column in enumerate(columns):
         if len(set(column)) > 1:

@@ -104,6 +104,93 @@ def test_the_last_microbatch_is_stopped_before_its_bucket_leaves(size) -> None:
         assert all_finite(gradients)
 
 
+class Fail(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("out of memory")
+
+
+def fail_halfway(model: nn.Module, x: torch.Tensor, factor: float) -> None:
+    """Run a backward that reaches the second of two layers only."""
+    first, second = model.module
+    with pytest.raises(RuntimeError, match="out of memory"):
+        (second(Fail.apply(first(x))).sum() * factor).backward()
+    model.zero_grad()
+
+
+def two_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_failed_backward_does_not_end_the_looking(size) -> None:
+    """The micro-batches after it were not looked at."""
+
+    def main(comm: Communicator):
+        model = ringfold.DataParallel(two_layers(), comm, check_finite=True)
+        x = torch.ones(1, 2)
+        with model.no_sync():
+            fail_halfway(model, x, 1.0)
+            (model(x) * math.nan).sum().backward()
+        model.zero_grad()
+        with pytest.raises(NotFinite) as caught:
+            model(x).sum().backward()
+        return caught.value.step, caught.value.microbatch
+
+    assert run_local(size, main) == [(0, 0)] * size
+
+
+def test_what_a_failed_backward_has_found_is_forgotten() -> None:
+    """A healthy step raised what the one before it had found in its first bucket."""
+
+    def main(comm: Communicator):
+        model = ringfold.DataParallel(two_layers(), comm, check_finite=True, bucket_bytes=1)
+        x = torch.full((1, 2), comm.rank + 1.0)
+        fail_halfway(model, x, math.nan)
+        model(x).sum().backward()
+        return model.module[1].bias.grad.tolist()
+
+    assert run_local(2, main) == [[1.0, 1.0]] * 2
+
+
+class Refusing(nn.Module):
+    """Raise in one call."""
+
+    def __init__(self, call: int) -> None:
+        super().__init__()
+        self.calls, self.call = 0, call
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls - 1 == self.call:
+            raise RuntimeError("out of memory")
+        return x.clone()
+
+
+@pytest.mark.parametrize(("data", "pipe"), [(1, 2), (2, 1)])
+def test_what_a_step_that_a_stage_failed_has_found_is_forgotten(data, pipe) -> None:
+    def main(comm: Communicator) -> None:
+        engine = ringfold.Pipeline(
+            [*layers(comm.rank, (1, 1, 0), math.nan, 4), Refusing(1)],
+            ringfold.Mesh(comm, data=data, pipe=pipe),
+            loss_fn=nn.functional.mse_loss,
+            microbatches=2,
+            schedule="1f1b",
+            check_finite=True,
+        )
+        x, y = torch.ones(4, 4), torch.zeros(4, 4)
+        with pytest.raises(ringfold.StageError, match="out of memory"):
+            engine.step(x, y)
+        engine.zero_grad()
+        assert math.isfinite(engine.step(x, y))
+
+    run_local(2, main)
+
+
 @pytest.mark.parametrize("wire", [None, "bf16", "powersgd:1"])
 def test_finite_gradients_are_what_they_are_without_the_check(wire) -> None:
     def main(comm: Communicator):

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from ringfold import DataParallel, run_local
+from ringfold import DataParallel, NotFinite, run_local
 from ringfold.parallel import GlobalBatchSampler, NoneIfEmpty
 from ringfold.parallel.buckets import LIMITS
 
@@ -97,13 +97,14 @@ def test_buckets_start_while_backward_goes_on(size):
         model = DataParallel(module, comm, bucket_bytes=1)
         module[0].weight.register_hook(lambda _: started.append(len(in_flight)))
         in_flight = []
-        allreduce = comm.allreduce
+        channel = model._channel
+        allreduce = channel.allreduce
 
         def counted(*args, **options):
             in_flight.append(args)
             return allreduce(*args, **options)
 
-        comm.allreduce = counted
+        channel.allreduce = counted
         for _ in range(2):
             in_flight.clear()
             model(data()[0]).sum().backward()
@@ -178,8 +179,9 @@ def test_pr15_last_micro_step_reduces_the_whole_sum(accumulate, forward_inside):
         module = Scalars(w=1)
         model = DataParallel(module, comm)
         counted = []
-        allreduce = comm.allreduce
-        comm.allreduce = lambda *a, **k: counted.append(a) or allreduce(*a, **k)
+        channel = model._channel
+        allreduce = channel.allreduce
+        channel.allreduce = lambda *a, **k: counted.append(a) or allreduce(*a, **k)
         inputs = [(1, 2, 3), (10, 20, 30)][comm.rank]
         for x in inputs[:2]:
             accumulate(model, lambda x=x: model(lambda m: m.w * x))
@@ -758,6 +760,38 @@ def test_running_statistics_are_those_of_the_root():
     assert not torch.equal(results[0][1], results[1][1])
 
 
+class Scaled(nn.Module):
+    """A batch normalisation, and a buffer that backward needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(5, 3), nn.BatchNorm1d(3)
+        self.register_buffer("scale", torch.full((3,), 2.0))
+
+    def forward(self, x):
+        return self.norm(self.linear(x) * self.scale)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_buffers_of_the_root_leave_other_backwards_alone(training):
+    """On all ranks but the root the second backward found a buffer modified."""
+
+    def main(comm):
+        module = Scaled().train(training)
+        model = DataParallel(module, comm, root=1)
+        x = data()[0]
+        first, second = model(x[comm.rank :: 3]), model(x[: comm.rank + 2])
+        first.square().sum().backward()
+        second.square().sum().backward(retain_graph=True)
+        second[:, 0].sum().backward()
+        return [p.grad for p in module.parameters()], module.norm.running_mean
+
+    results = run_local(3, main)
+    for gradients, mean in results:
+        assert all(map(torch.equal, gradients, results[0][0]))
+        assert torch.equal(mean, results[1][1])
+
+
 def rows_one(*indices, width=1):
     """An embedding's gradient by rows, for the sum over looked-up rows."""
     table = torch.zeros(4, width)
@@ -898,7 +932,6 @@ class Holder(nn.Module):
         (lambda: Holder(torch.ones(3, device="meta")), "x (3,) float32 is on the meta device"),
         (lambda: Holder(torch.ones(1).expand(3)), "x (3,) float32 is expanded"),
         (lambda: Holder(torch.eye(3).to_sparse()), "layout torch.sparse_coo, expected a dense"),
-        (lambda: Holder(torch.inference_mode()(torch.ones)(3)), "made in inference mode"),
     ],
 )
 def test_what_cannot_be_made_equal_is_refused_by_name_on_all_ranks(alike, make, message):
@@ -906,6 +939,23 @@ def test_what_cannot_be_made_equal_is_refused_by_name_on_all_ranks(alike, make, 
         module = make() if alike or comm.rank == 1 else Holder(torch.ones(3))
         with pytest.raises(ValueError, match=re.escape(message)):
             DataParallel(module, comm)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({}, r"0\.weight has no shape yet"),
+        ({"root": 2}, r"settings of DataParallel, on rank 1: expected a root from 0 to 1, got 2"),
+        ({"wire": "int3"}, r"settings of DataParallel, on rank 1: unknown wire dtype 'int3'"),
+    ],
+)
+def test_what_one_rank_cannot_wrap_every_rank_is_told_at_once(arguments, told):
+    def main(comm):
+        own = comm.rank == 1
+        module = nn.Sequential(nn.LazyLinear(1) if own and not arguments else nn.Linear(1, 1))
+        with pytest.raises(ValueError, match=told):
+            DataParallel(module, comm, **(arguments if own else {}))
+        comm.barrier()
 
     run_local(2, main)
 
@@ -919,6 +969,56 @@ def test_a_buffer_of_a_narrow_dtype_is_roots():
         return module.x.float().tolist()
 
     assert run_local(3, main) == [[1.0, 2.0, 3.0]] * 3
+
+
+def test_a_bad_weight_of_one_rank_is_told_to_every_rank():
+    def main(comm):
+        module = Scalars(a=1, b=1)
+        model = DataParallel(module, comm, bucket_bytes=1)
+        bad = float("nan") if comm.rank == 1 else 1.0
+        told = "expected a finite weight >= 0, got nan on rank 1"
+        with pytest.raises(ValueError, match=told), model.weighted(bad):
+            model(lambda m: m.a * m.b).backward()
+        with pytest.raises(ValueError, match=told):
+            model.loss_factor(bad)
+        model.zero_grad()
+        with model.weighted(comm.rank):
+            model(lambda m: m.a * m.b * comm.rank).backward()
+        return grad(module.a)
+
+    assert run_local(3, main) == [pytest.approx(5 / 3)] * 3
+
+
+def test_frozen_on_some_ranks_only_is_refused_at_once():
+    """The buckets of such ranks held other parameters."""
+
+    def main(comm):
+        module = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+        module[0 if comm.rank == 1 else 1].requires_grad_(False)
+        told = (
+            r"0\.weight \(2, 2\) float32 on ranks 0, 2; 0\.weight \(2, 2\) float32 frozen on rank 1"
+        )
+        with pytest.raises(ValueError, match=told):
+            DataParallel(module, comm)
+        return True
+
+    assert all(run_local(3, main))
+
+
+def test_a_frozen_layer_made_for_inference():
+    def main(comm):
+        with torch.inference_mode():
+            made = nn.Linear(1, 1).requires_grad_(False)
+        module = nn.Sequential(made, nn.Linear(1, 1))
+        model = DataParallel(module, comm)
+        with torch.no_grad():
+            hidden = made(torch.ones(1, 1)).clone()
+        module[1](hidden + comm.rank).sum().backward()
+        model.check_replicas()
+        return module[1].weight.grad.item() - hidden.item(), made.weight.grad
+
+    for found, nothing in run_local(2, main):
+        assert found == pytest.approx(0.5) and nothing is None
 
 
 def test_a_lazy_module_is_refused_by_name():
@@ -960,6 +1060,53 @@ def test_recomputed_layers(reentrant):
     for found in run_local(2, main):
         for gradient, parameter in zip(found, whole.parameters(), strict=True):
             torch.testing.assert_close(gradient, parameter.grad)
+
+
+def test_wrappers_over_one_communicator_reduce_in_one_backward():
+    """A generator and its critic whose bias one rank uses: each got the other's gradients."""
+
+    def main(comm):
+        first, second = Scalars(w=2, shift=0), Scalars(w=3, bias=1)
+        generator, critic = (DataParallel(m, comm, bucket_bytes=1) for m in (first, second))
+        for step in range(3):
+            generator.zero_grad()
+            critic.zero_grad()
+            made = generator(lambda m: m.w * (comm.rank + 1.0) + m.shift)
+            score = critic(lambda m, x=made: m.w * x + (m.bias if comm.rank == 0 else 0))
+            (score * (step + 1)).backward()
+            grads = [grad(p) for p in (first.w, first.shift, second.w, second.bias)]
+            assert grads == [n * (step + 1) for n in (4.5, 3.0, 3.0, 0.5)]
+        critic.close()
+        first.zero_grad()
+        generator(lambda m: m.w * comm.rank).backward()
+        critic(lambda m: m.w * comm.rank).backward()
+        return grad(first.w), grad(second.w), comm.allreduce(np.ones(1)).item()
+
+    assert run_local(2, main) == [(0.5, 9.0, 2.0), (0.5, 10.0, 2.0)]
+
+
+@pytest.mark.parametrize("check_finite", [False, True])
+def test_wrappers_that_ranks_reach_in_different_orders(check_finite):
+    """Each rank waited for the other in another wrapper."""
+
+    def main(comm):
+        modules = [Scalars(a=2, b=3) for _ in range(3)]
+        models = [DataParallel(m, comm, check_finite=check_finite) for m in modules]
+        for step in range(3):
+            for model in models:
+                model.zero_grad()
+            shifted = models[comm.rank :] + models[: comm.rank]
+            bad = check_finite and step == 1 and comm.rank == 2
+            losses = [model(lambda m: m.a * m.b * (comm.rank + 1)) for model in shifted]
+            loss = sum(losses) * (float("nan") if bad else 1.0)
+            if check_finite and step == 1:
+                with pytest.raises(NotFinite, match="rank 2"):
+                    loss.backward()
+            else:
+                loss.backward()
+                assert [(grad(m.a), grad(m.b)) for m in modules] == [(6.0, 4.0)] * 3
+
+    run_local(3, main)
 
 
 def test_flags_follow_the_gradients_from_pass_to_pass():

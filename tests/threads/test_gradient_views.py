@@ -1,5 +1,8 @@
 """Gradients live in the memory that is reduced: nothing is copied that need not be."""
 
+import time
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -66,6 +69,102 @@ def test_a_fresh_large_gradient_is_reduced_in_its_own_memory():
             model({"a": float(comm.rank + step)}).backward()
             assert module.a.grad.data_ptr() == made[-1]
             torch.testing.assert_close(module.a.grad, module.slope("a", step + 0.5))
+
+    run_local(2, main)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_fresh_weights_of_layers_are_reduced_in_their_own_memory(bias):
+    def main(comm):
+        module = nn.Sequential(*(nn.Linear(520, 520, bias) for _ in range(2)))
+        model = DataParallel(module, comm, bucket_bytes=1)
+        made = {}
+        for index in range(2):
+            module[index].weight.register_post_accumulate_grad_hook(
+                lambda p, index=index: made.update({index: p.grad.data_ptr()})
+            )
+        for step in range(3):
+            model.zero_grad()
+            model(torch.full((3, 2, 520), comm.rank + 1.0)).sum().backward(retain_graph=step == 1)
+            assert made == {i: module[i].weight.grad.data_ptr() for i in range(2)}
+
+    run_local(2, main)
+
+
+class Late(torch.autograd.Function):
+    """Pass values on; the gradient times a factor, read after a while."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        time.sleep(0.05)
+        return gradient * ctx.factor, None
+
+
+class Added(nn.Module):
+    """A position that is added through a view: autograd hands both summands one memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Parameter(torch.zeros(1, LARGE))
+        self.position = nn.Parameter(torch.zeros(LARGE))
+
+    def forward(self, x, factor):
+        return ((Late.apply(self.rows, factor) + self.position.unsqueeze(0)) * x).sum()
+
+
+def test_memory_that_backward_still_reads_is_left_alone():
+    """The rows' gradient was made of the ranks' mean that had come into the position's."""
+
+    def main(comm):
+        model = DataParallel(Added(), comm, bucket_bytes=1)
+        x = torch.linspace(1, 2, LARGE)
+        for step in range(2):
+            model.zero_grad()
+            model(x * (comm.rank + step), comm.rank + 1.0).backward()
+            torch.testing.assert_close(model.module.position.grad, x * (step + 0.5))
+            torch.testing.assert_close(model.module.rows.grad[0], x * (1.5 * step + 1))
+
+    run_local(2, main)
+
+
+def test_gradients_of_one_memory_are_reduced_apart():
+    def main(comm):
+        module = Vectors(a=LARGE, b=LARGE)
+        module.forward = lambda x: (x * (module.a.view(-1) + module.b.view(-1))).sum()
+        model = DataParallel(module, comm, bucket_bytes=1)
+        for step in range(2):
+            model.zero_grad()
+            model(torch.full((LARGE,), comm.rank + step * 1.0)).backward()
+            assert len(set(places(model))) == 2
+            assert (module.a.grad == step + 0.5).all() and (module.b.grad == step + 0.5).all()
+
+    run_local(2, main)
+
+
+def test_memory_of_another_library_is_left_alone():
+    class Foreign(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, parameter, array):
+            ctx.array = array
+            return parameter.sum()
+
+        @staticmethod
+        def backward(ctx, _):
+            return torch.from_numpy(ctx.array), None
+
+    def main(comm):
+        module = Vectors(a=LARGE)
+        module.forward = lambda array: Foreign.apply(module.a, array)
+        model = DataParallel(module, comm)
+        array = np.full(LARGE, comm.rank * 2.0, np.float32)
+        model(array).backward()
+        assert (array == comm.rank * 2.0).all()
+        assert (module.a.grad == 1.0).all()
 
     run_local(2, main)
 

@@ -1,0 +1,29 @@
+"""Weights of a mean over ranks; each rank gives its own."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ..comm.communicator import Communicator
+    from ..comm.work import Work
+
+__all__ = ["begin_weighing", "sum_of_weights"]
+
+
+def begin_weighing(comm: Communicator, weight: float) -> Work:
+    """Begin to tell all ranks this rank's weight, for `sum_of_weights`; collective."""
+    work: Work = comm.allgather(np.array([weight], np.float64), blocking=False)
+    return work
+
+
+def sum_of_weights(work: Work) -> float:
+    """Return the sum of all ranks' weights; ValueError on every rank where one is no weight."""
+    weights = work.wait()[:, 0].tolist()
+    for rank, weight in enumerate(weights):
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"expected a finite weight >= 0, got {weight} on rank {rank}")
+    return float(sum(weights))

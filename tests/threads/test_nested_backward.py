@@ -1,0 +1,133 @@
+"""Re-entrant checkpoints run backwards within the backward: one pass reduces what all have left."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ringfold import Communicator, DataParallel, run_local
+
+WIDTH = 3
+
+
+class Layers(nn.Module):
+    """Linear layers one after the other, by their numbers; in checkpoints but for the last."""
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x, order, reentrant: bool, head: bool):
+        for number in order:
+            x = torch.tanh(checkpoint(self.layers[number], x, use_reentrant=reentrant))
+        return self.layers[-1](x) if head else x
+
+
+def layers() -> nn.ModuleList:
+    found = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in found.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return found
+
+
+def batch(rank: int, step: int):
+    generator = torch.Generator().manual_seed(rank + 10 * step)
+    return torch.randn(4, WIDTH, generator=generator).requires_grad_()
+
+
+def one_process(orders, step: int, head: bool):
+    """Return the mean of all ranks' gradients."""
+    module = Layers(layers())
+    for rank, order in enumerate(orders):
+        loss = module(batch(rank, step), order, False, head).square().sum()
+        (loss / len(orders)).backward()
+    return [p.grad for p in module.parameters()]
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 60, 1 << 20])
+@pytest.mark.parametrize(
+    ("orders", "head"),
+    [
+        ([(0, 1, 2), (0, 1, 2)], False),
+        ([(0, 0, 0), (0, 0, 0)], True),  # one layer, shared
+        ([(0, 1, 2), (0, 2)], False),  # ranks drop layers
+        ([(0, 1, 0, 1), (0, 1, 1), (1, 0)], True),
+    ],
+)
+def test_gradients_are_those_without_checkpoints(orders, head, bucket_bytes) -> None:
+    def main(comm: Communicator):
+        module = Layers(layers())
+        model = DataParallel(module, comm, bucket_bytes=bucket_bytes)
+        found = []
+        for step in range(3):
+            model.zero_grad()
+            model(batch(comm.rank, step), orders[comm.rank], True, head).square().sum().backward()
+            found.append([None if p.grad is None else p.grad.clone() for p in module.parameters()])
+        return found
+
+    results = run_local(len(orders), main)
+    for step in range(3):
+        expected = one_process(orders, step, head)
+        for found in results:
+            torch.testing.assert_close(found[step], expected)
+
+
+def test_a_gradient_that_has_left_is_not_accumulated_again() -> None:
+    """What came after the first checkpoint was lost, without a word."""
+
+    def main(comm: Communicator) -> None:
+        model = DataParallel(Layers(layers()[:1]), comm, bucket_bytes=1)
+        with pytest.raises(RuntimeError, match=r"layers\.0\.bias: accumulated again.*use_reent"):
+            model(batch(comm.rank, 0), (0, 0), True, False).sum().backward()
+
+    run_local(2, main)
+
+
+class Fail(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, fails):
+        ctx.fails = fails
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if ctx.fails:
+            raise FloatingPointError("out of memory")
+        return gradient, None
+
+
+def failing(module: nn.Module, x, fails: bool):
+    first, second = module
+    return second(Fail.apply(first(x), fails)).square().sum()
+
+
+def pair() -> nn.Module:
+    return nn.Sequential(*layers()[:2])
+
+
+def test_what_a_failed_backward_has_begun_is_given_up_without_the_wrapper() -> None:
+    """A call of the module itself found the old pass, which no end would come for."""
+
+    def main(comm: Communicator):
+        module = pair()
+        alone = copy.deepcopy(module)
+        model = DataParallel(module, comm, bucket_bytes=1)
+        x = batch(comm.rank, 0)
+        loss = failing(model.module, x, True)
+        with pytest.raises(FloatingPointError):
+            loss.backward()
+        for _ in range(2):
+            model.zero_grad()
+            failing(model.module, x, False).backward()
+        for rank in range(comm.size):
+            (failing(alone, batch(rank, 0), False) / comm.size).backward()
+        return all(
+            torch.allclose(a.grad, b.grad)
+            for a, b in zip(module.parameters(), alone.parameters(), strict=True)
+        )
+
+    assert all(run_local(2, main))
