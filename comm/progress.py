@@ -36,6 +36,9 @@ _CHECK = 0.05
 _ANSWERS = 1.5
 """Seconds that the others have to say where they are, when time is up."""
 
+_ASKS = 2.0
+"""A wait() that is given fewer seconds is a look now and then: it asks nobody."""
+
 
 class Progress:
     """The works of one rank, over all of its communicators."""
@@ -115,7 +118,8 @@ class Progress:
             self._server.interrupt()
         try:
             patience = self.timeout if timeout is None else timeout
-            watch = Watch(work, patience, self.inquiry, self.deaths)
+            asks = timeout is None or timeout >= _ASKS
+            watch = Watch(work, patience, self.inquiry, self.deaths, asks)
             while True:
                 with self._lock:
                     self._advance_all(work)
@@ -229,12 +233,19 @@ class Watch:
     """The patience of one waiting rank: pauses, looks for lost peers, and knows when time is up."""
 
     def __init__(
-        self, work: Work, timeout: float, inquiry: Inquiry | None, deaths: Deaths | None
+        self,
+        work: Work,
+        timeout: float,
+        inquiry: Inquiry | None,
+        deaths: Deaths | None,
+        asks: bool,
     ) -> None:
+        """timeout: seconds.  asks: when time is up, the others are asked where they are."""
         self._work = work
         self._deaths = deaths
         self._inquiry = inquiry
         self._timeout = timeout
+        self._asks = asks
         self._start = self._checked = time.monotonic()
         self._spins = 0
         self._suspected = False
@@ -268,9 +279,8 @@ class Watch:
             self._inquiry.look(self._work, waited)
         if waited >= self._timeout:
             receipt, around = self._work.receipt, ""
-            if self._inquiry is not None:
-                patience = min(_ANSWERS, self._timeout / 2)
-                around = "; " + self._inquiry.around(self._work, patience)
+            if self._inquiry is not None and self._asks:
+                around = "; " + self._inquiry.around(self._work, _ANSWERS)
             raise CommTimeout(
                 f"rank {transport.rank} waited {waited:.1f} s in {receipt.operation} "
                 f"({receipt.algorithm}, {receipt.nbytes} bytes) for ranks {peers}{around}"

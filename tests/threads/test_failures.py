@@ -97,6 +97,30 @@ def test_a_wait_may_time_out_and_be_taken_up_again() -> None:
     run_local(2, main)
 
 
+def test_a_short_wait_asks_nobody_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that polled a work signalled its healthy peers, and took a second for each poll."""
+    asked: list[int] = []
+
+    def main(comm: Communicator) -> None:
+        if comm.rank == 0:
+            work = comm.irecv(np.zeros(3), 1)
+            monkeypatch.setattr(comm._progress.inquiry, "ask", lambda *_: asked.append(1) or {})
+            for timeout in (0, 0.1):
+                with pytest.raises(CommTimeout, match=r"for ranks \[1\]$"):
+                    work.wait(timeout=timeout)
+            assert not asked
+            with pytest.raises(CommTimeout, match="where the ranks are"):
+                work.wait(timeout=2)
+            assert asked
+            comm.barrier()
+            work.wait()
+        else:
+            comm.barrier()
+            comm.send(np.full(3, 7.0), 0)
+
+    run_local(2, main)
+
+
 def test_a_work_that_was_waited_for_in_vain_holds_nobody_up_at_the_end() -> None:
     def main(comm: Communicator) -> None:
         if comm.rank == 0:
