@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .deaths import Deaths
-from .errors import CommTimeout, MismatchError, PeerLost
+from .errors import CommError, CommTimeout, MismatchError, PeerLost
 from .inquiry import Inquiry
 from .serving import Server, Waiting
 from .timeline import WAIT, Timeline
@@ -52,6 +52,7 @@ class Progress:
         self.timeline: Timeline | None = None
         self.groups: weakref.WeakSet[Runner] = weakref.WeakSet()
         self._lock = threading.RLock()
+        self._advancing = False
         self._wake = threading.Condition(threading.Lock())
         self._waiting = 0
         self._thread: threading.Thread | None = None
@@ -73,8 +74,13 @@ class Progress:
         background: it is to advance also while nobody waits for it.
         """
         with self._lock:
+            self._require_uninterrupted()
             self._advance_all()
-            work = make()
+            try:
+                self._advancing = True
+                work = make()
+            finally:
+                self._advancing = False
             if not work.ended:
                 work.background = background
                 self.works.append(work)
@@ -90,7 +96,7 @@ class Progress:
         return any(work.background for work in self.works)
 
     def advance(self) -> None:
-        """Advance all works once; does nothing where another thread is at it."""
+        """Advance all works once; does nothing where another thread, or an outer call, is at it."""
         if self._lock.acquire(blocking=False):
             try:
                 self._advance_all()
@@ -98,7 +104,27 @@ class Progress:
                 self._lock.release()
 
     def _advance_all(self, awaited: Work | None = None) -> None:
-        self.works = [work for work in self.works if not work.advance(work is awaited)]
+        if self._advancing:
+            return
+        try:
+            self._advancing = True
+            for work in tuple(self.works):
+                if work.advance(work is awaited):
+                    self.works.remove(work)
+        finally:
+            self._advancing = False
+
+    def _require_uninterrupted(self) -> None:
+        """Refuse a call, under the lock, that has come in between the steps of a work.
+
+        Such comes from a signal handler or a finalizer, in the thread that advances works: they
+        are not at a point where another may start, and go on only after it has returned.
+        """
+        if self._advancing:
+            raise CommError(
+                "a signal handler or a finalizer has interrupted the works in flight: there "
+                "nothing can be started or waited for, only done() can be asked"
+            )
 
     def wait(self, work: Work, timeout: float | None = None) -> None:
         """Advance works until `work` has ended.
@@ -113,6 +139,7 @@ class Progress:
 
     def _wait(self, work: Work, timeout: float | None) -> None:
         with self._lock:
+            self._require_uninterrupted()
             self._waiting += 1
             work.overdue = False
             self._server.interrupt()

@@ -138,8 +138,13 @@ class Work:
             self.pending = steps.send(patient)
         except StopIteration as stop:
             self._end(stop.value, None)
-        except BaseException as error:  # the waiter raises it, whatever it is
+        except Exception as error:  # the waiter raises it, whatever it is
             self._end(None, error)
+        except BaseException as error:
+            # Ctrl-C, say: it was by chance that it came while this work went on, and it is for
+            # whoever waits now. The work ends too: what it has done since it last yielded is lost.
+            self._end(None, error)
+            raise
 
     def fail(self, error: BaseException) -> None:
         """End the work with an error."""
