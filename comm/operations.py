@@ -358,7 +358,8 @@ class Operations:
         )
         mark = fingerprint(signature, chosen.algorithm)
         note = executor.note if isinstance(executor, Compiled) else None
-        return Prepared(receipt, Channel.COLLECTIVE, run, signature, mark=mark, note=note)
+        way = chosen.algorithm
+        return Prepared(receipt, Channel.COLLECTIVE, run, signature, way=way, mark=mark, note=note)
 
     def _executor(
         self,

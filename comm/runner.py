@@ -124,7 +124,8 @@ class Runner:
     def note(self, prepared: Prepared) -> int:
         """Tell the ring of operations what is called, and where; return how it refers to that."""
         site = self._sites.here()
-        call = self._ring.intern(prepared.signature, self.name, self._transport.size, site)
+        size, way = self._transport.size, prepared.way
+        call = self._ring.intern(prepared.signature, self.name, size, site, way)
         if prepared.meeting is not None:
             prepared.meeting.called(call)
         return call

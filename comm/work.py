@@ -76,6 +76,7 @@ class Prepared:
     meeting: where the operation meets on a board.
     note: given (ring, call, sequence), lets the next run note itself there; None where it does not.
     background: somebody else may wait for it, so that it goes on also while nobody waits here.
+    way: how its messages go, such as the algorithm, which all ranks must agree on too; "" for none.
     mark: of what was asked for, see fingerprint; part of the tags of a collective's messages.
     plain: it is nothing but this meeting, whose result is `owner`.
     """
@@ -87,6 +88,7 @@ class Prepared:
     meeting: Meeting | None = None
     plain: bool = False
     owner: Any = None
+    way: str = ""
     mark: int = 0
     background: bool = True
     note: Callable[[Any, int, int], None] | None = None
