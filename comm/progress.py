@@ -53,6 +53,7 @@ class Progress:
         self.groups: weakref.WeakSet[Runner] = weakref.WeakSet()
         self._lock = threading.RLock()
         self._advancing = False
+        self._forked = False
         self._wake = threading.Condition(threading.Lock())
         self._waiting = 0
         self._thread: threading.Thread | None = None
@@ -62,6 +63,20 @@ class Progress:
         self.inquiry: Inquiry | None = None
         self.deaths: Deaths | None = None
         _watch_forks(self)
+
+    def forked(self) -> None:
+        """Let go of works and groups, in a fork of the rank's process: they are the rank's."""
+        self._forked = True
+        for group in self.groups:
+            group.close()
+
+    def require_own(self, rank: int) -> None:
+        """Raise CommError in a fork of the rank's process, which works in flight do not belong to.
+
+        What they touch is shared with the rank: it would wait for what another has taken.
+        """
+        if self._forked:
+            raise in_fork(rank)
 
     def attend(self) -> None:
         """Let every group decide anew what its calls have to look at."""
@@ -241,6 +256,14 @@ class Progress:
         return waiting if len(waiting) == len(pending) else []
 
 
+def in_fork(rank: int) -> CommError:
+    """Return what a call is refused with in a fork of a rank's process."""
+    return CommError(
+        f"this process is a fork of rank {rank}, no rank of its own; call collectives, wait for "
+        "works and ask for them in the process that opened the communicator"
+    )
+
+
 def _watch_forks(progress: Progress) -> None:
     """Let calls notice that they are made in a fork of the rank's process.
 
@@ -251,7 +274,7 @@ def _watch_forks(progress: Progress) -> None:
     def forked() -> None:
         progress = found()
         if progress is not None:
-            progress.attend()
+            progress.forked()
 
     os.register_at_fork(after_in_child=forked)
 

@@ -169,6 +169,7 @@ class Work:
     def done(self) -> bool:
         """Tell whether the work has ended, well or not; never waits."""
         if self._steps is not None:
+            self._progress.require_own(self.transport.rank)
             self._progress.advance()
         if type(self._result) is Behind:
             self._result = self._result.settle()
@@ -186,6 +187,7 @@ class Work:
         Raises: CommTimeout when time is up, the work going on; else what ended the work.
         """
         if self._steps is not None:
+            self._progress.require_own(self.transport.rank)
             self._progress.wait(self, timeout)
         if self._error is not None:
             raise self._error

@@ -116,6 +116,33 @@ def test_a_fork_of_a_rank_is_refused_whatever_it_has_called_before(comm: Communi
     assert (comm.allreduce(x) == comm.size**3).all()
 
 
+def test_a_fork_of_a_rank_leaves_its_works_alone(comm: Communicator) -> None:
+    """It advanced the rank's works, and closed its group: the rank waited until time was up."""
+    if comm.size == 1:
+        return
+    ahead, behind = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    with reopened(comm, timeout=20) as other:
+        got = other.irecv(np.zeros(400_000), behind)
+        flying = other.allreduce(np.ones(400_000), blocking=False) if comm.rank == 0 else None
+        child = os.fork()
+        if child == 0:
+            refused = 0
+            for call in (got.wait, got.done, other.close, flying.wait if flying else got.wait):
+                try:
+                    call()
+                except CommError as error:
+                    refused += "fork of rank" in str(error)
+            os._exit(refused)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+        comm.barrier()  # until here the works could not end
+        if flying is None:
+            flying = other.allreduce(np.ones(400_000), blocking=False)
+        sent = other.isend(np.full(400_000, float(comm.rank)), ahead)
+        assert (flying.wait() == comm.size).all()
+        sent.wait()
+        assert (got.wait() == behind).all()
+
+
 def test_receipts_name_the_form(comm: Communicator) -> None:
     if comm.size == 1:
         return
