@@ -11,13 +11,13 @@ import numpy as np
 
 from .buffer import ordinary, registered
 from .device import on_device
-from .errors import CommError
+from .errors import CommError, MismatchError
 from .job import Job
 from .memo import Memo
 from .operations import Operations
 from .runner import Runner
 from .schedule import Schedule
-from .settings import Settings
+from .settings import Settings, unlike
 from .sharing import Sharing
 from .timeline import Timeline
 from .topology import Nodes
@@ -51,7 +51,8 @@ class Communicator:
     `algorithm` names an algorithm of `ringfold.comm.algorithms`, or is a Schedule, which is proven
     before it runs.
 
-    Raises: CommError without an MPI library, inside a multiprocessing worker, and after close().
+    Raises: CommError without an MPI library, inside a multiprocessing worker, and after close();
+    MismatchError where the ranks' settings differ.
     ValueError or TypeError for bad arguments, before anything is sent.
     """
 
@@ -87,6 +88,7 @@ class Communicator:
     def _join(self, job: Job) -> None:
         """Take all that the job's ranks can share; collective."""
         self._open(job, job.transport, "world")
+        self._compare_settings()
         self._share()
         self._use(load(self, self._settings.tuning, self._transport.library))
 
@@ -114,6 +116,12 @@ class Communicator:
         part = Communicator.__new__(Communicator)
         part._open(self._job, transport, name, is_node=is_node)
         return part
+
+    def _compare_settings(self) -> None:
+        """Refuse, on every rank, to open where ranks would miss each other; collective."""
+        differ = unlike(self.allgather(np.array(self._settings.alike)).tolist())
+        if differ:
+            raise MismatchError(f"the ranks' settings differ: {differ}")
 
     def _find_nodes(self) -> Nodes:
         """Tell every rank which ranks share a node; collective."""
