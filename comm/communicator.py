@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -345,7 +346,8 @@ class Communicator:
 
         Raises: MemoryError where no space is left; CommError for "cuda" without a GPU.
         """
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        lengths: Iterable[Any] = shape if isinstance(shape, Iterable) else (shape,)
+        shape = tuple(map(operator.index, lengths))
         self._runner.require_open()
         if device != "cpu":
             if device != "cuda":
@@ -362,7 +364,12 @@ class Communicator:
         """Return the Communicator of the ranks that give the same color, ordered by (key, rank).
 
         Collective. A rank that gives None gets None.
+
+        Raises: TypeError for a color or a key that is no whole number; ValueError for a color that
+        is negative or above 2**31 - 1, or a key of more than 32 bits.
         """
+        color = None if color is None else _within(color, "color", 0)
+        key = _within(key, "key", -_KEYS)
         self._runner.require_open()
         group = self._transport.split(color, key)
         self._splits += 1
@@ -440,6 +447,20 @@ class Communicator:
             self.use_devices(cuda_ways(self))
         assert self._device_operations is not None
         return self._device_operations
+
+
+_KEYS = 1 << 31
+"""MPI counts colors and keys in 32 bits."""
+
+
+def _within(number: int, what: str, lowest: int) -> int:
+    try:
+        number = operator.index(number)
+    except TypeError:
+        raise TypeError(f"{what}: expected a whole number, got {number!r}") from None
+    if not lowest <= number < _KEYS:
+        raise ValueError(f"{what} {number} is outside {lowest}..{_KEYS - 1}")
+    return number
 
 
 _PLANNED = (

@@ -217,6 +217,11 @@ def test_bad_arguments_are_refused_before_anything_is_sent() -> None:
             (lambda: comm.alltoall(np.ones((3, 2))), ValueError, r"first axis of 2.*\(3, 2\)"),
             (lambda: comm.plan("send", x), ValueError, "cannot plan 'send'"),
             (lambda: comm.allreduce([1, 2]), TypeError, "got list"),
+            (lambda: comm.split(1.5), TypeError, "color: expected a whole number, got 1.5"),
+            (lambda: comm.split(0, "a"), TypeError, "key: expected a whole number, got 'a'"),
+            (lambda: comm.split(-1), ValueError, r"color -1 is outside 0\.\.2147483647"),
+            (lambda: comm.split(0, 1 << 31), ValueError, "key 2147483648 is outside -2147483648"),
+            (lambda: comm.empty(2.0), TypeError, "float"),
             (
                 lambda: comm.allreduce(x, algorithm=build("allreduce", "ring", 3)),
                 ScheduleError,
@@ -251,5 +256,7 @@ def test_torch_tensors_come_back_as_tensors() -> None:
         made = comm.empty((2, 2), torch.float16)
         assert isinstance(made, torch.Tensor) and made.dtype == torch.float16
         assert comm.empty(3).dtype == np.float32
+        assert comm.empty(np.int64(5)).shape == comm.empty([np.int32(5)]).shape == (5,)
+        assert comm.empty(torch.Size([2, 0])).shape == (2, 0) and comm.empty(()).shape == ()
 
     run_local(2, main)
