@@ -40,6 +40,10 @@ _ASKS = 2.0
 """A wait() that is given fewer seconds is a look now and then: it asks nobody."""
 
 
+_MANY = 64
+"""With more works in flight than these, a start does not always advance all others first."""
+
+
 class Progress:
     """The works of one rank, over all of its communicators."""
 
@@ -54,6 +58,7 @@ class Progress:
         self._lock = threading.RLock()
         self._advancing = False
         self._forked = False
+        self._rested = 0.0
         self._wake = threading.Condition(threading.Lock())
         self._waiting = 0
         self._thread: threading.Thread | None = None
@@ -90,7 +95,7 @@ class Progress:
         """
         with self._lock:
             self._require_uninterrupted()
-            self._advance_all()
+            self._advance_in_passing()
             try:
                 self._advancing = True
                 work = make()
@@ -101,7 +106,7 @@ class Progress:
                 self.works.append(work)
                 self._server.interrupt()
                 self._nap = _LOOK
-        if self._deserted and self._threads and not self._stopped:
+        if background and not work.ended and self._threads and not self._stopped:
             self._notify()
         return work
 
@@ -117,6 +122,18 @@ class Progress:
                 self._advance_all()
             finally:
                 self._lock.release()
+
+    def _advance_in_passing(self) -> None:
+        """Advance all works; of many, only so often that it takes half of the time at most.
+
+        Nothing depends on it: a work never ends for certain by being advanced once.
+        """
+        start = time.monotonic()
+        if len(self.works) > _MANY and start < self._rested:
+            return
+        self._advance_all()
+        end = time.monotonic()
+        self._rested = 2 * end - start
 
     def _advance_all(self, awaited: Work | None = None) -> None:
         if self._advancing:
