@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -140,13 +143,12 @@ class Work:
             self.pending = steps.send(patient)
         except StopIteration as stop:
             self._end(stop.value, None)
-        except Exception as error:  # the waiter raises it, whatever it is
+        except BaseException as error:  # the waiter raises it, whatever it is
             self._end(None, error)
-        except BaseException as error:
-            # Ctrl-C, say: it was by chance that it came while this work went on, and it is for
-            # whoever waits now. The work ends too: what it has done since it last yielded is lost.
-            self._end(None, error)
-            raise
+            # Ctrl-C, or what another signal's handler raises, came by chance while this work went
+            # on: it is for whoever runs now. The work ends all the same: its steps are broken off.
+            if not isinstance(error, Exception) or _of_a_signal(error):
+                raise
 
     def fail(self, error: BaseException) -> None:
         """End the work with an error."""
@@ -194,3 +196,12 @@ class Work:
         if type(self._result) is Behind:
             self._result = self._result.settle()
         return self._result
+
+
+def _of_a_signal(error: BaseException) -> bool:
+    """Tell whether the handler of a signal has raised an error."""
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    handlers = map(signal.getsignal, signal.valid_signals())
+    codes = {getattr(handler, "__code__", None) for handler in handlers} - {None}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))

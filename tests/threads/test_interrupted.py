@@ -1,6 +1,7 @@
 """What comes in between the steps of a work: an interrupt, a signal handler, a finalizer."""
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -29,18 +30,34 @@ def in_flight(progress: Progress, comes_in: Callable[[], None], late: int = 1) -
     return progress.start(lambda: Work(steps(), receipt, transport, progress), False)
 
 
-def test_an_interrupt_is_raised_by_the_wait_that_it_comes_in_not_by_the_work_it_meets() -> None:
+def time_is_up(*_: object) -> None:
+    raise TimeoutError("the limit of the step")
+
+
+@pytest.fixture
+def alarm() -> Iterator[None]:
+    before = signal.signal(signal.SIGALRM, time_is_up)
+    yield
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("what", [KeyboardInterrupt, TimeoutError])
+def test_an_interrupt_is_raised_by_the_wait_that_it_comes_in_not_by_the_work_it_meets(
+    alarm: None, what: type[BaseException]
+) -> None:
     """Ctrl-C ended an irecv posted early, and the allreduce that was waited for went on."""
 
     def interrupt() -> None:
+        if what is TimeoutError:
+            signal.raise_signal(signal.SIGALRM)
         raise KeyboardInterrupt
 
     progress = Progress(60, threads=False)
     early = in_flight(progress, interrupt, late=2)
     waited_for = in_flight(progress, lambda: None)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(what):
         waited_for.wait()
-    assert isinstance(early.exception(), KeyboardInterrupt)
+    assert isinstance(early.exception(), what)
     assert waited_for.exception() is None and waited_for.wait() == 5
     assert not progress.works
 
@@ -57,6 +74,17 @@ def test_a_signal_handler_may_ask_whether_works_are_done() -> None:
     works += [in_flight(progress, ask, late=2), in_flight(progress, ask)]
     assert [work.wait() for work in reversed(works)] == [5, 5]
     assert asked == [False] * 2 + [True, False] and not progress.works
+
+
+def test_an_error_of_a_works_own_waits_for_who_waits_for_it() -> None:
+    def fail() -> None:
+        time_is_up()
+
+    progress = Progress(60, threads=False)
+    early = in_flight(progress, fail, late=2)
+    assert in_flight(progress, lambda: None).wait() == 5
+    with pytest.raises(TimeoutError):
+        early.wait()
 
 
 @pytest.mark.parametrize("call", ["start", "wait"])
