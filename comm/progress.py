@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from .deaths import Deaths
 from .errors import CommError, CommTimeout, MismatchError, PeerLost
 from .inquiry import Inquiry
+from .patience import Watch
 from .serving import Server, Waiting
 from .timeline import WAIT, Timeline
 from .trace import Ring
@@ -29,16 +30,8 @@ _LOOK, _LONGEST_LOOK = 100e-6, 1e-3
 """Seconds between two looks of the background thread where nobody rings it, at first and in the
 end: on a virtual machine each one costs about 20 us of the core, which a computation may need."""
 
-_CHECK = 0.05
-"""Seconds between two checks for lost peers and for the deadline while waiting."""
-
-
-_ANSWERS = 1.5
-"""Seconds that the others have to say where they are, when time is up."""
-
 _ASKS = 2.0
 """A wait() that is given fewer seconds is a look now and then: it asks nobody."""
-
 
 _MANY = 64
 """With more works in flight than these, a start does not always advance all others first."""
@@ -294,61 +287,3 @@ def _watch_forks(progress: Progress) -> None:
             progress.forked()
 
     os.register_at_fork(after_in_child=forked)
-
-
-class Watch:
-    """The patience of one waiting rank: pauses, looks for lost peers, and knows when time is up."""
-
-    def __init__(
-        self,
-        work: Work,
-        timeout: float,
-        inquiry: Inquiry | None,
-        deaths: Deaths | None,
-        asks: bool,
-    ) -> None:
-        """timeout: seconds.  asks: when time is up, the others are asked where they are."""
-        self._work = work
-        self._deaths = deaths
-        self._inquiry = inquiry
-        self._timeout = timeout
-        self._asks = asks
-        self._start = self._checked = time.monotonic()
-        self._spins = 0
-        self._suspected = False
-
-    def pause(self) -> None:
-        """Let others run.
-
-        Raises: PeerLost, CommTimeout.
-        """
-        transport = self._work.transport
-        self._spins += 1
-        transport.pause(self._spins)
-        now = time.monotonic()
-        if now - self._checked < min(_CHECK, self._timeout):
-            return
-        self._checked = now
-        peers = sorted({request.peer for request in self._work.pending})
-        try:
-            if self._deaths is not None:
-                self._deaths.check(transport.world)
-            transport.check(peers)
-            self._suspected = False
-        except PeerLost:
-            # Its last messages may have come after this rank last looked: look once more first.
-            if self._suspected:
-                raise
-            self._suspected, self._checked = True, 0.0
-            return
-        waited = now - self._start
-        if self._inquiry is not None:
-            self._inquiry.look(self._work, waited)
-        if waited >= self._timeout:
-            receipt, around = self._work.receipt, ""
-            if self._inquiry is not None and self._asks:
-                around = "; " + self._inquiry.around(self._work, _ANSWERS)
-            raise CommTimeout(
-                f"rank {transport.rank} waited {waited:.1f} s in {receipt.operation} "
-                f"({receipt.algorithm}, {receipt.nbytes} bytes) for ranks {peers}{around}"
-            )
