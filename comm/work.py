@@ -184,7 +184,8 @@ class Work:
     def wait(self, timeout: float | None = None) -> Any:
         """Wait until the work has ended and return its result.
 
-        timeout: seconds; the communicator's own where None.
+        timeout: seconds; the communicator's own where None. With less than 2 s the error says for
+            whom it waited, but not where they are.
 
         Raises: CommTimeout when time is up, the work going on; else what ended the work.
         """
