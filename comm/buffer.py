@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import dlpack
-from .device import bare, on_device
+from .device import bare, library_of, on_device
 from .dtypes import DType, dtype_named
 from .memory import Memory
 from .staging import Typed
@@ -24,8 +24,8 @@ class Buffer:
     """One user array, flattened in logical (row-major) order.
 
     owner: what the user passed.  view: its memory, strided, shaped as the user's.
-    flat: 1-D contiguous; the same memory as view, or memory of its own where `staged`, which
-    stage() fills and commit() brings back.
+    flat: 1-D, contiguous, aligned; the same memory as view, or memory of its own where `staged`,
+    which stage() fills and commit() brings back.
     family: the array library's name, such as "numpy" or "torch".
     kept: the arrays that `like` has made, by shape, where it makes each only once; else None.
     """
@@ -45,7 +45,7 @@ class Buffer:
     @property
     def staged(self) -> bool:
         """Tell whether flat is a copy."""
-        return self.view.size > 0 and not self.view.flags.c_contiguous
+        return self.view.size > 0 and not _is_flat(self.view)
 
     def stage(self) -> None:
         """Copy the user's elements into flat where flat is memory of its own."""
@@ -87,9 +87,14 @@ def wrap(x: Any, *, writable: bool, what: str = "x", keeps: bool = False) -> Buf
     view, dtype = _view(x, what)
     if writable:
         _require_target(view, what)
-    flat = view.reshape(-1) if view.flags.c_contiguous else np.empty(view.size, view.dtype)
-    family = type(x).__module__.partition(".")[0]
-    return Buffer(x, view, flat, dtype, family, {} if keeps else None)
+    flat = view.reshape(-1) if _is_flat(view) else np.empty(view.size, view.dtype)
+    return Buffer(x, view, flat, dtype, library_of(x), {} if keeps else None)
+
+
+def _is_flat(view: Array) -> bool:
+    """Tell whether kernels can take a view as it lies; what they take has to be aligned, too."""
+    flags = view.flags
+    return flags.c_contiguous and flags.aligned
 
 
 def allocate(family: str, shape: tuple[int, ...], dtype: DType) -> Any:
@@ -124,6 +129,10 @@ def registered(memory: Memory, shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def _from_numpy(x: Any) -> tuple[Array, DType]:
+    if type(x) is not np.ndarray:
+        if isinstance(x, np.ma.MaskedArray):
+            raise TypeError("a masked array, whose mask is not moved; pass filled() or data of it")
+        x = x.view(np.ndarray)  # a matrix, say, stays 2-D however it is reshaped
     dtype = dtype_named(x.dtype.name)
     if not x.dtype.isnative:
         raise TypeError(f"byte order of {x.dtype.str} is not this machine's")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -11,13 +12,13 @@ import numpy as np
 
 from .buffer import ordinary, registered
 from .device import on_device
-from .errors import CommError
+from .errors import CommError, MismatchError
 from .job import Job
 from .memo import Memo
 from .operations import Operations
 from .runner import Runner
 from .schedule import Schedule
-from .settings import Settings
+from .settings import Settings, unlike
 from .sharing import Sharing
 from .timeline import Timeline
 from .topology import Nodes
@@ -51,7 +52,8 @@ class Communicator:
     `algorithm` names an algorithm of `ringfold.comm.algorithms`, or is a Schedule, which is proven
     before it runs.
 
-    Raises: CommError without an MPI library, inside a multiprocessing worker, and after close().
+    Raises: CommError without an MPI library, inside a multiprocessing worker, and after close();
+    MismatchError where the ranks' settings differ.
     ValueError or TypeError for bad arguments, before anything is sent.
     """
 
@@ -87,6 +89,7 @@ class Communicator:
     def _join(self, job: Job) -> None:
         """Take all that the job's ranks can share; collective."""
         self._open(job, job.transport, "world")
+        self._compare_settings()
         self._share()
         self._use(load(self, self._settings.tuning, self._transport.library))
 
@@ -114,6 +117,12 @@ class Communicator:
         part = Communicator.__new__(Communicator)
         part._open(self._job, transport, name, is_node=is_node)
         return part
+
+    def _compare_settings(self) -> None:
+        """Refuse, on every rank, to open where ranks would miss each other; collective."""
+        differ = unlike(self.allgather(np.array(self._settings.alike)).tolist())
+        if differ:
+            raise MismatchError(f"the ranks' settings differ: {differ}")
 
     def _find_nodes(self) -> Nodes:
         """Tell every rank which ranks share a node; collective."""
@@ -337,7 +346,8 @@ class Communicator:
 
         Raises: MemoryError where no space is left; CommError for "cuda" without a GPU.
         """
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        lengths: Iterable[Any] = shape if isinstance(shape, Iterable) else (shape,)
+        shape = tuple(map(operator.index, lengths))
         self._runner.require_open()
         if device != "cpu":
             if device != "cuda":
@@ -354,7 +364,12 @@ class Communicator:
         """Return the Communicator of the ranks that give the same color, ordered by (key, rank).
 
         Collective. A rank that gives None gets None.
+
+        Raises: TypeError for a color or a key that is no whole number; ValueError for a color that
+        is negative or above 2**31 - 1, or a key of more than 32 bits.
         """
+        color = None if color is None else _within(color, "color", 0)
+        key = _within(key, "key", -_KEYS)
         self._runner.require_open()
         group = self._transport.split(color, key)
         self._splits += 1
@@ -432,6 +447,20 @@ class Communicator:
             self.use_devices(cuda_ways(self))
         assert self._device_operations is not None
         return self._device_operations
+
+
+_KEYS = 1 << 31
+"""MPI counts colors and keys in 32 bits."""
+
+
+def _within(number: int, what: str, lowest: int) -> int:
+    try:
+        number = operator.index(number)
+    except TypeError:
+        raise TypeError(f"{what}: expected a whole number, got {number!r}") from None
+    if not lowest <= number < _KEYS:
+        raise ValueError(f"{what} {number} is outside {lowest}..{_KEYS - 1}")
+    return number
 
 
 _PLANNED = (

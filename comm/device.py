@@ -251,6 +251,18 @@ def on_device(x: Any) -> bool:
     return hasattr(x, "__cuda_array_interface__") if said is None else bool(said)
 
 
+def library_of(x: Any) -> str:
+    """Return the name of the library that x is an array of, also where a program derives from it.
+
+    What speaks no DLPack is of the package of its class.
+    """
+    kind = type(x)
+    if kind is np.ndarray:
+        return "numpy"
+    base = next((base for base in reversed(kind.__mro__) if "__dlpack__" in vars(base)), kind)
+    return base.__module__.partition(".")[0]
+
+
 def bare(x: Any) -> Any:
     """Return x without its gradient.
 

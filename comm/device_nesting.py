@@ -263,7 +263,7 @@ class Nested:
             f"{NEST_BYTES >> 10} KiB or more over {nodes} nodes of {width} ranks",
         )
         mark = fingerprint(signature, "nested")
-        return Prepared(receipt, Channel.COLLECTIVE, begin, signature, mark=mark)
+        return Prepared(receipt, Channel.COLLECTIVE, begin, signature, way="nested", mark=mark)
 
     def _in_lane(self, root: int) -> int:
         """Return which rank of this rank's lane is on the root's node."""

@@ -206,12 +206,14 @@ class DeviceOperations:
             way = f"staged, {group.host_operations.way}"
             return Behind(result, partial(lane.device.follow, caller, last), way)
 
+        name = "staged" if ipc is None else "ipc"
         return Prepared(
             self._receipt(signature, array, cut, ipc),
             Channel.COLLECTIVE,
             run,
             signature,
-            mark=fingerprint(signature, "staged" if ipc is None else "ipc"),
+            way=name,
+            mark=fingerprint(signature, name),
         )
 
     def _copy_of_group(self, array: DeviceArray) -> Communicator:

@@ -223,8 +223,9 @@ class Direct:
             nbytes,
             f"{chosen.reason}; {self._reason}",
         )
-        mark = fingerprint(signature, f"direct {chosen.algorithm}")
-        return Prepared(receipt, Channel.COLLECTIVE, begin, signature, mark=mark)
+        way = f"direct {chosen.algorithm}"
+        mark = fingerprint(signature, way)
+        return Prepared(receipt, Channel.COLLECTIVE, begin, signature, way=way, mark=mark)
 
     def _give(self, piece: Piece) -> None:
         self._scratch.give(piece, self._device.record(self._stream))

@@ -17,18 +17,21 @@ _MOST_BITS = 30
 Shares = tuple[int, int, int]
 
 
-def agreed(signature: Signature) -> tuple[str, str, str, int, int]:
-    """Return what of a collective's signature must be the same on all ranks."""
+def agreed(signature: Signature, way: str) -> tuple[str, str, str, int, int, str]:
+    """Return what of a collective must be the same on all ranks.
+
+    way: how its messages go, as its algorithm.
+    """
     if signature.operation == "scatter":  # the root alone knows what is scattered
-        return ("scatter", "", "", 0, signature.peer)
+        return ("scatter", "", "", 0, signature.peer, way)
     operation, op, dtype, elements, peer = signature
-    return (operation, op, dtype, elements, peer)
+    return (operation, op, dtype, elements, peer, way)
 
 
 @lru_cache(maxsize=4096)
-def fingerprint(signature: Signature, algorithm: str) -> int:
+def fingerprint(signature: Signature, way: str) -> int:
     """Return 32 bits that differ where calls do, but for chance."""
-    return zlib.crc32(repr((agreed(signature), algorithm)).encode())
+    return zlib.crc32(repr(agreed(signature, way)).encode())
 
 
 def tag_of(sequence: int, mark: int, shares: Shares) -> int:

@@ -158,8 +158,9 @@ class Inquiry:
             self._since[group] = sequence, since
         if len(known) < len(members) and time.monotonic() - since < _GRACE:
             return None
+        ways = len({row.way for row in known.values()}) > 1
         shown = {
-            place: str(known[place]) if place in known else "has not said what it called"
+            place: known[place].told(ways) if place in known else "has not said what it called"
             for place in range(len(members))
         }
         return Verdict(group, sequence, table(f"{DIFFER} in {group}", shown))

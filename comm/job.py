@@ -52,9 +52,10 @@ class Job:
                 "a multiprocessing worker is no rank of the job: open the Communicator in the "
                 "process that mpirun started, and call collectives there"
             )
-        from .transport.mpi import MpiTransport, load_mpi
+        from .transport.mpi import MpiTransport, load_mpi, require_group
         from .transport.mpi_start import Starting
 
+        require_group(comm)
         seat = Seat.read()
         guard = Guard(Starting(seat)) if settings.abort else None
         lookout = None

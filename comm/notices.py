@@ -14,25 +14,33 @@ class Row:
     """One collective that a rank has called, as others need to know it.
 
     sequence: of the group's collectives.  site: file:line.
+    way: the algorithm of its messages, say; "" where it sends none.
     """
 
     sequence: int
     signature: Signature
     site: str
+    way: str
 
     @classmethod
     def of(cls, entry: Entry) -> Row:
         """Return the row of an operation in the ring."""
-        return cls(entry.sequence, entry.signature, entry.site)
+        return cls(entry.sequence, entry.signature, entry.site, entry.way)
 
     def differs(self, other: Row) -> bool:
         """Tell whether two ranks that called these disagree."""
-        return agreed(self.signature) != agreed(other.signature)
+        mine, others = (agreed(row.signature, row.way) for row in (self, other))
+        return mine != others
 
     def __str__(self) -> str:
+        return self.told(way=False)
+
+    def told(self, way: bool) -> str:
+        """Return it as text.  way: also how its messages go."""
         sig = self.signature
         root = f", root {sig.peer}" if sig.peer >= 0 else ""
-        return f"{sig}, {sig.elements} elements{root}, at {self.site} (#{self.sequence})"
+        by = f", algorithm {self.way or 'None'}" if way else ""
+        return f"{sig}, {sig.elements} elements{root}{by}, at {self.site} (#{self.sequence})"
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,7 @@ def decode(data: bytes) -> Notice:
     kind, fields = json.loads(data)
     if "rows" in fields:
         fields["rows"] = tuple(
-            Row(row["sequence"], Signature(*row["signature"]), row["site"])
+            Row(row["sequence"], Signature(*row["signature"]), row["site"], row["way"])
             for row in fields["rows"]
         )
     return _KINDS[kind](**fields)

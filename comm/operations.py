@@ -358,7 +358,8 @@ class Operations:
         )
         mark = fingerprint(signature, chosen.algorithm)
         note = executor.note if isinstance(executor, Compiled) else None
-        return Prepared(receipt, Channel.COLLECTIVE, run, signature, mark=mark, note=note)
+        way = chosen.algorithm
+        return Prepared(receipt, Channel.COLLECTIVE, run, signature, way=way, mark=mark, note=note)
 
     def _executor(
         self,
@@ -394,7 +395,8 @@ class Operations:
         if memory is not None and buffer.staged:
             raise ValueError(
                 f"x: a view of shape {buffer.view.shape} with strides {buffer.view.strides} bytes "
-                "of memory from empty() is not contiguous, so it cannot be shared; pass a copy"
+                "of memory from empty() is not contiguous, or not aligned to its elements, so it "
+                "cannot be shared; pass a copy"
             )
         return buffer
 

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .deaths import Deaths
-from .errors import CommTimeout, MismatchError, PeerLost
+from .errors import CommError, CommTimeout, MismatchError, PeerLost
 from .inquiry import Inquiry
+from .patience import Watch
 from .serving import Server, Waiting
 from .timeline import WAIT, Timeline
 from .trace import Ring
@@ -29,12 +30,11 @@ _LOOK, _LONGEST_LOOK = 100e-6, 1e-3
 """Seconds between two looks of the background thread where nobody rings it, at first and in the
 end: on a virtual machine each one costs about 20 us of the core, which a computation may need."""
 
-_CHECK = 0.05
-"""Seconds between two checks for lost peers and for the deadline while waiting."""
+_ASKS = 2.0
+"""A wait() that is given fewer seconds is a look now and then: it asks nobody."""
 
-
-_ANSWERS = 1.5
-"""Seconds that the others have to say where they are, when time is up."""
+_MANY = 64
+"""With more works in flight than these, a start does not always advance all others first."""
 
 
 class Progress:
@@ -49,6 +49,9 @@ class Progress:
         self.timeline: Timeline | None = None
         self.groups: weakref.WeakSet[Runner] = weakref.WeakSet()
         self._lock = threading.RLock()
+        self._advancing = False
+        self._forked = False
+        self._rested = 0.0
         self._wake = threading.Condition(threading.Lock())
         self._waiting = 0
         self._thread: threading.Thread | None = None
@@ -58,6 +61,20 @@ class Progress:
         self.inquiry: Inquiry | None = None
         self.deaths: Deaths | None = None
         _watch_forks(self)
+
+    def forked(self) -> None:
+        """Let go of works and groups, in a fork of the rank's process: they are the rank's."""
+        self._forked = True
+        for group in self.groups:
+            group.close()
+
+    def require_own(self, rank: int) -> None:
+        """Raise CommError in a fork of the rank's process, which works in flight do not belong to.
+
+        What they touch is shared with the rank: it would wait for what another has taken.
+        """
+        if self._forked:
+            raise in_fork(rank)
 
     def attend(self) -> None:
         """Let every group decide anew what its calls have to look at."""
@@ -70,14 +87,19 @@ class Progress:
         background: it is to advance also while nobody waits for it.
         """
         with self._lock:
-            self._advance_all()
-            work = make()
+            self._require_uninterrupted()
+            self._advance_in_passing()
+            try:
+                self._advancing = True
+                work = make()
+            finally:
+                self._advancing = False
             if not work.ended:
                 work.background = background
                 self.works.append(work)
                 self._server.interrupt()
                 self._nap = _LOOK
-        if self._deserted and self._threads and not self._stopped:
+        if background and not work.ended and self._threads and not self._stopped:
             self._notify()
         return work
 
@@ -87,15 +109,47 @@ class Progress:
         return any(work.background for work in self.works)
 
     def advance(self) -> None:
-        """Advance all works once; does nothing where another thread is at it."""
+        """Advance all works once; does nothing where another thread, or an outer call, is at it."""
         if self._lock.acquire(blocking=False):
             try:
                 self._advance_all()
             finally:
                 self._lock.release()
 
+    def _advance_in_passing(self) -> None:
+        """Advance all works; of many, only so often that it takes half of the time at most.
+
+        Nothing depends on it: a work never ends for certain by being advanced once.
+        """
+        start = time.monotonic()
+        if len(self.works) > _MANY and start < self._rested:
+            return
+        self._advance_all()
+        end = time.monotonic()
+        self._rested = 2 * end - start
+
     def _advance_all(self, awaited: Work | None = None) -> None:
-        self.works = [work for work in self.works if not work.advance(work is awaited)]
+        if self._advancing:
+            return
+        try:
+            self._advancing = True
+            for work in tuple(self.works):
+                if work.advance(work is awaited):
+                    self.works.remove(work)
+        finally:
+            self._advancing = False
+
+    def _require_uninterrupted(self) -> None:
+        """Refuse a call, under the lock, that has come in between the steps of a work.
+
+        Such comes from a signal handler or a finalizer, in the thread that advances works: they
+        are not at a point where another may start, and go on only after it has returned.
+        """
+        if self._advancing:
+            raise CommError(
+                "a signal handler or a finalizer has interrupted the works in flight: there "
+                "nothing can be started or waited for, only done() can be asked"
+            )
 
     def wait(self, work: Work, timeout: float | None = None) -> None:
         """Advance works until `work` has ended.
@@ -110,12 +164,14 @@ class Progress:
 
     def _wait(self, work: Work, timeout: float | None) -> None:
         with self._lock:
+            self._require_uninterrupted()
             self._waiting += 1
             work.overdue = False
             self._server.interrupt()
         try:
             patience = self.timeout if timeout is None else timeout
-            watch = Watch(work, patience, self.inquiry, self.deaths)
+            asks = timeout is None or timeout >= _ASKS
+            watch = Watch(work, patience, self.inquiry, self.deaths, asks)
             while True:
                 with self._lock:
                     self._advance_all(work)
@@ -210,6 +266,14 @@ class Progress:
         return waiting if len(waiting) == len(pending) else []
 
 
+def in_fork(rank: int) -> CommError:
+    """Return what a call is refused with in a fork of a rank's process."""
+    return CommError(
+        f"this process is a fork of rank {rank}, no rank of its own; call collectives, wait for "
+        "works and ask for them in the process that opened the communicator"
+    )
+
+
 def _watch_forks(progress: Progress) -> None:
     """Let calls notice that they are made in a fork of the rank's process.
 
@@ -220,58 +284,6 @@ def _watch_forks(progress: Progress) -> None:
     def forked() -> None:
         progress = found()
         if progress is not None:
-            progress.attend()
+            progress.forked()
 
     os.register_at_fork(after_in_child=forked)
-
-
-class Watch:
-    """The patience of one waiting rank: pauses, looks for lost peers, and knows when time is up."""
-
-    def __init__(
-        self, work: Work, timeout: float, inquiry: Inquiry | None, deaths: Deaths | None
-    ) -> None:
-        self._work = work
-        self._deaths = deaths
-        self._inquiry = inquiry
-        self._timeout = timeout
-        self._start = self._checked = time.monotonic()
-        self._spins = 0
-        self._suspected = False
-
-    def pause(self) -> None:
-        """Let others run.
-
-        Raises: PeerLost, CommTimeout.
-        """
-        transport = self._work.transport
-        self._spins += 1
-        transport.pause(self._spins)
-        now = time.monotonic()
-        if now - self._checked < min(_CHECK, self._timeout):
-            return
-        self._checked = now
-        peers = sorted({request.peer for request in self._work.pending})
-        try:
-            if self._deaths is not None:
-                self._deaths.check(transport.world)
-            transport.check(peers)
-            self._suspected = False
-        except PeerLost:
-            # Its last messages may have come after this rank last looked: look once more first.
-            if self._suspected:
-                raise
-            self._suspected, self._checked = True, 0.0
-            return
-        waited = now - self._start
-        if self._inquiry is not None:
-            self._inquiry.look(self._work, waited)
-        if waited >= self._timeout:
-            receipt, around = self._work.receipt, ""
-            if self._inquiry is not None:
-                patience = min(_ANSWERS, self._timeout / 2)
-                around = "; " + self._inquiry.around(self._work, patience)
-            raise CommTimeout(
-                f"rank {transport.rank} waited {waited:.1f} s in {receipt.operation} "
-                f"({receipt.algorithm}, {receipt.nbytes} bytes) for ranks {peers}{around}"
-            )

@@ -12,7 +12,7 @@ import numpy as np
 from ..kernels.records import Status
 from .errors import CommError
 from .fingerprint import shares_of, tag_of
-from .progress import Progress
+from .progress import Progress, in_fork
 from .timeline import WAIT
 from .trace import Sites
 from .transport.base import Channel, Transport
@@ -61,13 +61,10 @@ class Runner:
     def require_open(self) -> None:
         """Raise CommError where the group is closed, or this process is a fork of the rank's."""
         rank = self._transport.rank
+        if os.getpid() != self._process:
+            raise in_fork(rank)
         if self.closed:
             raise CommError(f"rank {rank}: the communicator is closed")
-        if os.getpid() != self._process:
-            raise CommError(
-                f"this process is a fork of rank {rank}, no rank of its own; call collectives "
-                "in the process that opened the communicator"
-            )
 
     def run(self, meeting: Meeting, receipt: Receipt, owner: Any) -> Any:
         """Run a meeting to its end; at once, without a Work, where nothing is in flight before."""
@@ -124,7 +121,8 @@ class Runner:
     def note(self, prepared: Prepared) -> int:
         """Tell the ring of operations what is called, and where; return how it refers to that."""
         site = self._sites.here()
-        call = self._ring.intern(prepared.signature, self.name, self._transport.size, site)
+        size, way = self._transport.size, prepared.way
+        call = self._ring.intern(prepared.signature, self.name, size, site, way)
         if prepared.meeting is not None:
             prepared.meeting.called(call)
         return call

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ class Settings:
 
     A Communicator without settings takes `read()`: the defaults below, where the environment names
     nothing else. Settings made by their fields do not look there; `read(timeout=60)` does both.
+
+    segment_bytes, max_message_bytes, shared, cma and watch must be the same on all ranks.
 
     timeout: seconds that a rank waits for its peers before CommTimeout.  RINGFOLD_TIMEOUT
     segment_bytes: chunks travel in pieces of at most this size.  RINGFOLD_SEGMENT_BYTES
@@ -52,6 +54,11 @@ class Settings:
             raise ValueError(
                 f"max_message_bytes must be in 1..{(1 << 31) - 1}, got {self.max_message_bytes}"
             )
+
+    @property
+    def alike(self) -> tuple[int, ...]:
+        """Return, as numbers, what all ranks must have alike."""
+        return tuple(int(getattr(self, field)) for field in _ALIKE)
 
     @classmethod
     def read(cls, environ: Mapping[str, str] = os.environ, **fields: Any) -> Settings:
@@ -122,6 +129,36 @@ def asks_for_huge_pages(environ: Mapping[str, str] = os.environ) -> str:
     if {"glibc.malloc.hugetlb=1", "glibc.malloc.hugetlb=2"} & set(tunables):
         return "malloc"
     return "torch" if environ.get("THP_MEM_ALLOC_ENABLE") == "1" else ""
+
+
+_ALIKE = ("segment_bytes", "max_message_bytes", "shared", "cma", "watch")
+"""Fields by which ranks send and meet, so that all must have them alike."""
+
+_TOLD = 8
+
+
+def unlike(rows: Sequence[Sequence[int]]) -> str:
+    """Return what the ranks' settings differ in, "" where they do not.
+
+    rows: `Settings.alike` of each rank.
+    """
+    told = []
+    for field, values in zip(_ALIKE, zip(*rows, strict=True), strict=True):
+        if len(set(values)) > 1:
+            name = f" (RINGFOLD_{field.upper()})" if field in _PARSERS else ""
+            kind = type(getattr(Settings, field))
+            found = (
+                f"{kind(value)} on {_ranks([r for r, own in enumerate(values) if own == value])}"
+                for value in dict.fromkeys(values)
+            )
+            told.append(f"{field}{name} is {', '.join(found)}")
+    return "; ".join(told)
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:_TOLD]))
+    more = f" and {len(ranks) - _TOLD} more" if len(ranks) > _TOLD else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
 
 
 _PARSERS: dict[str, Callable[[str], object]] = {

@@ -86,6 +86,7 @@ class Entry:
     site: file:line of the first caller outside ringfold and torch; of a plan, where it was made.
     start, end: nanoseconds of CLOCK_MONOTONIC, which all processes of a node share; end is 0 while
         it runs, and up to 10 ms too early (never before start) unless a timeline is recorded.
+    way: of a collective over messages, the algorithm, or another name for how they go; else "".
     """
 
     number: int
@@ -97,6 +98,7 @@ class Entry:
     start: int
     end: int
     state: State
+    way: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -113,7 +115,7 @@ class Entry:
         )
 
 
-_Key = tuple[Signature, str, int, str]
+_Key = tuple[Signature, str, int, str, str]
 
 
 class Ring:
@@ -144,9 +146,9 @@ class Ring:
         """Let compiled code take the exact time of an end too: 16 ns more for each operation."""
         self._words[RingWord.ENDS] = time.CLOCK_MONOTONIC
 
-    def intern(self, signature: Signature, group: str, size: int, site: str) -> int:
+    def intern(self, signature: Signature, group: str, size: int, site: str, way: str = "") -> int:
         """Return the number of a call by which entries refer to it, from 1."""
-        key = signature, group, size, site
+        key = signature, group, size, site, way
         known = self._calls.get(key)
         return self._describe(key) if known is None else known
 
@@ -157,8 +159,8 @@ class Ring:
         if old is not None:
             del self._calls[old]
         self._keys[place], self._calls[key] = key, call
-        signature, group, size, site = key
-        text = "\t".join((*map(str, signature), group, str(size), site[-_SITE_CHARACTERS:]))
+        signature, group, size, site, way = key
+        text = "\t".join((*map(str, signature), group, str(size), way, site[-_SITE_CHARACTERS:]))
         encoded = text.encode(errors="replace")[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
         low = _CALLS_AT + place * _CALL_BYTES
         self.memory[low : low + 8].view(np.int64)[0] = call
@@ -233,10 +235,10 @@ def _read(memory: Bytes, words: npt.NDArray[np.int64], number: int) -> Entry | N
     if found != number or known != call:
         return None
     text = memory[low + 8 : low + _CALL_BYTES].tobytes().rstrip(b"\0").decode(errors="replace")
-    operation, op, dtype, count, peer, group, size, site = text.split("\t")
+    operation, op, dtype, count, peer, group, size, way, site = text.split("\t")
     signature = Signature(operation, op, dtype, int(count), int(peer))
     state = State(Outcome(outcome))
-    return Entry(number, sequence, group, int(size), signature, site, start, end, state)
+    return Entry(number, sequence, group, int(size), signature, site, start, end, state, way)
 
 
 class Sites:

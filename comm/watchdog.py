@@ -4,12 +4,14 @@ It needs nothing of the main thread: it answers peers that ask, writes a report 
 the process gets SIGUSR1, and ends the job where a rank has died and this one does not come to
 notice. A rank that holds the interpreter lock in native code answers to nobody; its peers on the
 node then send it SIGUSR1, at which faulthandler writes its stacks into a file that they can read.
+They do so only where that handler is all that runs: the file's first byte says whether it is.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import faulthandler
 import functools
 import os
@@ -63,6 +65,7 @@ class Watchdog:
 
     def _run(self) -> None:
         while not self._stop.wait(_LOOK):
+            _publish()
             if self._transport.threads:
                 self._inquiry.listen()
             size = os.fstat(self.file).st_size
@@ -113,6 +116,8 @@ class Watchdog:
                     return "has died"
                 if not _catches(process.pid):
                     return "does not answer, and does not listen to signals any more"
+                if file.read(1) != _ALONE:
+                    return f"does not answer, and handles {_SIGNAL.name} by itself"
                 before = os.fstat(file.fileno()).st_size
                 os.kill(process.pid, _SIGNAL)
                 end = time.monotonic() + 1.0
@@ -144,12 +149,20 @@ _ALIVE: list[Watchdog] = []
 
 _CATCHING: list[object] = []
 
+_HANDLERS: list[int] = []
+"""The address of faulthandler's, where no other is called behind it."""
+
+_ALONE, _SHARED = b"1", b"0"
+
 
 def catch(holder: object) -> None:
     """Let the signal write this process's stacks, where it would end the process otherwise."""
     if not _CATCHING:
         chain = callable(signal.getsignal(_SIGNAL))
         faulthandler.register(_SIGNAL, file=_stacks_file(), all_threads=True, chain=chain)
+        if not chain:
+            _HANDLERS.append(_handler())
+        _publish()
     _CATCHING.append(holder)
 
 
@@ -158,11 +171,31 @@ def let_go(holder: object) -> None:
     _CATCHING.remove(holder)
     if not _CATCHING:
         faulthandler.unregister(_SIGNAL)
+        _HANDLERS.clear()
+        _publish()
 
 
 @functools.cache
 def _stacks_file() -> int:
-    return os.memfd_create("ringfold-stacks", os.MFD_CLOEXEC)
+    file = os.memfd_create("ringfold-stacks", os.MFD_CLOEXEC)
+    os.write(file, _SHARED)
+    return file
+
+
+def _publish() -> None:
+    """Tell peers whether the signal does nothing but write stacks.
+
+    The program may take it at any time, for a notice of its scheduler's, say: a peer's question
+    must not pass for that.
+    """
+    os.pwrite(_stacks_file(), _ALONE if _handler() in _HANDLERS else _SHARED, 0)
+
+
+def _handler() -> int:
+    """Return the address of the function that handles the signal; 0 for the default."""
+    action = (ctypes.c_size_t * 32)()  # a struct sigaction, which begins with that (glibc, musl)
+    ctypes.CDLL(None).sigaction(int(_SIGNAL), None, action)
+    return int(action[0])
 
 
 def _catches(pid: int) -> bool:

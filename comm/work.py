@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -76,6 +79,7 @@ class Prepared:
     meeting: where the operation meets on a board.
     note: given (ring, call, sequence), lets the next run note itself there; None where it does not.
     background: somebody else may wait for it, so that it goes on also while nobody waits here.
+    way: how its messages go, such as the algorithm, which all ranks must agree on too; "" for none.
     mark: of what was asked for, see fingerprint; part of the tags of a collective's messages.
     plain: it is nothing but this meeting, whose result is `owner`.
     """
@@ -87,6 +91,7 @@ class Prepared:
     meeting: Meeting | None = None
     plain: bool = False
     owner: Any = None
+    way: str = ""
     mark: int = 0
     background: bool = True
     note: Callable[[Any, int, int], None] | None = None
@@ -140,6 +145,10 @@ class Work:
             self._end(stop.value, None)
         except BaseException as error:  # the waiter raises it, whatever it is
             self._end(None, error)
+            # Ctrl-C, or what another signal's handler raises, came by chance while this work went
+            # on: it is for whoever runs now. The work ends all the same: its steps are broken off.
+            if not isinstance(error, Exception) or _of_a_signal(error):
+                raise
 
     def fail(self, error: BaseException) -> None:
         """End the work with an error."""
@@ -162,6 +171,7 @@ class Work:
     def done(self) -> bool:
         """Tell whether the work has ended, well or not; never waits."""
         if self._steps is not None:
+            self._progress.require_own(self.transport.rank)
             self._progress.advance()
         if type(self._result) is Behind:
             self._result = self._result.settle()
@@ -174,14 +184,25 @@ class Work:
     def wait(self, timeout: float | None = None) -> Any:
         """Wait until the work has ended and return its result.
 
-        timeout: seconds; the communicator's own where None.
+        timeout: seconds; the communicator's own where None. With less than 2 s the error says for
+            whom it waited, but not where they are.
 
         Raises: CommTimeout when time is up, the work going on; else what ended the work.
         """
         if self._steps is not None:
+            self._progress.require_own(self.transport.rank)
             self._progress.wait(self, timeout)
         if self._error is not None:
             raise self._error
         if type(self._result) is Behind:
             self._result = self._result.settle()
         return self._result
+
+
+def _of_a_signal(error: BaseException) -> bool:
+    """Tell whether the handler of a signal has raised an error."""
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    handlers = map(signal.getsignal, signal.valid_signals())
+    codes = {getattr(handler, "__code__", None) for handler in handlers} - {None}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))

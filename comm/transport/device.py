@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..device import LEGACY_STREAM, Bytes, DeviceArray, Event, Stream
+from ..device import LEGACY_STREAM, Bytes, DeviceArray, Event, Stream, library_of
 from ..dtypes import dtype_named
 from ..errors import CommError
 from .cuda_arithmetic import CudaArithmetic
@@ -148,7 +148,7 @@ class CudaDevice:
         """Return the stream that the array names, else its library's current one."""
         if array.stream is not None:
             return array.stream
-        family = _family(array.owner)
+        family = library_of(array.owner)
         current = _CURRENT.get(family)
         if current is None:
             return LEGACY_STREAM
@@ -201,7 +201,7 @@ class CudaDevice:
 
     def like(self, array: DeviceArray, shape: tuple[int, ...]) -> Any:
         """Return a new array of the same library, device and element type."""
-        family = _family(array.owner)
+        family = library_of(array.owner)
         if family in _MAKERS:
             return _MAKERS[family](importlib.import_module(family), array, shape)
         with self._device:
@@ -222,10 +222,6 @@ def _unpin(runtime: Any, address: int) -> None:
         runtime.hostUnregister(address)
     except runtime.CUDARuntimeError:
         return  # the driver has ended, and with it what was registered
-
-
-def _family(owner: Any) -> str:
-    return type(owner).__module__.partition(".")[0]
 
 
 def empty(node_rank: int, shape: tuple[int, ...], dtype: Any) -> Any:

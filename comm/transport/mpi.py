@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -30,6 +31,27 @@ def load_mpi(lookout: Callable[[], Lookout] | None = None) -> Any:
         return import_mpi(lookout)
     except (ImportError, RuntimeError) as error:
         raise CommError(f"{INSTALL_HINT} ({error})") from error
+
+
+def require_group(comm: Any) -> None:
+    """Refuse, before MPI is started, what no communicator can be opened over.
+
+    comm: mpi4py's; None stands for MPI.COMM_WORLD.
+    """
+    if comm is None:
+        return
+    mpi = sys.modules.get("mpi4py.MPI")  # which who has such a thing has imported
+    if mpi is None or not isinstance(comm, mpi.Comm):
+        raise TypeError(
+            f"comm: expected a communicator of mpi4py's, or None for MPI.COMM_WORLD, got {comm!r}; "
+            "settings are given by name, settings=..."
+        )
+    if comm == mpi.COMM_NULL:
+        raise ValueError("comm: MPI.COMM_NULL, which this rank is no part of")
+    if comm.Is_inter():
+        raise ValueError(
+            "comm: an intercommunicator, between two groups of ranks; pass what its Merge() returns"
+        )
 
 
 def thread_level() -> str:

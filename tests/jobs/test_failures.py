@@ -70,6 +70,23 @@ for item in torch.utils.data.DataLoader(Data()):
 """
 
 
+def test_ranks_whose_settings_differ_are_told_so_as_they_open(job: Callable[..., Any]) -> None:
+    script = """
+import os
+import ringfold
+
+if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
+    os.environ["RINGFOLD_SHARED"] = "0"
+try:
+    ringfold.Communicator()
+except ringfold.MismatchError as error:
+    print(error, flush=True)
+"""
+    done = job(3, script, timeout=40)
+    text = "settings differ: shared (RINGFOLD_SHARED) is True on ranks 0, 2, False on rank 1"
+    assert done.returncode == 0 and done.stdout.count(text) == 3, done.output
+
+
 @pytest.mark.parametrize(
     "script, shown",
     [

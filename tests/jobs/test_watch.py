@@ -41,6 +41,33 @@ def test_a_deadline_names_who_did_not_come_and_where_it_is(
     assert not done.leftovers
 
 
+def test_a_rank_that_handles_sigusr1_by_itself_is_not_sent_it(job: Callable[..., Any]) -> None:
+    """A scheduler's notice, such as for a requeue, came from a peer that only asked."""
+    script = """
+import ctypes, os, signal, time
+import numpy as np
+import ringfold
+
+def take(*_):
+    print("taken", flush=True)
+
+if int(os.environ["OMPI_COMM_WORLD_RANK"]) == 1:
+    signal.signal(signal.SIGUSR1, take)
+comm = ringfold.Communicator(settings=ringfold.Settings(timeout=1))
+if comm.rank == 2:
+    signal.signal(signal.SIGUSR1, take)
+comm.allreduce(np.ones(3))
+if comm.rank:
+    time.sleep(0.5)  # the watchdog tells of the handler meanwhile
+    ctypes.PyDLL(None).usleep(4_000_000)  # keeps the interpreter lock
+comm.barrier()
+"""
+    done = job(3, script, timeout=40)
+    for rank in (1, 2):
+        assert f"rank {rank}: does not answer, and handles SIGUSR1 by itself" in done.stderr
+    assert "taken" not in done.output
+
+
 def test_sigusr1_tells_where_all_ranks_are_and_the_job_goes_on(job: Callable[..., Any]) -> None:
     script = (
         START.format(timeout=60, shared=True)

@@ -39,6 +39,35 @@ def test_strided_tensors_are_staged_by_logical_element() -> None:
     wrap(half, writable=True)
 
 
+def test_what_is_not_aligned_is_staged() -> None:
+    """Kernels refuse it, on the one rank that has it and only once the others have begun."""
+    x = np.zeros(9, np.uint8)[1:].view(np.float16)
+    assert not x.flags.aligned
+    x[...] = [1, 2, 3, 4]
+    buffer = wrap(x, writable=True)
+    buffer.stage()
+    assert buffer.staged and buffer.flat.flags.aligned and buffer.flat.tolist() == [1, 2, 3, 4]
+    buffer.flat[:] = 10 * buffer.flat
+    buffer.commit()
+    assert x.tolist() == [10, 20, 30, 40]
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_arrays_of_derived_classes() -> None:
+    class Own(torch.Tensor):
+        pass
+
+    class OwnArray(np.ndarray):
+        pass
+
+    matrix = np.matrix([[1.0, 2.0], [3.0, 4.0]])  # whose reshape(-1) has two dimensions
+    assert wrap(matrix, writable=True).flat.shape == (4,)
+    assert wrap(torch.ones(2).as_subclass(Own), writable=True).family == "torch"
+    assert wrap(np.ones(2).view(OwnArray), writable=True).family == "numpy"
+    with pytest.raises(TypeError, match="masked array"):
+        wrap(np.ma.masked_array([1.0, 2.0], [True, False]), writable=False)
+
+
 def test_the_view_keeps_the_memory_alive() -> None:
     buffer = wrap(torch.full((100_000,), 3.0), writable=False)
     flat = buffer.flat

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfold.comm.settings import Settings, without_one_sided
+from ringfold.comm.settings import Settings, unlike, without_one_sided
 
 COMPONENTS = "OMPI_MCA_btl"
 
@@ -40,6 +40,21 @@ def test_what_is_out_of_range_is_named() -> None:
 def test_what_cannot_be_read_is_named(name: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"RINGFOLD_{name}='{value}' cannot be read"):
         Settings.read({f"RINGFOLD_{name}": value})
+
+
+def test_settings_that_ranks_must_share_are_compared() -> None:
+    """They met in shared memory, or not: an error of another call, or a hang, told of it."""
+    base = Settings()
+    assert unlike([base.alike] * 3) == ""
+    free = Settings(timeout=2, abort=False, compiled=False, tuning=Path("x"))
+    assert unlike([base.alike, free.alike]) == ""
+    rows = [base.alike, Settings(cma=False, segment_bytes=8).alike, base.alike]
+    assert unlike(rows) == (
+        "segment_bytes (RINGFOLD_SEGMENT_BYTES) is 524288 on ranks 0, 2, 8 on rank 1; "
+        "cma (RINGFOLD_CMA) is True on ranks 0, 2, False on rank 1"
+    )
+    many = [base.alike] + [Settings(watch=False).alike] * 20
+    assert unlike(many).endswith("False on ranks 1, 2, 3, 4, 5, 6, 7, 8 and 12 more")
 
 
 @pytest.mark.parametrize(

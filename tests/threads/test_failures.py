@@ -97,6 +97,30 @@ def test_a_wait_may_time_out_and_be_taken_up_again() -> None:
     run_local(2, main)
 
 
+def test_a_short_wait_asks_nobody_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that polled a work signalled its healthy peers, and took a second for each poll."""
+    asked: list[int] = []
+
+    def main(comm: Communicator) -> None:
+        if comm.rank == 0:
+            work = comm.irecv(np.zeros(3), 1)
+            monkeypatch.setattr(comm._progress.inquiry, "ask", lambda *_: asked.append(1) or {})
+            for timeout in (0, 0.1):
+                with pytest.raises(CommTimeout, match=r"for ranks \[1\]$"):
+                    work.wait(timeout=timeout)
+            assert not asked
+            with pytest.raises(CommTimeout, match="where the ranks are"):
+                work.wait(timeout=2)
+            assert asked
+            comm.barrier()
+            work.wait()
+        else:
+            comm.barrier()
+            comm.send(np.full(3, 7.0), 0)
+
+    run_local(2, main)
+
+
 def test_a_work_that_was_waited_for_in_vain_holds_nobody_up_at_the_end() -> None:
     def main(comm: Communicator) -> None:
         if comm.rank == 0:
@@ -193,6 +217,11 @@ def test_bad_arguments_are_refused_before_anything_is_sent() -> None:
             (lambda: comm.alltoall(np.ones((3, 2))), ValueError, r"first axis of 2.*\(3, 2\)"),
             (lambda: comm.plan("send", x), ValueError, "cannot plan 'send'"),
             (lambda: comm.allreduce([1, 2]), TypeError, "got list"),
+            (lambda: comm.split(1.5), TypeError, "color: expected a whole number, got 1.5"),
+            (lambda: comm.split(0, "a"), TypeError, "key: expected a whole number, got 'a'"),
+            (lambda: comm.split(-1), ValueError, r"color -1 is outside 0\.\.2147483647"),
+            (lambda: comm.split(0, 1 << 31), ValueError, "key 2147483648 is outside -2147483648"),
+            (lambda: comm.empty(2.0), TypeError, "float"),
             (
                 lambda: comm.allreduce(x, algorithm=build("allreduce", "ring", 3)),
                 ScheduleError,
@@ -227,5 +256,7 @@ def test_torch_tensors_come_back_as_tensors() -> None:
         made = comm.empty((2, 2), torch.float16)
         assert isinstance(made, torch.Tensor) and made.dtype == torch.float16
         assert comm.empty(3).dtype == np.float32
+        assert comm.empty(np.int64(5)).shape == comm.empty([np.int32(5)]).shape == (5,)
+        assert comm.empty(torch.Size([2, 0])).shape == (2, 0) and comm.empty(()).shape == ()
 
     run_local(2, main)

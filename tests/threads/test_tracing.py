@@ -38,6 +38,24 @@ def train(comm: Communicator, path: Path | None, **settings) -> tuple[str, list]
     return str(found), found.rows
 
 
+@pytest.mark.parametrize("name", ["missing/trace.json", ""])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_traced(
+    name: str, tmp_path: Path
+) -> None:
+    """What was traced was lost: rank 0 found out at the end, and the others did not."""
+
+    def main(comm: Communicator) -> None:
+        with (
+            pytest.raises(OSError, match="rank 0 cannot write the trace"),
+            trace(comm, tmp_path / name),
+        ):
+            raise AssertionError("traced")
+        assert comm.timeline is None
+
+    run_local(2, main)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_replicas_show_compute_packing_and_buckets(size: int, tmp_path: Path) -> None:
     path = tmp_path / "trace.json"

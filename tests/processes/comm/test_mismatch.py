@@ -84,6 +84,14 @@ def equal_in_all(comm: Communicator, odd: bool) -> None:
         work.wait()
 
 
+def algorithms(comm: Communicator, odd: bool) -> None:
+    comm.allreduce(np.ones(5), algorithm="ring" if odd else "tree")
+
+
+def algorithm_of_one(comm: Communicator, odd: bool) -> None:
+    comm.allreduce(np.ones(5), algorithm="ring" if odd else None)
+
+
 CASES: dict[Callable[[Communicator, bool], None], tuple[str, str]] = {
     lengths: ("allreduce(sum, float64), 5 elements", "allreduce(sum, float64), 6 elements"),
     lengths_by_a_line: ("4096 elements", "4090 elements"),
@@ -94,6 +102,8 @@ CASES: dict[Callable[[Communicator, bool], None], tuple[str, str]] = {
     order: ("allreduce(sum, float64)", "allgather(float64)"),
     missing: ("allreduce(sum, float64)", "barrier()"),
     equal_in_all: ("3 elements", "5 elements"),
+    algorithms: ("5 elements, algorithm tree", "5 elements, algorithm ring"),
+    algorithm_of_one: ("5 elements, algorithm ", "5 elements, algorithm ring"),
 }
 
 

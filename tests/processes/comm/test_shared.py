@@ -8,9 +8,10 @@ import contract
 import numpy as np
 import pytest
 from contract import CHECKS, NUMBERS, data, expected, lengths, reopened
+from mpi4py import MPI
 
 import ringfold
-from ringfold import CommError, CommTimeout, Communicator, MismatchError
+from ringfold import CommError, CommTimeout, Communicator, MismatchError, Settings
 from ringfold.comm.board import STAGE_BYTES
 
 LARGE = STAGE_BYTES // 4 * 2 + 1235
@@ -114,6 +115,49 @@ def test_a_fork_of_a_rank_is_refused_whatever_it_has_called_before(comm: Communi
         os._exit(refused)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
     assert (comm.allreduce(x) == comm.size**3).all()
+
+
+def test_what_is_no_group_of_ranks_is_refused(comm: Communicator) -> None:
+    """A communicator opened over two groups at once; Settings had "no attribute 'Dup'"."""
+    for thing in (Settings(), "nccl", comm):
+        with pytest.raises(TypeError, match="expected a communicator of mpi4py's"):
+            Communicator(thing)
+    with pytest.raises(ValueError, match="COMM_NULL"):
+        Communicator(MPI.COMM_NULL)
+    if comm.size > 1:
+        part = MPI.COMM_WORLD.Split(comm.rank > 0, comm.rank)
+        between = part.Create_intercomm(0, MPI.COMM_WORLD, int(comm.rank == 0))
+        with pytest.raises(ValueError, match="intercommunicator"):
+            Communicator(between)
+        between.Free()
+        part.Free()
+
+
+def test_a_fork_of_a_rank_leaves_its_works_alone(comm: Communicator) -> None:
+    """It advanced the rank's works, and closed its group: the rank waited until time was up."""
+    if comm.size == 1:
+        return
+    ahead, behind = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    with reopened(comm, timeout=20) as other:
+        got = other.irecv(np.zeros(400_000), behind)
+        flying = other.allreduce(np.ones(400_000), blocking=False) if comm.rank == 0 else None
+        child = os.fork()
+        if child == 0:
+            refused = 0
+            for call in (got.wait, got.done, other.close, flying.wait if flying else got.wait):
+                try:
+                    call()
+                except CommError as error:
+                    refused += "fork of rank" in str(error)
+            os._exit(refused)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+        comm.barrier()  # until here the works could not end
+        if flying is None:
+            flying = other.allreduce(np.ones(400_000), blocking=False)
+        sent = other.isend(np.full(400_000, float(comm.rank)), ahead)
+        assert (flying.wait() == comm.size).all()
+        sent.wait()
+        assert (got.wait() == behind).all()
 
 
 def test_receipts_name_the_form(comm: Communicator) -> None:

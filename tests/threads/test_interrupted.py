@@ -1,0 +1,107 @@
+"""What comes in between the steps of a work: an interrupt, a signal handler, a finalizer."""
+
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ringfold import CommError, Communicator, run_local
+from ringfold.comm.progress import Progress
+from ringfold.comm.transport.local import LocalTransport, World
+from ringfold.comm.work import Receipt, Steps, Work
+
+
+def in_flight(progress: Progress, comes_in: Callable[[], None], late: int = 1) -> Work:
+    """Start a work that something comes in at, as a signal would.
+
+    late: how often it is advanced without that.
+    """
+
+    def steps() -> Steps:
+        for _ in range(late):
+            yield []
+        comes_in()
+        return 5
+
+    transport = LocalTransport(World(1), (0,), 0)
+    receipt = Receipt("recv", "message", "local", 1, 0)
+    return progress.start(lambda: Work(steps(), receipt, transport, progress), False)
+
+
+def time_is_up(*_: object) -> None:
+    raise TimeoutError("the limit of the step")
+
+
+@pytest.fixture
+def alarm() -> Iterator[None]:
+    before = signal.signal(signal.SIGALRM, time_is_up)
+    yield
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("what", [KeyboardInterrupt, TimeoutError])
+def test_an_interrupt_is_raised_by_the_wait_that_it_comes_in_not_by_the_work_it_meets(
+    alarm: None, what: type[BaseException]
+) -> None:
+    """Ctrl-C ended an irecv posted early, and the allreduce that was waited for went on."""
+
+    def interrupt() -> None:
+        if what is TimeoutError:
+            signal.raise_signal(signal.SIGALRM)
+        raise KeyboardInterrupt
+
+    progress = Progress(60, threads=False)
+    early = in_flight(progress, interrupt, late=2)
+    waited_for = in_flight(progress, lambda: None)
+    with pytest.raises(what):
+        waited_for.wait()
+    assert isinstance(early.exception(), what)
+    assert waited_for.exception() is None and waited_for.wait() == 5
+    assert not progress.works
+
+
+def test_a_signal_handler_may_ask_whether_works_are_done() -> None:
+    """It advanced the work that it had interrupted: "generator already executing"."""
+    progress = Progress(60, threads=False)
+    asked: list[bool] = []
+    works: list[Work] = []
+
+    def ask() -> None:
+        asked.extend(work.done() for work in works)
+
+    works += [in_flight(progress, ask, late=2), in_flight(progress, ask)]
+    assert [work.wait() for work in reversed(works)] == [5, 5]
+    assert asked == [False] * 2 + [True, False] and not progress.works
+
+
+def test_an_error_of_a_works_own_waits_for_who_waits_for_it() -> None:
+    def fail() -> None:
+        time_is_up()
+
+    progress = Progress(60, threads=False)
+    early = in_flight(progress, fail, late=2)
+    assert in_flight(progress, lambda: None).wait() == 5
+    with pytest.raises(TimeoutError):
+        early.wait()
+
+
+@pytest.mark.parametrize("call", ["start", "wait"])
+def test_a_signal_handler_that_would_wait_for_what_it_interrupts_is_told_so(call: str) -> None:
+    seen: list[Any] = []
+
+    def main(comm: Communicator) -> None:
+        other = comm.irecv(np.zeros(3), 0)
+
+        def handler() -> None:
+            with pytest.raises(CommError, match="signal handler or a finalizer") as caught:
+                other.wait() if call == "wait" else comm.allreduce(np.ones(3))
+            seen.append(caught.value)
+
+        assert in_flight(comm._progress, handler).wait() == 5
+        comm.send(np.full(3, 7.0), 0)
+        assert (other.wait() == 7).all()
+
+    run_local(1, main)
+    assert len(seen) == 1

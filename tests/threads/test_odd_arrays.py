@@ -1,0 +1,59 @@
+"""Arrays as programs have them: not aligned, of derived classes."""
+
+import numpy as np
+import pytest
+import torch
+
+from ringfold import Communicator, run_local
+
+
+class Own(torch.Tensor):
+    """As a script defines one, in its own module."""
+
+
+@pytest.mark.parametrize("name", ["allreduce", "reduce", "broadcast", "reduce_scatter"])
+def test_float16_that_is_not_aligned_on_one_rank_alone(name: str) -> None:
+    """That rank refused it when the others had begun: they waited until time was up."""
+
+    def main(comm: Communicator) -> list[float]:
+        x = np.ones(8, np.float16)
+        if comm.rank == 0:
+            x = np.zeros(17, np.uint8)[1:].view(np.float16)
+        x[...] = comm.rank + 1
+        return np.asarray(getattr(comm, name)(x), np.float64).tolist()
+
+    summed = [3.0] * 8
+    expected = {
+        "allreduce": [summed, summed],
+        "reduce": [summed, [2.0] * 8],
+        "broadcast": [[1.0] * 8] * 2,
+        "reduce_scatter": [summed[:4]] * 2,
+    }
+    assert run_local(2, main) == expected[name]
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_a_matrix_is_an_array_of_two_dimensions() -> None:
+    def main(comm: Communicator) -> None:
+        x = np.matrix(np.arange(10.0).reshape(2, 5) + 100 * comm.rank)
+        rows = np.asarray(comm.alltoall(x))
+        assert rows[:, 0].tolist() == [5.0 * comm.rank, 100 + 5.0 * comm.rank]
+        assert comm.allgather(x).shape == (2, 2, 5)
+        comm.allreduce(x, algorithm="ring")
+        np.testing.assert_array_equal(x, 2 * np.arange(10.0).reshape(2, 5) + 100)
+
+    run_local(2, main)
+
+
+def test_results_for_a_class_derived_from_tensors_are_tensors() -> None:
+    def main(comm: Communicator) -> None:
+        x = (torch.arange(4.0) + comm.rank).reshape(2, 2).as_subclass(Own)
+        for result in (
+            comm.allgather(x),
+            comm.reduce_scatter(x),
+            comm.scatter(x if comm.rank == 1 else None, root=1),
+        ):
+            assert isinstance(result, torch.Tensor)
+        assert result.tolist() == [2 * comm.rank + 1, 2 * comm.rank + 2]
+
+    run_local(2, main)
