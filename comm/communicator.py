@@ -367,7 +367,10 @@ class Communicator:
         return made
 
     def close(self) -> None:
-        """Finish what is in flight and give the group back; collective, and idempotent."""
+        """Finish what is in flight and give the group back; collective, and idempotent.
+
+        Groups that were split from it go on.
+        """
         if self._runner.closed:
             return
         self._progress.drain(self._settings.timeout)
@@ -377,8 +380,9 @@ class Communicator:
         self._runner.close()
         if self.node is not self:
             self.node.close()
-        if self._transport is self._job.transport:
-            self._job.leave()
+        self._job.closing |= self._transport is self._job.transport
+        if self._job.closing:
+            self._job.leave_when_idle()
         self._transport.close()
 
     def _unshare(self) -> None:

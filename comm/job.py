@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -30,6 +31,7 @@ class Job:
     """This rank's part of the job: its messages, its works, and who looks after the others.
 
     guard: what ends the job on an exception; None where it is not wanted.
+    closing: the group that all others are split from is closed.
     """
 
     def __init__(self, transport: Transport, settings: Settings) -> None:
@@ -39,6 +41,7 @@ class Job:
         self.progress.inquiry = Inquiry(transport, self.progress.ring)
         self.guard: Guard | None = None
         self.watchdog: Watchdog | None = None
+        self.closing = False
 
     @classmethod
     @contextmanager
@@ -103,6 +106,15 @@ class Job:
         files = world.node.allgather(np.array([watchdog.file])).ravel().tolist()
         of = dict(zip(ranks, files, strict=True))
         watchdog.start({rank: (process, of[rank]) for rank, process in known.items()})
+
+    def leave_when_idle(self) -> None:
+        """Leave where no group is open on this rank, be it one that was split from the world."""
+        if self._idle or (gc.collect() and self._idle):  # dropped groups are parts of cycles
+            self.leave()
+
+    @property
+    def _idle(self) -> bool:
+        return all(group.closed for group in self.progress.groups)
 
     def leave(self) -> None:
         """Go on with no work, and look after nobody, any more."""

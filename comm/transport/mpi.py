@@ -92,6 +92,7 @@ class MpiTransport:
         )
         self.library: str = mpi.Get_library_version().split("\n")[0].strip("\0 ")
         self._departures.groups += self._channels.values()
+        self._departures.users.add(self)
         self.soiled = False
         self._closed = False
 
@@ -210,10 +211,11 @@ class MpiTransport:
         self._mpi.COMM_WORLD.Abort(status)
 
     def close(self) -> None:
-        """Free the communicators, but those in which messages may be left."""
+        """Free the communicators, but those in which messages may be left, or still pass."""
         if self._closed or self._mpi.Is_finalized():
             return
         self._closed = True
+        self._departures.users.discard(self)
         for duplicate in self._channels.values():
             self._departures.groups.remove(duplicate)
             if not self.soiled:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,7 +26,10 @@ _GRACE = 2.0
 
 
 class Departures:
-    """Who has left the job, as told by the leaving ranks; shared by all groups of a rank."""
+    """Who has left the job, as told by the leaving ranks; shared by all groups of a rank.
+
+    groups: MPI's communicators, of all of these.  users: the transports that are open.
+    """
 
     def __init__(self, mpi: Any, control: Any) -> None:
         self._mpi = mpi
@@ -37,6 +41,7 @@ class Departures:
         self._sent = np.zeros(control.size, np.int64)
         self._received = np.zeros(control.size, np.int64)
         self.groups: list[Any] = [control]
+        self.users: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def announce(self) -> None:
         """Tell everybody that this rank leaves."""
@@ -94,15 +99,18 @@ class Departures:
                 )
 
     def drained(self) -> bool:
-        """Receive every notice that was sent; tell whether all came. Collective.
+        """Receive every notice that was sent; tell whether all came, and none will. Collective.
 
         What is left in a communicator may meet receives of another one that MPI makes later.
+        Groups that are still open on a rank, on whichever, go on to use it.
         """
-        due = np.zeros_like(self._sent)
+        mine = np.stack([self._sent, np.full_like(self._sent, len(self.users))], axis=1)
+        told = np.zeros_like(mine)
+        due, open_groups = told.T
         end = time.monotonic() + _DRAIN
         try:
-            told = self._control.Ialltoall(self._sent.copy(), due)
-            while not told.Test() or (self._received < due).any():
+            asked = self._control.Ialltoall(mine, told)
+            while not asked.Test() or (not open_groups.any() and (self._received < due).any()):
                 self.heard()
                 self.check(())
                 if time.monotonic() > end:
@@ -110,4 +118,4 @@ class Departures:
                 time.sleep(1e-4)
         except (self._mpi.Exception, PeerLost):
             return False
-        return all(notice.Test() for notice in self._notices)
+        return not open_groups.any() and all(notice.Test() for notice in self._notices)

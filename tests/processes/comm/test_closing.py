@@ -1,0 +1,66 @@
+"""The end of a group: whom it waits for, and what it leaves alone."""
+
+import signal
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from contract import data
+
+from ringfold import CommError, Communicator
+
+pytestmark = pytest.mark.usefixtures("several")
+
+
+@pytest.fixture
+def several(comm: Communicator) -> None:
+    if comm.size == 1:
+        pytest.skip("one rank waits for nobody")
+
+
+def late(comm: Communicator, seconds: float = 0.2) -> None:
+    """Let the others wait for rank 1 until they look for lost peers."""
+    if comm.rank == 1:
+        time.sleep(seconds)
+
+
+def use(group: Communicator) -> None:
+    late(group)
+    x = data(group.rank, 1001, np.float64)
+    group.allreduce(x)
+    expected = sum(data(rank, 1001, np.float64) for rank in range(group.size))
+    np.testing.assert_allclose(x, expected)
+
+
+def use_parts(group: Communicator) -> None:
+    late(group)
+    with group.split(0, -group.rank) as part:
+        assert part.rank == group.size - 1 - group.rank
+        use(part)
+
+
+@pytest.mark.parametrize("then", [use, use_parts, late], ids=lambda then: then.__name__)
+def test_a_group_outlives_the_one_it_was_split_from(
+    comm: Communicator, then: Callable[[Communicator], None]
+) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with Communicator() as world:
+        part = world.split(0)
+    assert part is not None
+    then(part)
+    part.close()
+    with pytest.raises(CommError, match="closed"):
+        world.barrier()
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_ranks_without_a_group_close_the_world_at_once(comm: Communicator) -> None:
+    world = Communicator()
+    part = world.split(None if world.rank == 0 else 7)
+    start = time.monotonic()
+    world.close()
+    assert time.monotonic() - start < 3
+    if part is not None:
+        part.allreduce(np.ones(3))
+        part.close()
