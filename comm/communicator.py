@@ -356,8 +356,9 @@ class Communicator:
         Collective. A rank that gives None gets None.
         """
         self._runner.require_open()
-        group = self._transport.split(color, key)
         self._splits += 1
+        self._start(self._operations.coming("split", self._splits), True)
+        group = self._transport.split(color, key)
         if group is None:
             return None
         made = self._part(group, f"{self.name}.{self._splits}")

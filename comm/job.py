@@ -15,7 +15,7 @@ from .deaths import Deaths, Process
 from .errors import CommError
 from .guard import Guard
 from .inquiry import Inquiry
-from .lookout import Lookout
+from .lookout import PATIENCE, Lookout
 from .progress import Progress
 from .settings import Seat, Settings
 from .trace import entries_in
@@ -65,7 +65,7 @@ class Job:
             lookout = partial(Lookout, seat, settings.timeout)
         load_mpi(lookout)
         with nullcontext() if lookout is None else lookout().opening():
-            job = cls(MpiTransport.open(comm), settings)
+            job = cls(MpiTransport.open(comm, max(settings.timeout, PATIENCE)), settings)
             if guard is not None:
                 job.guard_by(guard)
                 if job.transport.size == 1:

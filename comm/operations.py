@@ -24,7 +24,7 @@ from .chunks import bounds
 from .dtypes import DTYPES
 from .errors import CommError
 from .executor import MOVE, NETWORK_MOVING, NETWORK_WINDOW, WINDOW, Arithmetic, Lane, execute
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, shares_of, tag_of
 from .mailboxes import Mailboxes
 from .meetings import Meetings
 from .memory import Memory, owner_of
@@ -289,6 +289,23 @@ class Operations:
         chosen = self.choice.choose("barrier", 1, DTYPES["uint8"], None, 0)
         executor = self._executor(chosen.program, token, token)
         return self._prepared(Signature("barrier"), chosen, 0, executor.run, executor)
+
+    def coming(self, name: str, number: int) -> Prepared:
+        """Prepare to wait for all ranks in what MPI waits for in the end, for ever and unwatched.
+
+        The number tells the messages of such calls apart, not the count of all collectives: ranks
+        that have lost count of these, by an error, meet here nevertheless. No kernel is needed.
+        """
+        token = np.zeros(1, np.uint8)
+        chosen = self.choice.choose("barrier", 1, DTYPES["uint8"], None, 0)
+        signature = Signature(name)
+        mark = fingerprint(signature, chosen.algorithm)
+        tag = tag_of(number, mark, shares_of(self._transport.max_tag))
+
+        def run(_: int) -> Steps:
+            return execute(chosen.program, self._lane(tag), token, token)
+
+        return self._prepared(signature, chosen, 0, run)
 
     # -- point to point ----------------------------------------------------------------------
 

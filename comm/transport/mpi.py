@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -11,7 +12,7 @@ from ..errors import CommError
 from ..lookout import Lookout
 from .base import Bytes, Channel, DeviceMessages, Transport
 from .mpi_abi import find_calls
-from .mpi_departures import Departures
+from .mpi_departures import Departures, await_all
 from .mpi_errors import raising, refused, wrong_size
 from .mpi_start import import_mpi
 
@@ -106,13 +107,17 @@ class MpiTransport:
                 group.Revoke()
 
     @classmethod
-    def open(cls, comm: Any = None) -> MpiTransport:
+    def open(cls, comm: Any = None, timeout: float = math.inf) -> MpiTransport:
         """Open over an mpi4py communicator, COMM_WORLD where None; collective.
 
-        Raises: CommError without an MPI library.
+        timeout: seconds until all ranks must have come.
+        Raises: CommError without an MPI library, CommTimeout, PeerLost.
         """
         mpi = load_mpi()
-        return cls(mpi, mpi.COMM_WORLD if comm is None else comm)
+        base = mpi.COMM_WORLD if comm is None else comm
+        with raising(mpi, "opening a communicator"):
+            await_all(mpi, base, timeout)
+        return cls(mpi, base)
 
     def isend(self, data: Bytes, dst: int, tag: int, channel: Channel) -> MpiRequest:
         """Start to send."""
@@ -220,5 +225,5 @@ class MpiTransport:
             self._departures.groups.remove(duplicate)
             if not self.soiled:
                 duplicate.Free()
-        if self._control is not None and self._departures.drained():
-            self._control.Free()
+        if self._control is not None:
+            self._departures.end()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import PeerLost
+from ..errors import CommTimeout, PeerLost
 
 _LEFT = 1
 """Tag of the notice that a rank leaves, on the control communicator."""
@@ -20,6 +20,10 @@ _TOLD = 2
 
 _DRAIN = 5.0
 """Seconds that a closing rank waits for the others, and for notices on their way."""
+
+_NAP, _LOOK = 1e-4, 0.05
+"""Seconds between two looks of a rank that waits for others to open a communicator: whether they
+have come, and whether they have left."""
 
 _GRACE = 2.0
 """Seconds that data of a rank that left may still be on its way."""
@@ -42,6 +46,7 @@ class Departures:
         self._received = np.zeros(control.size, np.int64)
         self.groups: list[Any] = [control]
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()
+        _OPEN.add(self)
 
     def announce(self) -> None:
         """Tell everybody that this rank leaves."""
@@ -98,7 +103,19 @@ class Departures:
                     f"{self._control.rank} waits for it"
                 )
 
-    def drained(self) -> bool:
+    def check_all(self, group: Any) -> None:
+        """Raise PeerLost where a rank of an MPI group has left."""
+        top = self._control.Get_group()
+        places = self._mpi.Group.Translate_ranks(top, list(range(self._control.size)), group)
+        self.check(rank for rank, place in enumerate(places) if place != self._mpi.UNDEFINED)
+
+    def end(self) -> None:
+        """Free the communicator of the notices, if none are left and none will be; collective."""
+        if self._drained():
+            _OPEN.discard(self)
+            self._control.Free()
+
+    def _drained(self) -> bool:
         """Receive every notice that was sent; tell whether all came, and none will. Collective.
 
         What is left in a communicator may meet receives of another one that MPI makes later.
@@ -119,3 +136,30 @@ class Departures:
         except (self._mpi.Exception, PeerLost):
             return False
         return not open_groups.any() and all(notice.Test() for notice in self._notices)
+
+
+_OPEN: weakref.WeakSet[Departures] = weakref.WeakSet()
+"""Those of this process whose notices can be heard."""
+
+
+def await_all(mpi: Any, comm: Any, timeout: float) -> None:
+    """Wait for all ranks of an MPI communicator, as its own calls do unwatched; collective.
+
+    Who leaves the job is heard where a communicator of ours is open already.
+    Raises: PeerLost, CommTimeout.
+    """
+    start = looked = time.monotonic()
+    come = comm.Ibarrier()
+    while not come.Test():
+        time.sleep(_NAP)
+        now = time.monotonic()
+        if now - looked < _LOOK:
+            continue
+        looked = now
+        for departures in list(_OPEN):
+            departures.check_all(comm.Get_group())
+        if now - start > timeout:
+            raise CommTimeout(
+                f"rank {comm.rank} of {comm.size} waited {now - start:.1f} s for the others to "
+                "open a communicator as well"
+            )

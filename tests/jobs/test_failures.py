@@ -96,6 +96,20 @@ def test_leaving_early_is_told_to_those_who_wait(job: Callable[..., Any]) -> Non
     assert not done.leftovers
 
 
+@pytest.mark.parametrize("call", ["comm.split(0)", "ringfold.Communicator()"])
+def test_leaving_early_is_told_to_those_who_make_a_group(
+    job: Callable[..., Any], call: str
+) -> None:
+    """MPI itself waited there for ever."""
+    script = WAITING.format(failure="sys.exit(0)").replace(
+        "comm.allreduce(np.ones(1_000_000))", call
+    )
+    done = job(3, script, timeout=30)
+    assert not done.timed_out and done.returncode != 0
+    assert "PeerLost: rank 1 has left the job" in done.stderr
+    assert not done.leftovers
+
+
 @pytest.mark.parametrize("ending", ["pass", "sys.exit(0)", "comm.close()"])
 def test_an_ordinary_end_triggers_nothing(job: Callable[..., Any], ending: str) -> None:
     script = f"""
