@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .buffer import ordinary, registered
+from .closing import Closing
 from .device import on_device
 from .errors import CommError
 from .job import Job
@@ -370,14 +371,18 @@ class Communicator:
     def close(self) -> None:
         """Finish what is in flight and give the group back; collective, and idempotent.
 
-        Groups that were split from it go on.
+        Groups that were split from it go on. A receive whose message no rank has sent before
+        it came here ends with CommError.
         """
         if self._runner.closed:
             return
-        self._progress.drain(self._settings.timeout)
+        closing = Closing(
+            self._transport, self._progress, self._settings.timeout, self.name, self._come
+        )
+        self._job.kept += closing.finish()
         if self._device_operations is not None:
             self._device_operations.close()
-        self._unshare()
+        self._unshare(closing)
         self._runner.close()
         if self.node is not self:
             self.node.close()
@@ -386,18 +391,19 @@ class Communicator:
             self._job.leave_when_idle()
         self._transport.close()
 
-    def _unshare(self) -> None:
+    def _come(self, number: int) -> Work:
+        work: Work = self._start(self._operations.coming("close", number), False)
+        return work
+
+    def _unshare(self, closing: Closing) -> None:
         """Give board and boxes back, once nobody looks at them any more."""
         sharing = self._sharing
         if sharing is None or self.size == 1:  # the same on all ranks
             return
         self._operations.share(sharing.nodes.memory, None)
         self._memo.forget()
-        try:
-            self.barrier()
-        except CommError:
-            return  # a rank is gone, and those left may still look: its memory ends with the job
-        sharing.close()
+        if closing.meet(2):
+            sharing.close()
 
     def give_up(self) -> None:
         """Refuse every call from now on; not collective, for a group that has lost a rank."""

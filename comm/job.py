@@ -19,7 +19,7 @@ from .lookout import PATIENCE, Lookout
 from .progress import Progress
 from .settings import Seat, Settings
 from .trace import entries_in
-from .transport.base import Transport
+from .transport.base import Request, Transport
 from .watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class Job:
 
     guard: what ends the job on an exception; None where it is not wanted.
     closing: the group that all others are split from is closed.
+    kept: what MPI may still read or write of works that were given up.
     """
 
     def __init__(self, transport: Transport, settings: Settings) -> None:
@@ -42,6 +43,7 @@ class Job:
         self.guard: Guard | None = None
         self.watchdog: Watchdog | None = None
         self.closing = False
+        self.kept: list[Request] = []
 
     @classmethod
     @contextmanager

@@ -72,6 +72,7 @@ class MpiTransport:
     """One rank's end of a group of MPI processes, on communicators of our own."""
 
     name = "mpi"
+    together = True
 
     def __init__(self, mpi: Any, group: Any, departures: Departures | None = None) -> None:
         """Duplicate `group`, an MPI communicator; collective over it."""

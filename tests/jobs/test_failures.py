@@ -127,6 +127,23 @@ if comm.rank == 0:
     assert "ringfold" not in done.stderr and not done.leftovers
 
 
+@pytest.mark.parametrize("ending", ["pass", "comm.close()"])
+def test_a_receive_that_nothing_comes_for_delays_no_end(
+    job: Callable[..., Any], ending: str
+) -> None:
+    script = f"""
+import numpy as np
+import ringfold
+comm = ringfold.Communicator()
+work = comm.irecv(np.zeros(3), 1 - comm.rank, tag=9)
+comm.allreduce(np.ones(3))
+{ending}
+"""
+    done = job(2, script, timeout=30)
+    assert done.returncode == 0 and not done.stderr, done.output
+    assert not done.leftovers
+
+
 def test_a_hook_of_the_users_own_is_kept(job: Callable[..., Any]) -> None:
     script = """
 import sys

@@ -2,11 +2,11 @@
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from contract import data
+from contract import data, reopened
 
 from ringfold import CommError, Communicator
 
@@ -64,3 +64,43 @@ def test_ranks_without_a_group_close_the_world_at_once(comm: Communicator) -> No
     if part is not None:
         part.allreduce(np.ones(3))
         part.close()
+
+
+@pytest.fixture(params=["shared", "messages"])
+def group(comm: Communicator, request: pytest.FixtureRequest) -> Iterator[Communicator]:
+    with reopened(comm, shared=request.param == "shared") as group:
+        yield group
+
+
+def test_closing_a_group_waits_for_no_other_one(group: Communicator) -> None:
+    """A receive of the world, whose message came after the close, stood in the way of it."""
+    part = group.split(0)
+    assert part is not None
+    work = group.irecv(np.zeros(3), 1) if group.rank == 0 else None
+    start = time.monotonic()
+    part.close()
+    assert time.monotonic() - start < 3
+    if group.rank == 1:
+        group.send(data(1, 3, np.float64), 0)
+    if work is not None:
+        np.testing.assert_array_equal(work.wait(), data(1, 3, np.float64))
+
+
+def test_what_was_sent_before_the_close_arrives_and_other_receives_end(
+    group: Communicator,
+) -> None:
+    count = 400_003
+    part = group.split(0)
+    assert part is not None
+    ahead, behind = (part.rank + 1) % part.size, (part.rank - 1) % part.size
+    gets = [part.irecv(np.zeros(count), behind, tag) for tag in (0, 1)]
+    late(part)
+    put = part.isend(data(part.rank, count, np.float64), ahead, 0)
+    start = time.monotonic()
+    part.close()
+    assert time.monotonic() - start < 5
+    put.wait()
+    np.testing.assert_array_equal(gets[0].wait(), data(behind, count, np.float64))
+    text = rf"rank {part.rank}: {part.name} was closed .* recv .* for ranks \[{behind}\]"
+    with pytest.raises(CommError, match=text):
+        gets[1].wait()
