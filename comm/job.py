@@ -58,16 +58,17 @@ class Job:
                 "process that mpirun started, and call collectives there"
             )
         from .transport.mpi import MpiTransport, load_mpi
-        from .transport.mpi_start import Starting
+        from .transport.mpi_start import Starting, tell_of_end
 
         seat = Seat.read()
         guard = Guard(Starting(seat)) if settings.abort else None
         lookout = None
         if seat is not None and seat.size > 1 and settings.watch:
             lookout = partial(Lookout, seat, settings.timeout)
-        load_mpi(lookout)
+        mpi = load_mpi(lookout)
         with nullcontext() if lookout is None else lookout().opening():
             job = cls(MpiTransport.open(comm, max(settings.timeout, PATIENCE)), settings)
+            tell_of_end(mpi, job)
             if guard is not None:
                 job.guard_by(guard)
                 if job.transport.size == 1:
@@ -117,6 +118,16 @@ class Job:
     @property
     def _idle(self) -> bool:
         return all(group.closed for group in self.progress.groups)
+
+    def mpi_ends(self) -> None:
+        """Refuse calls from now on, as MPI would end the job at the first of them."""
+        if self._idle:
+            return
+        self.kept += self.progress.abandon(CommError("MPI has been finalized"))
+        for group in self.progress.groups:
+            group.close("MPI has been finalized")
+        self.transport.leave()
+        self.leave()
 
     def leave(self) -> None:
         """Go on with no work, and look after nobody, any more."""

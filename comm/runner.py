@@ -39,7 +39,7 @@ class Runner:
         self.counter = np.zeros(2, np.int64)
         self._counts = self.counter.data
         self._shares = shares_of(transport.max_tag)
-        self.closed = False
+        self.closed, self._why = False, ""
         self._transport = transport
         self._progress = progress
         self._ring = progress.ring
@@ -53,16 +53,16 @@ class Runner:
         recorded = self._progress.timeline is not None
         self.attentive = self.closed or recorded or os.getpid() != self._process
 
-    def close(self) -> None:
+    def close(self, why: str = "the communicator is closed") -> None:
         """Refuse every call from now on."""
-        self.closed = True
+        self.closed, self._why = True, why
         self.attend()
 
     def require_open(self) -> None:
         """Raise CommError where the group is closed, or this process is a fork of the rank's."""
         rank = self._transport.rank
         if self.closed:
-            raise CommError(f"rank {rank}: the communicator is closed")
+            raise CommError(f"rank {rank}: {self._why}")
         if os.getpid() != self._process:
             raise CommError(
                 f"this process is a fork of rank {rank}, no rank of its own; call collectives "

@@ -39,6 +39,7 @@ class Departures:
         self._mpi = mpi
         self._control = control
         self.left: dict[int, float] = {}
+        self._announced = False
         # The rank and its watchdog both tell and hear.
         self._lock = threading.RLock()
         self._notices: list[Any] = []
@@ -49,7 +50,10 @@ class Departures:
         _OPEN.add(self)
 
     def announce(self) -> None:
-        """Tell everybody that this rank leaves."""
+        """Tell everybody that this rank leaves, once."""
+        if self._announced:
+            return
+        self._announced = True
         control = self._control
         self._notices += [
             control.Isend([b"", self._mpi.BYTE], rank, _LEFT)

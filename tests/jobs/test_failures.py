@@ -144,6 +144,31 @@ comm.allreduce(np.ones(3))
     assert not done.leftovers
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_program_that_ends_mpi_itself_goes_on(job: Callable[..., Any], shared: bool) -> None:
+    """MPI ended the job as soon as the watchdog, or close, asked it for anything."""
+    script = f"""
+import time
+import numpy as np
+import ringfold
+from mpi4py import MPI
+with ringfold.Communicator(settings=ringfold.Settings(shared={shared})) as comm:
+    work = comm.irecv(np.zeros(3), 1 - comm.rank)
+    comm.allreduce(np.ones(3))
+    MPI.Finalize()
+    time.sleep(0.5)
+    for call in (lambda: comm.allreduce(np.ones(3)), work.wait, lambda: comm.split(0)):
+        try:
+            call()
+        except ringfold.CommError as error:
+            print(error)
+"""
+    done = job(2, script, timeout=30)
+    assert done.returncode == 0 and not done.stderr, done.output
+    assert done.stdout.count("MPI has been finalized") == 6, done.output
+    assert not done.leftovers
+
+
 def test_a_hook_of_the_users_own_is_kept(job: Callable[..., Any]) -> None:
     script = """
 import sys
