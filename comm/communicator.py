@@ -396,14 +396,19 @@ class Communicator:
         return work
 
     def _unshare(self, closing: Closing) -> None:
-        """Give board and boxes back, once nobody looks at them any more."""
+        """Give board and boxes back, once nobody looks at them any more.
+
+        With the last group that refers to it, a rank unmaps its node's memory; what `empty` has
+        lent stays.
+        """
         sharing = self._sharing
-        if sharing is None or self.size == 1:  # the same on all ranks
+        if sharing is None:  # the same on all ranks
             return
-        self._operations.share(sharing.nodes.memory, None)
         self._memo.forget()
-        if closing.meet(2):
+        if self.size == 1 or closing.meet(2):
+            self._operations.close()
             sharing.close()
+            self._sharing = None
 
     def give_up(self) -> None:
         """Refuse every call from now on; not collective, for a group that has lost a rank."""

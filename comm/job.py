@@ -135,6 +135,8 @@ class Job:
         if self.watchdog is not None:
             self.progress.deaths = None
             self.watchdog.stop()
+            self.watchdog = None
+        self.progress.ring.withdraw()
         self.release()
 
 

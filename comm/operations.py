@@ -58,6 +58,7 @@ class Operations:
         self._memory: Memory | None = None
         self._meetings: Meetings | None = None
         self._mail: Mailboxes | None = None
+        self._closed = False
         self._lacking = ""
         self._compiled = settings.compiled and transport.calls is not None
         self._in_flight = InFlight()
@@ -87,6 +88,11 @@ class Operations:
         self._lacking = f"; no shared memory: {lacking}" if lacking else ""
         self._meetings = None if board is None else Meetings(board)
         self._mail = mail
+
+    def close(self) -> None:
+        """Let go of shared memory; what is prepared from now on is refused when it is to run."""
+        self.share(None, None)
+        self._closed = True
 
     # -- collectives -------------------------------------------------------------------------
 
@@ -403,7 +409,8 @@ class Operations:
         """View x, and refuse shared memory that is not this communicator's, or used in strides."""
         buffer = wrap(x, writable=writable, keeps=self._keeps)
         memory = owner_of(int(buffer.view.__array_interface__["data"][0]))
-        if memory is not None and memory is not self._memory and buffer.view.size:
+        foreign = memory is not None and memory is not self._memory and not self._closed
+        if foreign and buffer.view.size:
             raise CommError(
                 "x: memory from empty() of another communicator, whose ranks do not map it for "
                 "this one; pass it on the communicator it is from, or on a group split from that"

@@ -1,8 +1,10 @@
 """The end of a group: whom it waits for, and what it leaves alone."""
 
+import gc
 import signal
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,3 +106,34 @@ def test_what_was_sent_before_the_close_arrives_and_other_receives_end(
     text = rf"rank {part.rank}: {part.name} was closed .* recv .* for ranks \[{behind}\]"
     with pytest.raises(CommError, match=text):
         gets[1].wait()
+
+
+def mapped() -> int:
+    """Count the memories of ranks that this process has mapped."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return sum("memfd:ringfold (" in line for line in maps)
+
+
+def test_closing_unmaps_the_memory_of_the_node(comm: Communicator) -> None:
+    """Each is as large as the machine's: what waited for the garbage collector filled the space."""
+    gc.collect()
+    gc.disable()
+    try:
+        before = mapped()
+        with Communicator() as world:
+            part = world.split(0)
+            assert part is not None
+            x = data(world.rank, 100_003, np.float64)
+            world.allreduce(x)
+            part.isend(x, (part.rank + 1) % part.size)
+            part.recv(x.copy(), (part.rank - 1) % part.size)
+            lent = world.empty(7)
+            lent[:] = world.rank
+            assert mapped() == before + world.node.size
+            part.close()
+        assert mapped() == before + 1
+        assert (lent == world.rank).all()
+        del lent
+        assert mapped() == before
+    finally:
+        gc.enable()
