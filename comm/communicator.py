@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .buffer import ordinary, registered
+from .closing import Closing
 from .device import on_device
 from .errors import CommError, MismatchError
 from .job import Job
@@ -371,8 +372,9 @@ class Communicator:
         color = None if color is None else _within(color, "color", 0)
         key = _within(key, "key", -_KEYS)
         self._runner.require_open()
-        group = self._transport.split(color, key)
         self._splits += 1
+        self._start(self._operations.coming("split", self._splits), True)
+        group = self._transport.split(color, key)
         if group is None:
             return None
         made = self._part(group, f"{self.name}.{self._splits}")
@@ -382,32 +384,46 @@ class Communicator:
         return made
 
     def close(self) -> None:
-        """Finish what is in flight and give the group back; collective, and idempotent."""
+        """Finish what is in flight and give the group back; collective, and idempotent.
+
+        Groups that were split from it go on. A receive whose message no rank has sent before
+        it came here ends with CommError.
+        """
         if self._runner.closed:
             return
-        self._progress.drain(self._settings.timeout)
+        closing = Closing(
+            self._transport, self._progress, self._settings.timeout, self.name, self._come
+        )
+        self._job.kept += closing.finish()
         kept = [] if self._device_operations is None else self._device_operations.close()
-        self._unshare()  # behind which no rank uses what is kept
+        self._unshare(closing)  # behind which no rank uses what is kept
         del kept
         self._runner.close()
         if self.node is not self:
             self.node.close()
-        if self._transport is self._job.transport:
-            self._job.leave()
+        self._job.closing |= self._transport is self._job.transport
+        if self._job.closing:
+            self._job.leave_when_idle()
         self._transport.close()
 
-    def _unshare(self) -> None:
-        """Give board and boxes back, once nobody looks at them any more."""
+    def _come(self, number: int) -> Work:
+        work: Work = self._start(self._operations.coming("close", number), False)
+        return work
+
+    def _unshare(self, closing: Closing) -> None:
+        """Give board and boxes back, once nobody looks at them any more.
+
+        With the last group that refers to it, a rank unmaps its node's memory; what `empty` has
+        lent stays.
+        """
         sharing = self._sharing
-        if sharing is None or self.size == 1:  # the same on all ranks
+        if sharing is None:  # the same on all ranks
             return
-        self._operations.share(sharing.nodes.memory, None)
         self._memo.forget()
-        try:
-            self.barrier()
-        except CommError:
-            return  # a rank is gone, and those left may still look: its memory ends with the job
-        sharing.close()
+        if self.size == 1 or closing.meet(2):
+            self._operations.close()
+            sharing.close()
+            self._sharing = None
 
     def give_up(self) -> None:
         """Refuse every call from now on; not collective, for a group that has lost a rank."""

@@ -9,8 +9,9 @@ from traceback import print_exception
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
+from .errors import CommError
 from .progress import Progress
-from .transport.base import Transport
+from .transport.base import Request, Transport
 
 _DRAIN = 60.0
 """Seconds that a leaving rank gives the messages it still has in flight."""
@@ -53,6 +54,7 @@ class Guard:
         """Report and abort from now on.  job: before a transport is open, what is known of it."""
         self._job = job
         self._transport: Transport | None = None
+        self._kept: list[Request] = []
         self._process = os.getpid()
         self._before = sys.excepthook
         self._hook = self._report_and_abort
@@ -89,8 +91,9 @@ class Guard:
     def _leave(self) -> None:
         if os.getpid() != self._process or self._transport is None:
             return
-        self._progress.drain(_DRAIN)
-        self._progress.stop()
+        # What this rank would receive now, nobody looks at any more.
+        self._progress.drain(_DRAIN, lambda work: not work.receives, "ends")
+        self._kept = self._progress.abandon(CommError("the program has ended"))
         self._transport.leave()
 
     def release(self) -> None:

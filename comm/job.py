@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,11 +15,11 @@ from .deaths import Deaths, Process
 from .errors import CommError
 from .guard import Guard
 from .inquiry import Inquiry
-from .lookout import Lookout
+from .lookout import PATIENCE, Lookout
 from .progress import Progress
 from .settings import Seat, Settings
 from .trace import entries_in
-from .transport.base import Transport
+from .transport.base import Request, Transport
 from .watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class Job:
     """This rank's part of the job: its messages, its works, and who looks after the others.
 
     guard: what ends the job on an exception; None where it is not wanted.
+    closing: the group that all others are split from is closed.
+    kept: what MPI may still read or write of works that were given up.
     """
 
     def __init__(self, transport: Transport, settings: Settings) -> None:
@@ -39,6 +42,8 @@ class Job:
         self.progress.inquiry = Inquiry(transport, self.progress.ring)
         self.guard: Guard | None = None
         self.watchdog: Watchdog | None = None
+        self.closing = False
+        self.kept: list[Request] = []
 
     @classmethod
     @contextmanager
@@ -53,7 +58,7 @@ class Job:
                 "process that mpirun started, and call collectives there"
             )
         from .transport.mpi import MpiTransport, load_mpi, require_group
-        from .transport.mpi_start import Starting
+        from .transport.mpi_start import Starting, tell_of_end
 
         require_group(comm)
         seat = Seat.read()
@@ -61,9 +66,10 @@ class Job:
         lookout = None
         if seat is not None and seat.size > 1 and settings.watch:
             lookout = partial(Lookout, seat, settings.timeout)
-        load_mpi(lookout)
+        mpi = load_mpi(lookout)
         with nullcontext() if lookout is None else lookout().opening():
-            job = cls(MpiTransport.open(comm), settings)
+            job = cls(MpiTransport.open(comm, max(settings.timeout, PATIENCE)), settings)
+            tell_of_end(mpi, job)
             if guard is not None:
                 job.guard_by(guard)
                 if job.transport.size == 1:
@@ -105,12 +111,33 @@ class Job:
         of = dict(zip(ranks, files, strict=True))
         watchdog.start({rank: (process, of[rank]) for rank, process in known.items()})
 
+    def leave_when_idle(self) -> None:
+        """Leave where no group is open on this rank, be it one that was split from the world."""
+        if self._idle or (gc.collect() and self._idle):  # dropped groups are parts of cycles
+            self.leave()
+
+    @property
+    def _idle(self) -> bool:
+        return all(group.closed for group in self.progress.groups)
+
+    def mpi_ends(self) -> None:
+        """Refuse calls from now on, as MPI would end the job at the first of them."""
+        if self._idle:
+            return
+        self.kept += self.progress.abandon(CommError("MPI has been finalized"))
+        for group in self.progress.groups:
+            group.close("MPI has been finalized")
+        self.transport.leave()
+        self.leave()
+
     def leave(self) -> None:
         """Go on with no work, and look after nobody, any more."""
         self.progress.stop()
         if self.watchdog is not None:
             self.progress.deaths = None
             self.watchdog.stop()
+            self.watchdog = None
+        self.progress.ring.withdraw()
         self.release()
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
-from .memory import Memory
+from .memory import Memory, Returned
 
 OUTSTANDING_BYTES = 64 << 20
 """Copies that nobody has received yet; above, senders wait for their receivers."""
@@ -23,7 +23,9 @@ class Pool:
         self._memory = memory
         self._spare: dict[int, list[npt.NDArray[np.uint8]]] = {}
         self._spare_bytes = 0
-        self._lent: deque[tuple[Callable[[], bool], npt.NDArray[np.uint8]]] = deque()
+        self._lent: deque[tuple[Returned, npt.NDArray[np.uint8]]] = deque()
+        # A sender may drop its group as soon as send() has returned: what it sent stays.
+        weakref.finalize(self, memory.keep, self._lent).atexit = False
         self.outstanding = 0
 
     @property
@@ -41,10 +43,15 @@ class Pool:
             return spare.pop()
         return self._memory.lend(room)
 
-    def lend(self, block: npt.NDArray[np.uint8], returned: Callable[[], bool]) -> None:
+    def lend(self, block: npt.NDArray[np.uint8], returned: Returned) -> None:
         """Take the block back some time after `returned` tells so."""
         self.outstanding += block.size
         self._lent.append((returned, block))
+
+    def forget(self) -> None:
+        """Let go of all that is lent, which nobody will receive any more."""
+        self._lent.clear()
+        self.outstanding = 0
 
     def _collect(self) -> None:
         for _ in range(len(self._lent)):

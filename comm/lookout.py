@@ -26,7 +26,9 @@ Why = Callable[[float], str]
 Holds = Callable[[Process], bool]
 
 _LOOK = 0.2
-_START = 60.0
+PATIENCE = 60.0
+"""Seconds that ranks may take to start, and to open a communicator, whatever the deadline."""
+
 _GRACE = 1.5
 """Seconds that the launcher is given to end the job by itself."""
 
@@ -36,7 +38,7 @@ class Lookout:
 
     def __init__(self, seat: Seat, timeout: float = 0.0) -> None:
         """timeout: seconds that the start may take; a short one is not meant for that."""
-        self._seat, self._timeout = seat, max(timeout, _START)
+        self._seat, self._timeout = seat, max(timeout, PATIENCE)
         self._others = company(seat)
         self._since: dict[tuple[int, float], float] = {}
 

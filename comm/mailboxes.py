@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,7 +16,7 @@ from ..kernels.records import Status
 from .buffer import Buffer, address_of
 from .lending import Pool
 from .letters import Message, Words
-from .memory import Block
+from .memory import Block, Returned
 from .node_memory import NodeMemory, patience, yielding
 from .trace import Signature
 from .transport.base import Request
@@ -67,6 +67,7 @@ class Mailboxes:
         assert nodes.memory is not None
         self.rank = rank
         self._memory = nodes.memory
+        self._nodes = nodes  # a message that is under way alone keeps what it reads mapped
         self._block = block
         self._pool = Pool(nodes.memory)
         self._inboxes: dict[int, Box] = {}
@@ -103,6 +104,7 @@ class Mailboxes:
 
     def close(self) -> None:
         """Give the memory back, which no rank of the group may use any more."""
+        self._pool.forget()
         self._memory.release(self._block)
 
     def send(self, buffer: Buffer, dst: int, tag: int) -> Prepared:
@@ -259,7 +261,7 @@ def _signature(name: str, buffer: Buffer, peer: int) -> Signature:
     return Signature(name, "", buffer.dtype.name, buffer.flat.size, peer)
 
 
-def _returned(box: Box, sequence: int) -> Callable[[], bool]:
+def _returned(box: Box, sequence: int) -> Returned:
     address = box.address + sequence % SLOTS * SLOT_BYTES + 8 * Slot.DONE
     done = ctypes.c_int64.from_address(address)
     return lambda: done.value >= sequence

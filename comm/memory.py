@@ -12,6 +12,7 @@ import os
 import secrets
 import weakref
 from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,9 @@ import numpy.typing as npt
 
 from .errors import CommError
 from .trace import TRACE_BYTES
+
+Returned = Callable[[], bool]
+"""Tells whether its receiver has done with what was lent to a message."""
 
 _PAGE = mmap.PAGESIZE
 BELL_AT = 64
@@ -127,6 +131,7 @@ class Memory:
         self._shift = rank * _STAGGER % _PAGE
         self._free = [(_HEAD, self.nbytes)]
         self._returned: deque[tuple[int, int]] = deque()
+        self._kept: deque[tuple[Returned, npt.NDArray[np.uint8]]] = deque()
         _MEMORIES.add(self)
 
     def allocate(self, nbytes: int) -> Block:
@@ -151,6 +156,11 @@ class Memory:
         weakref.finalize(block, self._release, block.low, block.high).atexit = False
         return lent
 
+    def keep(self, lent: Iterable[tuple[Returned, npt.NDArray[np.uint8]]]) -> None:
+        """Hold what a group that is gone has lent to messages, each until it is returned."""
+        # Called by the garbage collector, as `_release` is.
+        self._kept.extend(lent)
+
     def release(self, block: Block) -> None:
         """Take a block back, which nobody on this node may use any more."""
         self._release(block.low, block.high)
@@ -161,6 +171,11 @@ class Memory:
         self._returned.append((low, high))
 
     def _take_back(self) -> None:
+        for _ in range(len(self._kept)):
+            returned, lent = self._kept.popleft()
+            if not returned():
+                self._kept.append((returned, lent))
+            del lent
         while self._returned:
             bisect.insort(self._free, self._returned.popleft())
         merged: list[tuple[int, int]] = []

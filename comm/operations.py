@@ -24,7 +24,7 @@ from .chunks import bounds
 from .dtypes import DTYPES
 from .errors import CommError
 from .executor import MOVE, NETWORK_MOVING, NETWORK_WINDOW, WINDOW, Arithmetic, Lane, execute
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, shares_of, tag_of
 from .mailboxes import Mailboxes
 from .meetings import Meetings
 from .memory import Memory, owner_of
@@ -58,6 +58,7 @@ class Operations:
         self._memory: Memory | None = None
         self._meetings: Meetings | None = None
         self._mail: Mailboxes | None = None
+        self._closed = False
         self._lacking = ""
         self._compiled = settings.compiled and transport.calls is not None
         self._in_flight = InFlight()
@@ -87,6 +88,11 @@ class Operations:
         self._lacking = f"; no shared memory: {lacking}" if lacking else ""
         self._meetings = None if board is None else Meetings(board)
         self._mail = mail
+
+    def close(self) -> None:
+        """Let go of shared memory; what is prepared from now on is refused when it is to run."""
+        self.share(None, None)
+        self._closed = True
 
     # -- collectives -------------------------------------------------------------------------
 
@@ -290,6 +296,23 @@ class Operations:
         executor = self._executor(chosen.program, token, token)
         return self._prepared(Signature("barrier"), chosen, 0, executor.run, executor)
 
+    def coming(self, name: str, number: int) -> Prepared:
+        """Prepare to wait for all ranks in what MPI waits for in the end, for ever and unwatched.
+
+        The number tells the messages of such calls apart, not the count of all collectives: ranks
+        that have lost count of these, by an error, meet here nevertheless. No kernel is needed.
+        """
+        token = np.zeros(1, np.uint8)
+        chosen = self.choice.choose("barrier", 1, DTYPES["uint8"], None, 0)
+        signature = Signature(name)
+        mark = fingerprint(signature, chosen.algorithm)
+        tag = tag_of(number, mark, shares_of(self._transport.max_tag))
+
+        def run(_: int) -> Steps:
+            return execute(chosen.program, self._lane(tag), token, token)
+
+        return self._prepared(signature, chosen, 0, run)
+
     # -- point to point ----------------------------------------------------------------------
 
     def send(self, x: Any, dst: int, tag: int = 0) -> Prepared:
@@ -387,7 +410,8 @@ class Operations:
         """View x, and refuse shared memory that is not this communicator's, or used in strides."""
         buffer = wrap(x, writable=writable, keeps=self._keeps)
         memory = owner_of(int(buffer.view.__array_interface__["data"][0]))
-        if memory is not None and memory is not self._memory and buffer.view.size:
+        foreign = memory is not None and memory is not self._memory and not self._closed
+        if foreign and buffer.view.size:
             raise CommError(
                 "x: memory from empty() of another communicator, whose ranks do not map it for "
                 "this one; pass it on the communicator it is from, or on a group split from that"

@@ -7,6 +7,7 @@ for one, or a background thread that looks now and then while nobody waits.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 import weakref
@@ -35,6 +36,12 @@ _ASKS = 2.0
 
 _MANY = 64
 """With more works in flight than these, a start does not always advance all others first."""
+
+_TELL, _SHOWN = 5.0, 4
+"""Seconds after which a rank that finishes what is in flight says so, and of how many works."""
+
+
+Picks = Callable[[Work], bool]
 
 
 class Progress:
@@ -199,28 +206,47 @@ class Progress:
             if self._deserted and self._thread is not None:
                 self._notify()
 
-    def drain(self, timeout: float) -> None:
-        """Advance until nothing is in flight, the works' own errors aside.
+    def drain(self, timeout: float, picks: Picks, before: str) -> None:
+        """Advance until no work that `picks` picks is in flight, the works' own errors aside.
 
-        A work that somebody has waited for in vain is not waited for again.
+        A work that somebody has waited for in vain is not waited for again. Where it takes long,
+        say so.  before: what the rank does then.
         """
-        end = time.monotonic() + timeout
-        while not all(work.overdue for work in self.works) and time.monotonic() < end:
+        start = time.monotonic()
+        told = False
+        while True:
             self.advance()
+            waited = time.monotonic() - start
+            works = [work for work in self.works if picks(work) and not work.overdue]
+            if not works or waited >= timeout:
+                return
+            if waited > _TELL and not told:
+                told = True
+                print(
+                    f"ringfold: rank {works[0].transport.rank} waits, before it {before}, for what "
+                    f"is in flight: {'; '.join(map(str, works[:_SHOWN]))}",
+                    file=sys.stderr,
+                    flush=True,
+                )
             time.sleep(_LOOK)
 
-    def abandon(self, error: BaseException) -> list[Request]:
-        """End the background thread and every work, with an error; return what was under way.
+    def give_up(self, picks: Picks, why: Callable[[Work], BaseException]) -> list[Request]:
+        """End every work that `picks` picks, with an error; return what was under way.
 
         MPI may still know the buffers of these requests: keep them as long as that can be.
         """
-        self.stop()
         with self._lock:
-            ended, self.works = self.works, []
+            ended = [work for work in self.works if picks(work)]
+            self.works = [work for work in self.works if not picks(work)]
             requests = [request for work in ended for request in work.pending]
             for work in ended:
-                work.fail(error)
+                work.fail(why(work))
         return requests
+
+    def abandon(self, error: BaseException) -> list[Request]:
+        """End the background thread and every work, as `give_up` does."""
+        self.stop()
+        return self.give_up(lambda work: True, lambda work: error)
 
     def stop(self) -> None:
         """End the background thread; works go on advancing in wait() and done()."""

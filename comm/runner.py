@@ -39,7 +39,7 @@ class Runner:
         self.counter = np.zeros(2, np.int64)
         self._counts = self.counter.data
         self._shares = shares_of(transport.max_tag)
-        self.closed = False
+        self.closed, self._why = False, ""
         self._transport = transport
         self._progress = progress
         self._ring = progress.ring
@@ -53,9 +53,9 @@ class Runner:
         recorded = self._progress.timeline is not None
         self.attentive = self.closed or recorded or os.getpid() != self._process
 
-    def close(self) -> None:
+    def close(self, why: str = "the communicator is closed") -> None:
         """Refuse every call from now on."""
-        self.closed = True
+        self.closed, self._why = True, why
         self.attend()
 
     def require_open(self) -> None:
@@ -64,7 +64,7 @@ class Runner:
         if os.getpid() != self._process:
             raise in_fork(rank)
         if self.closed:
-            raise CommError(f"rank {rank}: the communicator is closed")
+            raise CommError(f"rank {rank}: {self._why}")
 
     def run(self, meeting: Meeting, receipt: Receipt, owner: Any) -> Any:
         """Run a meeting to its end; at once, without a Work, where nothing is in flight before."""

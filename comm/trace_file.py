@@ -44,6 +44,8 @@ _WIRE: dict[str, Callable[[float, int], float]] = {
     "scatter": lambda n, p: n * (p - 1) / p,
     "alltoall": lambda n, p: n * (p - 1) / p,
     "barrier": lambda n, p: 0,
+    "split": lambda n, p: 0,
+    "close": lambda n, p: 0,
     "send": lambda n, p: n,
     "recv": lambda n, p: 0,
 }

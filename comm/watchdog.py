@@ -140,6 +140,7 @@ class Watchdog:
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(5)
         _ALIVE.remove(self)
+        self._inquiry.force = lambda rank: None
         let_go(self)
         self._deaths.close()
 

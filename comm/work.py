@@ -168,6 +168,15 @@ class Work:
         """Tell whether the work has ended, without trying to advance it."""
         return self._steps is None
 
+    @property
+    def receives(self) -> bool:
+        """Tell whether it waits for a message that nobody may ever send."""
+        return self.receipt.operation == "recv"
+
+    def __str__(self) -> str:
+        peers = sorted({request.peer for request in self.pending})
+        return f"{self.receipt.operation} ({self.receipt.nbytes} bytes) for ranks {peers}"
+
     def done(self) -> bool:
         """Tell whether the work has ended, well or not; never waits."""
         if self._steps is not None:

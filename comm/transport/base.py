@@ -88,6 +88,7 @@ class Transport(Protocol):
     calls: how compiled code sends; None where it cannot.
     library: what carries the messages, with its version.
     soiled: an operation has ended in an error, so that messages of it may be left.
+    together: the ranks of a group close it together; else one may end, and others go on.
     device_messages: what sends device memory, if the library can; None where it never does.
     """
 
@@ -100,6 +101,7 @@ class Transport(Protocol):
     world: tuple[int, ...]
     calls: Calls | None
     soiled: bool
+    together: bool
 
     @property
     def device_messages(self) -> DeviceMessages | None:

@@ -116,6 +116,7 @@ class LocalTransport:
     threads = True
     calls: Calls | None = None
     soiled = False
+    together = False
     device_messages: DeviceMessages | None = None
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -12,7 +13,7 @@ from ..errors import CommError
 from ..lookout import Lookout
 from .base import Bytes, Channel, DeviceMessages, Transport
 from .mpi_abi import find_calls
-from .mpi_departures import Departures
+from .mpi_departures import Departures, await_all
 from .mpi_errors import raising, refused, wrong_size
 from .mpi_start import import_mpi
 
@@ -93,6 +94,7 @@ class MpiTransport:
     """One rank's end of a group of MPI processes, on communicators of our own."""
 
     name = "mpi"
+    together = True
 
     def __init__(self, mpi: Any, group: Any, departures: Departures | None = None) -> None:
         """Duplicate `group`, an MPI communicator; collective over it."""
@@ -114,6 +116,7 @@ class MpiTransport:
         )
         self.library: str = mpi.Get_library_version().split("\n")[0].strip("\0 ")
         self._departures.groups += self._channels.values()
+        self._departures.users.add(self)
         self.soiled = False
         self._closed = False
 
@@ -127,13 +130,17 @@ class MpiTransport:
                 group.Revoke()
 
     @classmethod
-    def open(cls, comm: Any = None) -> MpiTransport:
+    def open(cls, comm: Any = None, timeout: float = math.inf) -> MpiTransport:
         """Open over an mpi4py communicator, COMM_WORLD where None; collective.
 
-        Raises: CommError without an MPI library.
+        timeout: seconds until all ranks must have come.
+        Raises: CommError without an MPI library, CommTimeout, PeerLost.
         """
         mpi = load_mpi()
-        return cls(mpi, mpi.COMM_WORLD if comm is None else comm)
+        base = mpi.COMM_WORLD if comm is None else comm
+        with raising(mpi, "opening a communicator"):
+            await_all(mpi, base, timeout)
+        return cls(mpi, base)
 
     def isend(self, data: Bytes, dst: int, tag: int, channel: Channel) -> MpiRequest:
         """Start to send."""
@@ -232,13 +239,14 @@ class MpiTransport:
         self._mpi.COMM_WORLD.Abort(status)
 
     def close(self) -> None:
-        """Free the communicators, but those in which messages may be left."""
+        """Free the communicators, but those in which messages may be left, or still pass."""
         if self._closed or self._mpi.Is_finalized():
             return
         self._closed = True
+        self._departures.users.discard(self)
         for duplicate in self._channels.values():
             self._departures.groups.remove(duplicate)
             if not self.soiled:
                 duplicate.Free()
-        if self._control is not None and self._departures.drained():
-            self._control.Free()
+        if self._control is not None:
+            self._departures.end()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from ..errors import PeerLost
+from ..errors import CommTimeout, PeerLost
 
 _LEFT = 1
 """Tag of the notice that a rank leaves, on the control communicator."""
@@ -20,26 +21,39 @@ _TOLD = 2
 _DRAIN = 5.0
 """Seconds that a closing rank waits for the others, and for notices on their way."""
 
+_NAP, _LOOK = 1e-4, 0.05
+"""Seconds between two looks of a rank that waits for others to open a communicator: whether they
+have come, and whether they have left."""
+
 _GRACE = 2.0
 """Seconds that data of a rank that left may still be on its way."""
 
 
 class Departures:
-    """Who has left the job, as told by the leaving ranks; shared by all groups of a rank."""
+    """Who has left the job, as told by the leaving ranks; shared by all groups of a rank.
+
+    groups: MPI's communicators, of all of these.  users: the transports that are open.
+    """
 
     def __init__(self, mpi: Any, control: Any) -> None:
         self._mpi = mpi
         self._control = control
         self.left: dict[int, float] = {}
+        self._announced = False
         # The rank and its watchdog both tell and hear.
         self._lock = threading.RLock()
         self._notices: list[Any] = []
         self._sent = np.zeros(control.size, np.int64)
         self._received = np.zeros(control.size, np.int64)
         self.groups: list[Any] = [control]
+        self.users: weakref.WeakSet[Any] = weakref.WeakSet()
+        _OPEN.add(self)
 
     def announce(self) -> None:
-        """Tell everybody that this rank leaves."""
+        """Tell everybody that this rank leaves, once."""
+        if self._announced:
+            return
+        self._announced = True
         control = self._control
         self._notices += [
             control.Isend([b"", self._mpi.BYTE], rank, _LEFT)
@@ -93,16 +107,31 @@ class Departures:
                     f"{self._control.rank} waits for it"
                 )
 
-    def drained(self) -> bool:
-        """Receive every notice that was sent; tell whether all came. Collective.
+    def check_all(self, group: Any) -> None:
+        """Raise PeerLost where a rank of an MPI group has left."""
+        top = self._control.Get_group()
+        places = self._mpi.Group.Translate_ranks(top, list(range(self._control.size)), group)
+        self.check(rank for rank, place in enumerate(places) if place != self._mpi.UNDEFINED)
+
+    def end(self) -> None:
+        """Free the communicator of the notices, if none are left and none will be; collective."""
+        if self._drained():
+            _OPEN.discard(self)
+            self._control.Free()
+
+    def _drained(self) -> bool:
+        """Receive every notice that was sent; tell whether all came, and none will. Collective.
 
         What is left in a communicator may meet receives of another one that MPI makes later.
+        Groups that are still open on a rank, on whichever, go on to use it.
         """
-        due = np.zeros_like(self._sent)
+        mine = np.stack([self._sent, np.full_like(self._sent, len(self.users))], axis=1)
+        told = np.zeros_like(mine)
+        due, open_groups = told.T
         end = time.monotonic() + _DRAIN
         try:
-            told = self._control.Ialltoall(self._sent.copy(), due)
-            while not told.Test() or (self._received < due).any():
+            asked = self._control.Ialltoall(mine, told)
+            while not asked.Test() or (not open_groups.any() and (self._received < due).any()):
                 self.heard()
                 self.check(())
                 if time.monotonic() > end:
@@ -110,4 +139,31 @@ class Departures:
                 time.sleep(1e-4)
         except (self._mpi.Exception, PeerLost):
             return False
-        return all(notice.Test() for notice in self._notices)
+        return not open_groups.any() and all(notice.Test() for notice in self._notices)
+
+
+_OPEN: weakref.WeakSet[Departures] = weakref.WeakSet()
+"""Those of this process whose notices can be heard."""
+
+
+def await_all(mpi: Any, comm: Any, timeout: float) -> None:
+    """Wait for all ranks of an MPI communicator, as its own calls do unwatched; collective.
+
+    Who leaves the job is heard where a communicator of ours is open already.
+    Raises: PeerLost, CommTimeout.
+    """
+    start = looked = time.monotonic()
+    come = comm.Ibarrier()
+    while not come.Test():
+        time.sleep(_NAP)
+        now = time.monotonic()
+        if now - looked < _LOOK:
+            continue
+        looked = now
+        for departures in list(_OPEN):
+            departures.check_all(comm.Get_group())
+        if now - start > timeout:
+            raise CommTimeout(
+                f"rank {comm.rank} of {comm.size} waited {now - start:.1f} s for the others to "
+                "open a communicator as well"
+            )

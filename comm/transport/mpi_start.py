@@ -9,12 +9,14 @@ from __future__ import annotations
 import atexit
 import ctypes
 import faulthandler
+import functools
 import os
 import signal
 import sys
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 from ..lookout import Lookout
 from ..settings import Seat, without_one_sided
@@ -102,6 +104,34 @@ def end_mpi(mpi: Any, lookout: Lookout | None) -> None:
         failed = _library(mpi).MPI_Finalize()
     if failed:
         raise RuntimeError(f"MPI_Finalize failed with code {failed}")
+
+
+class Ended(Protocol):
+    """What is to know when MPI ends."""
+
+    def mpi_ends(self) -> None:
+        """Have done with MPI, which still works."""
+        ...
+
+
+_TOLD: weakref.WeakSet[Ended] = weakref.WeakSet()
+
+
+def tell_of_end(mpi: Any, who: Ended) -> None:
+    """Let somebody know when MPI_Finalize begins, whoever calls it."""
+    _listen(mpi)
+    _TOLD.add(who)
+
+
+@functools.cache
+def _listen(mpi: Any) -> None:
+    # The first thing that MPI_Finalize does is to delete the attributes of MPI_COMM_SELF: MPI 4.1,
+    # section 11.2.4, "Allowing User Functions at MPI Finalization".
+    def ends(comm: Any, key: int, value: object) -> None:
+        for who in list(_TOLD):
+            who.mpi_ends()
+
+    mpi.COMM_SELF.Set_attr(mpi.Comm.Create_keyval(delete_fn=ends), None)
 
 
 class Starting:

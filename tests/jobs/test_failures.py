@@ -113,6 +113,20 @@ def test_leaving_early_is_told_to_those_who_wait(job: Callable[..., Any]) -> Non
     assert not done.leftovers
 
 
+@pytest.mark.parametrize("call", ["comm.split(0)", "ringfold.Communicator()"])
+def test_leaving_early_is_told_to_those_who_make_a_group(
+    job: Callable[..., Any], call: str
+) -> None:
+    """MPI itself waited there for ever."""
+    script = WAITING.format(failure="sys.exit(0)").replace(
+        "comm.allreduce(np.ones(1_000_000))", call
+    )
+    done = job(3, script, timeout=30)
+    assert not done.timed_out and done.returncode != 0
+    assert "PeerLost: rank 1 has left the job" in done.stderr
+    assert not done.leftovers
+
+
 @pytest.mark.parametrize("ending", ["pass", "sys.exit(0)", "comm.close()"])
 def test_an_ordinary_end_triggers_nothing(job: Callable[..., Any], ending: str) -> None:
     script = f"""
@@ -128,6 +142,48 @@ if comm.rank == 0:
     done = job(2, script, timeout=30)
     assert done.returncode == 0, done.output
     assert "ringfold" not in done.stderr and not done.leftovers
+
+
+@pytest.mark.parametrize("ending", ["pass", "comm.close()"])
+def test_a_receive_that_nothing_comes_for_delays_no_end(
+    job: Callable[..., Any], ending: str
+) -> None:
+    script = f"""
+import numpy as np
+import ringfold
+comm = ringfold.Communicator()
+work = comm.irecv(np.zeros(3), 1 - comm.rank, tag=9)
+comm.allreduce(np.ones(3))
+{ending}
+"""
+    done = job(2, script, timeout=30)
+    assert done.returncode == 0 and not done.stderr, done.output
+    assert not done.leftovers
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_program_that_ends_mpi_itself_goes_on(job: Callable[..., Any], shared: bool) -> None:
+    """MPI ended the job as soon as the watchdog, or close, asked it for anything."""
+    script = f"""
+import time
+import numpy as np
+import ringfold
+from mpi4py import MPI
+with ringfold.Communicator(settings=ringfold.Settings(shared={shared})) as comm:
+    work = comm.irecv(np.zeros(3), 1 - comm.rank)
+    comm.allreduce(np.ones(3))
+    MPI.Finalize()
+    time.sleep(0.5)
+    for call in (lambda: comm.allreduce(np.ones(3)), work.wait, lambda: comm.split(0)):
+        try:
+            call()
+        except ringfold.CommError as error:
+            print(error)
+"""
+    done = job(2, script, timeout=30)
+    assert done.returncode == 0 and not done.stderr, done.output
+    assert done.stdout.count("MPI has been finalized") == 6, done.output
+    assert not done.leftovers
 
 
 def test_a_hook_of_the_users_own_is_kept(job: Callable[..., Any]) -> None:

@@ -1,5 +1,6 @@
 """Messages through shared memory: order, tags, sizes around every limit, and who waits for whom."""
 
+import gc
 import time
 
 import numpy as np
@@ -165,6 +166,25 @@ def test_groups_do_not_meet(comm: Communicator) -> None:
         assert other.recv(np.zeros(2, np.int64), from_, 0).tolist() == [2, from_]
         assert comm.recv(np.zeros(2, np.int64), behind, 0).tolist() == [1, behind]
         outer.wait(), inner.wait()
+
+
+def test_what_was_sent_outlives_its_group(comm: Communicator) -> None:
+    """A sender that dropped its group made zeros of what nobody had received yet."""
+    count = 5_003
+    group = comm.split(0)
+    assert group is not None
+    if comm.rank:
+        group.send(data(comm.rank, count, np.float64), 0)
+        del group
+        gc.collect()
+        comm.send(np.full(count, -1.0), 0)  # takes memory as well
+    comm.barrier()
+    if comm.rank == 0:
+        for src in range(1, comm.size):
+            got = group.recv(np.zeros(count), src)
+            np.testing.assert_array_equal(got, data(src, count, np.float64))
+            assert (comm.recv(np.zeros(count), src) == -1.0).all()
+    comm.barrier()
 
 
 def test_a_message_to_oneself(comm: Communicator) -> None:

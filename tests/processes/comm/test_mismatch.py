@@ -78,6 +78,13 @@ def missing(comm: Communicator, odd: bool) -> None:
     comm.barrier()
 
 
+def parts(comm: Communicator, odd: bool) -> None:
+    if odd:
+        comm.allreduce(np.ones(3))
+    else:
+        comm.split(0)
+
+
 def equal_in_all(comm: Communicator, odd: bool) -> None:
     works = [comm.allreduce(np.ones(n), blocking=False) for n in ((5, 3) if odd else (3, 5))]
     for work in works:
@@ -101,6 +108,7 @@ CASES: dict[Callable[[Communicator, bool], None], tuple[str, str]] = {
     root: ("root 0", "root 1"),
     order: ("allreduce(sum, float64)", "allgather(float64)"),
     missing: ("allreduce(sum, float64)", "barrier()"),
+    parts: ("split()", "allreduce(sum, float64)"),
     equal_in_all: ("3 elements", "5 elements"),
     algorithms: ("5 elements, algorithm tree", "5 elements, algorithm ring"),
     algorithm_of_one: ("5 elements, algorithm ", "5 elements, algorithm ring"),
@@ -143,6 +151,20 @@ def test_a_group_goes_on_after_a_call_that_all_were_told_of(group: Communicator)
             part.allreduce(np.ones(3 + (part.rank == odd_one)))
         assert part.allreduce(np.array([1.0]))[0] == part.size
     part.close()
+
+
+def test_ranks_that_have_lost_count_split_a_fresh_group(group: Communicator) -> None:
+    if group.size == 1:
+        pytest.skip("a rank agrees with itself")
+    part = group.split(0)
+    assert part is not None
+    odd = part.rank == part.size - 1
+    with pytest.raises(MismatchError):
+        missing(part, odd)
+    fresh = part.split(0)
+    assert fresh is not None
+    assert fresh.allreduce(np.array([1.0]))[0] == group.size
+    fresh.close()
 
 
 def test_the_texts_are_one(group: Communicator) -> None:

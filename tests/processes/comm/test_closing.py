@@ -1,0 +1,139 @@
+"""The end of a group: whom it waits for, and what it leaves alone."""
+
+import gc
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from contract import data, reopened
+
+from ringfold import CommError, Communicator
+
+pytestmark = pytest.mark.usefixtures("several")
+
+
+@pytest.fixture
+def several(comm: Communicator) -> None:
+    if comm.size == 1:
+        pytest.skip("one rank waits for nobody")
+
+
+def late(comm: Communicator, seconds: float = 0.2) -> None:
+    """Let the others wait for rank 1 until they look for lost peers."""
+    if comm.rank == 1:
+        time.sleep(seconds)
+
+
+def use(group: Communicator) -> None:
+    late(group)
+    x = data(group.rank, 1001, np.float64)
+    group.allreduce(x)
+    expected = sum(data(rank, 1001, np.float64) for rank in range(group.size))
+    np.testing.assert_allclose(x, expected)
+
+
+def use_parts(group: Communicator) -> None:
+    late(group)
+    with group.split(0, -group.rank) as part:
+        assert part.rank == group.size - 1 - group.rank
+        use(part)
+
+
+@pytest.mark.parametrize("then", [use, use_parts, late], ids=lambda then: then.__name__)
+def test_a_group_outlives_the_one_it_was_split_from(
+    comm: Communicator, then: Callable[[Communicator], None]
+) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with Communicator() as world:
+        part = world.split(0)
+    assert part is not None
+    then(part)
+    part.close()
+    with pytest.raises(CommError, match="closed"):
+        world.barrier()
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_ranks_without_a_group_close_the_world_at_once(comm: Communicator) -> None:
+    world = Communicator()
+    part = world.split(None if world.rank == 0 else 7)
+    start = time.monotonic()
+    world.close()
+    assert time.monotonic() - start < 3
+    if part is not None:
+        part.allreduce(np.ones(3))
+        part.close()
+
+
+@pytest.fixture(params=["shared", "messages"])
+def group(comm: Communicator, request: pytest.FixtureRequest) -> Iterator[Communicator]:
+    with reopened(comm, shared=request.param == "shared") as group:
+        yield group
+
+
+def test_closing_a_group_waits_for_no_other_one(group: Communicator) -> None:
+    """A receive of the world, whose message came after the close, stood in the way of it."""
+    part = group.split(0)
+    assert part is not None
+    work = group.irecv(np.zeros(3), 1) if group.rank == 0 else None
+    start = time.monotonic()
+    part.close()
+    assert time.monotonic() - start < 3
+    if group.rank == 1:
+        group.send(data(1, 3, np.float64), 0)
+    if work is not None:
+        np.testing.assert_array_equal(work.wait(), data(1, 3, np.float64))
+
+
+def test_what_was_sent_before_the_close_arrives_and_other_receives_end(
+    group: Communicator,
+) -> None:
+    count = 400_003
+    part = group.split(0)
+    assert part is not None
+    ahead, behind = (part.rank + 1) % part.size, (part.rank - 1) % part.size
+    gets = [part.irecv(np.zeros(count), behind, tag) for tag in (0, 1)]
+    late(part)
+    put = part.isend(data(part.rank, count, np.float64), ahead, 0)
+    start = time.monotonic()
+    part.close()
+    assert time.monotonic() - start < 5
+    put.wait()
+    np.testing.assert_array_equal(gets[0].wait(), data(behind, count, np.float64))
+    text = rf"rank {part.rank}: {part.name} was closed .* recv .* for ranks \[{behind}\]"
+    with pytest.raises(CommError, match=text):
+        gets[1].wait()
+
+
+def mapped() -> int:
+    """Count the memories of ranks that this process has mapped."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return sum("memfd:ringfold (" in line for line in maps)
+
+
+def test_closing_unmaps_the_memory_of_the_node(comm: Communicator) -> None:
+    """Each is as large as the machine's: what waited for the garbage collector filled the space."""
+    gc.collect()
+    gc.disable()
+    try:
+        before = mapped()
+        with Communicator() as world:
+            part = world.split(0)
+            assert part is not None
+            x = data(world.rank, 100_003, np.float64)
+            world.allreduce(x)
+            part.isend(x, (part.rank + 1) % part.size)
+            part.recv(x.copy(), (part.rank - 1) % part.size)
+            lent = world.empty(7)
+            lent[:] = world.rank
+            assert mapped() == before + world.node.size
+            part.close()
+        assert mapped() == before + 1
+        assert (lent == world.rank).all()
+        del lent
+        assert mapped() == before
+    finally:
+        gc.enable()
