@@ -112,8 +112,14 @@ class Job:
         watchdog.start({rank: (process, of[rank]) for rank, process in known.items()})
 
     def leave_when_idle(self) -> None:
-        """Leave where no group is open on this rank, be it one that was split from the world."""
-        if self._idle or (gc.collect() and self._idle):  # dropped groups are parts of cycles
+        """Leave where no group is open on this rank, be it one that was split from the world.
+
+        Where nothing looks after the rank, as after one that is a thread, it leaves in any case:
+        groups that are left advance when they are waited for.
+        """
+        alone = self.watchdog is None and self.guard is None
+        # Dropped groups are parts of cycles; to look for these takes a fifth of a second.
+        if alone or self._idle or (gc.collect() and self._idle):
             self.leave()
 
     @property
