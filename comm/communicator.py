@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable, MutableMapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .buffer import ordinary, registered
+from .calls import GroupCalls
 from .closing import Closing
-from .device import on_device
 from .errors import CommError, MismatchError
 from .job import Job
-from .memo import Memo
 from .operations import Operations
 from .runner import Runner
-from .schedule import Schedule
 from .settings import Settings, unlike
 from .sharing import Sharing
 from .timeline import Timeline
@@ -26,17 +23,15 @@ from .topology import Nodes
 from .trace import Entry
 from .transport.base import Transport
 from .tune import Tuning, load
-from .work import Prepared, Work
+from .work import Work
 
 if TYPE_CHECKING:
     from .device_ways import DeviceWays
     from .node_memory import NodeMemory
     from .stragglers import Stragglers
 
-Algorithm = str | Schedule | None
 
-
-class Communicator:
+class Communicator(GroupCalls):
     """Collectives and messages between the ranks of one group.
 
     `Communicator()` duplicates MPI.COMM_WORLD, and `Communicator(mpi_comm)` a communicator of
@@ -100,12 +95,9 @@ class Communicator:
         self._settings = job.settings
         self._transport = transport
         self._progress = job.progress
-        self._runner = Runner(transport, job.progress, name)
-        self._run = self._runner.run
-        self._start = self._runner.start
-        self._operations = Operations(transport, job.settings)
-        self._device_operations: DeviceWays | None = None
-        self._memo = Memo()
+        GroupCalls.__init__(
+            self, Runner(transport, job.progress, name), Operations(transport, job.settings)
+        )
         self._splits = 0
         self._tuning: Tuning | None = None
         self._sharing: Sharing | None = None
@@ -200,6 +192,19 @@ class Communicator:
         progress.attend()
 
     @property
+    def users(self) -> MutableMapping[object, Any]:
+        """Return what uses groups of this rank by itself; for the package's own use.
+
+        What stands here is not kept alive by it, and in the order in which it came.
+        """
+        return self._job.users
+
+    @property
+    def transport(self) -> str:
+        """Return what carries the messages: "mpi", or "local" between threads of one process."""
+        return self._transport.name
+
+    @property
     def library(self) -> str:
         """Return what carries the messages, with its version."""
         return self._transport.library
@@ -207,132 +212,7 @@ class Communicator:
     def __repr__(self) -> str:
         return f"Communicator(rank {self.rank} of {self.size}, {self._transport.name})"
 
-    # -- collectives -------------------------------------------------------------------------
-
-    def allreduce(
-        self, x: Any, op: str = "sum", *, algorithm: Algorithm = None, blocking: bool = True
-    ) -> Any:
-        """Combine all ranks' x element by element, in place, and return x.
-
-        op: sum, mean (over the ranks; floats only), min, max or prod; bool allows min and max.
-        """
-        known = self._memo.find((id(x), op))
-        if (  # here and not in a function, which a small call would notice
-            known is None
-            or algorithm is not None
-            or not (x.flags.carray and x.size == known.size and x.dtype is known.dtype)
-        ):
-            known = self._memo.at(x, op) if algorithm is None else None
-        if known is None:
-            prepared = self._side(x).allreduce(x, op, algorithm)
-            if algorithm is not None or not prepared.plain or prepared.meeting is None:
-                return self._start(prepared, blocking)
-            self._runner.note(prepared)
-            known = self._memo.add(x, op, prepared.meeting, prepared.receipt)
-        if blocking:
-            return self._run(known.meeting, known.receipt, x)
-        if known.meeting.flying:  # on its way already: do it twice
-            return self._start(self._operations.allreduce(x, op), False)
-        return self._runner.fly(known.meeting, known.receipt, x)
-
-    def reduce(
-        self,
-        x: Any,
-        root: int = 0,
-        op: str = "sum",
-        *,
-        algorithm: Algorithm = None,
-        blocking: bool = True,
-    ) -> Any:
-        """Combine all ranks' x in place at root; elsewhere x stays as it was. Returns x."""
-        return self._start(self._side(x).reduce(x, root, op, algorithm), blocking)
-
-    def broadcast(
-        self, x: Any, root: int = 0, *, algorithm: Algorithm = None, blocking: bool = True
-    ) -> Any:
-        """Copy root's x over the x of every rank, in place, and return x."""
-        return self._start(self._side(x).broadcast(x, root, algorithm), blocking)
-
-    def allgather(self, x: Any, *, algorithm: Algorithm = None, blocking: bool = True) -> Any:
-        """Return a new array of shape (size, *x.shape): row r is rank r's x."""
-        return self._start(self._side(x).allgather(x, algorithm), blocking)
-
-    def reduce_scatter(
-        self, x: Any, op: str = "sum", *, algorithm: Algorithm = None, blocking: bool = True
-    ) -> Any:
-        """Combine all ranks' x and return this rank's part of the flat result, a new 1-D array.
-
-        The part is `chunks.bounds(x.size, size, rank)`; x stays as it was.
-        """
-        return self._start(self._side(x).reduce_scatter(x, op, algorithm), blocking)
-
-    def gather(
-        self, x: Any, root: int = 0, *, algorithm: Algorithm = None, blocking: bool = True
-    ) -> Any:
-        """Return, at root, a new array of shape (size, *x.shape); None on the other ranks."""
-        return self._start(self._side(x).gather(x, root, algorithm), blocking)
-
-    def scatter(
-        self, x: Any = None, root: int = 0, *, algorithm: Algorithm = None, blocking: bool = True
-    ) -> Any:
-        """Return row `rank` of root's x, a new array of shape x.shape[1:].
-
-        x needs to be given at root only, with a first axis of size.
-        """
-        return self._start(self._side(x).scatter(x, root, algorithm), blocking)
-
-    def alltoall(self, x: Any, *, algorithm: Algorithm = None, blocking: bool = True) -> Any:
-        """Send row r of x to rank r; return a new array whose row r is what rank r sent here."""
-        return self._start(self._side(x).alltoall(x, algorithm), blocking)
-
-    def barrier(self, *, blocking: bool = True) -> Any:
-        """Return when every rank has come."""
-        return self._start(self._operations.barrier(), blocking)
-
-    # -- point to point ----------------------------------------------------------------------
-
-    def send(self, x: Any, dst: int, tag: int = 0) -> None:
-        """Send x to rank dst; when it returns, x may be changed."""
-        self._start(self._side(x).send(x, dst, tag), True)
-
-    def recv(self, x: Any, src: int, tag: int = 0) -> Any:
-        """Fill x with what rank src sent with this tag, and return x.
-
-        Raises: MismatchError where the message has another number of bytes.
-        """
-        return self._start(self._side(x).recv(x, src, tag), True)
-
-    def isend(self, x: Any, dst: int, tag: int = 0) -> Work:
-        """Start to send x; the Work, or the communicator if it is dropped, keeps x alive."""
-        work: Work = self._start(self._side(x).send(x, dst, tag), False)
-        return work
-
-    def irecv(self, x: Any, src: int, tag: int = 0) -> Work:
-        """Start to receive into x; wait() returns x."""
-        work: Work = self._start(self._side(x).recv(x, src, tag), False)
-        return work
-
-    # -- plans and memory --------------------------------------------------------------------
-
-    def plan(self, collective: str, *args: Any, **kwargs: Any) -> Callable[[], Any]:
-        """Decide a collective once, to run it many times on the same x.
-
-        A result that is no x is made once, by the first step, and holds what the last has brought;
-        a step takes no memory for data. (Each step of scatter, whose shape comes with the message,
-        and of collectives on a GPU makes its result anew; the plain executor takes memory, too.)
-
-        collective: the name of a method, args and kwargs as it takes them (no `blocking`).
-        Returns: a function that runs it, collectively, and returns its result.
-        Raises: ValueError for an unknown name, and what the method raises for its arguments.
-        """
-        if collective not in _PLANNED:
-            raise ValueError(f"cannot plan {collective!r}; there is: {', '.join(_PLANNED)}")
-        side = self._side(args[0] if args else kwargs.get("x")).keeping()
-        prepared: Prepared = getattr(side, collective)(*args, **kwargs)
-        if prepared.plain and prepared.meeting is not None:
-            self._runner.note(prepared)
-            return partial(self._run, prepared.meeting, prepared.receipt, prepared.owner)
-        return partial(self._runner.begin, prepared, True, self._runner.note(prepared))
+    # -- memory ---
 
     def empty(
         self, shape: int | tuple[int, ...], dtype: Any = np.float32, *, device: str = "cpu"
@@ -410,6 +290,11 @@ class Communicator:
         work: Work = self._start(self._operations.coming("close", number), False)
         return work
 
+    def _find_devices(self) -> DeviceWays:
+        from .transport.gpu_aware import cuda_ways
+
+        return cuda_ways(self)
+
     def _unshare(self, closing: Closing) -> None:
         """Give board and boxes back, once nobody looks at them any more.
 
@@ -442,28 +327,6 @@ class Communicator:
         if kind is None:
             self.close()
 
-    # -- how operations are prepared ---------------------------------------------------------
-
-    @property
-    def host_operations(self) -> Operations:
-        """Return what prepares operations on host memory; for the package's own use."""
-        return self._operations
-
-    def use_devices(self, operations: DeviceWays) -> None:
-        """Let these prepare operations on device memory, before the first of them."""
-        self._device_operations = operations
-
-    def _side(self, x: Any) -> Operations | DeviceWays:
-        """Return what prepares operations on memory such as x's."""
-        if not on_device(x):
-            return self._operations
-        if self._device_operations is None:
-            from .transport.gpu_aware import cuda_ways
-
-            self.use_devices(cuda_ways(self))
-        assert self._device_operations is not None
-        return self._device_operations
-
 
 _KEYS = 1 << 31
 """MPI counts colors and keys in 32 bits."""
@@ -477,16 +340,3 @@ def _within(number: int, what: str, lowest: int) -> int:
     if not lowest <= number < _KEYS:
         raise ValueError(f"{what} {number} is outside {lowest}..{_KEYS - 1}")
     return number
-
-
-_PLANNED = (
-    "allreduce",
-    "reduce",
-    "broadcast",
-    "allgather",
-    "reduce_scatter",
-    "gather",
-    "scatter",
-    "alltoall",
-    "barrier",
-)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -33,6 +34,7 @@ class Job:
     guard: what ends the job on an exception; None where it is not wanted.
     closing: the group that all others are split from is closed.
     kept: what MPI may still read or write of works that were given up.
+    users: what uses groups of this rank by itself, in the order in which it came.
     """
 
     def __init__(self, transport: Transport, settings: Settings) -> None:
@@ -44,6 +46,7 @@ class Job:
         self.watchdog: Watchdog | None = None
         self.closing = False
         self.kept: list[Request] = []
+        self.users: WeakValueDictionary[object, Any] = WeakValueDictionary()
 
     @classmethod
     @contextmanager
@@ -69,7 +72,9 @@ class Job:
         mpi = load_mpi(lookout)
         with nullcontext() if lookout is None else lookout().opening():
             job = cls(MpiTransport.open(comm, max(settings.timeout, PATIENCE)), settings)
-            tell_of_end(mpi, job)
+            for other in tell_of_end(mpi, job):
+                if isinstance(other, Job):  # of the same rank, opened over another group
+                    job.users = other.users
             if guard is not None:
                 job.guard_by(guard)
                 if job.transport.size == 1:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .texts import shown_ranks
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -134,8 +136,6 @@ def asks_for_huge_pages(environ: Mapping[str, str] = os.environ) -> str:
 _ALIKE = ("segment_bytes", "max_message_bytes", "shared", "cma", "watch")
 """Fields by which ranks send and meet, so that all must have them alike."""
 
-_TOLD = 8
-
 
 def unlike(rows: Sequence[Sequence[int]]) -> str:
     """Return what the ranks' settings differ in, "" where they do not.
@@ -147,18 +147,12 @@ def unlike(rows: Sequence[Sequence[int]]) -> str:
         if len(set(values)) > 1:
             name = f" (RINGFOLD_{field.upper()})" if field in _PARSERS else ""
             kind = type(getattr(Settings, field))
-            found = (
-                f"{kind(value)} on {_ranks([r for r, own in enumerate(values) if own == value])}"
-                for value in dict.fromkeys(values)
-            )
+            holders: dict[int, list[int]] = {}
+            for rank, value in enumerate(values):
+                holders.setdefault(value, []).append(rank)
+            found = (f"{kind(value)} on {shown_ranks(ranks)}" for value, ranks in holders.items())
             told.append(f"{field}{name} is {', '.join(found)}")
     return "; ".join(told)
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:_TOLD]))
-    more = f" and {len(ranks) - _TOLD} more" if len(ranks) > _TOLD else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
 
 
 _PARSERS: dict[str, Callable[[str], object]] = {

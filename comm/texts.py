@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     from .communicator import Communicator
+
+_SHOWN = 8
+
+
+def shown_ranks(ranks: Sequence[int]) -> str:
+    """Return "rank 2" or "ranks 0, 3", of very many the first."""
+    shown = ", ".join(map(str, ranks[:_SHOWN]))
+    more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
 
 
 def gather_texts(comm: Communicator, text: str) -> list[str]:

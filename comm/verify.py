@@ -16,6 +16,7 @@ import numpy as np
 from .chunks import ranges
 from .errors import ScheduleError
 from .schedule import NOBODY, Moves, Round, Schedule, moves
+from .texts import shown_ranks
 
 
 class Held(NamedTuple):
@@ -243,6 +244,4 @@ def _finish(schedule: Schedule, held: Cell) -> None:
 
 
 def _ranks(bits: int) -> str:
-    found = [rank for rank in range(bits.bit_length()) if bits >> rank & 1]
-    shown = ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
-    return f"rank{'s' if len(found) > 1 else ''} {shown}"
+    return shown_ranks([rank for rank in range(bits.bit_length()) if bits >> rank & 1])

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from weakref import WeakKeyDictionary, WeakValueDictionary
 
-import torch
 from torch import nn
 
-from ..comm.errors import NotFinite
-from .backward_end import BackwardEnd
 from .carried import Carried
 from .drift import GradientReport, check_replicas, report_gradients
 from .finite import FiniteCheck
 from .gpu_threads import check_gpu_threads
+from .gradient_sync import GradientSync, Mode
 from .hooks import WireHook, wire_format
 from .join import check_at_end, turns
 from .reducer import START_BYTES, Reducer, ReductionRecord
@@ -36,10 +32,6 @@ __all__ = ["DataParallel"]
 Batch = TypeVar("Batch")
 
 _AVERAGES = ("active", "all")
-
-_WRAPPERS: WeakKeyDictionary[Communicator, WeakValueDictionary[str, DataParallel]]
-_WRAPPERS = WeakKeyDictionary()
-"""By communicator and channel, in the order in which all ranks have made them."""
 
 
 class DataParallel(Transparent):
@@ -96,10 +88,8 @@ class DataParallel(Transparent):
         super().__init__()
         self.module = module
         self.comm: Communicator | None = comm
-        self.synchronize = True
-        self._root = self._source = root
-        self._broadcast_buffers = broadcast_buffers
-        self._weight: float | None = None
+        self._root = root
+        self._mode = Mode(root, broadcast_buffers)
         named = list(module.named_parameters())
         buffers = list(module.named_buffers())
 
@@ -119,11 +109,7 @@ class DataParallel(Transparent):
         channel = comm if comm.size == 1 else comm.split(0, key=comm.rank)
         assert channel is not None
         self._channel: Communicator | None = channel
-        self._siblings = _WRAPPERS.setdefault(comm, WeakValueDictionary())
-        self._siblings[channel.name] = self
         self._finite = FiniteCheck(channel) if check_finite else None
-        self._looking: BackwardEnd | None = None
-        self._ending: BackwardEnd | None = None
         self._reducer: Reducer | None = Reducer(
             named,
             channel,
@@ -136,23 +122,33 @@ class DataParallel(Transparent):
         tensors = [tensor for _, tensor in (*named, *buffers)]
         check_gpu_threads(comm, tensors)
         broadcast_tensors(comm, tensors, root, START_BYTES)
-        self._roster = Roster(module) if comm.size > 1 else None
-        if comm.size > 1 or check_finite:
-            # The hooks must not keep the wrapper alive, nor work for one that is gone.
-            wrapper = weakref.ref(self)
-            self._reducer.attach(lambda index: _forward_to(wrapper(), index))
+        self._sync: GradientSync | None = GradientSync(
+            module,
+            channel,
+            self._reducer,
+            self._mode,
+            roster=Roster(module) if comm.size > 1 else None,
+            finite=self._finite,
+            users=comm.users,
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
-        if self._reducer is not None:
-            if not _in_backward():
-                self._abandon()
-            if self._roster is not None and torch.is_grad_enabled():
-                self._roster.check()
+        if self._sync is not None:
+            self._sync.forward()
         timeline = None if self.comm is None else self.comm.timeline
         if timeline is None:
             return self.module(*args, **kwargs)
         return record_forward(timeline, self.module, *args, **kwargs)
+
+    @property
+    def synchronize(self) -> bool:
+        """Tell whether backwards are reduced; read when they run, and to be set."""
+        return self._mode.synchronize
+
+    @synchronize.setter
+    def synchronize(self, wanted: bool) -> None:
+        self._mode.synchronize = wanted
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -177,12 +173,12 @@ class DataParallel(Transparent):
         of weight 0 adds nothing, even when its gradients are not finite; if all weights are 0, the
         gradients are zeros. The weight applies to the whole accumulated gradient.
         """
-        before = self._weight
-        self._weight = weight
+        before = self._mode.weight
+        self._mode.weight = weight
         try:
             yield
         finally:
-            self._weight = before
+            self._mode.weight = before
 
     def loss_factor(self, weight: float) -> float:
         """Return weight * size / sum(weights), to multiply this rank's loss by before backward.
@@ -204,11 +200,8 @@ class DataParallel(Transparent):
         synchronised backward: what it has in `.grad` counts, or zeros, and it gets the result.
         For several wrappers with parts in that backward in the order in which they were made.
         """
-        if self._reducer is None or self._reducer.single:
-            return
-        self._abandon()
-        self._reducer.begin(self._weight)
-        self._reduce()
+        if self._sync is not None:
+            self._sync.reduce_without_backward()
 
     def join(
         self, batches: Iterable[Batch], *, at_end: str = "none", average: str = "active"
@@ -248,13 +241,13 @@ class DataParallel(Transparent):
     ) -> Iterator[Batch | None]:
         for batch, ranks in taken:
             # Buffers are those of root, or of the next rank that has seen a batch in this turn.
-            self._source = min(ranks, key=lambda rank: (rank - self._root) % size)
+            self._mode.source = min(ranks, key=lambda rank: (rank - self._root) % size)
             try:
                 weight = 0.0 if batch is None else 1.0
                 with self.weighted(weight) if weigh else nullcontext():
                     yield batch
             finally:
-                self._source = self._root
+                self._mode.source = self._root
 
     def check_replicas(self) -> str:
         """Compare the bits of all ranks' parameters and buffers; return their common hash.
@@ -303,7 +296,7 @@ class DataParallel(Transparent):
         """
         if self._reducer is not None:
             self._reducer.detach()
-        self.comm, self._channel, self._reducer, self._roster = None, None, None, None
+        self.comm, self._channel, self._reducer, self._sync = None, None, None, None
 
     def close(self) -> None:
         """Detach, and give the wrapper's own channel back; collective. `comm` stays open."""
@@ -319,79 +312,5 @@ class DataParallel(Transparent):
 
     def __getstate__(self) -> dict[str, Any]:
         # Communicators and hooks belong to this process.
-        own = "comm", "_channel", "_siblings", "_reducer", "_roster", "_finite"
-        return {**self.__dict__, **dict.fromkeys((*own, "_ending", "_looking"))}
-
-    def _ready(self, index: int) -> None:
-        reducer = self._reducer
-        if reducer is None:
-            return
-        if reducer.single or not self.synchronize:
-            if self._finite is not None and not (self._looking and self._looking.waits):
-                self._looking = BackwardEnd(self._look)
-            return
-        if self._ending is None or not self._ending.waits:
-            self._abandon()  # of a backward that has failed
-            reducer.begin(self._weight)
-            self._ending = BackwardEnd(self._end_of_backward)
-        reducer.mark(index, nested=self._ending.nested)
-
-    def _abandon(self) -> None:
-        """Give up what a backward that has failed has begun."""
-        if self._ending is not None:
-            self._ending.cancel()
-        if self._looking is not None:
-            self._looking.cancel()
-        self._ending, self._looking = None, None
-        if self._reducer is not None and self._reducer.active:
-            self._reducer.abandon()
-
-    def _look(self) -> None:
-        """Look at what a backward has left here that is not reduced yet, or never is."""
-        self._looking = None
-        if self._finite is None:
-            return
-        self._finite.look_at(self.module)
-        self._finite.microbatch += 1
-        if self.synchronize:
-            self._finite.agree()
-
-    def _end_of_backward(self) -> None:
-        """Reduce what a backward has left, of all wrappers in it, in one order on all ranks.
-
-        Autograd may have reached them in different orders, and each waits for all ranks.
-        """
-        refused: Exception | None = None
-        for wrapper in list(self._siblings.values()):
-            if wrapper is self or (wrapper._ending is not None and wrapper._ending.waits):
-                try:
-                    wrapper._reduce()
-                except (NotFinite, ValueError) as error:  # on all ranks, which go on with the next
-                    refused = refused or error
-        if refused is not None:
-            raise refused
-
-    def _reduce(self) -> None:
-        if self._ending is not None:
-            self._ending.cancel()
-            self._ending = None
-        assert self._reducer is not None and self._channel is not None
-        assert self._roster is not None
-        self._reducer.flush()
-        self._reducer.finish()
-        if self._finite is not None:
-            self._finite.agree()
-        if self._broadcast_buffers and (buffers := self._roster.buffers()):
-            # As `data`, which autograd takes no notice of: torch's own layers follow their running
-            # statistics so, and another backward may run through what has kept these.
-            data = [buffer.data for buffer in buffers]
-            broadcast_tensors(self._channel, data, self._source, START_BYTES)
-
-
-def _forward_to(wrapper: DataParallel | None, index: int) -> None:
-    if wrapper is not None:
-        wrapper._ready(index)
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+        own = "comm", "_channel", "_reducer", "_sync", "_finite"
+        return {**self.__dict__, **dict.fromkeys(own)}

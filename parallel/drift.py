@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ..comm.errors import MismatchError
+from ..comm.texts import shown_ranks
 from .objects import gather_objects
 from .replicas import flat_bytes
 
@@ -38,7 +39,7 @@ def check_replicas(comm: Communicator, named: Iterable[tuple[str, Tensor]]) -> s
     holders: dict[bytes | None, list[int]] = {}
     for rank, found in enumerate(everyone):
         holders.setdefault(found.get(first), []).append(rank)
-    groups = " from ".join(_ranks(ranks) for ranks in holders.values())
+    groups = " from ".join(shown_ranks(ranks) for ranks in holders.values())
     raise MismatchError(
         f"replicas differ in {len(differing)} of {len(names)} tensors, first in {first}: {groups}"
     )
@@ -58,7 +59,7 @@ class GradientReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{name}: gradient on {_ranks(ranks)} of {self.size}, zeros for the others"
+            f"{name}: gradient on {shown_ranks(ranks)} of {self.size}, zeros for the others"
             for name, ranks in self.partial.items()
         ]
         lines += [f"{name}: gradient on no rank" for name in self.unused]
@@ -91,7 +92,3 @@ def _digest(name: str, tensor: Tensor) -> bytes:
     plain = flat_bytes(tensor.cpu())
     head = f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode()
     return hashlib.sha256(head + plain.numpy().tobytes()).digest()
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else "ranks " + ", ".join(map(str, ranks))

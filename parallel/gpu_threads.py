@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..comm.texts import gather_texts
+from ..comm.texts import gather_texts, shown_ranks
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -25,7 +25,7 @@ def check_gpu_threads(comm: Communicator, tensors: Iterable[Tensor]) -> None:
 
     Raises: ValueError on every rank.
     """
-    if comm.size == 1 or comm._transport.name != "local":
+    if comm.size == 1 or comm.transport != "local":
         return
     mine = sorted({str(tensor.device) for tensor in tensors if tensor.is_cuda})
     ranks_of: dict[str, list[int]] = {}
@@ -35,7 +35,7 @@ def check_gpu_threads(comm: Communicator, tensors: Iterable[Tensor]) -> None:
     for device, ranks in ranks_of.items():
         if len(ranks) > 1:
             raise ValueError(
-                f"ranks {', '.join(map(str, ranks))} are threads of one process and train on "
+                f"{shown_ranks(ranks)} are threads of one process and train on "
                 f"{device}, where backward of one would wait for that of another: expected one "
                 "process for each rank, as mpirun starts them, or a GPU for each"
             )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..comm.dtypes import DTYPES
+from ..comm.texts import shown_ranks
 from .buckets import Member, plan_buckets
 
 if TYPE_CHECKING:
@@ -140,12 +141,14 @@ def check_equal(
     if failed:
         alike = [rank for rank in failed if texts[rank] == texts[failed[0]]]
         kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{what}, on {_ranks(alike)}: {texts[failed[0]]}") from error
+        raise kind(f"{what}, on {shown_ranks(alike)}: {texts[failed[0]]}") from error
     columns = zip_longest(*(text.split("\n") for text in texts), fillvalue="nothing")
     for position, column in enumerate(columns):
         if len(set(column)) > 1:
             holders = {line: [r for r, c in enumerate(column) if c == line] for line in column}
-            shown = "; ".join(f"{line or 'nothing'} on {_ranks(r)}" for line, r in holders.items())
+            shown = "; ".join(
+                f"{line or 'nothing'} on {shown_ranks(r)}" for line, r in holders.items()
+            )
             raise ValueError(f"{what} differ between ranks, first at entry {position}: {shown}")
 
 
@@ -180,7 +183,3 @@ def check_root(comm: Communicator, root: int) -> None:
     """Refuse a root that is no rank of the communicator; the same on every rank."""
     if not 0 <= root < comm.size:
         raise ValueError(f"expected a root from 0 to {comm.size - 1}, got {root}")
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank {ranks[0]}" if len(ranks) == 1 else "ranks " + ", ".join(map(str, ranks))

@@ -117,10 +117,12 @@ class Ended(Protocol):
 _TOLD: weakref.WeakSet[Ended] = weakref.WeakSet()
 
 
-def tell_of_end(mpi: Any, who: Ended) -> None:
-    """Let somebody know when MPI_Finalize begins, whoever calls it."""
+def tell_of_end(mpi: Any, who: Ended) -> list[Ended]:
+    """Let somebody know when MPI_Finalize begins, whoever calls it; return who is told, too."""
     _listen(mpi)
+    others = list(_TOLD)
     _TOLD.add(who)
+    return others
 
 
 @functools.cache

@@ -1085,13 +1085,18 @@ def test_wrappers_over_one_communicator_reduce_in_one_backward():
     assert run_local(2, main) == [(0.5, 9.0, 2.0), (0.5, 10.0, 2.0)]
 
 
+@pytest.mark.parametrize("groups", ["one", "each"])
 @pytest.mark.parametrize("check_finite", [False, True])
-def test_wrappers_that_ranks_reach_in_different_orders(check_finite):
+def test_wrappers_that_ranks_reach_in_different_orders(check_finite, groups):
     """Each rank waited for the other in another wrapper."""
 
     def main(comm):
         modules = [Scalars(a=2, b=3) for _ in range(3)]
-        models = [DataParallel(m, comm, check_finite=check_finite) for m in modules]
+        comms = [comm, comm.split(0), comm.split(0)] if groups == "each" else [comm] * 3
+        models = [
+            DataParallel(module, own, check_finite=check_finite)
+            for module, own in zip(modules, comms, strict=True)
+        ]
         for step in range(3):
             for model in models:
                 model.zero_grad()

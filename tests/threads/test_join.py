@@ -33,7 +33,7 @@ def train(comm, inputs, **options):
             model(x).backward()
         optimizer.step()
         seen.append(model.module.w.item())
-    assert model._weight is None
+    assert model._mode.weight is None
     model.check_replicas()
     return seen
 
@@ -123,7 +123,7 @@ def test_running_statistics_are_those_of_a_rank_that_still_has_batches(root, ave
                 model(batch).sum().backward()
             model.check_replicas()
             tracked.append(module[1].num_batches_tracked.item())
-        assert model._source == root
+        assert model._mode.source == root
         return tracked
 
     assert run_local(3, main) == [[1, 2, 3, 4]] * 3

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ringfold import DataParallel, Mesh, Pipeline
+from ringfold import Communicator, DataParallel, Mesh, Pipeline, Settings
 from ringfold.parallel.plan import PLANS
 
 ROWS = 24
@@ -214,3 +214,19 @@ def test_pr26_clipping_equals_the_unsplit_models(comm):
             for name, parameter in engine.named_parameters():
                 torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-7)
             engine.close()
+
+
+def test_wrappers_over_groups_opened_separately_in_one_backward(comm):
+    """Ranks reach them in different orders, and have opened each group over mpi4py's world."""
+    with Communicator(settings=Settings(timeout=20, watch=False)) as other:
+        modules = [network(seed) for seed in (1, 2)]
+        first, second = (DataParallel(m, c) for m, c in zip(modules, (comm, other), strict=True))
+        models = [second, first] if comm.rank % 2 else [first, second]
+        x, y = (part(tensor, comm.rank, comm.size) for tensor in data())
+        sum(nn.functional.mse_loss(model(x), y) for model in models).backward()
+        for seed, module in zip((1, 2), modules, strict=True):
+            whole = network(seed)
+            nn.functional.mse_loss(whole(data()[0]), data()[1]).backward()
+            for got, expected in zip(module.parameters(), whole.parameters(), strict=True):
+                torch.testing.assert_close(got.grad, expected.grad, rtol=1e-4, atol=1e-6)
+        second.close()
