@@ -38,7 +38,7 @@ class Watch:
         self._asks = asks
         self._start = self._checked = time.monotonic()
         self._spins = 0
-        self._suspected = False
+        self._suspected: set[str] = set()
 
     def pause(self) -> None:
         """Let others run.
@@ -57,12 +57,12 @@ class Watch:
             if self._deaths is not None:
                 self._deaths.check(transport.world)
             transport.check(peers)
-            self._suspected = False
-        except PeerLost:
-            # Its last messages may have come after this rank last looked: look once more first.
-            if self._suspected:
+        except PeerLost as error:
+            # Its last messages may have come after this rank last looked: look again first. Behind
+            # them the work may wait for another rank, which may have left meanwhile as well.
+            if str(error) in self._suspected:
                 raise
-            self._suspected, self._checked = True, 0.0
+            self._suspected.add(str(error))
             return
         waited = now - self._start
         if self._inquiry is not None:

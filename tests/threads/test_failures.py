@@ -18,8 +18,10 @@ from ringfold import (
     run_local,
 )
 from ringfold.comm.algorithms import build
+from ringfold.comm.progress import Progress
 from ringfold.comm.transport.base import Channel
 from ringfold.comm.transport.local import LocalTransport, World
+from ringfold.comm.work import Receipt, Steps, Work
 
 
 @pytest.mark.parametrize("failing", [0, 2])
@@ -67,6 +69,34 @@ def test_the_last_message_of_a_rank_that_ended_is_not_lost(monkeypatch: pytest.M
     assert comm.recv(np.zeros(3, np.uint8), 1).tolist() == [0, 1, 2]
     with pytest.raises(PeerLost):
         comm.recv(np.zeros(3, np.uint8), 1)
+
+
+def test_each_of_several_ranks_that_end_is_looked_at_once_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second was given up at once: the first had been found to have left before."""
+    world = World(3)
+    here, *others = (LocalTransport(world, (0, 1, 2), rank) for rank in range(3))
+    progress = Progress(5.0, threads=False)
+
+    def receive() -> Steps:
+        for peer in (1, 2):
+            request = here.irecv(np.zeros(1, np.uint8), peer, 0, Channel.POINT_TO_POINT)
+            while not request.done():
+                yield [request]
+        return "both"
+
+    def arrive_late(spins: int) -> None:
+        if len(world._lost) < 2:
+            last = others[len(world._lost)]
+            last.isend(np.ones(1, np.uint8), 0, 0, Channel.POINT_TO_POINT)
+            world.lose(last.rank, "its main has returned", failed=False)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(here, "pause", arrive_late)
+    receipt = Receipt("recv", "message", "local", 1, 2, "")
+    work = progress.start(lambda: Work(receive(), receipt, here, progress), False)
+    assert work.wait() == "both"
 
 
 def test_waiting_too_long_names_the_ranks_and_the_operation() -> None:
