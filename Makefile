@@ -44,7 +44,7 @@ IMPI_READY  := $(IMPI_VENV)/ringfold.stamp
 SETUP       := tools/setup_venv.py $(if $(filter file,$(origin PYTHON)),--any-python)
 
 # Jobs whose tests set no limits of seconds, or wide ones: two at a time.
-CALM        := $(addprefix tests/jobs/test_,$(addsuffix .py,benchmarks doctor pretended_gpu readme resume shared_verdict trace train tune))
+CALM        := $(addprefix tests/jobs/test_,$(addsuffix .py,benchmarks doctor elastic failures pretended_gpu readme resume shared_verdict trace train tune))
 FAST        := tests --ignore=tests/processes --ignore=tests/jobs --ignore=tests/hosts --ignore=tests/simulator --ignore=tests/machine
 
 .PHONY: help setup train test test-main test-simulator test-machine test-processes test-mpich test-impi test-hosts test-fast fuzz soak soak-elastic lint format bench bench-hosts clean python-version

@@ -23,7 +23,7 @@ def test_the_losses_are_those_of_the_host(job, tmp_path, options):
     train = (TESTS.parent / "train.py").resolve()
     for device, program in (("cpu", [train]), ("cuda", [TESTS / "pretended_cuda_job.py", train])):
         reports.append(tmp_path / f"{device}.json")
-        more = ("--steps", 4, "--device", device, "--report", reports[-1])
+        more = ("--steps", 2, "--device", device, "--report", reports[-1])
         done = job(2, program[0], *program[1:], *options, *more)
         assert done.returncode == 0, done.output
     assert "training on GPUs, 2 ranks on 1" in done.output

@@ -97,7 +97,7 @@ def test_compressed_gradients_come_to_the_accuracy_of_whole_ones(
 def test_added_in_a_tree_the_weights_are_equal_on_every_grid(
     train: Callable[..., dict[str, Any]], splits: tuple[tuple[int, int, str], ...]
 ) -> None:
-    common = ("--steps", 20, "--reduction", "tree", "--microbatches", 8)
+    common = ("--steps", 8, "--reduction", "tree", "--microbatches", 8)
     alone = train(1, *common)
     for data, pipe, schedule in splits:
         split = train(data * pipe, *common, "--data", data, "--pipe", pipe, "--schedule", schedule)
@@ -132,9 +132,6 @@ def test_text_beats_the_single_bytes(train: Callable[..., dict[str, Any]], pipe:
     [
         (2, "--data 3", "makes 3 ranks, but this job has 2"),
         (2, "--schedule gpip", "expected a file, or one of: 1f1b, gpipe, interleaved, naive"),
-        (2, "--lr nan", "expected a finite number above 0"),
-        (2, "--trace no/such/folder/trace.json", "--trace no/such/folder/trace.json: there is no"),
-        (1, "--membership 0:3,1:2", "there is no rank 1"),
         (2, "--checkpoint /proc/ringfold", "No such file or directory: '/proc/ringfold'"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
@@ -144,9 +141,8 @@ def test_text_beats_the_single_bytes(train: Callable[..., dict[str, Any]], pipe:
                 (2, "--pipe 2 --microbatches 3", "--microbatches 3 does not divide the 64 samples"),
                 (2, "--workload digit", "invalid choice: 'digit'"),
                 (2, "--wire-dtype fp8", "invalid choice: 'fp8'"),
-                (2, "--wire topk:1.5", "expected a ratio of at most 1"),
                 (7, "--workload text --pipe 7", "6 layers"),
-                (2, "--every 5", "--every needs --checkpoint DIR"),
+                (1, "--membership 0:3,1:2", "there is no rank 1"),
             )
         ),
     ],

@@ -13,6 +13,7 @@ from ringfold.workloads.report import check_writable
         ("--steps 0", "expected 1 or more, got 0"),
         (f"--seed {2**63}", f"expected {2**63 - 1} at the most"),
         ("--bucket-mb 1e-9", "expected a byte"),
+        ("--lr nan", "expected a finite number above 0"),
         ("--lr 1e300", "expected a number that float32 holds"),
         ("--report x.json --trace ./x.json", "--trace and --report name one file"),
         ("--membership 1", "expected RANK:STEP"),
