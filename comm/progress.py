@@ -128,8 +128,11 @@ class Progress:
 
         Nothing depends on it: a work never ends for certain by being advanced once.
         """
+        if len(self.works) <= _MANY:
+            self._advance_all()
+            return
         start = time.monotonic()
-        if len(self.works) > _MANY and start < self._rested:
+        if start < self._rested:
             return
         self._advance_all()
         end = time.monotonic()

@@ -95,7 +95,7 @@ class Checkpoints:
             self.wait()
             complaint = wrong_step(step)
             what = f"checkpoint of step {step}"
-            mine, values, nbytes = self._share_out(state, what, complaint)
+            mine, values, nbytes = self._share_out(state, what, complaint, step)
             step = operator.index(step)
             copies = self._snapshot.take(mine)
             folder, made = self._open(step, nbytes)
@@ -127,12 +127,13 @@ class Checkpoints:
         self.stood_still += time.perf_counter() - start
 
     def _share_out(
-        self, state: Mapping[str, Any], what: str, complaint: str = ""
+        self, state: Mapping[str, Any], what: str, complaint: str = "", step: int | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Any], int]:
         """Return what this rank writes, all values, and the bytes that all ranks write."""
         captured, problem = captured_by(state, self.comm)
         agree(self.comm, complaint or problem, what)
-        rows = gather_texts(self.comm, summary_of(captured))
+        number = None if step is None else operator.index(step)
+        rows = gather_texts(self.comm, summary_of(captured, number))
         chosen, values, nbytes = share_out([json.loads(row) for row in rows])
         mine = {n: captured.tensors[n] for n, r in chosen.items() if r == self.comm.rank}
         return mine, values, nbytes

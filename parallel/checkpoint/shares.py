@@ -34,12 +34,12 @@ def captured_by(state: Mapping[str, Any], comm: Communicator) -> tuple[Captured,
     return captured, ""
 
 
-def summary_of(captured: Captured) -> str:
+def summary_of(captured: Captured, step: int | None = None) -> str:
     """Return JSON of all but the tensors' contents."""
     held = {
         name: [t.nbytes, DTYPES[t.dtype], list(t.shape)] for name, t in captured.tensors.items()
     }
-    return json.dumps({"tensors": held, "values": captured.values})
+    return json.dumps({"step": step, "tensors": held, "values": captured.values})
 
 
 def share_out(rows: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, Any], int]:
@@ -50,7 +50,9 @@ def share_out(rows: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, Any
     holders: dict[str, tuple[int, list[int]]] = {}
     kinds: dict[str, tuple[int, Any]] = {}
     values: dict[str, tuple[int, Any]] = {}
+    steps: dict[str, tuple[int, Any]] = {}
     for rank, row in enumerate(rows):
+        _same(steps, "step", rank, row["step"], rows)
         for name, (nbytes, *kind) in row["tensors"].items():
             _same(kinds, name, rank, kind, rows)
             holders.setdefault(name, (nbytes, []))[1].append(rank)

@@ -193,6 +193,15 @@ def test_plain_values_under_such_keys_come_back(tmp_path):
     run_local(1, main)
 
 
+def test_steps_that_differ_between_ranks_are_refused(tmp_path):
+    def main(comm):
+        with pytest.raises(CheckpointError, match=r"step differs .*: rank 0 has 4, rank 1 has 5"):
+            ringfold.save(tmp_path, {"v": 1}, comm, step=4 + comm.rank)
+
+    run_local(3, main)
+    assert not list(tmp_path.iterdir())
+
+
 def test_values_that_differ_between_ranks_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="v differs between ranks: rank 0 has 0, rank 1"):
         run_local(2, lambda comm: ringfold.save(tmp_path, {"v": comm.rank}, comm))
