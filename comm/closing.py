@@ -33,8 +33,9 @@ class Closing:
         self._transport, self._progress, self._name = transport, progress, name
         self._come = come
         self._timeout = timeout
-        self._end = time.monotonic() + timeout
+        self._end = 0.0
         self._together = transport.together
+        self._met: dict[int, Work] = {}
 
     def finish(self) -> list[Request]:
         """Finish the group's works; those that cannot end, end with an error.
@@ -43,6 +44,7 @@ class Closing:
         that sends it after this. Returns: what MPI may still know of works that were given up.
         """
         closes = f"closes {self._name}"
+        self._end = time.monotonic() + self._timeout
         self._progress.drain(self._timeout, lambda work: self._own(work, False), closes)
         self.meet(1)
         self._progress.drain(_LEAST, lambda work: self._own(work, True), closes)
@@ -56,11 +58,16 @@ class Closing:
         return CommError(f"rank {rank}: {self._name} was closed while this was in flight: {work}")
 
     def meet(self, number: int) -> bool:
-        """Wait for all ranks; tell whether they came. Where they do not, they may still look."""
+        """Wait for all ranks; tell whether they came. Where they do not, they may still look.
+
+        Again after an interruption: what was sent then still counts.
+        """
         if self._transport.size == 1 or not self._together:
             return False
         try:
-            self._come(number).wait(max(self._end - time.monotonic(), _LEAST))
+            if number not in self._met:
+                self._met[number] = self._come(number)
+            self._met[number].wait(max(self._end - time.monotonic(), _LEAST))
         except CommTimeout as error:
             told = f"ringfold: closing {self._name} without the others: {error}"
             print(told, file=sys.stderr, flush=True)

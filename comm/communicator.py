@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, MutableMapping
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .assembly import Assembly
 from .buffer import ordinary, registered
 from .calls import GroupCalls
 from .closing import Closing
-from .errors import CommError, MismatchError
+from .errors import CommError, CommTimeout, MismatchError
 from .job import Job
 from .operations import Operations
 from .runner import Runner
@@ -99,6 +101,8 @@ class Communicator(GroupCalls):
             self, Runner(transport, job.progress, name), Operations(transport, job.settings)
         )
         self._splits = 0
+        self._assembly = Assembly(self._operations.coming("split"))
+        self._closing: Closing | None = None
         self._tuning: Tuning | None = None
         self._sharing: Sharing | None = None
         self.node = self if is_node else self._part(transport.node(), f"{name}.node", is_node=True)
@@ -252,9 +256,9 @@ class Communicator(GroupCalls):
         color = None if color is None else _within(color, "color", 0)
         key = _within(key, "key", -_KEYS)
         self._runner.require_open()
-        self._splits += 1
-        self._start(self._operations.coming("split", self._splits), True)
+        self._assemble()
         group = self._transport.split(color, key)
+        self._splits += 1
         if group is None:
             return None
         made = self._part(group, f"{self.name}.{self._splits}")
@@ -262,6 +266,22 @@ class Communicator(GroupCalls):
             made._meet(self._nodes)
         made._use(self._tuning)
         return made
+
+    def _assemble(self) -> None:
+        """Come together; collective. A rank that has given up goes on only when it comes again."""
+        self._take_step()
+        while not self._assembly.complete:
+            self._take_step()
+
+    def _take_step(self) -> None:
+        work: Work = self._start(self._operations.come("split", self._assembly.come), False)
+        try:
+            work.wait()
+            self._progress.heed(work)
+        except CommTimeout as error:
+            why = error
+            self._job.kept += self._progress.give_up(lambda other: other is work, lambda _: why)
+            raise
 
     def close(self) -> None:
         """Finish what is in flight and give the group back; collective, and idempotent.
@@ -271,7 +291,7 @@ class Communicator(GroupCalls):
         """
         if self._runner.closed:
             return
-        closing = Closing(
+        closing = self._closing = self._closing or Closing(
             self._transport, self._progress, self._settings.timeout, self.name, self._come
         )
         self._job.kept += closing.finish()
@@ -287,7 +307,8 @@ class Communicator(GroupCalls):
         self._transport.close()
 
     def _come(self, number: int) -> Work:
-        work: Work = self._start(self._operations.coming("close", number), False)
+        steps = partial(self._operations.coming("close"), number)
+        work: Work = self._start(self._operations.come("close", steps), False)
         return work
 
     def _find_devices(self) -> DeviceWays:

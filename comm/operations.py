@@ -292,26 +292,33 @@ class Operations:
         if self._meetings:
             return self._meetings.barrier()
         token = np.zeros(1, np.uint8)
-        chosen = self.choice.choose("barrier", 1, DTYPES["uint8"], None, 0)
+        chosen = self._token()
         executor = self._executor(chosen.program, token, token)
         return self._prepared(Signature("barrier"), chosen, 0, executor.run, executor)
 
-    def coming(self, name: str, number: int) -> Prepared:
-        """Prepare to wait for all ranks in what MPI waits for in the end, for ever and unwatched.
+    def coming(self, name: str) -> Callable[[int], Steps]:
+        """Return what waits for all ranks in what MPI waits for in the end, for ever and unwatched.
 
-        The number tells the messages of such calls apart, not the count of all collectives: ranks
-        that have lost count of these, by an error, meet here nevertheless. No kernel is needed.
+        It is given a number, which tells the messages of such calls apart, not the count of all
+        collectives: ranks that have lost count of these, by an error, meet here nevertheless. No
+        kernel is needed.
         """
-        token = np.zeros(1, np.uint8)
-        chosen = self.choice.choose("barrier", 1, DTYPES["uint8"], None, 0)
-        signature = Signature(name)
-        mark = fingerprint(signature, chosen.algorithm)
-        tag = tag_of(number, mark, shares_of(self._transport.max_tag))
+        chosen = self._token()
+        mark = fingerprint(Signature(name), chosen.algorithm)
 
-        def run(_: int) -> Steps:
+        def run(number: int) -> Steps:
+            token = np.zeros(1, np.uint8)
+            tag = tag_of(number, mark, shares_of(self._transport.max_tag))
             return execute(chosen.program, self._lane(tag), token, token)
 
-        return self._prepared(signature, chosen, 0, run)
+        return run
+
+    def come(self, name: str, steps: Callable[[], Steps]) -> Prepared:
+        """Prepare to come together by such steps."""
+        return self._prepared(Signature(name), self._token(), 0, lambda _: steps())
+
+    def _token(self) -> Chosen:
+        return self.choice.choose("barrier", 1, DTYPES["uint8"], None, 0)
 
     # -- point to point ----------------------------------------------------------------------
 

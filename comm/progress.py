@@ -197,17 +197,30 @@ class Progress:
             work.overdue = True
             raise
         except MismatchError as error:
-            # Ranks that disagree about one call do not agree about those in flight behind it.
-            with self._lock:
-                for one in self.works:
-                    if one.group == work.group:
-                        one.fail(error)
+            self._disagree(work.group, error)
             raise
         finally:
             with self._lock:
                 self._waiting -= 1
             if self._deserted and self._thread is not None:
                 self._notify()
+
+    def heed(self, work: Work) -> None:
+        """Raise MismatchError where ranks have told so of a work's group, though it has ended."""
+        if self.inquiry is None:
+            return
+        try:
+            self.inquiry.look(work, 0.0)
+        except MismatchError as error:
+            self._disagree(work.group, error)
+            raise
+
+    def _disagree(self, group: str, error: MismatchError) -> None:
+        """Fail a group's works: ranks that disagree about one call do so about those behind it."""
+        with self._lock:
+            for one in self.works:
+                if one.group == group:
+                    one.fail(error)
 
     def drain(self, timeout: float, picks: Picks, before: str) -> None:
         """Advance until no work that `picks` picks is in flight, the works' own errors aside.

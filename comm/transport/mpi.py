@@ -6,7 +6,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import CommError
@@ -15,6 +16,7 @@ from .base import Bytes, Channel, DeviceMessages, Transport
 from .mpi_abi import find_calls
 from .mpi_departures import Departures, await_all
 from .mpi_errors import raising, refused, wrong_size
+from .mpi_patience import patience
 from .mpi_start import import_mpi
 
 INSTALL_HINT = (
@@ -96,10 +98,21 @@ class MpiTransport:
     name = "mpi"
     together = True
 
-    def __init__(self, mpi: Any, group: Any, departures: Departures | None = None) -> None:
-        """Duplicate `group`, an MPI communicator; collective over it."""
+    def __init__(
+        self,
+        mpi: Any,
+        group: Any,
+        departures: Departures | None = None,
+        seconds: float = math.inf,
+    ) -> None:
+        """Duplicate `group`, an MPI communicator; collective over it.
+
+        seconds: that MPI may take to make a group, once all ranks have come to that; then this
+            process ends.
+        """
         self._mpi = mpi
-        with raising(mpi, "opening a group"):
+        self._seconds = seconds
+        with self._making("opening a group", group):
             self._channels = {channel: group.Dup() for channel in Channel}
             self._control = None if departures else group.Dup()
         for duplicate in self._channels.values():
@@ -140,7 +153,14 @@ class MpiTransport:
         base = mpi.COMM_WORLD if comm is None else comm
         with raising(mpi, "opening a communicator"):
             await_all(mpi, base, timeout)
-        return cls(mpi, base)
+        return cls(mpi, base, seconds=timeout)
+
+    @contextmanager
+    def _making(self, what: str, base: Any) -> Iterator[None]:
+        """Make a group of another's ranks, which MPI does not watch."""
+        where = f"rank {base.rank} of {base.size} is {what}, and not all of its ranks go on to it"
+        with raising(self._mpi, what), patience(self._seconds, f"{where}; ending the job"):
+            yield
 
     def isend(self, data: Bytes, dst: int, tag: int, channel: Channel) -> MpiRequest:
         """Start to send."""
@@ -209,14 +229,14 @@ class MpiTransport:
     def split(self, color: int | None, key: int) -> Transport | None:
         """Return the group of the ranks of the same color."""
         base = self._channels[Channel.COLLECTIVE]
-        with raising(self._mpi, "splitting a group"):
+        with self._making("splitting a group", base):
             made = base.Split(self._mpi.UNDEFINED if color is None else color, key)
         return self._group(made)
 
     def node(self) -> Transport:
         """Return the group of the ranks that can share memory with this one."""
         base = self._channels[Channel.COLLECTIVE]
-        with raising(self._mpi, "finding the ranks of this node"):
+        with self._making("finding the ranks of its node", base):
             made = base.Split_type(self._mpi.COMM_TYPE_SHARED, self.rank)
         group = self._group(made)
         assert group is not None
@@ -225,7 +245,7 @@ class MpiTransport:
     def _group(self, comm: Any) -> MpiTransport | None:
         if comm == self._mpi.COMM_NULL:
             return None
-        group = MpiTransport(self._mpi, comm, self._departures)
+        group = MpiTransport(self._mpi, comm, self._departures, self._seconds)
         comm.Free()
         return group
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 import weakref
@@ -149,21 +150,34 @@ _OPEN: weakref.WeakSet[Departures] = weakref.WeakSet()
 def await_all(mpi: Any, comm: Any, timeout: float) -> None:
     """Wait for all ranks of an MPI communicator, as its own calls do unwatched; collective.
 
-    Who leaves the job is heard where a communicator of ours is open already.
+    In two steps, as an Assembly: what a rank has begun that gives up, it goes on with when it comes
+    again. Who leaves the job is heard where a communicator of ours is open already.
     Raises: PeerLost, CommTimeout.
     """
+    key = _begun(mpi)
+    begun: list[Any] = comm.Get_attr(key) or []
+    comm.Set_attr(key, begun)
     start = looked = time.monotonic()
-    come = comm.Ibarrier()
-    while not come.Test():
-        time.sleep(_NAP)
-        now = time.monotonic()
-        if now - looked < _LOOK:
-            continue
-        looked = now
-        for departures in list(_OPEN):
-            departures.check_all(comm.Get_group())
-        if now - start > timeout:
-            raise CommTimeout(
-                f"rank {comm.rank} of {comm.size} waited {now - start:.1f} s for the others to "
-                "open a communicator as well"
-            )
+    for step in range(2):
+        if len(begun) == step:
+            begun.append(comm.Ibarrier())
+        while not begun[step].Test():
+            time.sleep(_NAP)
+            now = time.monotonic()
+            if now - looked < _LOOK:
+                continue
+            looked = now
+            for departures in list(_OPEN):
+                departures.check_all(comm.Get_group())
+            if now - start > timeout:
+                raise CommTimeout(
+                    f"rank {comm.rank} of {comm.size} waited {now - start:.1f} s for the others to "
+                    "open a communicator as well"
+                )
+    comm.Delete_attr(key)
+
+
+@functools.cache
+def _begun(mpi: Any) -> int:
+    """Return the key at which an MPI communicator holds what waits for its ranks."""
+    return int(mpi.Comm.Create_keyval())

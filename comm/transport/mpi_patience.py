@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -16,8 +17,14 @@ def patience(seconds: float, what: str) -> Iterator[None]:
     """Print `what` and end this process with status 1 if the block takes longer.
 
     MPI_Comm_spawn of Open MPI 5.0 waits for ever where the process that it has started dies before
-    it has opened MPI, and nothing else can be done with the thread that waits.
+    it has opened MPI, and so does what makes a communicator where a rank does not come; nothing
+    else can be done with the thread that waits.
+
+    seconds: may be infinite, and nobody looks then.
     """
+    if seconds == math.inf:
+        yield
+        return
     done = threading.Event()
 
     def watch() -> None:

@@ -127,6 +127,20 @@ def test_leaving_early_is_told_to_those_who_make_a_group(
     assert not done.leftovers
 
 
+def test_what_mpi_waits_in_for_ever_ends_the_job(job: Callable[..., Any]) -> None:
+    """As where all ranks have come to a split, and one is interrupted before it goes on."""
+    script = """
+import time, ringfold
+comm = ringfold.Communicator()
+comm._transport._seconds = 1.0
+comm.split(0) if comm.rank else comm._assemble() or time.sleep(60)
+"""
+    done = job(2, script, timeout=30)
+    assert not done.timed_out and done.returncode != 0
+    told = "waited 1 s: rank 1 of 2 is splitting a group, and not all of its ranks go on to it"
+    assert told in done.stderr and not done.leftovers
+
+
 @pytest.mark.parametrize("ending", ["pass", "sys.exit(0)", "comm.close()"])
 def test_an_ordinary_end_triggers_nothing(job: Callable[..., Any], ending: str) -> None:
     script = f"""

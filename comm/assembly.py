@@ -1,0 +1,43 @@
+"""The ranks of a group come together before a call of MPI's that waits for them unwatched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .work import Steps
+
+
+class Assembly:
+    """One rank's part in coming together, again and again; also where ranks have given up between.
+
+    In two steps, the second of which is taken only by who has seen all take the first and still
+    waits: of ranks that come late, none goes on with one that has given up. What was sent and
+    received stays so: who comes again goes on from there, and meets those who have not come yet.
+    """
+
+    def __init__(self, step: Callable[[int], Steps]) -> None:
+        """step: given a number, exchanges tokens with that number, once with all ranks."""
+        self._step = step
+        self._taken = 0
+        self._going: Steps | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Tell whether the step taken last was a second one."""
+        return self._taken % 2 == 0
+
+    def come(self) -> Steps:
+        """Take one step; to be broken off, and gone on with by another call, at any time."""
+        going = self._going = self._going or self._step(self._taken)
+        patient: bool | None = None
+        while True:
+            try:
+                pending = going.send(patient)
+            except StopIteration:
+                self._taken, self._going = self._taken + 1, None
+                return
+            except BaseException:
+                self._going = None
+                raise
+            # Broken off here, what goes on is kept.
+            patient = yield pending
