@@ -70,8 +70,10 @@ class Progress:
         _watch_forks(self)
 
     def forked(self) -> None:
-        """Let go of works and groups, in a fork of the rank's process: they are the rank's."""
+        """Refuse all calls, in a fork of the rank's process: works and groups are the rank's."""
         self._forked = True
+        for work in self.works:
+            work.leave()
         for group in self.groups:
             group.close()
 
