@@ -44,7 +44,9 @@ class Job:
         self.progress.inquiry = Inquiry(transport, self.progress.ring)
         self.guard: Guard | None = None
         self.watchdog: Watchdog | None = None
+        self.progress.owner = self
         self.closing = False
+        self._left = False
         self.kept: list[Request] = []
         self.users: WeakValueDictionary[object, Any] = WeakValueDictionary()
 
@@ -111,6 +113,7 @@ class Job:
         deaths = Deaths({} if survives else known, _last_of(ranks, nodes))
         self.progress.deaths = None if survives else deaths
         watchdog = Watchdog(inquiry, self.transport, deaths, self.settings.abort)
+        watchdog.owner = self
         self.watchdog = watchdog
         files = world.node.allgather(np.array([watchdog.file])).ravel().tolist()
         of = dict(zip(ranks, files, strict=True))
@@ -133,16 +136,17 @@ class Job:
 
     def mpi_ends(self) -> None:
         """Refuse calls from now on, as MPI would end the job at the first of them."""
-        if self._idle:
+        if self._left and self._idle and not self.progress.works:
             return
-        self.kept += self.progress.abandon(CommError("MPI has been finalized"))
         for group in self.progress.groups:
             group.close("MPI has been finalized")
+        self.kept += self.progress.abandon(CommError("MPI has been finalized"))
         self.transport.leave()
         self.leave()
 
     def leave(self) -> None:
         """Go on with no work, and look after nobody, any more."""
+        self._left = True
         self.progress.stop()
         if self.watchdog is not None:
             self.progress.deaths = None

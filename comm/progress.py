@@ -48,7 +48,11 @@ class Progress:
     """The works of one rank, over all of its communicators."""
 
     def __init__(self, timeout: float, threads: bool) -> None:
-        """timeout: seconds.  threads: whether a background thread may use the transports."""
+        """timeout: seconds.  threads: whether a background thread may use the transports.
+
+        owner: stays alive as long as any work does, to end it when MPI ends.
+        """
+        self.owner: object = None
         self.timeout = timeout
         self._threads = threads
         self.works: list[Work] = []

@@ -43,7 +43,11 @@ class Watchdog:
         deaths: Deaths,
         abort: bool,
     ) -> None:
-        """Start; `files` tells later where peers write.  abort: end the job after a death."""
+        """Start; `files` tells later where peers write.  abort: end the job after a death.
+
+        owner: stays alive as long as this runs, as a group that nobody closes may not.
+        """
+        self.owner: object = None
         self._inquiry, self._transport = inquiry, transport
         self._deaths, self._abort = deaths, abort
         self._process = os.getpid()
@@ -143,6 +147,7 @@ class Watchdog:
         self._inquiry.force = lambda rank: None
         let_go(self)
         self._deaths.close()
+        self.owner = None
 
 
 _ALIVE: list[Watchdog] = []
