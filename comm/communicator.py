@@ -271,6 +271,7 @@ class Communicator(GroupCalls):
         """
         if self._runner.closed:
             return
+        self._progress.require_uninterrupted()
         closing = Closing(
             self._transport, self._progress, self._settings.timeout, self.name, self._come
         )

@@ -155,6 +155,11 @@ class Progress:
         finally:
             self._advancing = False
 
+    def require_uninterrupted(self) -> None:
+        """Raise CommError where the caller has come in between the steps of a work."""
+        with self._lock:  # another thread that advances works is waited for
+            self._require_uninterrupted()
+
     def _require_uninterrupted(self) -> None:
         """Refuse a call, under the lock, that has come in between the steps of a work.
 
@@ -164,7 +169,7 @@ class Progress:
         if self._advancing:
             raise CommError(
                 "a signal handler or a finalizer has interrupted the works in flight: there "
-                "nothing can be started or waited for, only done() can be asked"
+                "nothing can be started, waited for or closed, only done() can be asked"
             )
 
     def wait(self, work: Work, timeout: float | None = None) -> None:
