@@ -187,11 +187,11 @@ class Progress:
         with self._lock:
             self._require_uninterrupted()
             self._waiting += 1
-            work.overdue = False
+            overdue, work.overdue = work.overdue, False
             self._server.interrupt()
+        patience = self.timeout if timeout is None else timeout
+        asks = timeout is None or timeout >= _ASKS
         try:
-            patience = self.timeout if timeout is None else timeout
-            asks = timeout is None or timeout >= _ASKS
             watch = Watch(work, patience, self.inquiry, self.deaths, asks)
             while True:
                 with self._lock:
@@ -205,7 +205,7 @@ class Progress:
                 work.fail(error)
             raise
         except CommTimeout:
-            work.overdue = True
+            work.overdue = overdue or asks  # a look alone is not in vain
             raise
         except MismatchError as error:
             # Ranks that disagree about one call do not agree about those in flight behind it.
