@@ -280,6 +280,7 @@ class Communicator(GroupCalls):
         self._unshare(closing)  # behind which no rank uses what is kept
         del kept
         self._runner.close()
+        self._progress.forget(self.name)
         if self.node is not self:
             self.node.close()
         self._job.closing |= self._transport is self._job.transport

@@ -94,6 +94,11 @@ class Progress:
         for group in self.groups:
             group.attend()
 
+    def forget(self, group: str) -> None:
+        """Let go of what is known of a group that is closed."""
+        if self.inquiry is not None:
+            self.inquiry.forget(group)
+
     def start(self, make: Callable[[], Work], background: bool) -> Work:
         """Make a work, which starts it, and look after it until it has ended.
 
