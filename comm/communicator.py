@@ -291,6 +291,7 @@ class Communicator(GroupCalls):
         """
         if self._runner.closed:
             return
+        self._progress.require_uninterrupted()
         closing = self._closing = self._closing or Closing(
             self._transport, self._progress, self._settings.timeout, self.name, self._come
         )
@@ -299,6 +300,7 @@ class Communicator(GroupCalls):
         self._unshare(closing)  # behind which no rank uses what is kept
         del kept
         self._runner.close()
+        self._progress.forget(self.name)
         if self.node is not self:
             self.node.close()
         self._job.closing |= self._transport is self._job.transport

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 
 from .errors import MismatchError
@@ -37,6 +38,9 @@ ASK_SECONDS = 0.3
 _GRACE = 1.5
 """Seconds that ranks are given to say what they called, once calls are known to differ."""
 
+_LATE = 64
+"""So many closed groups are remembered: what others tell of one may come a moment later."""
+
 _ROWS = 6
 _LOOK_BACK = 64
 _EVERYBODY = 64
@@ -50,11 +54,13 @@ class Inquiry:
         """transport: of the group that all others are split from."""
         self._transport = transport
         self._ring = ring
-        self._lock = threading.Lock()
+        # The watchdog listens while the rank waits; a signal's handler may wait in between.
+        self._lock = threading.RLock()
         self._told: dict[tuple[str, int], tuple[Row, ...]] = {}
         self._verdicts: dict[str, Verdict] = {}
         self._settled: dict[str, int] = {}
         self._since: dict[str, tuple[int, float]] = {}
+        self._closed: deque[str] = deque(maxlen=_LATE)
         self._reports: dict[int, dict[int, str]] = {}
         self._asked = 0
         self._heard_ask = -math.inf
@@ -76,14 +82,24 @@ class Inquiry:
             for src, data in self._transport.heard():
                 self._take(src, decode(data))
 
+    def forget(self, group: str) -> None:
+        """Let go of what is known of a group, which is closed; its name does not come again."""
+        with self._lock:
+            self._closed.append(group)
+            self._told = {key: rows for key, rows in self._told.items() if key[0] != group}
+            for known in (self._verdicts, self._settled, self._since):
+                known.pop(group, None)
+
     def _take(self, src: int, notice: Notice) -> None:
         if isinstance(notice, Called):
-            self._told[notice.group, src] = notice.rows
+            if notice.group not in self._closed:
+                self._told[notice.group, src] = notice.rows
             if not notice.answer:
                 own = Called(notice.group, self.rows(notice.group)[-_ROWS:], answer=True)
                 self._transport.tell([src], encode(own))
         elif isinstance(notice, Verdict):
-            if notice.sequence > self._settled.get(notice.group, 0):
+            new = notice.sequence > self._settled.get(notice.group, 0)
+            if new and notice.group not in self._closed:
                 self._verdicts[notice.group] = notice
         elif isinstance(notice, Ask):
             self._heard_ask = time.monotonic()
@@ -115,13 +131,13 @@ class Inquiry:
 
     def _judge(self, work: Work) -> None:
         group, members = work.group, work.transport.world
-        verdict = self._verdicts.get(group) or self._found(group, members)
-        if verdict is None:
-            return
-        self._verdicts.pop(group, None)
-        self._settled[group] = verdict.sequence
-        self._since.pop(group, None)
         with self._lock:
+            verdict = self._verdicts.get(group) or self._found(group, members)
+            if verdict is None:
+                return
+            self._verdicts.pop(group, None)
+            self._settled[group] = verdict.sequence
+            self._since.pop(group, None)
             others = [rank for rank in members if rank != self._transport.rank]
             self._transport.tell(others, encode(verdict))
         raise MismatchError(verdict.text)

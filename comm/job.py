@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -44,7 +45,9 @@ class Job:
         self.progress.inquiry = Inquiry(transport, self.progress.ring)
         self.guard: Guard | None = None
         self.watchdog: Watchdog | None = None
+        self.progress.owner = self
         self.closing = False
+        self._left = False
         self.kept: list[Request] = []
         self.users: WeakValueDictionary[object, Any] = WeakValueDictionary()
 
@@ -61,8 +64,13 @@ class Job:
                 "process that mpirun started, and call collectives there"
             )
         from .transport.mpi import MpiTransport, load_mpi, require_group
-        from .transport.mpi_start import Starting, tell_of_end
+        from .transport.mpi_start import Starting, process, tell_of_end
 
+        if os.getpid() != process():
+            raise CommError(
+                f"this process is a fork of a rank, process {process()}, and cannot use its MPI: "
+                "open the Communicator, and call collectives, in the process that mpirun started"
+            )
         require_group(comm)
         seat = Seat.read()
         guard = Guard(Starting(seat)) if settings.abort else None
@@ -111,6 +119,7 @@ class Job:
         deaths = Deaths({} if survives else known, _last_of(ranks, nodes))
         self.progress.deaths = None if survives else deaths
         watchdog = Watchdog(inquiry, self.transport, deaths, self.settings.abort)
+        watchdog.owner = self
         self.watchdog = watchdog
         files = world.node.allgather(np.array([watchdog.file])).ravel().tolist()
         of = dict(zip(ranks, files, strict=True))
@@ -133,16 +142,17 @@ class Job:
 
     def mpi_ends(self) -> None:
         """Refuse calls from now on, as MPI would end the job at the first of them."""
-        if self._idle:
+        if self._left and self._idle and not self.progress.works:
             return
-        self.kept += self.progress.abandon(CommError("MPI has been finalized"))
         for group in self.progress.groups:
             group.close("MPI has been finalized")
+        self.kept += self.progress.abandon(CommError("MPI has been finalized"))
         self.transport.leave()
         self.leave()
 
     def leave(self) -> None:
         """Go on with no work, and look after nobody, any more."""
+        self._left = True
         self.progress.stop()
         if self.watchdog is not None:
             self.progress.deaths = None

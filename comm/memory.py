@@ -166,7 +166,10 @@ class Memory:
         self._release(block.low, block.high)
 
     def _release(self, low: int, high: int) -> None:
-        # Called by the garbage collector, at any moment and in any thread.
+        # Called by the garbage collector, at any moment and in any thread; also in a fork of the
+        # rank's process, whose pages these are as well.
+        if os.getpid() != self.handle.pid:
+            return
         self._mapped.forget(low, high)
         self._returned.append((low, high))
 

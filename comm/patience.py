@@ -48,6 +48,8 @@ class Watch:
         transport = self._work.transport
         self._spins += 1
         transport.pause(self._spins)
+        if self._work.ended:  # by another thread, with all that there was to ask, as MPI is
+            return
         now = time.monotonic()
         if now - self._checked < min(_CHECK, self._timeout):
             return

@@ -48,7 +48,11 @@ class Progress:
     """The works of one rank, over all of its communicators."""
 
     def __init__(self, timeout: float, threads: bool) -> None:
-        """timeout: seconds.  threads: whether a background thread may use the transports."""
+        """timeout: seconds.  threads: whether a background thread may use the transports.
+
+        owner: stays alive as long as any work does, to end it when MPI ends.
+        """
+        self.owner: object = None
         self.timeout = timeout
         self._threads = threads
         self.works: list[Work] = []
@@ -70,8 +74,10 @@ class Progress:
         _watch_forks(self)
 
     def forked(self) -> None:
-        """Let go of works and groups, in a fork of the rank's process: they are the rank's."""
+        """Refuse all calls, in a fork of the rank's process: works and groups are the rank's."""
         self._forked = True
+        for work in self.works:
+            work.leave()
         for group in self.groups:
             group.close()
 
@@ -87,6 +93,11 @@ class Progress:
         """Let every group decide anew what its calls have to look at."""
         for group in self.groups:
             group.attend()
+
+    def forget(self, group: str) -> None:
+        """Let go of what is known of a group that is closed."""
+        if self.inquiry is not None:
+            self.inquiry.forget(group)
 
     def start(self, make: Callable[[], Work], background: bool) -> Work:
         """Make a work, which starts it, and look after it until it has ended.
@@ -149,6 +160,11 @@ class Progress:
         finally:
             self._advancing = False
 
+    def require_uninterrupted(self) -> None:
+        """Raise CommError where the caller has come in between the steps of a work."""
+        with self._lock:  # another thread that advances works is waited for
+            self._require_uninterrupted()
+
     def _require_uninterrupted(self) -> None:
         """Refuse a call, under the lock, that has come in between the steps of a work.
 
@@ -158,7 +174,7 @@ class Progress:
         if self._advancing:
             raise CommError(
                 "a signal handler or a finalizer has interrupted the works in flight: there "
-                "nothing can be started or waited for, only done() can be asked"
+                "nothing can be started, waited for or closed, only done() can be asked"
             )
 
     def wait(self, work: Work, timeout: float | None = None) -> None:
@@ -176,11 +192,11 @@ class Progress:
         with self._lock:
             self._require_uninterrupted()
             self._waiting += 1
-            work.overdue = False
+            overdue, work.overdue = work.overdue, False
             self._server.interrupt()
+        patience = self.timeout if timeout is None else timeout
+        asks = timeout is None or timeout >= _ASKS
         try:
-            patience = self.timeout if timeout is None else timeout
-            asks = timeout is None or timeout >= _ASKS
             watch = Watch(work, patience, self.inquiry, self.deaths, asks)
             while True:
                 with self._lock:
@@ -194,7 +210,7 @@ class Progress:
                 work.fail(error)
             raise
         except CommTimeout:
-            work.overdue = True
+            work.overdue = overdue or asks  # a look alone is not in vain
             raise
         except MismatchError as error:
             self._disagree(work.group, error)

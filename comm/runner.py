@@ -137,6 +137,8 @@ class Runner:
         name = self.name if group is None else group
 
         def make() -> Work:
+            if self.closed:  # by another thread, which ends MPI, since this call looked
+                self.require_open()
             return Work(begin(), receipt, self._transport, self._progress, name)
 
         return self._progress.start(make, background)

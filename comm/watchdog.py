@@ -19,6 +19,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from .deaths import Deaths, Process
 from .errors import PeerLost
@@ -43,7 +44,11 @@ class Watchdog:
         deaths: Deaths,
         abort: bool,
     ) -> None:
-        """Start; `files` tells later where peers write.  abort: end the job after a death."""
+        """Start; `files` tells later where peers write.  abort: end the job after a death.
+
+        owner: stays alive as long as this runs, as a group that nobody closes may not.
+        """
+        self.owner: object = None
         self._inquiry, self._transport = inquiry, transport
         self._deaths, self._abort = deaths, abort
         self._process = os.getpid()
@@ -143,6 +148,7 @@ class Watchdog:
         self._inquiry.force = lambda rank: None
         let_go(self)
         self._deaths.close()
+        self.owner = None
 
 
 _ALIVE: list[Watchdog] = []
@@ -192,11 +198,22 @@ def _publish() -> None:
     os.pwrite(_stacks_file(), _ALONE if _handler() in _HANDLERS else _SHARED, 0)
 
 
+_Action = ctypes.c_size_t * 32
+"""A struct sigaction, which begins with the handler (glibc, musl)."""
+
+
 def _handler() -> int:
     """Return the address of the function that handles the signal; 0 for the default."""
-    action = (ctypes.c_size_t * 32)()  # a struct sigaction, which begins with that (glibc, musl)
-    ctypes.CDLL(None).sigaction(int(_SIGNAL), None, action)
+    action = _Action()
+    _sigaction()(int(_SIGNAL), None, action)
     return int(action[0])
+
+
+@functools.cache
+def _sigaction() -> Callable[..., int]:
+    # Once: a library is opened with a class of its own, which the garbage collector alone removes.
+    function: Callable[..., int] = ctypes.CDLL(None).sigaction
+    return function
 
 
 def _catches(pid: int) -> bool:

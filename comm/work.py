@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
 import sys
 import threading
@@ -56,6 +58,7 @@ class Behind:
         """
         self.result, self.transport = result, transport
         self._follow: Callable[[], None] | None = follow
+        self._process = os.getpid()
 
     def settle(self) -> Any:
         """Let the stream follow, once, and return the result."""
@@ -65,7 +68,7 @@ class Behind:
         return self.result
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():
+        if not sys.is_finalizing() and os.getpid() == self._process:  # streams are no fork's
             self.settle()
 
 
@@ -155,6 +158,14 @@ class Work:
         if self._steps is not None:
             self._steps.close()
             self._end(None, error)
+
+    def leave(self) -> None:
+        """Let the steps be, for good, in a fork of the rank's process.
+
+        Where the garbage collector met them, or the end of the fork, they would give up, in memory
+        that is shared with peers, what the rank itself is still at.
+        """
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._steps))
 
     def _end(self, result: Any, error: BaseException | None) -> None:
         if error is not None:

@@ -7,6 +7,7 @@ tells when they no longer have, so what was shown to others is used again here, 
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 import weakref
@@ -50,6 +51,7 @@ class CudaMemory:
 
     def __init__(self, cupy: Any, ordinal: int) -> None:
         self._runtime, self._device = cupy.cuda.runtime, cupy.cuda.Device(ordinal)
+        self._process = os.getpid()
         self._allocations: weakref.WeakSet[Allocation] = weakref.WeakSet()
         self._spare: deque[Piece] = deque()
         self._opened: dict[bytes, tuple[int, int]] = {}  # address, and how often it was opened
@@ -94,7 +96,10 @@ class CudaMemory:
         return None
 
     def _return(self, piece: Piece) -> None:
-        # Called by the garbage collector, at any moment and in any thread; so it takes no lock.
+        # Called by the garbage collector, at any moment and in any thread; so it takes no lock. A
+        # fork of this process has nothing of the GPU.
+        if os.getpid() != self._process:
+            return
         if piece.handle:
             self._spare.append(piece)
         else:

@@ -7,6 +7,7 @@ a current device per thread, and operations advance in more than one: every call
 from __future__ import annotations
 
 import importlib
+import os
 import weakref
 from collections.abc import Callable, Mapping
 from functools import cache, cached_property, partial
@@ -185,7 +186,7 @@ class CudaDevice:
                 self._runtime.hostRegister(address, memory.nbytes, _PORTABLE)
             except self._runtime.CUDARuntimeError:
                 return
-        weakref.finalize(memory, _unpin, self._runtime, address).atexit = False
+        weakref.finalize(memory, _unpin, self._runtime, address, os.getpid()).atexit = False
 
     def to_host(self, target: Bytes, address: int, stream: Stream) -> None:
         """Put a copy from device memory into pinned memory on a stream."""
@@ -217,7 +218,9 @@ _PORTABLE = 1
 """cudaHostRegisterPortable: pinned for every device of this process."""
 
 
-def _unpin(runtime: Any, address: int) -> None:
+def _unpin(runtime: Any, address: int, process: int) -> None:
+    if os.getpid() != process:  # a fork, which has nothing of the GPU
+        return
     try:
         runtime.hostUnregister(address)
     except runtime.CUDARuntimeError:

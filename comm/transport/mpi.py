@@ -24,16 +24,31 @@ INSTALL_HINT = (
     "and start with its mpirun; ringfold.run_local works without"
 )
 
+_FINALIZED = "MPI has been finalized: no communicator can be opened after that"
+
 
 def load_mpi(lookout: Callable[[], Lookout] | None = None) -> Any:
     """Import mpi4py's MPI module, and start MPI where nobody has.
 
-    Raises: CommError that says how to install a library.
+    Raises: CommError that says how to install a library, or that MPI has ended.
     """
     try:
-        return import_mpi(lookout)
+        mpi = import_mpi(lookout)
     except (ImportError, RuntimeError) as error:
         raise CommError(f"{INSTALL_HINT} ({error})") from error
+    _require_running(mpi)
+    return mpi
+
+
+def _require_running(mpi: Any) -> None:
+    """Raise CommError where MPI would end the job at the first call."""
+    if not mpi.Is_initialized():
+        raise CommError(
+            "MPI has not been started: mpi4py.rc.initialize is switched off, so the program has to "
+            "call MPI.Init() before it opens a communicator"
+        )
+    if mpi.Is_finalized():
+        raise CommError(_FINALIZED)
 
 
 def require_group(comm: Any) -> None:
@@ -41,9 +56,11 @@ def require_group(comm: Any) -> None:
 
     comm: mpi4py's; None stands for MPI.COMM_WORLD.
     """
+    mpi: Any = sys.modules.get("mpi4py.MPI")  # which who has a communicator has imported
+    if mpi is not None and mpi.Is_finalized():
+        raise CommError(_FINALIZED)
     if comm is None:
         return
-    mpi = sys.modules.get("mpi4py.MPI")  # which who has such a thing has imported
     if mpi is None or not isinstance(comm, mpi.Comm):
         raise TypeError(
             f"comm: expected a communicator of mpi4py's, or None for MPI.COMM_WORLD, got {comm!r}; "
@@ -51,6 +68,7 @@ def require_group(comm: Any) -> None:
         )
     if comm == mpi.COMM_NULL:
         raise ValueError("comm: MPI.COMM_NULL, which this rank is no part of")
+    _require_running(mpi)
     if comm.Is_inter():
         raise ValueError(
             "comm: an intercommunicator, between two groups of ranks; pass what its Merge() returns"
@@ -255,8 +273,9 @@ class MpiTransport:
             self._departures.announce()
 
     def abort(self, status: int) -> None:
-        """End every process of the job."""
-        self._mpi.COMM_WORLD.Abort(status)
+        """End every process of the job, unless MPI has ended already."""
+        if not self._mpi.Is_finalized():
+            self._mpi.COMM_WORLD.Abort(status)
 
     def close(self) -> None:
         """Free the communicators, but those in which messages may be left, or still pass."""

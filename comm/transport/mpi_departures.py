@@ -7,11 +7,13 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from ..errors import CommTimeout, PeerLost
+from .mpi_start import tell_of_end
 
 _LEFT = 1
 """Tag of the notice that a rank leaves, on the control communicator."""
@@ -41,7 +43,8 @@ class Departures:
         self._control = control
         self.left: dict[int, float] = {}
         self._announced = False
-        # The rank and its watchdog both tell and hear.
+        self._ended = False
+        # The rank, its watchdog, and other threads of the program tell and hear.
         self._lock = threading.RLock()
         self._notices: list[Any] = []
         self._sent = np.zeros(control.size, np.int64)
@@ -49,24 +52,33 @@ class Departures:
         self.groups: list[Any] = [control]
         self.users: weakref.WeakSet[Any] = weakref.WeakSet()
         _OPEN.add(self)
+        tell_of_end(mpi, self)
+
+    def mpi_ends(self) -> None:
+        """Tell and hear nothing from now on, be it in other threads: MPI would end the job."""
+        with self._lock:
+            self._ended = True
 
     def announce(self) -> None:
         """Tell everybody that this rank leaves, once."""
-        if self._announced:
-            return
-        self._announced = True
-        control = self._control
-        self._notices += [
-            control.Isend([b"", self._mpi.BYTE], rank, _LEFT)
-            for rank in range(control.size)
-            if rank != control.rank
-        ]
-        self._sent[np.arange(control.size) != control.rank] += 1
+        with self._lock:
+            if self._announced or self._ended:
+                return
+            self._announced = True
+            control = self._control
+            self._notices += [
+                control.Isend([b"", self._mpi.BYTE], rank, _LEFT)
+                for rank in range(control.size)
+                if rank != control.rank
+            ]
+            self._sent[np.arange(control.size) != control.rank] += 1
 
     def tell(self, ranks: Iterable[int], data: bytes) -> None:
         """Send a notice to ranks; what MPI still holds of earlier ones stays alive."""
         try:
             with self._lock:
+                if self._ended:
+                    return
                 self._notices = [notice for notice in self._notices if not notice.Test()]
                 for rank in ranks:
                     self._notices.append(self._control.Isend([data, self._mpi.BYTE], rank, _TOLD))
@@ -77,28 +89,30 @@ class Departures:
     def heard(self) -> list[tuple[int, bytes]]:
         """Return the notices that have come."""
         status, found = self._mpi.Status(), []
-        try:
-            while message := self._control.Improbe(self._mpi.ANY_SOURCE, _TOLD, status):
+        with self._lock, suppress(self._mpi.Exception):  # where MPI goes on without a rank
+            while message := self._found(_TOLD, status):
                 data = bytearray(status.Get_count(self._mpi.BYTE))
                 message.Recv([data, self._mpi.BYTE])
-                with self._lock:
-                    self._received[status.Get_source()] += 1
+                self._received[status.Get_source()] += 1
                 found.append((status.Get_source(), bytes(data)))
-        except self._mpi.Exception:  # only where MPI goes on without a rank, as `check` says
-            return found
         return found
+
+    def _found(self, tag: int, status: Any) -> Any:
+        """Match a notice that has come, at once: another thread may look at the same time."""
+        if self._ended:
+            return None
+        return self._control.Improbe(self._mpi.ANY_SOURCE, tag, status)
 
     def check(self, ranks: Iterable[int]) -> None:
         """Raise PeerLost where one of the ranks left, and what it sent has had time to arrive."""
         status = self._mpi.Status()
         try:
-            # Matched at once: the watchdog may look at the same time.
-            while message := self._control.Improbe(self._mpi.ANY_SOURCE, _LEFT, status):
-                src = status.Get_source()
-                message.Recv([bytearray(), self._mpi.BYTE])
-                with self._lock:
+            with self._lock:
+                while message := self._found(_LEFT, status):
+                    src = status.Get_source()
+                    message.Recv([bytearray(), self._mpi.BYTE])
                     self._received[src] += 1
-                self.left[src] = time.monotonic()
+                    self.left[src] = time.monotonic()
         except self._mpi.Exception as error:  # only where MPI goes on without a rank
             raise PeerLost(f"a rank of the job has died: {error}") from error
         for rank in ranks:
@@ -118,7 +132,9 @@ class Departures:
         """Free the communicator of the notices, if none are left and none will be; collective."""
         if self._drained():
             _OPEN.discard(self)
-            self._control.Free()
+            with self._lock:
+                self._ended = True
+                self._control.Free()
 
     def _drained(self) -> bool:
         """Receive every notice that was sent; tell whether all came, and none will. Collective.

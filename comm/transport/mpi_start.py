@@ -10,6 +10,7 @@ import atexit
 import ctypes
 import faulthandler
 import functools
+import itertools
 import os
 import signal
 import sys
@@ -22,6 +23,12 @@ from ..lookout import Lookout
 from ..settings import Seat, without_one_sided
 
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGABRT)
+
+
+@functools.cache
+def process() -> int:
+    """Return the process in which MPI was asked for first; its forks are no ranks."""
+    return os.getpid()
 
 
 def import_mpi(make_lookout: Callable[[], Lookout] | None) -> Any:
@@ -114,14 +121,18 @@ class Ended(Protocol):
         ...
 
 
-_TOLD: weakref.WeakSet[Ended] = weakref.WeakSet()
+_TOLD: weakref.WeakValueDictionary[int, Ended] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
 
 
 def tell_of_end(mpi: Any, who: Ended) -> list[Ended]:
-    """Let somebody know when MPI_Finalize begins, whoever calls it; return who is told, too."""
+    """Let somebody know when MPI_Finalize begins, whoever calls it; return who is told, too.
+
+    Who came last is told first, as it may use what was there before.
+    """
     _listen(mpi)
-    others = list(_TOLD)
-    _TOLD.add(who)
+    others = list(_TOLD.values())
+    _TOLD[next(_NUMBERS)] = who
     return others
 
 
@@ -130,7 +141,7 @@ def _listen(mpi: Any) -> None:
     # The first thing that MPI_Finalize does is to delete the attributes of MPI_COMM_SELF: MPI 4.1,
     # section 11.2.4, "Allowing User Functions at MPI Finalization".
     def ends(comm: Any, key: int, value: object) -> None:
-        for who in list(_TOLD):
+        for who in reversed(list(_TOLD.values())):
             who.mpi_ends()
 
     mpi.COMM_SELF.Set_attr(mpi.Comm.Create_keyval(delete_fn=ends), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import sys
 from collections.abc import Sequence
 
@@ -29,7 +30,7 @@ class Survivors:
             import mpi4py
 
             mpi4py.rc.finalize = False
-            atexit.register(self._finalize)
+            atexit.register(self._finalize, os.getpid())
         self._mpi = load_mpi()
         self._clean = False
         self._whole = True
@@ -85,12 +86,12 @@ class Survivors:
         """Prepare for the end of this process; collective over the living."""
         self._clean = self.agree(1) == 1 and self._whole and not self.joined
 
-    def _finalize(self) -> None:
+    def _finalize(self, process: int) -> None:
         """End MPI as it wants to be ended, but where ranks have died end without it.
 
         The processes of a job that goes on without ranks may do that: mpirun's status is theirs.
         """
-        if self._mpi.Is_finalized():
+        if os.getpid() != process or self._mpi.Is_finalized():
             return
         if self._clean:
             seat = Seat.read()

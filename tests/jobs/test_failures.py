@@ -200,6 +200,50 @@ with ringfold.Communicator(settings=ringfold.Settings(shared={shared})) as comm:
     assert not done.leftovers
 
 
+def test_nothing_asks_mpi_for_anything_once_it_has_ended(job: Callable[..., Any]) -> None:
+    """Each of these ended the job: the watchdog of a group that was dropped unclosed, a thread that
+    waits for a message, and a communicator opened afterwards.
+    """
+    script = """
+import gc, threading, time
+import numpy as np
+import ringfold
+from mpi4py import MPI
+
+def drop():
+    dropped = ringfold.Communicator()
+    dropped.allreduce(np.ones(3))
+    return dropped.irecv(np.zeros(3), 1 - dropped.rank)
+
+def told(call):
+    try:
+        call()
+    except ringfold.CommError as error:
+        print(error, flush=True)
+
+work = drop()
+gc.collect()
+comm = ringfold.Communicator(settings=ringfold.Settings(shared=False))
+waits = [
+    threading.Thread(target=told, args=[lambda: comm.recv(np.zeros(3), 1 - comm.rank, tag)])
+    for tag in range(3)
+]
+for thread in waits:
+    thread.start()
+time.sleep(0.3)
+MPI.Finalize()
+for thread in waits:
+    thread.join()
+time.sleep(0.5)
+for call in (work.wait, ringfold.Communicator, lambda: ringfold.Communicator(MPI.COMM_WORLD)):
+    told(call)
+"""
+    done = job(2, script, timeout=30)
+    assert done.returncode == 0 and not done.stderr, done.output
+    assert done.stdout.count("MPI has been finalized") == 12, done.output
+    assert not done.leftovers
+
+
 def test_a_hook_of_the_users_own_is_kept(job: Callable[..., Any]) -> None:
     script = """
 import sys
@@ -225,19 +269,24 @@ assert sys.excepthook is before
 
 
 def test_messages_in_flight_are_delivered_before_an_ordinary_end(job: Callable[..., Any]) -> None:
+    """One that was looked for now and then, by short waits, was dropped."""
     script = """
 import time
 import numpy as np
 import ringfold
 comm = ringfold.Communicator()
 if comm.rank == 0:
-    comm.isend(np.ones(2_000_000, np.float32), 1)
+    work = comm.isend(np.ones(4_000_000, np.float32), 1)
+    try:
+        work.wait(timeout=0.05)
+    except ringfold.CommTimeout:
+        print("looked")
 else:
     time.sleep(1)
-    assert (comm.recv(np.zeros(2_000_000, np.float32), 0) == 1).all()
+    assert (comm.recv(np.zeros(4_000_000, np.float32), 0) == 1).all()
 """
     done = job(2, script, timeout=30)
-    assert done.returncode == 0, done.output
+    assert done.returncode == 0 and done.stdout == "looked\n", done.output
 
 
 def test_without_an_mpi_library_the_import_works_and_the_error_says_what_to_do(

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import threading
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +43,20 @@ def test_memory_is_shown_while_somebody_allocates() -> None:
     assert len(later) == 3
     shown = memory.export(later[0].piece.base + 3, 2)
     assert shown is not None and shown.offset == 3
+
+
+def test_a_fork_frees_no_memory_of_the_gpu() -> None:
+    memory = memory_of_nothing()
+    freed: list[int] = []
+    memory._runtime.free = freed.append
+    kept = [memory.allocate(5)]
+    child = os.fork()
+    if child == 0:
+        kept.clear()
+        os._exit(len(freed))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    kept.clear()
+    assert len(freed) == 1
 
 
 def test_spare_memory_is_looked_for_by_one_thread_at_a_time() -> None:

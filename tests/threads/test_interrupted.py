@@ -87,16 +87,21 @@ def test_an_error_of_a_works_own_waits_for_who_waits_for_it() -> None:
         early.wait()
 
 
-@pytest.mark.parametrize("call", ["start", "wait"])
+@pytest.mark.parametrize("call", ["start", "wait", "close"])
 def test_a_signal_handler_that_would_wait_for_what_it_interrupts_is_told_so(call: str) -> None:
     seen: list[Any] = []
 
     def main(comm: Communicator) -> None:
         other = comm.irecv(np.zeros(3), 0)
+        calls: dict[str, Callable[[], Any]] = {
+            "start": lambda: comm.allreduce(np.ones(3)),
+            "wait": other.wait,
+            "close": comm.close,
+        }
 
         def handler() -> None:
             with pytest.raises(CommError, match="signal handler or a finalizer") as caught:
-                other.wait() if call == "wait" else comm.allreduce(np.ones(3))
+                calls[call]()
             seen.append(caught.value)
 
         assert in_flight(comm._progress, handler).wait() == 5

@@ -1,5 +1,6 @@
 """What ranks may do to each other to learn where they are."""
 
+import gc
 import os
 import subprocess
 
@@ -7,7 +8,7 @@ import pytest
 from contract import reopened
 
 from ringfold import Communicator
-from ringfold.comm.watchdog import _catches
+from ringfold.comm.watchdog import _catches, _publish
 
 
 def test_a_second_communicator_leaves_the_signal_to_the_first(comm: Communicator) -> None:
@@ -22,6 +23,19 @@ def test_a_second_communicator_leaves_the_signal_to_the_first(comm: Communicator
     told = comm._job.watchdog.force((comm.rank + 1) % comm.size)
     comm.barrier()
     assert told is not None and "its stacks: " in told, told
+
+
+def test_what_the_watchdog_does_all_the_time_leaves_nothing_to_the_collector() -> None:
+    """24 KB a second in a program that has switched the collector off."""
+    _publish()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(20):
+            _publish()
+        assert gc.collect() < 20
+    finally:
+        gc.enable()
 
 
 def test_a_process_without_a_handler_is_known_as_such() -> None:
