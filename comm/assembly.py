@@ -15,19 +15,25 @@ class Assembly:
     received stays so: who comes again goes on from there, and meets those who have not come yet.
     """
 
-    def __init__(self, step: Callable[[int], Steps]) -> None:
-        """step: given a number, exchanges tokens with that number, once with all ranks."""
-        self._step = step
+    def __init__(self, step: Callable[[int], Steps], check: Callable[[], None]) -> None:
+        """Begin.
+
+        step: given a number, exchanges tokens with that number, once with all ranks.
+        check: raises what keeps this rank from the second step.
+        """
+        self._step, self._check = step, check
         self._taken = 0
         self._going: Steps | None = None
 
-    @property
-    def complete(self) -> bool:
-        """Tell whether the step taken last was a second one."""
-        return self._taken % 2 == 0
-
     def come(self) -> Steps:
-        """Take one step; to be broken off, and gone on with by another call, at any time."""
+        """Take both steps, or what is left of them; to be broken off, and called anew, any time."""
+        while True:
+            yield from self._take()
+            if self._taken % 2 == 0:
+                return
+            self._check()
+
+    def _take(self) -> Steps:
         going = self._going = self._going or self._step(self._taken)
         patient: bool | None = None
         while True:

@@ -101,7 +101,7 @@ class Communicator(GroupCalls):
             self, Runner(transport, job.progress, name), Operations(transport, job.settings)
         )
         self._splits = 0
-        self._assembly = Assembly(self._operations.coming("split"))
+        self._assembly = Assembly(self._operations.coming("split"), self._heed)
         self._closing: Closing | None = None
         self._tuning: Tuning | None = None
         self._sharing: Sharing | None = None
@@ -269,19 +269,21 @@ class Communicator(GroupCalls):
 
     def _assemble(self) -> None:
         """Come together; collective. A rank that has given up goes on only when it comes again."""
-        self._take_step()
-        while not self._assembly.complete:
-            self._take_step()
-
-    def _take_step(self) -> None:
         work: Work = self._start(self._operations.come("split", self._assembly.come), False)
         try:
             work.wait()
-            self._progress.heed(work)
         except CommTimeout as error:
             why = error
             self._job.kept += self._progress.give_up(lambda other: other is work, lambda _: why)
             raise
+        except MismatchError as error:
+            self._progress.disagree(self.name, error)
+            raise
+
+    def _heed(self) -> None:
+        """Raise what ranks have told each other of this group, of which one has gone on."""
+        if self._progress.inquiry is not None:
+            self._progress.inquiry.heed(self.name, self._transport.world)
 
     def close(self) -> None:
         """Finish what is in flight and give the group back; collective, and idempotent.

@@ -119,7 +119,12 @@ class Inquiry:
         if waited >= ASK_SECONDS and not work.told:
             work.told = True
             self._tell(work, Called(group, self.rows(group)[-_ROWS:]))
-        self._judge(work)
+        self._judge(group, work.transport.world)
+
+    def heed(self, group: str, members: tuple[int, ...]) -> None:
+        """Listen; raise MismatchError where the ranks of a group have called different things."""
+        self.listen()
+        self._judge(group, members)
 
     def _tell(self, work: Work, notice: Notice) -> None:
         transport = work.transport
@@ -129,8 +134,7 @@ class Inquiry:
         everybody = [transport.world[rank] for rank in sorted(near - {transport.rank})]
         self._transport.tell(everybody, encode(notice))
 
-    def _judge(self, work: Work) -> None:
-        group, members = work.group, work.transport.world
+    def _judge(self, group: str, members: tuple[int, ...]) -> None:
         with self._lock:
             verdict = self._verdicts.get(group) or self._found(group, members)
             if verdict is None:

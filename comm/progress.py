@@ -213,7 +213,7 @@ class Progress:
             work.overdue = overdue or asks  # a look alone is not in vain
             raise
         except MismatchError as error:
-            self._disagree(work.group, error)
+            self.disagree(work.group, error)
             raise
         finally:
             with self._lock:
@@ -221,17 +221,7 @@ class Progress:
             if self._deserted and self._thread is not None:
                 self._notify()
 
-    def heed(self, work: Work) -> None:
-        """Raise MismatchError where ranks have told so of a work's group, though it has ended."""
-        if self.inquiry is None:
-            return
-        try:
-            self.inquiry.look(work, 0.0)
-        except MismatchError as error:
-            self._disagree(work.group, error)
-            raise
-
-    def _disagree(self, group: str, error: MismatchError) -> None:
+    def disagree(self, group: str, error: MismatchError) -> None:
         """Fail a group's works: ranks that disagree about one call do so about those behind it."""
         with self._lock:
             for one in self.works:

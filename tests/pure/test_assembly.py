@@ -15,7 +15,7 @@ def rooms(size):
             while any((number, other) not in table for other in range(size)):
                 yield []
 
-        return Assembly(step)
+        return Assembly(step, lambda: None)
 
     return [make(rank) for rank in range(size)], table
 
@@ -35,27 +35,35 @@ def come(assembly, looks=3):
 def test_who_gives_up_does_not_let_others_go_on():
     (first, second), table = rooms(2)
     assert not come(first)  # gives up
-    assert come(second) and not second.complete
-    assert not come(second)  # the second step, which the first rank has not taken
-    assert come(first) and not first.complete
-    assert come(first) and first.complete
-    assert come(second) and second.complete
-    assert set(table.values()) == {1}  # nothing was sent twice
+    assert not come(second)  # in the second step, which the first rank has not taken
+    assert come(first)
+    assert come(second)
+    assert set(table.values()) == {1} and len(table) == 4  # nothing was sent twice
 
 
-def test_it_begins_anew_once_complete_and_after_an_error():
+def test_it_begins_anew_once_both_steps_are_taken():
     (alone,), table = rooms(1)
-    for _ in range(2):
-        assert come(alone) and come(alone) and alone.complete
+    assert come(alone) and come(alone)
     assert sorted(table) == [(0, 0), (1, 0), (2, 0), (3, 0)]
 
-    def broken(number):
-        if not table.pop((0, 0), 0):
-            return
-        raise RuntimeError("a wire")
+
+def test_an_error_and_what_the_check_raises_keep_what_was_taken():
+    numbers, errors = [], [RuntimeError("a wire"), None]
+
+    def step(number):
+        numbers.append(number)
+        if error := errors.pop() if errors else None:
+            raise error
+        return
         yield
 
-    failing = Assembly(broken)
-    with pytest.raises(RuntimeError):
-        come(failing)
-    assert come(failing) and not failing.complete
+    def check():
+        if len(numbers) == 1:
+            raise ValueError("others called something else")
+
+    assembly = Assembly(step, check)
+    with pytest.raises(ValueError, match="something else"):
+        come(assembly)
+    with pytest.raises(RuntimeError, match="a wire"):
+        come(assembly)
+    assert come(assembly) and numbers == [0, 1, 1]
