@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from .deaths import Deaths
 from .errors import CommError, CommTimeout, MismatchError, PeerLost
 from .inquiry import Inquiry
-from .patience import Watch
+from .patience import CHECK, Doubts, Watch
 from .serving import Server, Waiting
 from .timeline import WAIT, Timeline
 from .trace import Ring
@@ -241,14 +241,16 @@ class Progress:
     def drain(self, timeout: float, picks: Picks, before: str) -> None:
         """Advance until no work that `picks` picks is in flight, the works' own errors aside.
 
-        A work that somebody has waited for in vain is not waited for again. Where it takes long,
-        say so.  before: what the rank does then.
+        A work that somebody has waited for in vain is not waited for again; one that waits for a
+        rank that is gone ends. Where it takes long, say so.  before: what the rank does then.
         """
-        start = time.monotonic()
+        start = checked = time.monotonic()
         told = False
+        doubts = Doubts(self.deaths)
         while True:
             self.advance()
-            waited = time.monotonic() - start
+            now = time.monotonic()
+            waited = now - start
             works = [work for work in self.works if picks(work) and not work.overdue]
             if not works or waited >= timeout:
                 return
@@ -260,7 +262,19 @@ class Progress:
                     file=sys.stderr,
                     flush=True,
                 )
+            if now - checked >= CHECK:
+                checked = now
+                self._mourn(works, doubts)
             time.sleep(_LOOK)
+
+    def _mourn(self, works: list[Work], doubts: Doubts) -> None:
+        """End works that wait for ranks that are gone."""
+        for work in works:
+            try:
+                doubts.arise(work, whole=False)
+            except PeerLost as error:
+                with self._lock:
+                    work.fail(error)
 
     def give_up(self, picks: Picks, why: Callable[[Work], BaseException]) -> list[Request]:
         """End every work that `picks` picks, with an error; return what was under way.
