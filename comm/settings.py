@@ -21,7 +21,8 @@ class Settings:
 
     segment_bytes, max_message_bytes, shared, cma and watch must be the same on all ranks.
 
-    timeout: seconds that a rank waits for its peers before CommTimeout.  RINGFOLD_TIMEOUT
+    timeout: seconds that a rank waits for its peers before CommTimeout; to open a communicator all
+        have 60 at least.  RINGFOLD_TIMEOUT
     segment_bytes: chunks travel in pieces of at most this size.  RINGFOLD_SEGMENT_BYTES
     max_message_bytes: no single message is larger; like segment_bytes, must stay below 2**31 for
         MPI's 32-bit counts.  RINGFOLD_MAX_MESSAGE_BYTES
