@@ -6,7 +6,6 @@ for one, or a background thread that looks now and then while nobody waits.
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from .deaths import Deaths
 from .errors import CommError, CommTimeout, MismatchError, PeerLost
+from .forks import in_fork, when_forked
 from .inquiry import Inquiry
 from .patience import CHECK, Doubts, Watch
 from .serving import Server, Waiting
@@ -71,7 +71,7 @@ class Progress:
         self._nap = _LOOK
         self.inquiry: Inquiry | None = None
         self.deaths: Deaths | None = None
-        _watch_forks(self)
+        when_forked(self.forked)
 
     def forked(self) -> None:
         """Refuse all calls, in a fork of the rank's process: works and groups are the rank's."""
@@ -336,26 +336,3 @@ class Progress:
             pending = [r for work in self.works if work.background for r in work.pending]
         waiting = [request for request in pending if isinstance(request, Waiting)]
         return waiting if len(waiting) == len(pending) else []
-
-
-def in_fork(rank: int) -> CommError:
-    """Return what a call is refused with in a fork of a rank's process."""
-    return CommError(
-        f"this process is a fork of rank {rank}, no rank of its own; call collectives, wait for "
-        "works and ask for them in the process that opened the communicator"
-    )
-
-
-def _watch_forks(progress: Progress) -> None:
-    """Let calls notice that they are made in a fork of the rank's process.
-
-    Asking for the process in each call would be a fifth of a small one.
-    """
-    found = weakref.ref(progress)  # what is registered stays so
-
-    def forked() -> None:
-        progress = found()
-        if progress is not None:
-            progress.forked()
-
-    os.register_at_fork(after_in_child=forked)
