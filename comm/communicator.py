@@ -60,7 +60,7 @@ class Communicator(GroupCalls):
     node: Communicator
 
     def __init__(self, comm: Any = None, *, settings: Settings | None = None) -> None:
-        with Job.started(comm, settings or Settings.read()) as job:
+        with Job.started(comm, settings or Settings.read()) as job, job.opening():
             self._join(job)
             job.watch(self, self._nodes)
 
@@ -68,8 +68,9 @@ class Communicator(GroupCalls):
     def of(cls, job: Job) -> Communicator:
         """Open over all ranks of a job that goes on when some die; collective."""
         made = cls.__new__(cls)
-        made._join(job)
-        job.watch(made, made._nodes, survives=True)
+        with job.opening():
+            made._join(job)
+            job.watch(made, made._nodes, survives=True)
         return made
 
     @classmethod

@@ -89,6 +89,18 @@ class Job:
                     job.release()
             yield job
 
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """Let a communicator open, with the time that a start may take, whatever the deadline.
+
+        Ranks compile kernels for this machine meanwhile, and nobody answers yet for one that does.
+        """
+        self.progress.timeout = max(self.settings.timeout, PATIENCE)
+        try:
+            yield
+        finally:
+            self.progress.timeout = self.settings.timeout
+
     def guard_by(self, guard: Guard) -> None:
         """Let a guard end the job on an exception."""
         self.guard = guard

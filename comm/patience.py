@@ -12,11 +12,47 @@ from .inquiry import Inquiry
 if TYPE_CHECKING:
     from .work import Work
 
-_CHECK = 0.05
+CHECK = 0.05
 """Seconds between two checks for lost peers and for the deadline while waiting."""
 
 _ANSWERS = 1.5
 """Seconds that the others have to say where they are, when time is up."""
+
+
+class Doubts:
+    """Whom a rank that waits has found gone: once is not enough to give a work up.
+
+    Its last messages may have come after this rank last looked. Behind them the work may wait for
+    another rank, which may have left meanwhile as well.
+    """
+
+    def __init__(self, deaths: Deaths | None) -> None:
+        self._deaths = deaths
+        self._seen: set[tuple[Work, str]] = set()
+
+    def arise(self, work: Work, whole: bool) -> bool:
+        """Tell whether a rank that a work waits for is found gone, for the first time.
+
+        whole: the death of any rank of the group counts.
+        Raises: PeerLost where that is no longer new.
+        """
+        transport, peers = work.transport, peers_of(work)
+        try:
+            if self._deaths is not None:
+                world = transport.world
+                self._deaths.check(world if whole else [world[peer] for peer in peers])
+            transport.check(peers)
+        except PeerLost as error:
+            if (work, str(error)) in self._seen:
+                raise
+            self._seen.add((work, str(error)))
+            return True
+        return False
+
+
+def peers_of(work: Work) -> list[int]:
+    """Return the ranks that a work waits for."""
+    return sorted({request.peer for request in work.pending})
 
 
 class Watch:
@@ -32,13 +68,12 @@ class Watch:
     ) -> None:
         """timeout: seconds.  asks: when time is up, the others are asked where they are."""
         self._work = work
-        self._deaths = deaths
+        self._doubts = Doubts(deaths)
         self._inquiry = inquiry
         self._timeout = timeout
         self._asks = asks
         self._start = self._checked = time.monotonic()
         self._spins = 0
-        self._suspected: set[str] = set()
 
     def pause(self) -> None:
         """Let others run.
@@ -51,21 +86,12 @@ class Watch:
         if self._work.ended:  # by another thread, with all that there was to ask, as MPI is
             return
         now = time.monotonic()
-        if now - self._checked < min(_CHECK, self._timeout):
+        if now - self._checked < min(CHECK, self._timeout):
             return
         self._checked = now
-        peers = sorted({request.peer for request in self._work.pending})
-        try:
-            if self._deaths is not None:
-                self._deaths.check(transport.world)
-            transport.check(peers)
-        except PeerLost as error:
-            # Its last messages may have come after this rank last looked: look again first. Behind
-            # them the work may wait for another rank, which may have left meanwhile as well.
-            if str(error) in self._suspected:
-                raise
-            self._suspected.add(str(error))
+        if self._doubts.arise(self._work, whole=True):
             return
+        peers = peers_of(self._work)
         waited = now - self._start
         if self._inquiry is not None:
             self._inquiry.look(self._work, waited)

@@ -6,7 +6,6 @@ for one, or a background thread that looks now and then while nobody waits.
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import time
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING
 
 from .deaths import Deaths
 from .errors import CommError, CommTimeout, MismatchError, PeerLost
+from .forks import in_fork, when_forked
 from .inquiry import Inquiry
-from .patience import Watch
+from .patience import CHECK, Doubts, Watch
 from .serving import Server, Waiting
 from .timeline import WAIT, Timeline
 from .trace import Ring
@@ -71,7 +71,7 @@ class Progress:
         self._nap = _LOOK
         self.inquiry: Inquiry | None = None
         self.deaths: Deaths | None = None
-        _watch_forks(self)
+        when_forked(self.forked)
 
     def forked(self) -> None:
         """Refuse all calls, in a fork of the rank's process: works and groups are the rank's."""
@@ -231,14 +231,16 @@ class Progress:
     def drain(self, timeout: float, picks: Picks, before: str) -> None:
         """Advance until no work that `picks` picks is in flight, the works' own errors aside.
 
-        A work that somebody has waited for in vain is not waited for again. Where it takes long,
-        say so.  before: what the rank does then.
+        A work that somebody has waited for in vain is not waited for again; one that waits for a
+        rank that is gone ends. Where it takes long, say so.  before: what the rank does then.
         """
-        start = time.monotonic()
+        start = checked = time.monotonic()
         told = False
+        doubts = Doubts(self.deaths)
         while True:
             self.advance()
-            waited = time.monotonic() - start
+            now = time.monotonic()
+            waited = now - start
             works = [work for work in self.works if picks(work) and not work.overdue]
             if not works or waited >= timeout:
                 return
@@ -250,7 +252,19 @@ class Progress:
                     file=sys.stderr,
                     flush=True,
                 )
+            if now - checked >= CHECK:
+                checked = now
+                self._mourn(works, doubts)
             time.sleep(_LOOK)
+
+    def _mourn(self, works: list[Work], doubts: Doubts) -> None:
+        """End works that wait for ranks that are gone."""
+        for work in works:
+            try:
+                doubts.arise(work, whole=False)
+            except PeerLost as error:
+                with self._lock:
+                    work.fail(error)
 
     def give_up(self, picks: Picks, why: Callable[[Work], BaseException]) -> list[Request]:
         """End every work that `picks` picks, with an error; return what was under way.
@@ -312,26 +326,3 @@ class Progress:
             pending = [r for work in self.works if work.background for r in work.pending]
         waiting = [request for request in pending if isinstance(request, Waiting)]
         return waiting if len(waiting) == len(pending) else []
-
-
-def in_fork(rank: int) -> CommError:
-    """Return what a call is refused with in a fork of a rank's process."""
-    return CommError(
-        f"this process is a fork of rank {rank}, no rank of its own; call collectives, wait for "
-        "works and ask for them in the process that opened the communicator"
-    )
-
-
-def _watch_forks(progress: Progress) -> None:
-    """Let calls notice that they are made in a fork of the rank's process.
-
-    Asking for the process in each call would be a fifth of a small one.
-    """
-    found = weakref.ref(progress)  # what is registered stays so
-
-    def forked() -> None:
-        progress = found()
-        if progress is not None:
-            progress.forked()
-
-    os.register_at_fork(after_in_child=forked)

@@ -12,7 +12,8 @@ import numpy as np
 from ..kernels.records import Status
 from .errors import CommError
 from .fingerprint import shares_of, tag_of
-from .progress import Progress, in_fork
+from .forks import in_fork
+from .progress import Progress
 from .timeline import WAIT
 from .trace import Sites
 from .transport.base import Channel, Transport

@@ -21,10 +21,11 @@ class Settings:
 
     segment_bytes, max_message_bytes, shared, cma and watch must be the same on all ranks.
 
-    timeout: seconds that a rank waits for its peers before CommTimeout.  RINGFOLD_TIMEOUT
+    timeout: seconds that a rank waits for its peers before CommTimeout; to open a communicator all
+        have 60 at least.  RINGFOLD_TIMEOUT
     segment_bytes: chunks travel in pieces of at most this size.  RINGFOLD_SEGMENT_BYTES
-    max_message_bytes: no single message is larger; must stay below 2**31 for MPI's 32-bit counts.
-        RINGFOLD_MAX_MESSAGE_BYTES
+    max_message_bytes: no single message is larger; like segment_bytes, must stay below 2**31 for
+        MPI's 32-bit counts.  RINGFOLD_MAX_MESSAGE_BYTES
     abort: an uncaught exception on one rank ends the whole job.  RINGFOLD_ABORT (0 or 1)
     compiled: messages are sent and added in compiled code where the transport has a way; the
         results are the same.  RINGFOLD_COMPILED (0 or 1)
@@ -50,12 +51,10 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.timeout > 0:
             raise ValueError(f"timeout must be above 0 s, got {self.timeout}")
-        if self.segment_bytes < 1:
-            raise ValueError(f"segment_bytes must be 1 or more, got {self.segment_bytes}")
-        if not 1 <= self.max_message_bytes < 1 << 31:
-            raise ValueError(
-                f"max_message_bytes must be in 1..{(1 << 31) - 1}, got {self.max_message_bytes}"
-            )
+        for field in ("segment_bytes", "max_message_bytes"):
+            nbytes = getattr(self, field)
+            if not 1 <= nbytes < 1 << 31:
+                raise ValueError(f"{field} must be in 1..{(1 << 31) - 1}, got {nbytes}")
 
     @property
     def alike(self) -> tuple[int, ...]:

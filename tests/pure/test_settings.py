@@ -1,3 +1,4 @@
+import math
 import os
 from pathlib import Path
 
@@ -58,9 +59,16 @@ def test_settings_that_ranks_must_share_are_compared() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"timeout": 0}, {"segment_bytes": 0}, {"max_message_bytes": 1 << 31}]
+    "changes",
+    [
+        {"timeout": 0},
+        {"timeout": math.nan},
+        {"segment_bytes": 0},
+        {"segment_bytes": 1 << 31},
+        {"max_message_bytes": 1 << 31},
+    ],
 )
-def test_impossible_settings_are_refused(changes: dict[str, int]) -> None:
+def test_impossible_settings_are_refused(changes: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
         Settings(**changes)
 

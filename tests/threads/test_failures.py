@@ -52,6 +52,21 @@ def test_a_rank_that_returns_early_is_named() -> None:
     run_local(2, main)
 
 
+def test_closing_does_not_wait_for_a_rank_that_has_returned_to_receive() -> None:
+    """It waited for the message to be taken until time was up."""
+    works: list[Work] = []
+
+    def main(comm: Communicator) -> None:
+        if comm.rank == 0:
+            works.append(comm.isend(np.ones(3), 1, tag=4))
+
+    start = time.monotonic()
+    run_local(2, main, settings=Settings(timeout=60))
+    assert time.monotonic() - start < 30
+    assert isinstance(works[0].exception(), PeerLost)
+    assert "rank 1 is gone: its main has returned" in str(works[0].exception())
+
+
 def test_the_last_message_of_a_rank_that_ended_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     # It came, and its sender ended, between this rank's look for it and its look at the sender.
     world = World(2)
@@ -151,12 +166,19 @@ def test_a_short_wait_asks_nobody_where_it_is(monkeypatch: pytest.MonkeyPatch) -
     run_local(2, main)
 
 
-def test_a_work_that_was_waited_for_in_vain_holds_nobody_up_at_the_end() -> None:
+def test_a_work_that_was_waited_for_in_vain_holds_nobody_up_at_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ringfold.comm.progress._ASKS", 0.1)  # less is a look now and then
+    monkeypatch.setattr("ringfold.comm.patience._ANSWERS", 0.1)
+
     def main(comm: Communicator) -> None:
         if comm.rank == 0:
             work = comm.irecv(np.zeros(3), 1)
             with pytest.raises(CommTimeout):
                 work.wait(timeout=0.1)
+            with pytest.raises(CommTimeout):
+                work.wait(timeout=0.01)
             start = time.monotonic()
             comm._progress.drain(60, lambda work: True, "ends")
             assert time.monotonic() - start < 20

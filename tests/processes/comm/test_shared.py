@@ -3,6 +3,7 @@
 import gc
 import os
 import time
+from typing import Any
 
 import contract
 import numpy as np
@@ -12,6 +13,7 @@ from mpi4py import MPI
 
 import ringfold
 from ringfold import CommError, CommTimeout, Communicator, MismatchError, Settings
+from ringfold.comm import communicator
 from ringfold.comm.board import STAGE_BYTES
 from ringfold.comm.trace import State
 
@@ -132,6 +134,22 @@ def test_what_is_no_group_of_ranks_is_refused(comm: Communicator) -> None:
             Communicator(between)
         between.Free()
         part.Free()
+
+
+def test_opening_has_time_whatever_the_deadline(
+    comm: Communicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that compiled its kernels, for the first time on a machine, "does not answer"."""
+
+    def late(*args: Any) -> Any:
+        if comm.rank == 0:
+            time.sleep(1.5)
+        return load(*args)
+
+    load = communicator.load
+    monkeypatch.setattr(communicator, "load", late)
+    with Communicator(settings=Settings(timeout=0.5)) as other:
+        assert other._progress.timeout == 0.5
 
 
 def test_a_fork_of_a_rank_leaves_its_works_alone(comm: Communicator) -> None:
