@@ -115,7 +115,9 @@ class Round:
     """One exchange: every rank sends to at most one peer and receives from at most one.
 
     All ranks send what they hold at the start of the round; `reduce` adds what arrives to what the
-    receiver holds, otherwise it replaces it.
+    receiver holds, otherwise it replaces it. As it does so in place, a rank cannot receive a copy
+    of what it sends, nor a run to be added that begins inside, and not at the beginning of, the run
+    that it sends; `verify` refuses that.
     """
 
     peers: Peers
@@ -184,7 +186,7 @@ def draw(schedule: Schedule) -> str:
         step = moves(round, schedule.size, schedule.num_chunks)
         sign = "+" if round.reduce else ""
         words = [
-            f"{src}>{dst}:{_run(first, length, schedule.num_chunks)}{sign}"
+            f"{src}>{dst}:{shown_run(first, length, schedule.num_chunks)}{sign}"
             for src, dst, first, length in zip(
                 step.src.tolist(),
                 step.dst.tolist(),
@@ -197,5 +199,6 @@ def draw(schedule: Schedule) -> str:
     return "\n".join(lines)
 
 
-def _run(first: int, length: int, num_chunks: int) -> str:
+def shown_run(first: int, length: int, num_chunks: int) -> str:
+    """Return a run of chunks as text: its first and its last."""
     return str(first) if length == 1 else f"{first}..{(first + length - 1) % num_chunks}"

@@ -15,7 +15,7 @@ import numpy as np
 
 from .chunks import ranges
 from .errors import ScheduleError
-from .schedule import NOBODY, Moves, Round, Schedule, moves
+from .schedule import NOBODY, Moves, Round, Schedule, moves, shown_run
 from .texts import shown_ranks
 
 
@@ -156,24 +156,37 @@ def _sent(schedule: Schedule, step: Moves, held: Cell, index: int) -> Cell:
 
 
 def _refuse_overwritten_sends(schedule: Schedule, round: Round, step: Moves, index: int) -> None:
-    """Refuse a copy onto a chunk that is being sent: it has no memory of its own to arrive in."""
-    if round.reduce:
+    """Refuse what changes a chunk before it has been sent in the same round.
+
+    A copy has no memory of its own to arrive in. What is added has, a segment at a time: segment k
+    is added once segment k has been sent (`executor`), so that a run that begins with the sent one,
+    or before it, meets only what has left.
+    """
+    num_chunks = schedule.num_chunks
+    sent_first, sent_length = np.zeros((2, schedule.size), dtype=np.int64)
+    sent_first[step.src], sent_length[step.src] = step.first, step.length
+    first, length = sent_first[step.dst], sent_length[step.dst]
+    ahead = (step.first - first) % num_chunks
+    inside = ahead < length
+    covers = (length > 0) & ((first - step.first) % num_chunks < step.length)
+    wrong = np.flatnonzero(inside & (ahead > 0) if round.reduce else inside | covers)
+    if not wrong.size:
         return
-    runs = zip(step.first.tolist(), step.length.tolist(), strict=True)
-    sent = dict(zip(step.src.tolist(), runs, strict=True))
-    for src, dst in zip(step.src.tolist(), step.dst.tolist(), strict=True):
-        if dst not in sent:
-            continue
-        mine, theirs = (
-            set(_chunks(sent[rank][0], sent[rank][1], schedule.num_chunks)) for rank in (dst, src)
+    at = wrong[0]
+    rank, src = int(step.dst[at]), int(step.src[at])
+    problem = f"receives from rank {src} a copy of a chunk that it sends in the same round"
+    if round.reduce:
+        come, leave = (
+            shown_run(int(start[at]), int(run[at]), num_chunks)
+            for start, run in ((step.first, step.length), (first, length))
         )
-        if mine & theirs:
-            raise ScheduleError(
-                f"receives from rank {src} a copy of a chunk that it sends in the same round",
-                round=index,
-                rank=dst,
-                chunk=min(mine & theirs),
-            )
+        problem = (
+            f"receives chunks {come} from rank {src}, to be added, while it sends {leave}: it "
+            "would add to chunks that it has yet to send; let both begin with the same chunk, or "
+            "send in a round before"
+        )
+    chunk = int(step.first[at] if inside[at] else first[at])
+    raise ScheduleError(problem, round=index, rank=rank, chunk=chunk)
 
 
 def _received(

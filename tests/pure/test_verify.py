@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 from ringfold.comm.algorithms import BUILDERS, build
 from ringfold.comm.collective import ALLREDUCE, ALLTOALL, BARRIER, BROADCAST, REDUCE_SCATTER
 from ringfold.comm.errors import ScheduleError
-from ringfold.comm.schedule import NOBODY, All, Peers, Ranks, Rotated, Round, Schedule, Shift
+from ringfold.comm.schedule import (
+    NOBODY,
+    All,
+    Chunks,
+    Peers,
+    Ranks,
+    Rotated,
+    Round,
+    Schedule,
+    Shift,
+)
 from ringfold.comm.verify import verify
 
 
@@ -125,6 +135,30 @@ def test_a_copy_onto_what_is_being_sent_is_refused() -> None:
     assert "does not hold" in str(refusal(swap))
     both = Schedule(ALLREDUCE, 2, 1, (Round(Pairs(1), All(), True), Round(Pairs(1), All())))
     assert "sends in the same round" in str(refusal(both))
+
+
+@dataclass(frozen=True)
+class From(Chunks):
+    """Send `length` chunks, from the rank's own entry of a table on."""
+
+    first: tuple[int, ...]
+    length: int
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        return np.asarray(self.first)[rank], np.asarray(rank) * 0 + self.length
+
+
+def test_adding_to_what_is_still_to_be_sent_is_refused() -> None:
+    """It would be sent with what has been added: wrong sums, from the second segment on."""
+    error = refusal(Schedule(ALLREDUCE, 2, 2, (Round(Pairs(1), From((0, 1), 2), True),)))
+    assert (error.round, error.rank, error.chunk) == (0, 1, 0)
+    assert "receives chunks 0..1 from rank 0, to be added, while it sends 1..0" in str(error)
+    partly = refusal(Schedule(ALLREDUCE, 2, 4, (Round(Pairs(1), From((0, 1), 2), True),)))
+    assert (partly.round, partly.rank, partly.chunk) == (0, 0, 1)
+    # What begins alike is added as it has been sent; what is not sent at all, whenever it comes.
+    verify(Schedule(ALLREDUCE, 2, 4, (Round(Pairs(1), From((3, 3), 4), True),)))
+    apart, back = Round(Pairs(1), From((0, 2), 2), True), Round(Pairs(1), From((2, 0), 2))
+    verify(Schedule(ALLREDUCE, 2, 4, (apart, back)))
 
 
 @pytest.mark.parametrize(
