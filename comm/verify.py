@@ -198,6 +198,11 @@ def _received(
     place: tuple[int, int, int],
 ) -> Held:
     index, rank, chunk = place
+    if old is None and round.reduce:
+        # A collective that only moves adds nothing at all, whatever a round of it says.
+        raise ScheduleError(
+            "would add to a chunk that it does not hold", round=index, rank=rank, chunk=chunk
+        )
     if old is None:
         return new
     twice = old.contributors & new.contributors

@@ -70,6 +70,14 @@ def test_a_chunk_sent_before_it_is_held_is_refused() -> None:
     assert "sends to rank 3 a chunk that it does not hold" in str(error)
 
 
+def test_adding_to_a_chunk_that_is_not_held_is_refused() -> None:
+    """As of a broadcast: it was proven, and left the others' arrays as they were."""
+    for name, place in (("broadcast", (0, 1, 0)), ("allgather", (0, 1, 0)), ("scatter", (0, 1, 1))):
+        error = refusal(mutated(build(name, "pairwise", 3), 0, reduce=True))
+        assert (error.round, error.rank, error.chunk) == place
+        assert "would add to a chunk that it does not hold" in str(error)
+
+
 def test_another_order_of_additions_is_refused() -> None:
     """Dissemination: rank 0 adds (1+2)+(3+0) where rank 3 adds (0+1)+(2+3)."""
     rounds = tuple(Round(Shift(step), All(), reduce=True) for step in (1, 2))
