@@ -121,8 +121,9 @@ def _refuse_forwarding(schedule: Schedule, round: Round, index: int, rank: int, 
 def with_accumulator(program: Program) -> Program:
     """Insert WIDEN before a piece's first addition, and NARROW before it is used again.
 
-    For schedules whose added messages are raw contributions (Proof.raw_reduce): half-width data
-    travels at half width, and every sum is added in float32 and rounded once.
+    For schedules that add raw contributions, and to a piece as a whole until it is used
+    (Proof.raw_reduce): half-width data travels at half width, and every sum is added in float32 and
+    rounded once.
     """
     rows: list[list[int]] = []
     open_pieces: list[tuple[int, int]] = []

@@ -31,7 +31,8 @@ class Proof:
     """What was found while a schedule was proven.
 
     messages: messages in all rounds and of all ranks.
-    raw_reduce: every message that is added carries one rank's own contribution, no partial sum.
+    raw_reduce: every message that is added carries one rank's own contribution, no partial sum, and
+        is added to an own contribution or to all of one sum that nobody has been sent yet.
     """
 
     rounds: int
@@ -66,13 +67,13 @@ def verify(schedule: Schedule) -> Proof:
     held = _start(schedule, orders)
     messages = 0
     raw_reduce = True
+    summed: Summed = {}
     for index, round in enumerate(schedule.rounds):
         step = _matched(schedule, round, index)
         arriving = _sent(schedule, step, held, index)
         _refuse_overwritten_sends(schedule, round, step, index)
+        raw_reduce = raw_reduce and _adds_raw(schedule, round, step, held, summed)
         for (rank, chunk), value in arriving.items():
-            if round.reduce:
-                raw_reduce = raw_reduce and value.contributors.bit_count() == 1
             held[rank, chunk] = _received(
                 schedule, round, held.get((rank, chunk)), value, orders, (index, rank, chunk)
             )
@@ -187,6 +188,38 @@ def _refuse_overwritten_sends(schedule: Schedule, round: Round, step: Moves, ind
         )
     chunk = int(step.first[at] if inside[at] else first[at])
     raise ScheduleError(problem, round=index, rank=rank, chunk=chunk)
+
+
+Summed = dict[tuple[int, int], tuple[int, int] | None]
+"""(rank, chunk) -> the run of chunks that was added, None where the sum has been used since."""
+
+
+def _adds_raw(schedule: Schedule, round: Round, step: Moves, held: Cell, summed: Summed) -> bool:
+    """Tell whether a round keeps the promise of Proof.raw_reduce, and note what it does to sums.
+
+    A run of chunks is added to as a whole (`program.with_accumulator`), and is rounded once it is
+    sent or copied over: what is added afterwards, or to a part of it, would be rounded twice.
+    """
+    num_chunks = schedule.num_chunks
+
+    def own(rank: int, chunk: int) -> bool:
+        return (rank, chunk) in held and held[rank, chunk].contributors.bit_count() == 1
+
+    for src, dst, first, length in zip(
+        step.src.tolist(), step.dst.tolist(), step.first.tolist(), step.length.tolist(), strict=True
+    ):
+        run = (first, length)
+        for chunk in _chunks(*run, num_chunks):
+            if round.reduce:
+                goes_on = own(dst, chunk) or summed.get((dst, chunk)) == run
+                if not own(src, chunk) or not goes_on:
+                    return False
+                summed[dst, chunk] = run
+                continue
+            for rank in (src, dst):
+                used = summed.get((rank, chunk)) or (0, 0)
+                summed.update(((rank, other), None) for other in _chunks(*used, num_chunks))
+    return True
 
 
 def _received(

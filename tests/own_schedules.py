@@ -53,12 +53,14 @@ def check_own_schedules(comm: Communicator, count: int) -> None:
     compiled = comm._settings.compiled
     with reopened(comm, compiled=compiled, segment_bytes=8) as small:
         for seed in range(count):
-            schedule = random_allreduce(seed, comm.size)
+            # One by one, so that half widths may travel as they are.
+            schedule = random_allreduce(seed, comm.size, raw=seed % 2 == 1)
             elements = 5 * schedule.num_chunks + seed % 3
-            x = data(comm.rank, elements, np.float32)
-            small.allreduce(x, algorithm=schedule)
-            right = expected("sum", comm.size, elements, np.float32)
-            np.testing.assert_array_equal(x, right, draw(schedule))
+            for dtype, op in ((np.float32, "sum"), (np.float16, "mean")):
+                x = data(comm.rank, elements, dtype)
+                small.allreduce(x, op, algorithm=schedule)
+                right = expected(op, comm.size, elements, dtype)
+                np.testing.assert_array_equal(x, right, draw(schedule))
 
 
 def _round(

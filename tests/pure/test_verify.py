@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfold.comm.algorithms import BUILDERS, build
-from ringfold.comm.collective import ALLREDUCE, ALLTOALL, BARRIER, BROADCAST, REDUCE_SCATTER
+from ringfold.comm.collective import (
+    ALLREDUCE,
+    ALLTOALL,
+    BARRIER,
+    BROADCAST,
+    REDUCE,
+    REDUCE_SCATTER,
+    Collective,
+)
 from ringfold.comm.errors import ScheduleError
 from ringfold.comm.schedule import (
     NOBODY,
@@ -167,6 +175,30 @@ def test_adding_to_what_is_still_to_be_sent_is_refused() -> None:
     verify(Schedule(ALLREDUCE, 2, 4, (Round(Pairs(1), From((3, 3), 4), True),)))
     apart, back = Round(Pairs(1), From((0, 2), 2), True), Round(Pairs(1), From((2, 0), 2))
     verify(Schedule(ALLREDUCE, 2, 4, (apart, back)))
+
+
+def one(source: int, target: int, first: int, length: int, reduce: bool = True) -> Round:
+    """One message."""
+    return Round(Lonely(source, target), From((first,) * 3, length), reduce)
+
+
+def test_sums_of_half_width_are_added_to_as_a_whole_until_they_are_used() -> None:
+    """Else a sum was widened twice: a contribution, or a mean's division, was lost."""
+
+    def raw(collective: Collective, *rounds: Round) -> bool:
+        return verify(Schedule(collective, 3, 2, rounds)).raw_reduce
+
+    whole, halves = one(2, 0, 0, 2), (one(2, 0, 0, 1), one(2, 0, 1, 1))
+    assert raw(REDUCE, one(1, 0, 0, 2), whole)
+    assert raw(REDUCE, one(1, 0, 0, 1), one(1, 0, 1, 1), *halves)
+    assert not raw(REDUCE, one(1, 0, 0, 2), *halves)
+    assert not raw(REDUCE, *halves, one(1, 0, 0, 2))
+    assert not raw(REDUCE, one(1, 0, 1, 2), whole)  # the same chunks, but not the same pieces
+    assert not raw(REDUCE, one(2, 1, 0, 2), one(1, 0, 0, 2))  # a partial sum
+    copies = (one(0, 1, 0, 2, False), one(0, 2, 0, 2, False))
+    assert raw(ALLREDUCE, one(1, 0, 0, 2), whole, *copies)
+    early = one(0, 1, 1, 1, False)
+    assert not raw(ALLREDUCE, one(1, 0, 0, 2), early, whole, *copies)
 
 
 @pytest.mark.parametrize(
