@@ -8,6 +8,7 @@ allows.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,11 +34,13 @@ class Proof:
     messages: messages in all rounds and of all ranks.
     raw_reduce: every message that is added carries one rank's own contribution, no partial sum, and
         is added to an own contribution or to all of one sum that nobody has been sent yet.
+    digest: 8 hexadecimal digits that differ where messages do, but for chance.
     """
 
     rounds: int
     messages: int
     raw_reduce: bool
+    digest: str
 
 
 class _Orders:
@@ -65,7 +68,7 @@ def verify(schedule: Schedule) -> Proof:
     """
     orders = _Orders()
     held = _start(schedule, orders)
-    messages = 0
+    messages = digest = 0
     raw_reduce = True
     summed: Summed = {}
     for index, round in enumerate(schedule.rounds):
@@ -78,8 +81,12 @@ def verify(schedule: Schedule) -> Proof:
                 schedule, round, held.get((rank, chunk)), value, orders, (index, rank, chunk)
             )
         messages += len(step.src)
+        words = np.stack((step.src, step.dst, step.first, step.length))
+        digest = zlib.crc32(words.tobytes(), zlib.crc32(bytes([round.reduce]), digest))
     _finish(schedule, held)
-    return Proof(len(schedule.rounds), messages, raw_reduce)
+    numbers = f"{schedule.size} {schedule.num_chunks} {schedule.root}"
+    digest = zlib.crc32(numbers.encode(), digest)
+    return Proof(len(schedule.rounds), messages, raw_reduce, f"{digest:08x}")
 
 
 def _start(schedule: Schedule, orders: _Orders) -> Cell:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfold.comm.algorithms import BUILDERS, build
+from ringfold.comm.algorithms import BUILDERS, build, names
 from ringfold.comm.collective import (
     ALLREDUCE,
     ALLTOALL,
@@ -69,6 +69,25 @@ def test_a_missing_round_is_refused() -> None:
 def test_a_missing_reduction_is_refused() -> None:
     whole = ring(4)
     assert "twice" in str(refusal(replace(whole, rounds=whole.rounds[:3] + whole.rounds[:1])))
+
+
+def test_messages_that_differ_have_other_digests() -> None:
+    digests = {verify(build("allreduce", name, 4)).digest for name in names("allreduce")}
+    rooted = {verify(build("reduce", "tree", 4, root)).digest for root in range(4)}
+    assert len(digests) == len(names("allreduce")) and len(rooted) == 4
+    # Another rule, but the same messages.
+    same = [replace(round, chunks=Same(round.chunks)) for round in ring(4).rounds]
+    assert verify(replace(ring(4), rounds=tuple(same))).digest == verify(ring(4)).digest
+
+
+@dataclass(frozen=True)
+class Same(Chunks):
+    """Send what another rule says."""
+
+    of: Chunks
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        return self.of.span(rank, size, num_chunks)
 
 
 def test_a_chunk_sent_before_it_is_held_is_refused() -> None:
