@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .chunks import ranges
+from .collective import ALLTOALL
 from .errors import ScheduleError
 from .schedule import NOBODY, Moves, Round, Schedule, moves, shown_run
 from .texts import shown_ranks
@@ -75,6 +76,8 @@ def verify(schedule: Schedule) -> Proof:
         step = _matched(schedule, round, index)
         arriving = _sent(schedule, step, held, index)
         _refuse_overwritten_sends(schedule, round, step, index)
+        if schedule.collective is ALLTOALL:
+            _refuse_forwarding(schedule, arriving, step, index)
         raw_reduce = raw_reduce and _adds_raw(schedule, round, step, held, summed)
         for (rank, chunk), value in arriving.items():
             held[rank, chunk] = _received(
@@ -227,6 +230,20 @@ def _adds_raw(schedule: Schedule, round: Round, step: Moves, held: Cell, summed:
                 used = summed.get((rank, chunk)) or (0, 0)
                 summed.update(((rank, other), None) for other in _chunks(*used, num_chunks))
     return True
+
+
+def _refuse_forwarding(schedule: Schedule, arriving: Cell, step: Moves, index: int) -> None:
+    """Refuse what is not sent straight from its row to its column: there is no other memory."""
+    sources = dict(zip(step.dst.tolist(), step.src.tolist(), strict=True))
+    for rank, cell in arriving:
+        if divmod(cell, schedule.size) != (sources[rank], rank):
+            raise ScheduleError(
+                f"forwards a chunk to rank {rank}; an alltoall can be run only where chunks go "
+                "straight to their place",
+                round=index,
+                rank=sources[rank],
+                chunk=cell,
+            )
 
 
 def _received(

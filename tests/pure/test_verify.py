@@ -220,6 +220,31 @@ def test_sums_of_half_width_are_added_to_as_a_whole_until_they_are_used() -> Non
     assert not raw(ALLREDUCE, one(1, 0, 0, 2), early, whole, *copies)
 
 
+def test_an_alltoall_that_forwards_is_refused() -> None:
+    """Whichever rank does so: it alone found that out, when the others had begun."""
+
+    def cell(source: int, target: int, index: int) -> Round:
+        return one(source, target, index, 1, reduce=False)
+
+    for via in range(3):
+        start, end = (via + 1) % 3, (via + 2) % 3
+        straight = [
+            cell(row, column, 3 * row + column)
+            for row in range(3)
+            for column in range(3)
+            if row != column and (row, column) != (start, end)
+        ]
+        carried = 3 * start + end
+        error = refusal(
+            Schedule(
+                ALLTOALL, 3, 9, (cell(start, via, carried), cell(via, end, carried), *straight)
+            )
+        )
+        assert (error.round, error.rank, error.chunk) == (0, start, carried)
+        assert f"forwards a chunk to rank {via}; an alltoall can be run only where" in str(error)
+        verify(Schedule(ALLTOALL, 3, 9, (cell(start, end, carried), *straight)))
+
+
 @pytest.mark.parametrize(
     "collective, size, num_chunks, root, text",
     [
