@@ -37,6 +37,12 @@ class Peers:
 class Chunks:
     """Which chunks a rank sends in a round; it receives what its source sends."""
 
+    def __init_subclass__(cls) -> None:
+        """Let a rule with a span of its own stand for itself, unless it says what is alike."""
+        super().__init_subclass__()
+        if "span" in vars(cls) and "alike" not in vars(cls):
+            cls.alike = Chunks.alike  # type: ignore[method-assign]
+
     def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
         """Return (first, length): chunks first, first + 1, ... modulo num_chunks."""
         raise NotImplementedError
@@ -44,7 +50,8 @@ class Chunks:
     def alike(self) -> Chunks:
         """Return one representative of all rules that give every rank the same length.
 
-        Rounds that are alike cost the same, and are priced once.
+        Rounds that are alike cost the same, and are priced once. A rule derived from another is
+        none of that one's kind where it has a span, and no `alike`, of its own.
         """
         return self
 

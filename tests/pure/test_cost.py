@@ -1,10 +1,14 @@
 """Every price has a closed form."""
 
+from dataclasses import dataclass, replace
+
 import pytest
 
 from ringfold.comm.algorithms import build
 from ringfold.comm.cost import price
+from ringfold.comm.schedule import Chunks, Ranks, Rotated
 from ringfold.comm.topology import Cluster, Link
+from ringfold.comm.verify import verify
 
 LATENCY, BANDWIDTH, ADD = 5e-6, 25e9, 10e9
 FLAT = Cluster(Link(LATENCY, BANDWIDTH))
@@ -62,6 +66,45 @@ def test_ranks_of_a_node_share_its_card() -> None:
     assert price(schedule, nbytes, cards).seconds == pytest.approx(expected)
     inside = price(build("alltoall", "pairwise", 4), 4 * 16 * 1000, shared).seconds
     assert inside == pytest.approx(3 * (1e-6 + 4000 / 100e9))
+
+
+@dataclass(frozen=True)
+class Several(Rotated):
+    """Send some neighbouring chunks."""
+
+    count: int = 2
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        return (self.count * (rank + self.offset)) % num_chunks, rank * 0 + self.count
+
+
+@dataclass(frozen=True)
+class All(Several):
+    """Derived again, with a kind of its own."""
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        return rank * 0 + self.offset % num_chunks, rank * 0 + num_chunks
+
+    def alike(self) -> Chunks:
+        return All(0)
+
+
+def test_a_rule_derived_from_another_is_priced_as_itself() -> None:
+    """It was priced as the rule that it is derived from: half the bytes."""
+    ring = build("allreduce", "ring", 4)
+    double = replace(
+        ring,
+        num_chunks=8,
+        rounds=tuple(
+            replace(round, chunks=Several(round.chunks.offset))  # type: ignore[attr-defined]
+            for round in ring.rounds
+        ),
+    )
+    verify(double)
+    nbytes = 4 * 8 * 1000
+    assert price(double, nbytes, FLAT).bytes_sent == price(ring, nbytes, FLAT).bytes_sent
+    assert price(double, nbytes, FLAT).priced == len(ring.rounds)
+    assert All(1).alike() == All(0) and Rotated(1).alike() == Rotated(0)
 
 
 def test_a_hundred_thousand_ranks_are_priced_from_two_rounds() -> None:
