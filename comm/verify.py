@@ -210,6 +210,8 @@ def _adds_raw(schedule: Schedule, round: Round, step: Moves, held: Cell, summed:
     A run of chunks is added to as a whole (`program.with_accumulator`), and is rounded once it is
     sent or copied over: what is added afterwards, or to a part of it, would be rounded twice.
     """
+    if not round.reduce and not summed:
+        return True
     num_chunks = schedule.num_chunks
 
     def own(rank: int, chunk: int) -> bool:
