@@ -10,7 +10,7 @@ from .collective import COLLECTIVES
 from .dtypes import DType
 from .errors import ScheduleError
 from .program import Program, lower
-from .schedule import Schedule
+from .schedule import Schedule, require_hashable
 from .select import choose
 from .topology import Nodes
 from .tune import Tuning
@@ -91,7 +91,11 @@ class Choice:
         ):
             if given != needed:
                 raise ScheduleError(f"the schedule's {what} is {given}, this call's is {needed}")
-        proof = self._proven(schedule)
+        try:
+            proof = self._proven(schedule)
+        except TypeError:
+            require_hashable(schedule)
+            raise
         program = lower(schedule, self._rank, count)
         reason = "passed by the caller"
         return Chosen(schedule, program, "schedule", reason, proof.raw_reduce, proof.digest)

@@ -6,6 +6,8 @@ rank, proven over all ranks, and priced at a hundred thousand.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,7 +141,8 @@ class Schedule:
     Construction checks the numbers only; `verify.verify` proves the rounds, and a Communicator
     proves every schedule of a user's before it runs.
 
-    Raises: ScheduleError where size, num_chunks and root do not fit the collective.
+    Raises: ScheduleError where size, num_chunks and root do not fit the collective, or where a
+    round is no Round.
     """
 
     collective: Collective
@@ -150,6 +153,15 @@ class Schedule:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rounds", tuple(self.rounds))
+        for name in ("size", "num_chunks", "root"):
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, operator.index(value))
+            except TypeError:
+                raise ScheduleError(f"{name} must be a whole number, got {value!r}") from None
+        for index, round in enumerate(self.rounds):
+            if not isinstance(round, Round):
+                raise ScheduleError(f"expected a Round, got {round!r}", round=index)
         problem = self.collective.misfit(self.size, self.num_chunks, self.root)
         if problem:
             raise ScheduleError(problem)
@@ -171,16 +183,49 @@ class Moves:
     length: npt.NDArray[np.int64]
 
 
-def moves(round: Round, size: int, num_chunks: int) -> Moves:
-    """Evaluate a round at all ranks; ranks that send nothing are left out."""
+def moves(round: Round, size: int, num_chunks: int, index: int | None = None) -> Moves:
+    """Evaluate a round at all ranks; ranks that send nothing are left out.
+
+    Raises: ScheduleError, with the round's index, for a rule that does not work on arrays.
+    """
     ranks = np.arange(size, dtype=np.int64)
-    dst = np.broadcast_to(np.asarray(round.peers.dst(ranks, size), dtype=np.int64), size)
-    first, length = (
-        np.broadcast_to(np.asarray(part, dtype=np.int64), size)
-        for part in round.chunks.span(ranks, size, num_chunks)
+    (dst,) = on_ranks(round.peers, lambda: (round.peers.dst(ranks, size),), size, index)
+    first, length = on_ranks(
+        round.chunks, lambda: round.chunks.span(ranks, size, num_chunks), size, index
     )
     active = (dst != NOBODY) & (length > 0)
     return Moves(ranks[active], dst[active], first[active], length[active])
+
+
+def on_ranks(
+    rule: Peers | Chunks, evaluate: Callable[[], Iterable[Ranks]], size: int, index: int | None
+) -> list[npt.NDArray[np.int64]]:
+    """Return what a rule says of all ranks, as arrays; raise ScheduleError where it cannot."""
+    try:
+        return [np.broadcast_to(np.asarray(part, dtype=np.int64), size) for part in evaluate()]
+    except ScheduleError:
+        raise
+    except Exception as error:
+        raise ScheduleError(
+            f"the rule {type(rule).__name__} cannot be evaluated at an array of all {size} ranks "
+            f"({type(error).__name__}: {error}); it must take an array as well as one rank: "
+            "np.where instead of `if`",
+            round=index,
+        ) from error
+
+
+def require_hashable(schedule: Schedule) -> None:
+    """Raise ScheduleError where a rule cannot be remembered."""
+    for index, round in enumerate(schedule.rounds):
+        for rule in (round.peers, round.chunks):
+            try:
+                hash(rule)
+            except TypeError as error:
+                raise ScheduleError(
+                    f"the rule {type(rule).__name__} cannot be hashed ({error}): make it a frozen "
+                    "dataclass of hashable fields, tuples instead of lists",
+                    round=index,
+                ) from None
 
 
 def draw(schedule: Schedule) -> str:
@@ -190,7 +235,7 @@ def draw(schedule: Schedule) -> str:
     """
     lines = []
     for index, round in enumerate(schedule.rounds):
-        step = moves(round, schedule.size, schedule.num_chunks)
+        step = moves(round, schedule.size, schedule.num_chunks, index)
         sign = "+" if round.reduce else ""
         words = [
             f"{src}>{dst}:{shown_run(first, length, schedule.num_chunks)}{sign}"

@@ -17,7 +17,16 @@ import numpy as np
 from .chunks import ranges
 from .collective import ALLTOALL
 from .errors import ScheduleError
-from .schedule import NOBODY, Moves, Round, Schedule, moves, shown_run
+from .schedule import (
+    NOBODY,
+    Moves,
+    Round,
+    Schedule,
+    moves,
+    on_ranks,
+    require_hashable,
+    shown_run,
+)
 from .texts import shown_ranks
 
 
@@ -67,6 +76,7 @@ def verify(schedule: Schedule) -> Proof:
     Returns: the Proof.
     Raises: ScheduleError with the first round, rank and chunk that break it.
     """
+    require_hashable(schedule)
     orders = _Orders()
     held = _start(schedule, orders)
     messages = digest = 0
@@ -107,9 +117,12 @@ def _matched(schedule: Schedule, round: Round, index: int) -> Moves:
     """Return the round's moves, every send having the receive that its receiver expects."""
     size = schedule.size
     ranks = np.arange(size, dtype=np.int64)
+    peers = round.peers
     dst, src = (
-        np.broadcast_to(np.asarray(rule(ranks, size), dtype=np.int64), size).tolist()
-        for rule in (round.peers.dst, round.peers.src)
+        told.tolist()
+        for told in on_ranks(
+            peers, lambda: (peers.dst(ranks, size), peers.src(ranks, size)), size, index
+        )
     )
     for rank in range(size):
         for peer, back, does, answers in (
@@ -129,7 +142,7 @@ def _matched(schedule: Schedule, round: Round, index: int) -> Moves:
                     round=index,
                     rank=rank,
                 )
-    step = moves(round, size, schedule.num_chunks)
+    step = moves(round, size, schedule.num_chunks, index)
     for rank, first, length in zip(
         step.src.tolist(), step.first.tolist(), step.length.tolist(), strict=True
     ):

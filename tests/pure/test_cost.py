@@ -6,7 +6,8 @@ import pytest
 
 from ringfold.comm.algorithms import build
 from ringfold.comm.cost import price
-from ringfold.comm.schedule import Chunks, Ranks, Rotated
+from ringfold.comm.errors import ScheduleError
+from ringfold.comm.schedule import Chunks, Ranks, Rotated, Shift
 from ringfold.comm.topology import Cluster, Link
 from ringfold.comm.verify import verify
 
@@ -105,6 +106,34 @@ def test_a_rule_derived_from_another_is_priced_as_itself() -> None:
     assert price(double, nbytes, FLAT).bytes_sent == price(ring, nbytes, FLAT).bytes_sent
     assert price(double, nbytes, FLAT).priced == len(ring.rounds)
     assert All(1).alike() == All(0) and Rotated(1).alike() == Rotated(0)
+
+
+@dataclass(frozen=True)
+class Listless(Shift):
+    """Not hashable, for its field."""
+
+    by: list[int]  # type: ignore[assignment]
+
+
+class Branching(Shift):
+    """Not for arrays."""
+
+    def dst(self, rank: Ranks, size: int) -> Ranks:
+        return rank + 1 if rank + 1 < size else 0
+
+
+def test_rules_that_cannot_be_remembered_or_evaluated_are_named() -> None:
+    ring = build("allreduce", "ring", 4)
+    for rule, text in (
+        (Branching(1), "round 3: the rule Branching cannot be evaluated at an array of all 4 rank"),
+        (Listless([1, 2]), "round 3: the rule Listless cannot be hashed (unhashable type: 'list')"),
+    ):
+        rounds = list(ring.rounds)
+        rounds[3] = replace(rounds[3], peers=rule)
+        for judge in (verify, lambda schedule: price(schedule, 64, FLAT)):
+            with pytest.raises(ScheduleError) as caught:
+                judge(replace(ring, rounds=tuple(rounds)))
+            assert str(caught.value).startswith(text) and caught.value.round == 3
 
 
 def test_a_hundred_thousand_ranks_are_priced_from_two_rounds() -> None:

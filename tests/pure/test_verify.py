@@ -253,6 +253,7 @@ def test_an_alltoall_that_forwards_is_refused() -> None:
         (BROADCAST, 2, 1, 2, "root 2 is outside 0..1"),
         (REDUCE_SCATTER, 3, 4, 0, "multiple of size 3, got 4"),
         (ALLTOALL, 3, 3, 0, "size . size = 9, got 3"),
+        (ALLREDUCE, 3, 1.5, 0, "num_chunks must be a whole number, got 1.5"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(
@@ -260,6 +261,8 @@ def test_numbers_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ScheduleError, match=text.replace("..", r"\.\.")):
         Schedule(collective, size, num_chunks, (), root)  # type: ignore[arg-type]
+    with pytest.raises(ScheduleError, match="round 1: expected a Round, got 5"):
+        Schedule(ALLREDUCE, 2, 1, (ring(2).rounds[0], 5))  # type: ignore[arg-type]
 
 
 @given(st.sampled_from(sorted(BUILDERS)), st.integers(2, 9), st.data())
