@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .schedule import Chunks, Moves, Round, Schedule, moves, require_hashable
+from .schedule import Chunks, Moves, Peers, Round, Schedule, moves, require_hashable
 from .topology import Cluster, Link
 
 
@@ -50,7 +50,7 @@ def price(schedule: Schedule, nbytes: int, cluster: Cluster, itemsize: int = 4) 
     if nbytes < 0 or itemsize < 1:
         raise ValueError(f"expected nbytes >= 0 and itemsize >= 1, got {nbytes} and {itemsize}")
     try:
-        kinds = _kinds(schedule)
+        different = kinds(schedule, cluster)
     except TypeError:
         require_hashable(schedule)
         raise
@@ -59,27 +59,30 @@ def price(schedule: Schedule, nbytes: int, cluster: Cluster, itemsize: int = 4) 
     seconds = 0.0
     rounds = 0
     sent = np.zeros(schedule.size, dtype=np.int64)
-    for round, (index, repeat) in kinds.items():
+    for round, (index, repeat) in different.items():
         step = moves(round, schedule.size, schedule.num_chunks, index)
         one = _price_round(schedule.size, step, round.reduce, chunk_bytes, nbytes, cluster)
         seconds += repeat * one.seconds
         rounds += repeat * bool(one.sent.any() or one.seconds > 0)
         sent += repeat * one.sent
-    return Price(seconds, rounds, int(sent.max(initial=0)), len(kinds))
+    return Price(seconds, rounds, int(sent.max(initial=0)), len(different))
 
 
-def _kinds(schedule: Schedule) -> dict[Round, tuple[int, int]]:
+def kinds(schedule: Schedule, cluster: Cluster) -> dict[Round, tuple[int, int]]:
     """Return (where it comes first, how often it comes) of one round for all that are alike."""
-    alike: dict[Chunks, Chunks] = {}
-    kinds: dict[Round, tuple[int, int]] = {}
+    chunks: dict[Chunks, Chunks] = {}
+    peers: dict[Peers, Peers] = {}
+    found: dict[Round, tuple[int, int]] = {}
     for index, round in enumerate(schedule.rounds):
-        like = alike.get(round.chunks)
-        if like is None:
-            like = alike[round.chunks] = round.chunks.alike()
-        kind = Round(round.peers, like, round.reduce)
-        first, times = kinds.get(kind, (index, 0))
-        kinds[kind] = first, times + 1
-    return kinds
+        if round.chunks not in chunks:
+            chunks[round.chunks] = round.chunks.alike()
+        if round.peers not in peers:
+            apart = cluster.ranks_per_node == 1
+            peers[round.peers] = round.peers.alike() if apart else round.peers
+        kind = Round(peers[round.peers], chunks[round.chunks], round.reduce)
+        first, times = found.get(kind, (index, 0))
+        found[kind] = first, times + 1
+    return found
 
 
 def _price_round(

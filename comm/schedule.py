@@ -27,6 +27,12 @@ Ranks = Any
 class Peers:
     """Who talks to whom in a round; subclass as a frozen dataclass and give both directions."""
 
+    def __init_subclass__(cls) -> None:
+        """Let a rule with a direction of its own stand for itself, unless it says what is alike."""
+        super().__init_subclass__()
+        if ("dst" in vars(cls) or "src" in vars(cls)) and "alike" not in vars(cls):
+            cls.alike = Peers.alike  # type: ignore[method-assign]
+
     def dst(self, rank: Ranks, size: int) -> Ranks:
         """Return the rank that `rank` sends to, or NOBODY."""
         raise NotImplementedError
@@ -34,6 +40,14 @@ class Peers:
     def src(self, rank: Ranks, size: int) -> Ranks:
         """Return the rank that `rank` receives from, or NOBODY."""
         raise NotImplementedError
+
+    def alike(self) -> Peers:
+        """Return one representative of all rules with which the same ranks send.
+
+        Where every rank has a node of its own, it matters for a price who sends, not to whom. What
+        is derived from a rule is none of its kind, as with Chunks.
+        """
+        return self
 
 
 class Chunks:
@@ -69,6 +83,9 @@ class Shift(Peers):
 
     def src(self, rank: Ranks, size: int) -> Ranks:
         return (rank - self.by) % size
+
+    def alike(self) -> Peers:
+        return Shift(1)
 
 
 @dataclass(frozen=True)

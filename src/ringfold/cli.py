@@ -11,9 +11,9 @@ from pathlib import Path
 
 from . import units
 from .builders import ALL_ROOTS, Misuse, find_builder
-from .comm.cost import price
+from .comm.cost import kinds, price
 from .comm.errors import ScheduleError
-from .comm.schedule import draw
+from .comm.schedule import Schedule, draw
 from .comm.topology import Cluster, Link
 from .comm.verify import verify
 
@@ -22,6 +22,9 @@ REFUSED, MISUSED = 1, 2
 
 CUT_OFF = 141
 """Exit status where the output was read to no end: a shell's for SIGPIPE."""
+
+LONG_SECONDS, RANK_SECONDS = 5.0, 20e-9
+"""A price that takes longer is announced; a round takes so long for every rank."""
 
 BUSBW = {
     "allreduce": lambda size: 2 * (size - 1) / size,
@@ -161,6 +164,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
         )
         if schedule.collective.name == "barrier":
             nbytes = 0  # tokens alone travel, whatever a buffer would be
+        _warn_of_a_long_wait(schedule, cluster)
         cost = price(schedule, nbytes, cluster, arguments.itemsize)
     except ScheduleError as error:
         print(f"refused: size {arguments.ranks}: {error}")
@@ -182,6 +186,24 @@ def _simulate(arguments: argparse.Namespace) -> int:
     ):
         print(f"{name + ':':<30} {value}")
     return 0
+
+
+def _warn_of_a_long_wait(schedule: Schedule, cluster: Cluster) -> None:
+    """Say so where most rounds differ, and each is evaluated at very many ranks."""
+    if len(schedule.rounds) * schedule.size * RANK_SECONDS < LONG_SECONDS:
+        return
+    try:
+        different = len(kinds(schedule, cluster))
+    except TypeError:  # not hashable, which price() explains
+        return
+    seconds = different * schedule.size * RANK_SECONDS
+    if seconds >= LONG_SECONDS:
+        print(
+            f"ringfold: {different} of {len(schedule.rounds)} rounds differ and are priced one by "
+            f"one, which takes about {seconds:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _compare(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfold import units
+from ringfold import cli, units
 from ringfold.builders import ALL_ROOTS, Builder
 from ringfold.cli import CUT_OFF, _unwritable, main
 
@@ -122,6 +122,16 @@ def test_a_hundred_thousand_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command.split()) == 0
     out = capsys.readouterr().out
     assert "199998" in out and "1.086 s" in out and "(simulated)" in out
+
+
+def test_a_price_that_takes_long_is_announced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "LONG_SECONDS", 8 * 7 * cli.RANK_SECONDS)
+    assert main(["simulate", "reduce:pairwise", "--ranks", "8"]) == 0
+    assert "7 of 7 rounds differ and are priced one by one" in capsys.readouterr().err
+    assert main(["simulate", "allreduce:pairwise", "--ranks", "8"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_node_groups_follow_the_cluster(capsys: pytest.CaptureFixture[str]) -> None:

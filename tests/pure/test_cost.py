@@ -4,10 +4,11 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from ringfold.comm.algorithms import build
+from ringfold.comm.algorithms import BUILDERS, build
+from ringfold.comm.collective import COLLECTIVES
 from ringfold.comm.cost import price
 from ringfold.comm.errors import ScheduleError
-from ringfold.comm.schedule import Chunks, Ranks, Rotated, Shift
+from ringfold.comm.schedule import Chunks, Peers, Ranks, Rotated, Shift
 from ringfold.comm.topology import Cluster, Link
 from ringfold.comm.verify import verify
 
@@ -139,6 +140,44 @@ def test_rules_that_cannot_be_remembered_or_evaluated_are_named() -> None:
 def test_a_hundred_thousand_ranks_are_priced_from_two_rounds() -> None:
     found = price(build("allreduce", "ring", 100_000), 1 << 30, FLAT)
     assert (found.rounds, found.priced) == (199_998, 2)
+
+
+def test_pairwise_is_priced_from_two_rounds_as_well() -> None:
+    found = price(build("allreduce", "pairwise", 20_000), 1 << 30, FLAT)
+    assert (found.rounds, found.priced) == (39_998, 2)
+    ring = price(build("allreduce", "ring", 20_000), 1 << 30, FLAT)
+    assert found.seconds == pytest.approx(ring.seconds) and found.bytes_sent == ring.bytes_sent
+
+
+@dataclass(frozen=True)
+class ItsOwnKind(Peers):
+    """Do what another rule does, like no other."""
+
+    of: Peers
+
+    def dst(self, rank: Ranks, size: int) -> Ranks:
+        return self.of.dst(rank, size)
+
+    def src(self, rank: Ranks, size: int) -> Ranks:
+        return self.of.src(rank, size)
+
+
+@pytest.mark.parametrize("name", BUILDERS, ids=":".join)
+def test_rounds_that_are_alike_cost_the_same(name: tuple[str, str]) -> None:
+    for size in (2, 5, 8):
+        schedule = build(*name, size, size - 1 if COLLECTIVES[name[0]].rooted else 0)
+        one_by_one = replace(
+            schedule,
+            rounds=tuple(
+                replace(round, peers=ItsOwnKind(round.peers)) for round in schedule.rounds
+            ),
+        )
+        for cluster in (ADDING, Cluster(FLAT.inter, Link(1e-6, 100e9), ranks_per_node=2)):
+            found, right = (price(one, 4000 * size, cluster) for one in (schedule, one_by_one))
+            assert found.seconds == pytest.approx(right.seconds)
+            assert (found.rounds, found.bytes_sent) == (right.rounds, right.bytes_sent)
+    assert ItsOwnKind(Shift(2)).alike() == ItsOwnKind(Shift(2))
+    assert Branching(2).alike() == Branching(2) and Shift(2).alike() == Shift(1)
 
 
 @pytest.mark.parametrize(
