@@ -10,7 +10,7 @@ from .collective import COLLECTIVES
 from .dtypes import DType
 from .errors import ScheduleError
 from .program import Program, lower
-from .schedule import Schedule
+from .schedule import Schedule, require_hashable
 from .select import choose
 from .topology import Nodes
 from .tune import Tuning
@@ -19,13 +19,22 @@ from .verify import verify
 
 @dataclass(frozen=True)
 class Chosen:
-    """A schedule lowered for this rank, and why it was taken."""
+    """A schedule lowered for this rank, and why it was taken.
+
+    digest: of a schedule that the caller has passed, as it has no name of its own.
+    """
 
     schedule: Schedule
     program: Program
     algorithm: str
     reason: str
     raw_reduce: bool
+    digest: str = ""
+
+    @property
+    def way(self) -> str:
+        """Return the name that ranks compare."""
+        return f"{self.algorithm} {self.digest}" if self.digest else self.algorithm
 
 
 class Choice:
@@ -82,6 +91,11 @@ class Choice:
         ):
             if given != needed:
                 raise ScheduleError(f"the schedule's {what} is {given}, this call's is {needed}")
-        proof = self._proven(schedule)
+        try:
+            proof = self._proven(schedule)
+        except TypeError:
+            require_hashable(schedule)
+            raise
         program = lower(schedule, self._rank, count)
-        return Chosen(schedule, program, "schedule", "passed by the caller", proof.raw_reduce)
+        reason = "passed by the caller"
+        return Chosen(schedule, program, "schedule", reason, proof.raw_reduce, proof.digest)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .schedule import Chunks, Moves, Peers, Round, Schedule, moves
+from .schedule import Chunks, Moves, Peers, Round, Schedule, moves, require_hashable
 from .topology import Cluster, Link
 
 
@@ -44,42 +44,57 @@ def price(schedule: Schedule, nbytes: int, cluster: Cluster, itemsize: int = 4) 
     one, for alltoall all rows of all ranks). A chunk is priced at its largest size,
     ceil(count / num_chunks) elements of itemsize bytes.
 
-    Raises: ValueError for a negative nbytes, or an itemsize below 1.
+    Raises: ValueError for a negative nbytes, or an itemsize below 1; ScheduleError for rules that
+    cannot be hashed, or evaluated at an array of ranks.
     """
     if nbytes < 0 or itemsize < 1:
         raise ValueError(f"expected nbytes >= 0 and itemsize >= 1, got {nbytes} and {itemsize}")
+    try:
+        different = kinds(schedule, cluster)
+    except TypeError:
+        require_hashable(schedule)
+        raise
     count = -(-nbytes // itemsize)
     chunk_bytes = -(-count // schedule.num_chunks) * itemsize
-    alike: dict[Chunks, Chunks] = {}
-    times: dict[tuple[Peers, Chunks, bool], int] = {}
-    for round in schedule.rounds:
-        like = alike.get(round.chunks)
-        if like is None:
-            like = alike[round.chunks] = round.chunks.alike()
-        key = (round.peers, like, round.reduce)
-        times[key] = times.get(key, 0) + 1
     seconds = 0.0
     rounds = 0
     sent = np.zeros(schedule.size, dtype=np.int64)
-    for (peers, chunks, reduce), repeat in times.items():
-        one = _price_round(schedule, Round(peers, chunks, reduce), chunk_bytes, nbytes, cluster)
+    for round, (index, repeat) in different.items():
+        step = moves(round, schedule.size, schedule.num_chunks, index)
+        one = _price_round(schedule.size, step, round.reduce, chunk_bytes, nbytes, cluster)
         seconds += repeat * one.seconds
         rounds += repeat * bool(one.sent.any() or one.seconds > 0)
         sent += repeat * one.sent
-    return Price(seconds, rounds, int(sent.max(initial=0)), len(times))
+    return Price(seconds, rounds, int(sent.max(initial=0)), len(different))
+
+
+def kinds(schedule: Schedule, cluster: Cluster) -> dict[Round, tuple[int, int]]:
+    """Return (where it comes first, how often it comes) of one round for all that are alike."""
+    chunks: dict[Chunks, Chunks] = {}
+    peers: dict[Peers, Peers] = {}
+    found: dict[Round, tuple[int, int]] = {}
+    for index, round in enumerate(schedule.rounds):
+        if round.chunks not in chunks:
+            chunks[round.chunks] = round.chunks.alike()
+        if round.peers not in peers:
+            apart = cluster.ranks_per_node == 1
+            peers[round.peers] = round.peers.alike() if apart else round.peers
+        kind = Round(peers[round.peers], chunks[round.chunks], round.reduce)
+        first, times = found.get(kind, (index, 0))
+        found[kind] = first, times + 1
+    return found
 
 
 def _price_round(
-    schedule: Schedule, round: Round, chunk_bytes: int, nbytes: int, cluster: Cluster
+    size: int, step: Moves, reduce: bool, chunk_bytes: int, nbytes: int, cluster: Cluster
 ) -> _RoundPrice:
-    step = moves(round, schedule.size, schedule.num_chunks)
-    sent = np.zeros(schedule.size, dtype=np.int64)
+    sent = np.zeros(size, dtype=np.int64)
     if step.src.size == 0:
         return _RoundPrice(0.0, sent)
     message = np.minimum(step.length * chunk_bytes, nbytes)
     sent[step.src] = message
     travel = _travel(step, message, cluster)
-    added = message / cluster.reduce_bandwidth if round.reduce else 0.0
+    added = message / cluster.reduce_bandwidth if reduce else 0.0
     return _RoundPrice(float((travel + added).max()), sent)
 
 

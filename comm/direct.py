@@ -223,7 +223,7 @@ class Direct:
             nbytes,
             f"{chosen.reason}; {self._reason}",
         )
-        way = f"direct {chosen.algorithm}"
+        way = f"direct {chosen.way}"
         mark = fingerprint(signature, way)
         return Prepared(receipt, Channel.COLLECTIVE, begin, signature, way=way, mark=mark)
 

@@ -2,7 +2,8 @@
 
 A round's pieces travel in segments, a few in flight at a time, and a segment is added while the
 next ones are on their way. Segment k is added only when segment k has been both received and sent:
-a rank may be sending the very memory that it adds to.
+a rank may be sending the very memory that it adds to. `verify` refuses a round for which that is
+not enough, as one of the segments behind would be added to.
 """
 
 from __future__ import annotations

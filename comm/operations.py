@@ -242,6 +242,8 @@ class Operations:
             header.write(words, buffer)
         announce = self.choice.choose("broadcast", words.size, DTYPES["uint8"], None, root)
         name = algorithm if algorithm is not None else "tree"
+        # Judged and named now, lowered once its count is known.
+        judged = self.choice.choose("scatter", 0, DTYPES["uint8"], name, root)
 
         def run(tag: int) -> Steps:
             yield from self._executor(announce.program, words, words).run(tag)
@@ -261,7 +263,8 @@ class Operations:
             return result
 
         nbytes = 0 if buffer is None else buffer.flat.nbytes
-        shown = replace(announce, algorithm=_name(name), reason="scatter announces its shape first")
+        reason = "scatter announces its shape first"
+        shown = replace(announce, algorithm=judged.algorithm, digest=judged.digest, reason=reason)
         signature = Signature("scatter", "", "", 0, root)
         if buffer is not None:
             signature = Signature("scatter", "", buffer.dtype.name, buffer.flat.size, root)
@@ -304,7 +307,7 @@ class Operations:
         kernel is needed.
         """
         chosen = self._token()
-        mark = fingerprint(Signature(name), chosen.algorithm)
+        mark = fingerprint(Signature(name), chosen.way)
 
         def run(number: int) -> Steps:
             token = np.zeros(1, np.uint8)
@@ -386,9 +389,9 @@ class Operations:
             nbytes,
             chosen.reason + self._lacking,
         )
-        mark = fingerprint(signature, chosen.algorithm)
+        way = chosen.way
+        mark = fingerprint(signature, way)
         note = executor.note if isinstance(executor, Compiled) else None
-        way = chosen.algorithm
         return Prepared(receipt, Channel.COLLECTIVE, run, signature, way=way, mark=mark, note=note)
 
     def _executor(
@@ -468,7 +471,3 @@ def _copy(buffer: Buffer) -> Buffer:
     """Return a private buffer of the same shape, holding nothing yet."""
     memory = np.empty(buffer.shape, buffer.flat.dtype)
     return Buffer(memory, memory, memory.reshape(-1), buffer.dtype, "numpy")
-
-
-def _name(algorithm: str | Schedule) -> str:
-    return algorithm if isinstance(algorithm, str) else "schedule"

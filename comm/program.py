@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from .chunks import begin, nested_begin, ranges
 from .collective import ALLTOALL
-from .errors import ScheduleError
 from .schedule import NOBODY, Round, Schedule
 
 
@@ -55,9 +54,6 @@ def lower(schedule: Schedule, rank: int, count: int) -> Program:
     """Evaluate a schedule at one rank for a flat buffer of `count` elements.
 
     Pieces without elements move nothing, on either side.
-
-    Raises: ScheduleError for an alltoall schedule that forwards a chunk, as there is no memory to
-    keep it in.
     """
     rows: list[tuple[int, int, int, int, int]] = []
     for index, round in enumerate(schedule.rounds):
@@ -70,8 +66,6 @@ def lower(schedule: Schedule, rank: int, count: int) -> Program:
             op = Op.RECV_REDUCE if round.reduce else Op.RECV
             for offset, length in _pieces(schedule, round, src, count, sending=False):
                 rows.append((index, op, src, offset, length))
-        if schedule.collective is ALLTOALL:
-            _refuse_forwarding(schedule, round, index, rank, dst)
     return Program(np.array(rows, dtype=np.int64).reshape(-1, 5))
 
 
@@ -102,27 +96,12 @@ def _owned_end(schedule: Schedule, count: int, high: int) -> int:
     return nested_begin(count, schedule.size, schedule.num_chunks, high)
 
 
-def _refuse_forwarding(schedule: Schedule, round: Round, index: int, rank: int, dst: int) -> None:
-    if dst == NOBODY:
-        return
-    first, length = round.chunks.span(rank, schedule.size, schedule.num_chunks)
-    for low, high in ranges(int(first), int(length), schedule.num_chunks):
-        for cell in range(low, high):
-            if (cell // schedule.size, cell % schedule.size) != (rank, dst):
-                raise ScheduleError(
-                    f"forwards a chunk to rank {dst}; an alltoall can be run only where chunks go "
-                    "straight to their place",
-                    round=index,
-                    rank=rank,
-                    chunk=cell,
-                )
-
-
 def with_accumulator(program: Program) -> Program:
     """Insert WIDEN before a piece's first addition, and NARROW before it is used again.
 
-    For schedules whose added messages are raw contributions (Proof.raw_reduce): half-width data
-    travels at half width, and every sum is added in float32 and rounded once.
+    For schedules that add raw contributions, and to a piece as a whole until it is used
+    (Proof.raw_reduce): half-width data travels at half width, and every sum is added in float32 and
+    rounded once.
     """
     rows: list[list[int]] = []
     open_pieces: list[tuple[int, int]] = []

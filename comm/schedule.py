@@ -6,6 +6,8 @@ rank, proven over all ranks, and priced at a hundred thousand.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +27,12 @@ Ranks = Any
 class Peers:
     """Who talks to whom in a round; subclass as a frozen dataclass and give both directions."""
 
+    def __init_subclass__(cls) -> None:
+        """Let a rule with a direction of its own stand for itself, unless it says what is alike."""
+        super().__init_subclass__()
+        if ("dst" in vars(cls) or "src" in vars(cls)) and "alike" not in vars(cls):
+            cls.alike = Peers.alike  # type: ignore[method-assign]
+
     def dst(self, rank: Ranks, size: int) -> Ranks:
         """Return the rank that `rank` sends to, or NOBODY."""
         raise NotImplementedError
@@ -33,9 +41,23 @@ class Peers:
         """Return the rank that `rank` receives from, or NOBODY."""
         raise NotImplementedError
 
+    def alike(self) -> Peers:
+        """Return one representative of all rules with which the same ranks send.
+
+        Where every rank has a node of its own, it matters for a price who sends, not to whom. What
+        is derived from a rule is none of its kind, as with Chunks.
+        """
+        return self
+
 
 class Chunks:
     """Which chunks a rank sends in a round; it receives what its source sends."""
+
+    def __init_subclass__(cls) -> None:
+        """Let a rule with a span of its own stand for itself, unless it says what is alike."""
+        super().__init_subclass__()
+        if "span" in vars(cls) and "alike" not in vars(cls):
+            cls.alike = Chunks.alike  # type: ignore[method-assign]
 
     def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
         """Return (first, length): chunks first, first + 1, ... modulo num_chunks."""
@@ -44,7 +66,8 @@ class Chunks:
     def alike(self) -> Chunks:
         """Return one representative of all rules that give every rank the same length.
 
-        Rounds that are alike cost the same, and are priced once.
+        Rounds that are alike cost the same, and are priced once. A rule derived from another is
+        none of that one's kind where it has a span, and no `alike`, of its own.
         """
         return self
 
@@ -60,6 +83,9 @@ class Shift(Peers):
 
     def src(self, rank: Ranks, size: int) -> Ranks:
         return (rank - self.by) % size
+
+    def alike(self) -> Peers:
+        return Shift(1)
 
 
 @dataclass(frozen=True)
@@ -115,7 +141,9 @@ class Round:
     """One exchange: every rank sends to at most one peer and receives from at most one.
 
     All ranks send what they hold at the start of the round; `reduce` adds what arrives to what the
-    receiver holds, otherwise it replaces it.
+    receiver holds, otherwise it replaces it. As it does so in place, a rank cannot receive a copy
+    of what it sends, nor a run to be added that begins inside, and not at the beginning of, the run
+    that it sends; `verify` refuses that.
     """
 
     peers: Peers
@@ -130,7 +158,8 @@ class Schedule:
     Construction checks the numbers only; `verify.verify` proves the rounds, and a Communicator
     proves every schedule of a user's before it runs.
 
-    Raises: ScheduleError where size, num_chunks and root do not fit the collective.
+    Raises: ScheduleError where size, num_chunks and root do not fit the collective, or where a
+    round is no Round.
     """
 
     collective: Collective
@@ -141,6 +170,15 @@ class Schedule:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rounds", tuple(self.rounds))
+        for name in ("size", "num_chunks", "root"):
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, operator.index(value))
+            except TypeError:
+                raise ScheduleError(f"{name} must be a whole number, got {value!r}") from None
+        for index, round in enumerate(self.rounds):
+            if not isinstance(round, Round):
+                raise ScheduleError(f"expected a Round, got {round!r}", round=index)
         problem = self.collective.misfit(self.size, self.num_chunks, self.root)
         if problem:
             raise ScheduleError(problem)
@@ -162,16 +200,49 @@ class Moves:
     length: npt.NDArray[np.int64]
 
 
-def moves(round: Round, size: int, num_chunks: int) -> Moves:
-    """Evaluate a round at all ranks; ranks that send nothing are left out."""
+def moves(round: Round, size: int, num_chunks: int, index: int | None = None) -> Moves:
+    """Evaluate a round at all ranks; ranks that send nothing are left out.
+
+    Raises: ScheduleError, with the round's index, for a rule that does not work on arrays.
+    """
     ranks = np.arange(size, dtype=np.int64)
-    dst = np.broadcast_to(np.asarray(round.peers.dst(ranks, size), dtype=np.int64), size)
-    first, length = (
-        np.broadcast_to(np.asarray(part, dtype=np.int64), size)
-        for part in round.chunks.span(ranks, size, num_chunks)
+    (dst,) = on_ranks(round.peers, lambda: (round.peers.dst(ranks, size),), size, index)
+    first, length = on_ranks(
+        round.chunks, lambda: round.chunks.span(ranks, size, num_chunks), size, index
     )
     active = (dst != NOBODY) & (length > 0)
     return Moves(ranks[active], dst[active], first[active], length[active])
+
+
+def on_ranks(
+    rule: Peers | Chunks, evaluate: Callable[[], Iterable[Ranks]], size: int, index: int | None
+) -> list[npt.NDArray[np.int64]]:
+    """Return what a rule says of all ranks, as arrays; raise ScheduleError where it cannot."""
+    try:
+        return [np.broadcast_to(np.asarray(part, dtype=np.int64), size) for part in evaluate()]
+    except ScheduleError:
+        raise
+    except Exception as error:
+        raise ScheduleError(
+            f"the rule {type(rule).__name__} cannot be evaluated at an array of all {size} ranks "
+            f"({type(error).__name__}: {error}); it must take an array as well as one rank: "
+            "np.where instead of `if`",
+            round=index,
+        ) from error
+
+
+def require_hashable(schedule: Schedule) -> None:
+    """Raise ScheduleError where a rule cannot be remembered."""
+    for index, round in enumerate(schedule.rounds):
+        for rule in (round.peers, round.chunks):
+            try:
+                hash(rule)
+            except TypeError as error:
+                raise ScheduleError(
+                    f"the rule {type(rule).__name__} cannot be hashed ({error}): make it a frozen "
+                    "dataclass of hashable fields, tuples instead of lists",
+                    round=index,
+                ) from None
 
 
 def draw(schedule: Schedule) -> str:
@@ -181,10 +252,10 @@ def draw(schedule: Schedule) -> str:
     """
     lines = []
     for index, round in enumerate(schedule.rounds):
-        step = moves(round, schedule.size, schedule.num_chunks)
+        step = moves(round, schedule.size, schedule.num_chunks, index)
         sign = "+" if round.reduce else ""
         words = [
-            f"{src}>{dst}:{_run(first, length, schedule.num_chunks)}{sign}"
+            f"{src}>{dst}:{shown_run(first, length, schedule.num_chunks)}{sign}"
             for src, dst, first, length in zip(
                 step.src.tolist(),
                 step.dst.tolist(),
@@ -197,5 +268,6 @@ def draw(schedule: Schedule) -> str:
     return "\n".join(lines)
 
 
-def _run(first: int, length: int, num_chunks: int) -> str:
+def shown_run(first: int, length: int, num_chunks: int) -> str:
+    """Return a run of chunks as text: its first and its last."""
     return str(first) if length == 1 else f"{first}..{(first + length - 1) % num_chunks}"

@@ -8,14 +8,25 @@ allows.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from .chunks import ranges
+from .collective import ALLTOALL
 from .errors import ScheduleError
-from .schedule import NOBODY, Moves, Round, Schedule, moves
+from .schedule import (
+    NOBODY,
+    Moves,
+    Round,
+    Schedule,
+    moves,
+    on_ranks,
+    require_hashable,
+    shown_run,
+)
 from .texts import shown_ranks
 
 
@@ -31,12 +42,15 @@ class Proof:
     """What was found while a schedule was proven.
 
     messages: messages in all rounds and of all ranks.
-    raw_reduce: every message that is added carries one rank's own contribution, no partial sum.
+    raw_reduce: every message that is added carries one rank's own contribution, no partial sum, and
+        is added to an own contribution or to all of one sum that nobody has been sent yet.
+    digest: 8 hexadecimal digits that differ where messages do, but for chance.
     """
 
     rounds: int
     messages: int
     raw_reduce: bool
+    digest: str
 
 
 class _Orders:
@@ -62,23 +76,30 @@ def verify(schedule: Schedule) -> Proof:
     Returns: the Proof.
     Raises: ScheduleError with the first round, rank and chunk that break it.
     """
+    require_hashable(schedule)
     orders = _Orders()
     held = _start(schedule, orders)
-    messages = 0
+    messages = digest = 0
     raw_reduce = True
+    summed: Summed = {}
     for index, round in enumerate(schedule.rounds):
         step = _matched(schedule, round, index)
         arriving = _sent(schedule, step, held, index)
         _refuse_overwritten_sends(schedule, round, step, index)
+        if schedule.collective is ALLTOALL:
+            _refuse_forwarding(schedule, arriving, step, index)
+        raw_reduce = raw_reduce and _adds_raw(schedule, round, step, held, summed)
         for (rank, chunk), value in arriving.items():
-            if round.reduce:
-                raw_reduce = raw_reduce and value.contributors.bit_count() == 1
             held[rank, chunk] = _received(
                 schedule, round, held.get((rank, chunk)), value, orders, (index, rank, chunk)
             )
         messages += len(step.src)
+        words = np.stack((step.src, step.dst, step.first, step.length))
+        digest = zlib.crc32(words.tobytes(), zlib.crc32(bytes([round.reduce]), digest))
     _finish(schedule, held)
-    return Proof(len(schedule.rounds), messages, raw_reduce)
+    numbers = f"{schedule.size} {schedule.num_chunks} {schedule.root}"
+    digest = zlib.crc32(numbers.encode(), digest)
+    return Proof(len(schedule.rounds), messages, raw_reduce, f"{digest:08x}")
 
 
 def _start(schedule: Schedule, orders: _Orders) -> Cell:
@@ -96,9 +117,12 @@ def _matched(schedule: Schedule, round: Round, index: int) -> Moves:
     """Return the round's moves, every send having the receive that its receiver expects."""
     size = schedule.size
     ranks = np.arange(size, dtype=np.int64)
+    peers = round.peers
     dst, src = (
-        np.broadcast_to(np.asarray(rule(ranks, size), dtype=np.int64), size).tolist()
-        for rule in (round.peers.dst, round.peers.src)
+        told.tolist()
+        for told in on_ranks(
+            peers, lambda: (peers.dst(ranks, size), peers.src(ranks, size)), size, index
+        )
     )
     for rank in range(size):
         for peer, back, does, answers in (
@@ -118,7 +142,7 @@ def _matched(schedule: Schedule, round: Round, index: int) -> Moves:
                     round=index,
                     rank=rank,
                 )
-    step = moves(round, size, schedule.num_chunks)
+    step = moves(round, size, schedule.num_chunks, index)
     for rank, first, length in zip(
         step.src.tolist(), step.first.tolist(), step.length.tolist(), strict=True
     ):
@@ -156,23 +180,84 @@ def _sent(schedule: Schedule, step: Moves, held: Cell, index: int) -> Cell:
 
 
 def _refuse_overwritten_sends(schedule: Schedule, round: Round, step: Moves, index: int) -> None:
-    """Refuse a copy onto a chunk that is being sent: it has no memory of its own to arrive in."""
-    if round.reduce:
+    """Refuse what changes a chunk before it has been sent in the same round.
+
+    A copy has no memory of its own to arrive in. What is added has, a segment at a time: segment k
+    is added once segment k has been sent (`executor`), so that a run that begins with the sent one,
+    or before it, meets only what has left.
+    """
+    num_chunks = schedule.num_chunks
+    sent_first, sent_length = np.zeros((2, schedule.size), dtype=np.int64)
+    sent_first[step.src], sent_length[step.src] = step.first, step.length
+    first, length = sent_first[step.dst], sent_length[step.dst]
+    ahead = (step.first - first) % num_chunks
+    inside = ahead < length
+    covers = (length > 0) & ((first - step.first) % num_chunks < step.length)
+    wrong = np.flatnonzero(inside & (ahead > 0) if round.reduce else inside | covers)
+    if not wrong.size:
         return
-    runs = zip(step.first.tolist(), step.length.tolist(), strict=True)
-    sent = dict(zip(step.src.tolist(), runs, strict=True))
-    for src, dst in zip(step.src.tolist(), step.dst.tolist(), strict=True):
-        if dst not in sent:
-            continue
-        mine, theirs = (
-            set(_chunks(sent[rank][0], sent[rank][1], schedule.num_chunks)) for rank in (dst, src)
+    at = wrong[0]
+    rank, src = int(step.dst[at]), int(step.src[at])
+    problem = f"receives from rank {src} a copy of a chunk that it sends in the same round"
+    if round.reduce:
+        come, leave = (
+            shown_run(int(start[at]), int(run[at]), num_chunks)
+            for start, run in ((step.first, step.length), (first, length))
         )
-        if mine & theirs:
+        problem = (
+            f"receives chunks {come} from rank {src}, to be added, while it sends {leave}: it "
+            "would add to chunks that it has yet to send; let both begin with the same chunk, or "
+            "send in a round before"
+        )
+    chunk = int(step.first[at] if inside[at] else first[at])
+    raise ScheduleError(problem, round=index, rank=rank, chunk=chunk)
+
+
+Summed = dict[tuple[int, int], tuple[int, int] | None]
+"""(rank, chunk) -> the run of chunks that was added, None where the sum has been used since."""
+
+
+def _adds_raw(schedule: Schedule, round: Round, step: Moves, held: Cell, summed: Summed) -> bool:
+    """Tell whether a round keeps the promise of Proof.raw_reduce, and note what it does to sums.
+
+    A run of chunks is added to as a whole (`program.with_accumulator`), and is rounded once it is
+    sent or copied over: what is added afterwards, or to a part of it, would be rounded twice.
+    """
+    if not round.reduce and not summed:
+        return True
+    num_chunks = schedule.num_chunks
+
+    def own(rank: int, chunk: int) -> bool:
+        return (rank, chunk) in held and held[rank, chunk].contributors.bit_count() == 1
+
+    for src, dst, first, length in zip(
+        step.src.tolist(), step.dst.tolist(), step.first.tolist(), step.length.tolist(), strict=True
+    ):
+        run = (first, length)
+        for chunk in _chunks(*run, num_chunks):
+            if round.reduce:
+                goes_on = own(dst, chunk) or summed.get((dst, chunk)) == run
+                if not own(src, chunk) or not goes_on:
+                    return False
+                summed[dst, chunk] = run
+                continue
+            for rank in (src, dst):
+                used = summed.get((rank, chunk)) or (0, 0)
+                summed.update(((rank, other), None) for other in _chunks(*used, num_chunks))
+    return True
+
+
+def _refuse_forwarding(schedule: Schedule, arriving: Cell, step: Moves, index: int) -> None:
+    """Refuse what is not sent straight from its row to its column: there is no other memory."""
+    sources = dict(zip(step.dst.tolist(), step.src.tolist(), strict=True))
+    for rank, cell in arriving:
+        if divmod(cell, schedule.size) != (sources[rank], rank):
             raise ScheduleError(
-                f"receives from rank {src} a copy of a chunk that it sends in the same round",
+                f"forwards a chunk to rank {rank}; an alltoall can be run only where chunks go "
+                "straight to their place",
                 round=index,
-                rank=dst,
-                chunk=min(mine & theirs),
+                rank=sources[rank],
+                chunk=cell,
             )
 
 
@@ -185,6 +270,11 @@ def _received(
     place: tuple[int, int, int],
 ) -> Held:
     index, rank, chunk = place
+    if old is None and round.reduce:
+        # A collective that only moves adds nothing at all, whatever a round of it says.
+        raise ScheduleError(
+            "would add to a chunk that it does not hold", round=index, rank=rank, chunk=chunk
+        )
     if old is None:
         return new
     twice = old.contributors & new.contributors

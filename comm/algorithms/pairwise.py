@@ -76,6 +76,9 @@ class Spoke(Peers):
     def src(self, rank: Ranks, size: int) -> Ranks:
         return np.where((rank - self.root) % size == self.step, self.root, NOBODY)
 
+    def alike(self) -> Peers:
+        return Spoke(1, self.root)
+
 
 def pairwise_broadcast(size: int, root: int = 0) -> Schedule:
     """Send the whole buffer from the root to one rank after the other.

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import units
-from .comm.algorithms import BUILDERS, build
-from .comm.collective import COLLECTIVES
-from .comm.cost import price
+from .builders import ALL_ROOTS, Misuse, find_builder
+from .comm.cost import kinds, price
 from .comm.errors import ScheduleError
 from .comm.schedule import Schedule, draw
-from .comm.topology import Cluster, Link, Nodes
+from .comm.topology import Cluster, Link
 from .comm.verify import verify
 
 REFUSED, MISUSED = 1, 2
 """Exit status: the algorithm is wrong, or runs differ; the command is wrong."""
+
+CUT_OFF = 141
+"""Exit status where the output was read to no end: a shell's for SIGPIPE."""
+
+LONG_SECONDS, RANK_SECONDS = 5.0, 20e-9
+"""A price that takes longer is announced; a round takes so long for every rank."""
 
 BUSBW = {
     "allreduce": lambda size: 2 * (size - 1) / size,
@@ -30,18 +34,19 @@ BUSBW = {
 }
 """busbw / algbw, as nccl-tests' doc/PERFORMANCE.md defines it; 1 for the other collectives."""
 
-Builder = Callable[[int], Iterator[Schedule]]
-
-
-class Misuse(Exception):
-    """The command cannot be carried out as it was given."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    arguments = _parser().parse_args(argv)
     try:
-        status: int = arguments.run(arguments)
+        try:
+            arguments = _parser().parse_args(argv)
+            status: int = arguments.run(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has enough, as `head` does: what is still in the buffer goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CUT_OFF
     except (Misuse, ValueError) as error:
         print(f"ringfold: {error}", file=sys.stderr)
         return MISUSED
@@ -54,8 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     algorithm = argparse.ArgumentParser(add_help=False)
     algorithm.add_argument(
         "algorithm",
-        help="FILE.py:FUNCTION, a function of size that returns a Schedule, or a built-in one as "
-        "COLLECTIVE:NAME, such as allreduce:ring",
+        help="FILE.py:FUNCTION, a function of size, and of root if it takes one, that returns a "
+        "Schedule; or a built-in one as COLLECTIVE:NAME, such as allreduce:ring",
     )
 
     proof = commands.add_parser(
@@ -103,27 +108,36 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    builder = _builder(arguments.algorithm)
+    builder = find_builder(arguments.algorithm)
     sizes = units.read_sizes(arguments.sizes)
     start = time.perf_counter()
     refused = proven = 0
+    rooted = False
     for size in sizes:
-        try:
-            for schedule in builder(size):
+        for root in builder.roots_of(size):
+            try:
+                schedule = builder.make(size, root)
                 if arguments.draw:
                     print(f"size {size}, root {schedule.root}:\n{draw(schedule)}")
                 verify(schedule)
-                proven += 1
-        except ScheduleError as error:
-            refused += 1
-            print(f"refused: size {size}: {error}")
+            except ScheduleError as error:
+                refused += 1
+                print(f"refused: size {size}{f', root {root}' if builder.roots else ''}: {error}")
+                break
+            proven += 1
+            rooted = rooted or schedule.collective.rooted
     seconds = time.perf_counter() - start
     if refused:
         print(f"{arguments.algorithm}: refused for {refused} of {len(sizes)} sizes")
         return REFUSED
+    note = ""
+    if rooted and not builder.roots:
+        note = "; for one root alone, as the function takes no `root`"
+    elif builder.roots and max(sizes) > ALL_ROOTS:
+        note = f"; for {ALL_ROOTS} roots each above {ALL_ROOTS} ranks"
     print(
         f"{arguments.algorithm}: proven for {len(sizes)} sizes "
-        f"({proven} schedules, {min(sizes)} to {max(sizes)} ranks) in {seconds:.2f} s"
+        f"({proven} schedules, {min(sizes)} to {max(sizes)} ranks) in {seconds:.2f} s{note}"
     )
     return 0
 
@@ -145,14 +159,16 @@ def _simulate(arguments: argparse.Namespace) -> int:
         raise Misuse(f"--ranks must be 1 or more, got {arguments.ranks}")
     start = time.perf_counter()
     try:
-        per_node = arguments.ranks_per_node
-        schedule = next(_builder(arguments.algorithm, per_node)(arguments.ranks))
+        schedule = find_builder(arguments.algorithm, arguments.ranks_per_node).make(
+            arguments.ranks, 0
+        )
+        if schedule.collective.name == "barrier":
+            nbytes = 0  # tokens alone travel, whatever a buffer would be
+        _warn_of_a_long_wait(schedule, cluster)
+        cost = price(schedule, nbytes, cluster, arguments.itemsize)
     except ScheduleError as error:
         print(f"refused: size {arguments.ranks}: {error}")
         return REFUSED
-    if schedule.collective.name == "barrier":
-        nbytes = 0  # tokens alone travel, whatever a buffer would be
-    cost = price(schedule, nbytes, cluster, arguments.itemsize)
     took = time.perf_counter() - start
     algbw = nbytes / cost.seconds if cost.seconds else 0.0
     busbw = BUSBW.get(schedule.collective.name)
@@ -170,6 +186,24 @@ def _simulate(arguments: argparse.Namespace) -> int:
     ):
         print(f"{name + ':':<30} {value}")
     return 0
+
+
+def _warn_of_a_long_wait(schedule: Schedule, cluster: Cluster) -> None:
+    """Say so where most rounds differ, and each is evaluated at very many ranks."""
+    if len(schedule.rounds) * schedule.size * RANK_SECONDS < LONG_SECONDS:
+        return
+    try:
+        different = len(kinds(schedule, cluster))
+    except TypeError:  # not hashable, which price() explains
+        return
+    seconds = different * schedule.size * RANK_SECONDS
+    if seconds >= LONG_SECONDS:
+        print(
+            f"ringfold: {different} of {len(schedule.rounds)} rounds differ and are priced one by "
+            f"one, which takes about {seconds:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -230,48 +264,3 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from .doctor import examine
 
     return examine()
-
-
-def _builder(name: str, ranks_per_node: int = 2) -> Builder:
-    """Return what makes the schedules of a size: one, or one per root for a built-in."""
-    left, colon, right = name.rpartition(":")
-    if not colon or not left or not right:
-        raise Misuse(f"expected FILE.py:FUNCTION or COLLECTIVE:NAME, got {name!r}")
-    if left in COLLECTIVES:
-        if (left, right) not in BUILDERS:
-            build(left, right, 1)  # raises, listing the names there are
-        rooted = COLLECTIVES[left].rooted
-        return lambda size: (
-            build(left, right, size, root, Nodes.blocks(size, ranks_per_node))
-            for root in range(size if rooted else 1)
-        )
-    function = _load(Path(left), right)
-
-    def own(size: int) -> Iterator[Schedule]:
-        schedule = function(size)
-        if not isinstance(schedule, Schedule):
-            raise Misuse(f"{name}({size}) returned {type(schedule).__name__}, expected a Schedule")
-        if schedule.size != size:
-            raise ScheduleError(f"{name}({size}) returned a schedule for {schedule.size} ranks")
-        yield schedule
-
-    return own
-
-
-def _load(path: Path, function: str) -> Callable[[int], object]:
-    if not path.is_file():
-        raise Misuse(f"no file {path}, and no collective of that name")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise Misuse(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name while they are made, and what the file imports may
-    # lie beside it, as for a script.
-    sys.modules[path.stem] = module
-    sys.path.insert(0, str(path.absolute().parent))
-    spec.loader.exec_module(module)
-    found = getattr(module, function, None)
-    if not callable(found):
-        raise Misuse(f"{path} has no function {function!r}")
-    result: Callable[[int], object] = found
-    return result

@@ -1,14 +1,19 @@
 """The command line judges a user's algorithm."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ringfold import units
-from ringfold.cli import _unwritable, main
+from ringfold import cli, units
+from ringfold.builders import ALL_ROOTS, Builder
+from ringfold.cli import CUT_OFF, _unwritable, main
 
 OWN = """
+from dataclasses import replace
+from ringfold.comm.algorithms import build
 from ringfold.comm.collective import ALLREDUCE
 from ringfold.comm.schedule import All, Round, Schedule, Shift
 
@@ -18,6 +23,24 @@ def around(size):
 
 def number(size):
     return 5
+
+def powers(size):
+    if size & (size - 1):
+        raise KeyError("a power of two")
+    return build("allreduce", "recursive_doubling", size)
+
+def at_root(size, root=0):
+    whole = build("broadcast", "tree", size, root)
+    return replace(whole, rounds=whole.rounds[:-1]) if root == 2 else whole
+
+def of_roots(size, root):
+    return build("broadcast", "tree", size, root)
+
+def of_one(size):
+    return build("broadcast", "tree", size)
+
+def of_another(size, root):
+    return build("broadcast", "tree", size)
 
 variable = 5
 """
@@ -46,6 +69,47 @@ def test_a_broken_one_is_refused(own: str, capsys: pytest.CaptureFixture[str]) -
     assert "refused for 2 of 3 sizes" in out
 
 
+def test_a_function_that_fails_for_one_size_is_judged_for_the_others(
+    own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", f"{own}:powers", "--sizes", "2-5"]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 3 and "raised KeyError: 'a power of two', at own.py:1" in out[0]
+    assert out[0].startswith("refused: size 3: ") and out[1].startswith("refused: size 5: ")
+    assert out[2].endswith("refused for 2 of 4 sizes")
+    assert main(["simulate", f"{own}:powers", "--ranks", "3"]) == 1
+    assert "powers(3) raised KeyError" in capsys.readouterr().out
+
+
+def test_a_function_of_roots_is_judged_for_all_of_them(
+    own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", f"{own}:at_root", "--sizes", "2-4"]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("refused: size 3, root 2: ") and "refused for 2 of 3 sizes" in out
+    assert main(["verify", f"{own}:of_roots", "--sizes", "2-4"]) == 0
+    assert "(9 schedules, 2 to 4 ranks)" in capsys.readouterr().out
+    assert main(["verify", f"{own}:of_one", "--sizes", "2-4"]) == 0
+    assert "; for one root alone, as the function takes no `root`" in capsys.readouterr().out
+    assert main(["verify", f"{own}:of_another", "--sizes", "2"]) == 1
+    assert "of_another(2, root=1) returned a schedule for root 0" in capsys.readouterr().out
+    assert Builder(lambda size, root: None, roots=True).roots_of(5) == [*range(5)]  # type: ignore
+    many = Builder(lambda size, root: None, roots=True).roots_of(1000)  # type: ignore
+    assert len(many) == ALL_ROOTS and (many[0], many[-1]) == (0, 999)
+
+
+@pytest.mark.parametrize(
+    "command", ["verify allreduce:ring --sizes 2-9 --draw", "simulate allreduce:ring"]
+)
+def test_a_reader_that_has_enough_ends_it_quietly(command: str) -> None:
+    script = f"import sys; from ringfold.cli import main; sys.exit(main({command.split()!r}))"
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run([sys.executable, "-c", script], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (CUT_OFF, b"")
+
+
 def test_rounds_are_drawn(capsys: pytest.CaptureFixture[str]) -> None:
     main(["verify", "allreduce:ring", "--sizes", "3", "--draw"])
     assert "0: 0>1:0+ 1>2:1+ 2>0:2+" in capsys.readouterr().out
@@ -58,6 +122,16 @@ def test_a_hundred_thousand_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command.split()) == 0
     out = capsys.readouterr().out
     assert "199998" in out and "1.086 s" in out and "(simulated)" in out
+
+
+def test_a_price_that_takes_long_is_announced(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "LONG_SECONDS", 8 * 7 * cli.RANK_SECONDS)
+    assert main(["simulate", "reduce:pairwise", "--ranks", "8"]) == 0
+    assert "7 of 7 rounds differ and are priced one by one" in capsys.readouterr().err
+    assert main(["simulate", "allreduce:pairwise", "--ranks", "8"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_node_groups_follow_the_cluster(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,10 +1,16 @@
 """Every price has a closed form."""
 
+from dataclasses import dataclass, replace
+
 import pytest
 
-from ringfold.comm.algorithms import build
+from ringfold.comm.algorithms import BUILDERS, build
+from ringfold.comm.collective import COLLECTIVES
 from ringfold.comm.cost import price
+from ringfold.comm.errors import ScheduleError
+from ringfold.comm.schedule import Chunks, Peers, Ranks, Rotated, Shift
 from ringfold.comm.topology import Cluster, Link
+from ringfold.comm.verify import verify
 
 LATENCY, BANDWIDTH, ADD = 5e-6, 25e9, 10e9
 FLAT = Cluster(Link(LATENCY, BANDWIDTH))
@@ -64,9 +70,114 @@ def test_ranks_of_a_node_share_its_card() -> None:
     assert inside == pytest.approx(3 * (1e-6 + 4000 / 100e9))
 
 
+@dataclass(frozen=True)
+class Several(Rotated):
+    """Send some neighbouring chunks."""
+
+    count: int = 2
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        return (self.count * (rank + self.offset)) % num_chunks, rank * 0 + self.count
+
+
+@dataclass(frozen=True)
+class All(Several):
+    """Derived again, with a kind of its own."""
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        return rank * 0 + self.offset % num_chunks, rank * 0 + num_chunks
+
+    def alike(self) -> Chunks:
+        return All(0)
+
+
+def test_a_rule_derived_from_another_is_priced_as_itself() -> None:
+    """It was priced as the rule that it is derived from: half the bytes."""
+    ring = build("allreduce", "ring", 4)
+    double = replace(
+        ring,
+        num_chunks=8,
+        rounds=tuple(
+            replace(round, chunks=Several(round.chunks.offset))  # type: ignore[attr-defined]
+            for round in ring.rounds
+        ),
+    )
+    verify(double)
+    nbytes = 4 * 8 * 1000
+    assert price(double, nbytes, FLAT).bytes_sent == price(ring, nbytes, FLAT).bytes_sent
+    assert price(double, nbytes, FLAT).priced == len(ring.rounds)
+    assert All(1).alike() == All(0) and Rotated(1).alike() == Rotated(0)
+
+
+@dataclass(frozen=True)
+class Listless(Shift):
+    """Not hashable, for its field."""
+
+    by: list[int]  # type: ignore[assignment]
+
+
+class Branching(Shift):
+    """Not for arrays."""
+
+    def dst(self, rank: Ranks, size: int) -> Ranks:
+        return rank + 1 if rank + 1 < size else 0
+
+
+def test_rules_that_cannot_be_remembered_or_evaluated_are_named() -> None:
+    ring = build("allreduce", "ring", 4)
+    for rule, text in (
+        (Branching(1), "round 3: the rule Branching cannot be evaluated at an array of all 4 rank"),
+        (Listless([1, 2]), "round 3: the rule Listless cannot be hashed (unhashable type: 'list')"),
+    ):
+        rounds = list(ring.rounds)
+        rounds[3] = replace(rounds[3], peers=rule)
+        for judge in (verify, lambda schedule: price(schedule, 64, FLAT)):
+            with pytest.raises(ScheduleError) as caught:
+                judge(replace(ring, rounds=tuple(rounds)))
+            assert str(caught.value).startswith(text) and caught.value.round == 3
+
+
 def test_a_hundred_thousand_ranks_are_priced_from_two_rounds() -> None:
     found = price(build("allreduce", "ring", 100_000), 1 << 30, FLAT)
     assert (found.rounds, found.priced) == (199_998, 2)
+
+
+def test_pairwise_is_priced_from_two_rounds_as_well() -> None:
+    found = price(build("allreduce", "pairwise", 20_000), 1 << 30, FLAT)
+    assert (found.rounds, found.priced) == (39_998, 2)
+    ring = price(build("allreduce", "ring", 20_000), 1 << 30, FLAT)
+    assert found.seconds == pytest.approx(ring.seconds) and found.bytes_sent == ring.bytes_sent
+
+
+@dataclass(frozen=True)
+class ItsOwnKind(Peers):
+    """Do what another rule does, like no other."""
+
+    of: Peers
+
+    def dst(self, rank: Ranks, size: int) -> Ranks:
+        return self.of.dst(rank, size)
+
+    def src(self, rank: Ranks, size: int) -> Ranks:
+        return self.of.src(rank, size)
+
+
+@pytest.mark.parametrize("name", BUILDERS, ids=":".join)
+def test_rounds_that_are_alike_cost_the_same(name: tuple[str, str]) -> None:
+    for size in (2, 5, 8):
+        schedule = build(*name, size, size - 1 if COLLECTIVES[name[0]].rooted else 0)
+        one_by_one = replace(
+            schedule,
+            rounds=tuple(
+                replace(round, peers=ItsOwnKind(round.peers)) for round in schedule.rounds
+            ),
+        )
+        for cluster in (ADDING, Cluster(FLAT.inter, Link(1e-6, 100e9), ranks_per_node=2)):
+            found, right = (price(one, 4000 * size, cluster) for one in (schedule, one_by_one))
+            assert found.seconds == pytest.approx(right.seconds)
+            assert (found.rounds, found.bytes_sent) == (right.rounds, right.bytes_sent)
+    assert ItsOwnKind(Shift(2)).alike() == ItsOwnKind(Shift(2))
+    assert Branching(2).alike() == Branching(2) and Shift(2).alike() == Shift(1)
 
 
 @pytest.mark.parametrize(

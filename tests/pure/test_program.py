@@ -1,15 +1,9 @@
 """Lowering: what one rank does, as a table; both ends of a message agree about it."""
 
-from dataclasses import dataclass
-
-import numpy as np
 import pytest
 
 from ringfold.comm.algorithms import BUILDERS, build
-from ringfold.comm.collective import ALLTOALL
-from ringfold.comm.errors import ScheduleError
 from ringfold.comm.program import Op, lower, with_accumulator
-from ringfold.comm.schedule import Chunks, Ranks, Round, Schedule, Shift
 
 
 def test_the_rings_rows() -> None:
@@ -71,19 +65,3 @@ def test_an_accumulator_is_opened_once_and_rounded_before_it_is_sent() -> None:
         *("WIDEN", "RECV_REDUCE", "RECV_REDUCE", "NARROW"),
     ]
     assert with_accumulator(lower(build("reduce", "pairwise", 1), 0, 3)).rows.shape == (0, 5)
-
-
-@dataclass(frozen=True)
-class Anothers(Chunks):
-    """Pass a cell of the rank behind on."""
-
-    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
-        return (np.asarray(rank) - 1) % size * size, np.asarray(rank) * 0 + 1
-
-
-def test_an_alltoall_that_forwards_cannot_be_run() -> None:
-    forwarding = Schedule(ALLTOALL, 3, 9, (Round(Shift(1), Anothers()),))
-    with pytest.raises(
-        ScheduleError, match=r"round 0, rank 1, chunk 0: forwards a chunk to rank 2"
-    ):
-        lower(forwarding, 1, 9)

@@ -7,10 +7,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfold.comm.algorithms import BUILDERS, build
-from ringfold.comm.collective import ALLREDUCE, ALLTOALL, BARRIER, BROADCAST, REDUCE_SCATTER
+from ringfold.comm.algorithms import BUILDERS, build, names
+from ringfold.comm.collective import (
+    ALLREDUCE,
+    ALLTOALL,
+    BARRIER,
+    BROADCAST,
+    REDUCE,
+    REDUCE_SCATTER,
+    Collective,
+)
 from ringfold.comm.errors import ScheduleError
-from ringfold.comm.schedule import NOBODY, All, Peers, Ranks, Rotated, Round, Schedule, Shift
+from ringfold.comm.schedule import (
+    NOBODY,
+    All,
+    Chunks,
+    Peers,
+    Ranks,
+    Rotated,
+    Round,
+    Schedule,
+    Shift,
+)
 from ringfold.comm.verify import verify
 
 
@@ -53,11 +71,38 @@ def test_a_missing_reduction_is_refused() -> None:
     assert "twice" in str(refusal(replace(whole, rounds=whole.rounds[:3] + whole.rounds[:1])))
 
 
+def test_messages_that_differ_have_other_digests() -> None:
+    digests = {verify(build("allreduce", name, 4)).digest for name in names("allreduce")}
+    rooted = {verify(build("reduce", "tree", 4, root)).digest for root in range(4)}
+    assert len(digests) == len(names("allreduce")) and len(rooted) == 4
+    # Another rule, but the same messages.
+    same = [replace(round, chunks=Same(round.chunks)) for round in ring(4).rounds]
+    assert verify(replace(ring(4), rounds=tuple(same))).digest == verify(ring(4)).digest
+
+
+@dataclass(frozen=True)
+class Same(Chunks):
+    """Send what another rule says."""
+
+    of: Chunks
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        return self.of.span(rank, size, num_chunks)
+
+
 def test_a_chunk_sent_before_it_is_held_is_refused() -> None:
     tree = build("broadcast", "tree", 4)
     error = refusal(replace(tree, rounds=tree.rounds[::-1]))
     assert (error.round, error.rank) == (0, 2)
     assert "sends to rank 3 a chunk that it does not hold" in str(error)
+
+
+def test_adding_to_a_chunk_that_is_not_held_is_refused() -> None:
+    """As of a broadcast: it was proven, and left the others' arrays as they were."""
+    for name, place in (("broadcast", (0, 1, 0)), ("allgather", (0, 1, 0)), ("scatter", (0, 1, 1))):
+        error = refusal(mutated(build(name, "pairwise", 3), 0, reduce=True))
+        assert (error.round, error.rank, error.chunk) == place
+        assert "would add to a chunk that it does not hold" in str(error)
 
 
 def test_another_order_of_additions_is_refused() -> None:
@@ -127,6 +172,79 @@ def test_a_copy_onto_what_is_being_sent_is_refused() -> None:
     assert "sends in the same round" in str(refusal(both))
 
 
+@dataclass(frozen=True)
+class From(Chunks):
+    """Send `length` chunks, from the rank's own entry of a table on."""
+
+    first: tuple[int, ...]
+    length: int
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        return np.asarray(self.first)[rank], np.asarray(rank) * 0 + self.length
+
+
+def test_adding_to_what_is_still_to_be_sent_is_refused() -> None:
+    """It would be sent with what has been added: wrong sums, from the second segment on."""
+    error = refusal(Schedule(ALLREDUCE, 2, 2, (Round(Pairs(1), From((0, 1), 2), True),)))
+    assert (error.round, error.rank, error.chunk) == (0, 1, 0)
+    assert "receives chunks 0..1 from rank 0, to be added, while it sends 1..0" in str(error)
+    partly = refusal(Schedule(ALLREDUCE, 2, 4, (Round(Pairs(1), From((0, 1), 2), True),)))
+    assert (partly.round, partly.rank, partly.chunk) == (0, 0, 1)
+    # What begins alike is added as it has been sent; what is not sent at all, whenever it comes.
+    verify(Schedule(ALLREDUCE, 2, 4, (Round(Pairs(1), From((3, 3), 4), True),)))
+    apart, back = Round(Pairs(1), From((0, 2), 2), True), Round(Pairs(1), From((2, 0), 2))
+    verify(Schedule(ALLREDUCE, 2, 4, (apart, back)))
+
+
+def one(source: int, target: int, first: int, length: int, reduce: bool = True) -> Round:
+    """One message."""
+    return Round(Lonely(source, target), From((first,) * 3, length), reduce)
+
+
+def test_sums_of_half_width_are_added_to_as_a_whole_until_they_are_used() -> None:
+    """Else a sum was widened twice: a contribution, or a mean's division, was lost."""
+
+    def raw(collective: Collective, *rounds: Round) -> bool:
+        return verify(Schedule(collective, 3, 2, rounds)).raw_reduce
+
+    whole, halves = one(2, 0, 0, 2), (one(2, 0, 0, 1), one(2, 0, 1, 1))
+    assert raw(REDUCE, one(1, 0, 0, 2), whole)
+    assert raw(REDUCE, one(1, 0, 0, 1), one(1, 0, 1, 1), *halves)
+    assert not raw(REDUCE, one(1, 0, 0, 2), *halves)
+    assert not raw(REDUCE, *halves, one(1, 0, 0, 2))
+    assert not raw(REDUCE, one(1, 0, 1, 2), whole)  # the same chunks, but not the same pieces
+    assert not raw(REDUCE, one(2, 1, 0, 2), one(1, 0, 0, 2))  # a partial sum
+    copies = (one(0, 1, 0, 2, False), one(0, 2, 0, 2, False))
+    assert raw(ALLREDUCE, one(1, 0, 0, 2), whole, *copies)
+    early = one(0, 1, 1, 1, False)
+    assert not raw(ALLREDUCE, one(1, 0, 0, 2), early, whole, *copies)
+
+
+def test_an_alltoall_that_forwards_is_refused() -> None:
+    """Whichever rank does so: it alone found that out, when the others had begun."""
+
+    def cell(source: int, target: int, index: int) -> Round:
+        return one(source, target, index, 1, reduce=False)
+
+    for via in range(3):
+        start, end = (via + 1) % 3, (via + 2) % 3
+        straight = [
+            cell(row, column, 3 * row + column)
+            for row in range(3)
+            for column in range(3)
+            if row != column and (row, column) != (start, end)
+        ]
+        carried = 3 * start + end
+        error = refusal(
+            Schedule(
+                ALLTOALL, 3, 9, (cell(start, via, carried), cell(via, end, carried), *straight)
+            )
+        )
+        assert (error.round, error.rank, error.chunk) == (0, start, carried)
+        assert f"forwards a chunk to rank {via}; an alltoall can be run only where" in str(error)
+        verify(Schedule(ALLTOALL, 3, 9, (cell(start, end, carried), *straight)))
+
+
 @pytest.mark.parametrize(
     "collective, size, num_chunks, root, text",
     [
@@ -135,6 +253,7 @@ def test_a_copy_onto_what_is_being_sent_is_refused() -> None:
         (BROADCAST, 2, 1, 2, "root 2 is outside 0..1"),
         (REDUCE_SCATTER, 3, 4, 0, "multiple of size 3, got 4"),
         (ALLTOALL, 3, 3, 0, "size . size = 9, got 3"),
+        (ALLREDUCE, 3, 1.5, 0, "num_chunks must be a whole number, got 1.5"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(
@@ -142,6 +261,8 @@ def test_numbers_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ScheduleError, match=text.replace("..", r"\.\.")):
         Schedule(collective, size, num_chunks, (), root)  # type: ignore[arg-type]
+    with pytest.raises(ScheduleError, match="round 1: expected a Round, got 5"):
+        Schedule(ALLREDUCE, 2, 1, (ring(2).rounds[0], 5))  # type: ignore[arg-type]
 
 
 @given(st.sampled_from(sorted(BUILDERS)), st.integers(2, 9), st.data())

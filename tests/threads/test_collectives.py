@@ -4,6 +4,7 @@ import contract
 import numpy as np
 import pytest
 from contract import ALGORITHMS, CHECKS, NUMBERS
+from own_schedules import check_own_schedules
 
 from ringfold import run_local
 
@@ -35,3 +36,8 @@ def test_every_type_is_reduced(dtype: str) -> None:
 )
 def test_works_groups_and_plans(check: contract.Callable, size: int) -> None:
     run_local(size, check)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_whatever_is_proven_runs_right(size: int) -> None:
+    run_local(size, lambda comm: check_own_schedules(comm, 30))

@@ -284,6 +284,12 @@ def test_bad_arguments_are_refused_before_anything_is_sent() -> None:
                 ScheduleError,
                 "the schedule's collective is broadcast, this call's is allreduce",
             ),
+            (lambda: comm.scatter(np.ones((2, 3)), algorithm="foo"), ValueError, "there is: tree"),
+            (
+                lambda: comm.scatter(np.ones((2, 3)), algorithm=build("scatter", "tree", 3)),
+                ScheduleError,
+                "the schedule's size is 3, this call's is 2",
+            ),
         ):
             with pytest.raises(error, match=text):
                 call()

@@ -6,6 +6,7 @@ import contract
 import numpy as np
 import pytest
 from contract import ALGORITHMS, CHECKS, NUMBERS
+from own_schedules import check_own_schedules
 
 from ringfold import Communicator, MismatchError
 
@@ -39,6 +40,10 @@ def test_every_type_is_reduced(messages: Communicator, dtype: str) -> None:
 )
 def test_works_groups_and_plans(messages: Communicator, check: contract.Callable) -> None:
     check(messages)
+
+
+def test_whatever_is_proven_runs_right(messages: Communicator) -> None:
+    check_own_schedules(messages, 5)
 
 
 @pytest.mark.parametrize("op", ["sum", "mean", "min", "prod"])

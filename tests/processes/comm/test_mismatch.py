@@ -13,6 +13,7 @@ import pytest
 from contract import guarded, reopened
 
 from ringfold import Communicator, MismatchError
+from ringfold.comm.algorithms import build
 
 SECONDS = 5.0
 HERE = Path(__file__).name
@@ -99,6 +100,11 @@ def algorithm_of_one(comm: Communicator, odd: bool) -> None:
     comm.allreduce(np.ones(5), algorithm="ring" if odd else None)
 
 
+def schedules(comm: Communicator, odd: bool) -> None:
+    schedule = build("allreduce", "ring" if odd else "tree", comm.size)
+    comm.allreduce(np.ones(5), algorithm=schedule)
+
+
 CASES: dict[Callable[[Communicator, bool], None], tuple[str, str]] = {
     lengths: ("allreduce(sum, float64), 5 elements", "allreduce(sum, float64), 6 elements"),
     lengths_by_a_line: ("4096 elements", "4090 elements"),
@@ -111,6 +117,7 @@ CASES: dict[Callable[[Communicator, bool], None], tuple[str, str]] = {
     parts: ("split()", "allreduce(sum, float64)"),
     equal_in_all: ("3 elements", "5 elements"),
     algorithms: ("5 elements, algorithm tree", "5 elements, algorithm ring"),
+    schedules: ("5 elements, algorithm schedule ", "5 elements, algorithm schedule "),
     algorithm_of_one: ("5 elements, algorithm ", "5 elements, algorithm ring"),
 }
 

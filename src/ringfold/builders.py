@@ -1,0 +1,107 @@
+"""Find what makes the schedules that the command line judges: a user's function, or a built-in."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .comm.algorithms import BUILDERS, build
+from .comm.collective import COLLECTIVES
+from .comm.errors import ScheduleError
+from .comm.schedule import Schedule
+from .comm.topology import Nodes
+
+ALL_ROOTS = 64
+"""Groups of up to so many ranks are judged for every root, larger ones for as many of them."""
+
+
+class Misuse(Exception):
+    """The command cannot be carried out as it was given."""
+
+
+@dataclass(frozen=True)
+class Builder:
+    """What makes schedules.
+
+    make: of (size, root).  roots: whether it makes another one for each root.
+    """
+
+    make: Callable[[int, int], Schedule]
+    roots: bool
+
+    def roots_of(self, size: int) -> list[int]:
+        """Return the roots to judge: the first, the last and others between them."""
+        count = min(size, ALL_ROOTS) if self.roots else 1
+        return sorted({at * (size - 1) // max(count - 1, 1) for at in range(count)})
+
+
+def find_builder(name: str, ranks_per_node: int = 2) -> Builder:
+    """Return what FILE.py:FUNCTION or COLLECTIVE:NAME means, or raise Misuse."""
+    left, colon, right = name.rpartition(":")
+    if not colon or not left or not right:
+        raise Misuse(f"expected FILE.py:FUNCTION or COLLECTIVE:NAME, got {name!r}")
+    if left not in COLLECTIVES:
+        return _own(name, _load(Path(left), right))
+    if (left, right) not in BUILDERS:
+        build(left, right, 1)  # raises, listing the names there are
+
+    def make(size: int, root: int) -> Schedule:
+        return build(left, right, size, root, Nodes.blocks(size, ranks_per_node))
+
+    return Builder(make, COLLECTIVES[left].rooted)
+
+
+def _own(name: str, function: Callable[..., object]) -> Builder:
+    roots = _takes_root(function)
+
+    def make(size: int, root: int) -> Schedule:
+        called = f"{name}({size}, root={root})" if roots else f"{name}({size})"
+        try:
+            schedule = function(size, root=root) if roots else function(size)
+        except ScheduleError:
+            raise
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}".removesuffix(": ")
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            at = f"{Path(last.filename).name}:{last.lineno}"
+            raise ScheduleError(f"{called} raised {told}, at {at}") from error
+        if not isinstance(schedule, Schedule):
+            raise Misuse(f"{called} returned {type(schedule).__name__}, expected a Schedule")
+        if schedule.size != size:
+            raise ScheduleError(f"{called} returned a schedule for {schedule.size} ranks")
+        if schedule.collective.rooted and schedule.root != root:
+            raise ScheduleError(f"{called} returned a schedule for root {schedule.root}")
+        return schedule
+
+    return Builder(make, roots)
+
+
+def _takes_root(function: Callable[..., object]) -> bool:
+    try:
+        return "root" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # of what is not written in Python
+        return False
+
+
+def _load(path: Path, function: str) -> Callable[..., object]:
+    if not path.is_file():
+        raise Misuse(f"no file {path}, and no collective of that name")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise Misuse(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name while they are made, and what the file imports may
+    # lie beside it, as for a script.
+    sys.modules[path.stem] = module
+    sys.path.insert(0, str(path.absolute().parent))
+    spec.loader.exec_module(module)
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise Misuse(f"{path} has no function {function!r}")
+    result: Callable[..., object] = found
+    return result
