@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from .comm.collective import COLLECTIVES
 from .comm.cost import price
 from .comm.errors import ScheduleError
 from .comm.schedule import Schedule, draw
+from .comm.text_file import why_unwritable, write_whole
 from .comm.topology import Cluster, Link, Nodes
 from .comm.verify import verify
 
@@ -195,14 +195,12 @@ def _tune(arguments: argparse.Namespace) -> int:
     with Communicator() as comm:
         if comm.size == 1:
             raise Misuse("one rank has no links to measure; try: mpirun -n 4 ringfold tune")
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        refused = _unwritable(beside) if comm.rank == 0 else ""
+        refused = _unwritable(path) if comm.rank == 0 else ""
         if told := next(filter(None, gather_texts(comm, refused)), ""):
             raise Misuse(f"{told}; name a file by --out")
         tuning = measure(comm)
         if comm.rank == 0:
-            beside.write_text(tuning.text())
-            beside.replace(path)
+            write_whole(path, tuning.text())
             for name, link in (("within a node", tuning.intra), ("between nodes", tuning.inter)):
                 if link is not None:
                     print(
@@ -216,14 +214,15 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 
 def _unwritable(path: Path) -> str:
-    """Return why a file cannot be written; made and taken away again, "" where it can."""
+    """Return why a file cannot be written, "" where it can; its folder is made."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        path.unlink()
+        if not path.exists():  # a folder that lets nobody write may look as if it did
+            path.touch()
+            path.unlink()
     except OSError as error:
         return str(error)
-    return ""
+    return why_unwritable(path)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
