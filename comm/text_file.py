@@ -39,3 +39,15 @@ def why_unwritable(path: Path) -> str:
     if not folder.is_dir():
         return f"{path}: there is no folder {folder}"
     return "" if os.access(folder, os.W_OK) else f"{path} may not be written"
+
+
+def prepare_file(path: Path) -> str:
+    """Make the folder of a file, and return why that or the file cannot be; "" where it can."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():  # a folder that lets nobody write may look as if it did
+            path.touch()
+            path.unlink()
+    except OSError as error:
+        return str(error)
+    return why_unwritable(path)

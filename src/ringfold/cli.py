@@ -15,7 +15,7 @@ from .comm.collective import COLLECTIVES
 from .comm.cost import price
 from .comm.errors import ScheduleError
 from .comm.schedule import Schedule, draw
-from .comm.text_file import why_unwritable, write_whole
+from .comm.text_file import prepare_file, write_whole
 from .comm.topology import Cluster, Link, Nodes
 from .comm.verify import verify
 
@@ -195,7 +195,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     with Communicator() as comm:
         if comm.size == 1:
             raise Misuse("one rank has no links to measure; try: mpirun -n 4 ringfold tune")
-        refused = _unwritable(path) if comm.rank == 0 else ""
+        refused = prepare_file(path) if comm.rank == 0 else ""
         if told := next(filter(None, gather_texts(comm, refused)), ""):
             raise Misuse(f"{told}; name a file by --out")
         tuning = measure(comm)
@@ -211,18 +211,6 @@ def _tune(arguments: argparse.Namespace) -> int:
                     )
             print(f"written to {path}")
     return 0
-
-
-def _unwritable(path: Path) -> str:
-    """Return why a file cannot be written, "" where it can; its folder is made."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():  # a folder that lets nobody write may look as if it did
-            path.touch()
-            path.unlink()
-    except OSError as error:
-        return str(error)
-    return why_unwritable(path)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

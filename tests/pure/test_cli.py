@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from ringfold import units
-from ringfold.cli import _unwritable, main
+from ringfold.cli import main
+from ringfold.comm.text_file import prepare_file
 
 OWN = """
 from ringfold.comm.collective import ALLREDUCE
@@ -81,10 +82,10 @@ def test_a_file_may_import_what_lies_beside_it(
 
 
 def test_where_a_table_cannot_be_written_is_known_before_it_is_measured(tmp_path: Path) -> None:
-    assert _unwritable(tmp_path / "new" / ".tuning.1") == ""
+    assert prepare_file(tmp_path / "new" / ".tuning.1") == ""
     assert list((tmp_path / "new").iterdir()) == []
     (tmp_path / "file").touch()
-    assert "file" in _unwritable(tmp_path / "file" / ".tuning.1")
+    assert "file" in prepare_file(tmp_path / "file" / ".tuning.1")
 
 
 @pytest.mark.parametrize(

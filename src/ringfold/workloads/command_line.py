@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from ..parallel.plan import PLANS
 from . import WORKLOADS
+from .numbers import positive, whole
 from .options import TREE_MICROBATCHES, Options, UsageError, written_plan
 
 __all__ = ["parse"]
@@ -92,10 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     split = parser.add_argument_group("how the work is split")
     split.add_argument(
-        "--data", type=_whole(1), metavar="D", help="data ranks (default: ranks / pipe)"
+        "--data", type=whole(1), metavar="D", help="data ranks (default: ranks / pipe)"
     )
     split.add_argument(
-        "--pipe", type=_whole(1), default=1, metavar="P", help="stages of layers (default: 1)"
+        "--pipe", type=whole(1), default=1, metavar="P", help="stages of layers (default: 1)"
     )
     split.add_argument(
         "--schedule",
@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     split.add_argument(
         "--stages-per-rank",
-        type=_whole(1),
+        type=whole(1),
         metavar="V",
         help="stages on each rank of the pipe, of the plan interleaved (default: 2 of it)",
     )
@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     split.add_argument(
         "--microbatches",
-        type=_whole(1),
+        type=whole(1),
         metavar="M",
         help="parts of a data rank's batch that follow each other through the pipe (default: about"
         " 2 x P)",
@@ -146,17 +146,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--epochs",
-        type=_whole(1),
+        type=whole(1),
         help=f"passes over the data (default: {_by_workload('epochs')})",
     )
     train.add_argument(
         "--steps",
-        type=_whole(1),
+        type=whole(1),
         help="so many steps at the most, over which the learning rate falls to its end",
     )
     train.add_argument(
         "--batch-size",
-        type=_whole(1),
+        type=whole(1),
         metavar="B",
         help="samples of the global batch, shared out over the data ranks (default: "
         f"{_by_workload('batch_size')})",
@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--seed",
-        type=_whole(0, 2**63 - 1),
+        type=whole(0, 2**63 - 1),
         default=0,
         help="of weights and order of samples (default: 0)",
     )
@@ -209,12 +209,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     store.add_argument(
         "--every",
-        type=_whole(1),
+        type=whole(1),
         metavar="N",
         help="after every N steps, and the last (default: 100)",
     )
     store.add_argument(
-        "--keep", type=_whole(1), metavar="K", help="keep the newest K of them (default: 3)"
+        "--keep", type=whole(1), metavar="K", help="keep the newest K of them (default: 3)"
     )
     store.add_argument(
         "--resume",
@@ -270,39 +270,14 @@ def _by_workload(setting: str) -> str:
     return ", ".join(f"{name} {getattr(found, setting)}" for name, found in WORKLOADS.items())
 
 
-def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
-        if number < least:
-            raise argparse.ArgumentTypeError(f"expected {least} or more, got {number}")
-        if most is not None and number > most:
-            raise argparse.ArgumentTypeError(f"expected {most} at the most, got {number}")
-        return number
-
-    return convert
-
-
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
-    if not (math.isfinite(number) and number > 0):
-        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text}")
-    return number
-
-
 def _rate(text: str) -> float:
-    if (number := _positive(text)) > LARGEST:
+    if (number := positive(text)) > LARGEST:
         raise argparse.ArgumentTypeError(f"expected a number that float32 holds, got {text}")
     return number
 
 
 def _mebibytes(text: str) -> float:
-    number = _positive(text)
+    number = positive(text)
     if number * 2**20 < 1:
         raise argparse.ArgumentTypeError(f"expected a byte, {2**-20:.1e} MiB, or more, got {text}")
     return number
@@ -319,19 +294,19 @@ def _probability(text: str) -> float:
 
 
 def _departures(text: str) -> tuple[tuple[int, int], ...]:
-    whole = _whole(0)
+    number = whole(0)
     found = []
     for pair in text.split(","):
         rank, colon, step = pair.partition(":")
         if not colon:
             raise argparse.ArgumentTypeError(f"expected RANK:STEP,..., got {text!r}")
-        found.append((whole(rank), whole(step)))
+        found.append((number(rank), number(step)))
     return tuple(found)
 
 
 def _wire(text: str) -> str:
     name, _, argument = text.partition(":")
-    readers: dict[str, Callable[[str], object]] = {"powersgd": _whole(1), "topk": _ratio}
+    readers: dict[str, Callable[[str], object]] = {"powersgd": whole(1), "topk": _ratio}
     if name in readers:
         readers[name](argument)
     elif text not in WIRE_DTYPES:
@@ -341,6 +316,6 @@ def _wire(text: str) -> str:
 
 
 def _ratio(text: str) -> float:
-    if (number := _positive(text)) > 1:
+    if (number := positive(text)) > 1:
         raise argparse.ArgumentTypeError(f"expected a ratio of at most 1, got {text}")
     return number
