@@ -27,8 +27,11 @@ BUSBW = {
     "reduce_scatter": lambda size: (size - 1) / size,
     "allgather": lambda size: (size - 1) / size,
     "alltoall": lambda size: (size - 1) / size,
+    "gather": lambda size: (size - 1) / size,
+    "scatter": lambda size: (size - 1) / size,
 }
-"""busbw / algbw, as nccl-tests' doc/PERFORMANCE.md defines it; 1 for the other collectives."""
+"""busbw / algbw, as nccl-tests' doc/PERFORMANCE.md defines it, of gather and scatter its sources;
+1 for the other collectives."""
 
 Builder = Callable[[int], Iterator[Schedule]]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from ringfold import units
-from ringfold.cli import main
+from ringfold.cli import BUSBW, main
 from ringfold.comm.text_file import prepare_file
 
 OWN = """
@@ -112,9 +112,17 @@ def test_misuse_is_told(
     assert text in capsys.readouterr().err
 
 
+def test_bus_bandwidth_is_that_of_nccl_tests() -> None:
+    """As its sources have it, src/*.cu: its text names neither gather nor scatter."""
+    part = ("allgather", "alltoall", "gather", "reduce_scatter", "scatter")
+    assert {name: factor(4) for name, factor in BUSBW.items()} == {
+        "allreduce": 1.5, **dict.fromkeys(part, 0.75)
+    }  # fmt: skip
+
+
 def test_units() -> None:
     assert units.read_nbytes("64KiB") == 65536 and units.read_nbytes("25MB") == 25_000_000
-    assert units.read_nbytes("4") == 4
+    assert units.read_nbytes("4") == 4 and units.read_nbytes(".5KiB") == 512
     assert units.read_seconds("5us") == pytest.approx(5e-6)
     assert units.read_seconds("2e-3") == pytest.approx(2e-3)
     assert units.read_rate("25GB/s") == 25e9 and units.read_rate("1Gbit/s") == 125e6
