@@ -2,7 +2,10 @@
 
 import importlib.util
 import re
+import shutil
+import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +100,21 @@ def test_a_folder_that_no_setup_has_made_is_not_removed(
     with pytest.raises(SystemExit, match="is no environment, expected one of"):
         made.run(python="3.11")
     assert kept.exists() and made.steps == []
+
+
+def test_the_source_distribution_has_all_that_the_checkout_has(tmp_path: Path) -> None:
+    """It had the package alone: no train.py, tests or pins, and the metadata told nothing."""
+    pytest.importorskip("setuptools")
+    root, made = tmp_path / "root", tmp_path / "made"
+    left_out = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, root, ignore=left_out)
+    files = {str(path.relative_to(root)) for end in ("py", "md") for path in root.rglob(f"*.{end}")}
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(made)]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = made.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        found = {name.partition("/")[2] for name in archive.getnames()}
+        about = archive.extractfile(f"{path.name.removesuffix('.tar.gz')}/PKG-INFO")
+        assert about is not None and b"\n# ringfold" in about.read()
+    assert {*files, "Makefile", "constraints.txt", "benchmarks/gpu.sh"} <= found

@@ -15,6 +15,8 @@ from .options import TREE_MICROBATCHES, Options, UsageError, written_plan
 __all__ = ["parse"]
 
 WIRE_DTYPES = ("fp32", "bf16", "fp16")
+SCHEDULE = "1f1b"
+BALANCES = ("parameters", "time", "memory")
 LARGEST = 3.4e38  # of float32
 
 
@@ -40,6 +42,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         raise UsageError("--elastic follows what happens, --membership what is planned: take one")
     if found.trace is not None and (found.elastic is not None or found.membership):
         raise UsageError("--trace is of ranks that stay: leave out --elastic and --membership")
+    check_effect(found)
     files = [path.absolute() for path in (found.trace, found.report) if path is not None]
     if len(files) > len(set(files)):
         raise UsageError(f"--trace and --report name one file, {found.report}")
@@ -47,8 +50,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     return Options(
         workload=found.workload,
         data=found.data,
-        pipe=found.pipe,
-        schedule=found.schedule,
+        pipe=1 if found.pipe is None else found.pipe,
+        schedule=found.schedule or SCHEDULE,
         stages_per_rank=found.stages_per_rank,
         recompute=found.recompute,
         microbatches=found.microbatches,
@@ -60,7 +63,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         bucket_mb=found.bucket_mb,
         wire=found.wire_dtype if found.wire is None else found.wire,
         reduction=found.reduction,
-        balance=found.balance,
+        balance=found.balance or BALANCES[0],
         dropout=found.dropout,
         report=found.report,
         dump=found.dump,
@@ -74,6 +77,17 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         elastic=found.elastic,
         membership=found.membership,
     )
+
+
+def check_effect(found: argparse.Namespace) -> None:
+    """Raise UsageError for options of a pipe where there is none."""
+    stages = found.recompute or (found.stages_per_rank or 1) > 1
+    # Adding in a tree, or with dropout keyed by sample, replicas are pipelines of one stage.
+    if found.pipe is not None or stages or found.reduction == "tree" or found.dropout:
+        return
+    for name in ("microbatches", "schedule", "balance"):
+        if (value := getattr(found, name)) is not None:
+            raise UsageError(f"--{name} {value} has no effect without --pipe P")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,15 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     split.add_argument(
         "--data", type=whole(1), metavar="D", help="data ranks (default: ranks / pipe)"
     )
-    split.add_argument(
-        "--pipe", type=whole(1), default=1, metavar="P", help="stages of layers (default: 1)"
-    )
+    split.add_argument("--pipe", type=whole(1), metavar="P", help="stages of layers (default: 1)")
     split.add_argument(
         "--schedule",
         type=_schedule,
-        default="1f1b",
         metavar="PLAN",
-        help=f"of the pipe: {', '.join(PLANS)}, or a file with a plan (default: 1f1b)",
+        help=f"of the pipe: {', '.join(PLANS)}, or a file with a plan (default: {SCHEDULE})",
     )
     split.add_argument(
         "--stages-per-rank",
@@ -131,10 +142,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     split.add_argument(
         "--balance",
-        choices=("parameters", "time", "memory"),
-        default="parameters",
+        choices=BALANCES,
         help="what is to be equal over the stages; time and memory are measured on a micro-batch"
-        " (default: parameters)",
+        f" (default: {BALANCES[0]})",
     )
     train = parser.add_argument_group("training")
     train.add_argument(
@@ -205,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     store = parser.add_argument_group("checkpoints")
     store.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="write checkpoints into this folder"
+        "--checkpoint", type=_path, metavar="DIR", help="write checkpoints into this folder"
     )
     store.add_argument(
         "--every",
@@ -238,20 +248,26 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RANK:STEP,...",
         help="let ranks leave before these steps, to compare an elastic run with",
     )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
+    parser.add_argument("--report", type=_path, metavar="FILE", help="write a JSON report")
     parser.add_argument(
         "--trace",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="write a timeline of all ranks, for ui.perfetto.dev, and print what time went to",
     )
     parser.add_argument(
         "--dump",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="write the weights after every step, for `ringfold compare`",
     )
     return parser
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return Path(text)
 
 
 def _schedule(text: str) -> str:
