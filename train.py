@@ -19,6 +19,7 @@ from ringfold.workloads.agree import check_equal, settle
 from ringfold.workloads.command_line import parse
 from ringfold.workloads.crew import Crew, loaded, muster
 from ringfold.workloads.history import History
+from ringfold.workloads.losses import check_metric
 from ringfold.workloads.options import Options, UsageError, check_membership, grid_of
 from ringfold.workloads.training import Training, go_on, join
 from ringfold.workloads.worlds import Left, open_world
@@ -143,6 +144,7 @@ def life(world: World, training: Training, crew: Crew, start: float) -> Report:
     sums = data.evaluate(engine.predict)
     # The last stage alone sees outputs; where every stage does, each sample counts pipe times.
     metric = data.metric(crew.team.allreduce(sums))
+    check_metric(metric)
     wire_bytes = int(crew.team.allreduce(np.array([engine.wire_bytes], np.int64))[0])
     digest = weights_sha256(crew.mesh, crew.whole, engine.named_parameters())
     training.history.went_on()

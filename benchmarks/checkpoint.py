@@ -16,20 +16,30 @@ from pathlib import Path
 import numpy as np
 import torch
 from harness import table, write_json
+from options import plain_parser, read
 
 import ringfold
+from ringfold.workloads.numbers import whole
+from ringfold.workloads.options import UsageError
+
+
+def check_folder(options: argparse.Namespace, num_ranks: int) -> None:
+    """Raise UsageError where there is no such folder."""
+    if options.folder is not None and not options.folder.is_dir():
+        raise UsageError(f"--folder {options.folder}: there is no such folder")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="How long training stands still for a checkpoint.")
-    parser.add_argument("--megabytes", type=int, default=200, help="size of one checkpoint")
-    parser.add_argument("--repeats", type=int, default=3, help="checkpoints of a session")
+    parser = plain_parser("How long training stands still for a checkpoint.", repeats=3)
+    parser.add_argument("--megabytes", type=whole(1), default=200, help="size of one checkpoint")
     parser.add_argument(
-        "--sessions", type=int, default=3, help="the first checkpoint of each has no memory yet"
+        "--sessions",
+        type=whole(1),
+        default=3,
+        help="of --repeats checkpoints; the first of each has no memory yet",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
-    options = parser.parse_args()
+    options = read(parser, check_folder)
     with ringfold.Communicator() as comm, tempfile.TemporaryDirectory(dir=options.folder) as own:
         folder = shared_folder(comm, own)
         nbytes = options.megabytes * 10**6

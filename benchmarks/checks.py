@@ -10,14 +10,15 @@ what the whole plan takes: there is no allreduce without them. RINGFOLD_SHARED=0
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from harness import measure, table, verdict, write_json
+from harness import Contender, contest, table, verdict, write_json
 from numba import types
-from options import parser_of, read_sizes
+from options import parser_of, read
 from plots import plot_bars
 
 import ringfold
@@ -82,16 +83,21 @@ def seconds_of(run: Callable[[int], object]) -> float:
     return float(np.median(spans))
 
 
-def compare(comm: ringfold.Communicator, sizes: list[int]) -> list[dict[str, Any]]:
+def compare(comm: ringfold.Communicator, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Time a plan and its checks for every size; collective."""
     rows = []
     repeat = meeting_checks()
-    for nbytes in sizes:
+    for nbytes in arguments.sizes:
         x = comm.empty(nbytes // 4)
         plan = comm.plan("allreduce", x, "sum")
-        timing = measure(
-            comm, plan, prepare=lambda x=x: x.fill(comm.rank + 1), repeats=60, warmup=8
+        (outcome,) = contest(
+            comm,
+            [Contender("checked", plan, prepare=lambda x=x: x.fill(comm.rank + 1))],
+            repeats=arguments.repeats,
+            warmup=8,
+            budget=arguments.budget,
         )
+        timing = outcome.timing
         wrong = int((x != sum(range(1, comm.size + 1))).sum())
         meeting = getattr(plan, "args", (None,))[0]
         if isinstance(meeting, Meeting):
@@ -134,11 +140,10 @@ COLUMNS = {
 
 def main() -> int:
     """Run the benchmark; status 1 where a sum was wrong."""
-    parser = parser_of(__doc__, sizes="4,64KiB,1MiB,16MiB", of="bytes of the buffer")
-    arguments = parser.parse_args()
-    sizes = read_sizes(parser, arguments.sizes)
+    parser = parser_of(__doc__, sizes="4,64KiB,1MiB,16MiB", of="bytes of the buffer", repeats=60)
+    arguments = read(parser)
     with ringfold.Communicator() as comm:
-        rows = compare(comm, sizes)
+        rows = compare(comm, arguments)
         rank = comm.rank
     if rank == 0:
         print("medians; checks: noting start and end, and comparing what ranks call")

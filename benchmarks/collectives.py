@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from harness import Contender, contest, rates, table, verdict, write_json
 from limit import triad
-from options import parser_of, read_peers, read_sizes
+from options import names, parser_of, read
 from patterns import (
     EXPECTED,
     PARTS,
@@ -231,19 +231,20 @@ def parse(benchmark: str) -> argparse.Namespace:
         parser.set_defaults(sizes="4,64KiB,1MiB,16MiB", budget=0.5)
         parser.add_argument(
             "--collective",
-            default=",".join(name for name in EXPECTED if name != "allreduce"),
-            help="names, with commas between (default: %(default)s)",
+            type=names(EXPECTED),
+            default=[name for name in EXPECTED if name != "allreduce"],
+            help=f"names, with commas between: {', '.join(EXPECTED)} (default: all others)",
         )
-    parser.add_argument("--dtype", default="float32", help=f"of {', '.join(DTYPES)}; with commas")
+    parser.add_argument(
+        "--dtype",
+        type=names(DTYPES),
+        default=["float32"],
+        help=f"of {', '.join(DTYPES)}; with commas",
+    )
     parser.add_argument("--op", default="sum", choices=("sum", "min", "max"))
-    arguments = parser.parse_args()
-    arguments.peers = read_peers(parser, arguments.peers)
-    arguments.sizes = read_sizes(parser, arguments.sizes)
-    names = arguments.collective if benchmark == "collectives" else benchmark
-    arguments.collectives, arguments.dtypes = names.split(","), arguments.dtype.split(",")
-    for given, known in ((arguments.collectives, EXPECTED), (arguments.dtypes, DTYPES)):
-        if unknown := [name for name in given if name not in known]:
-            parser.error(f"unknown {', '.join(unknown)}, expected: {', '.join(known)}")
+    arguments = read(parser)
+    arguments.collectives = arguments.collective if benchmark == "collectives" else [benchmark]
+    arguments.dtypes = arguments.dtype
     return arguments
 
 

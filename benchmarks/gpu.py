@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from gpu_clock import Clock
 from harness import Contender, contest, rates, table, verdict, write_json
-from options import parser_of, read_peers, read_sizes
+from options import parser_of, read
 from peers import Buffers, gloo, gloo_run
 
 import ringfold
@@ -111,13 +111,13 @@ def torch_for_gloo() -> Any:
 
 def main() -> int:
     parser = parser_of(__doc__, sizes="64KiB,1MiB,16MiB,64MiB", peers=True)
-    options = parser.parse_args()
+    options = read(parser)
     try:
         cupy = load_cupy()
     except ringfold.CommError as error:
         print(f"benchmarks/gpu.py: {error}; nothing was measured", file=sys.stderr)
         return 77
-    torch = torch_for_gloo() if "gloo" in read_peers(parser, options.peers) else None
+    torch = torch_for_gloo() if "gloo" in options.peers else None
     rows: list[dict[str, Any]] = []
     with ringfold.Communicator() as comm:
         ordinal = ordinal_of(comm.node.rank, cupy.cuda.runtime.getDeviceCount())
@@ -125,7 +125,7 @@ def main() -> int:
         about = {"card": card, "mps": bool(has_mps(cupy.cuda.runtime, ordinal))}
         with cupy.cuda.Device(ordinal), nullcontext() if torch is None else gloo(comm):
             clock = Clock(cupy)
-            for nbytes in read_sizes(parser, options.sizes):
+            for nbytes in options.sizes:
                 if comm.rank == 0:
                     copied = copies(cupy, clock, nbytes)
                     if comm.size > 1 and cupy.cuda.runtime.getDeviceCount() == 1:

@@ -3,6 +3,7 @@
 Says for which GPU; ends with 1, and why in one line, where they cannot.
 """
 
+import argparse
 import sys
 from types import SimpleNamespace
 
@@ -32,6 +33,7 @@ def compile_one() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     try:
         print(compile_one().split(".target")[1].split()[0].rstrip(","))
     except Exception as error:

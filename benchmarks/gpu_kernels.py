@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from gpu_clock import Clock
 from harness import table, write_json
-from options import parser_of, read_sizes
+from options import add_sizes, plain_parser, read_alone
 
 import ringfold
 from ringfold.comm.transport.device import load_cupy
@@ -132,8 +132,9 @@ def measure(
 
 
 def main() -> int:
-    parser = parser_of(__doc__, sizes="1MiB,16MiB,64MiB")
-    options = parser.parse_args()
+    parser = plain_parser(__doc__)
+    add_sizes(parser, "--sizes", "1MiB,16MiB,64MiB", "bytes of the float32 side")
+    options = read_alone(parser)
     try:
         cupy = load_cupy()
     except ringfold.CommError as error:
@@ -147,7 +148,7 @@ def main() -> int:
 
     card = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
     clock, rows = Clock(cupy), []
-    for nbytes in read_sizes(parser, options.sizes):
+    for nbytes in options.sizes:
         found = measure(max(nbytes // 4, 16), Launcher(), copy, clock.seconds)
         rows += [{"card": card, "size": nbytes, **row} for row in found]
     print(f"{card} (measured)")

@@ -10,15 +10,15 @@ then carries each byte once for all of them.
 
 from __future__ import annotations
 
-import argparse
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from harness import Contender, Outcome, contest, rates, table, verdict, write_json
+from options import add_sizes, plain_parser, read
 
 import ringfold
 from ringfold import units
@@ -137,29 +137,29 @@ def rows(
 
 def main() -> int:
     """Run the benchmark on all ranks; rank 0 reports."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
-    parser.add_argument("--sizes", default="1MiB,16MiB")
-    parser.add_argument("--segments", default="", help="sizes to try (default: what settings say)")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    parser = plain_parser(__doc__, repeats=10)
+    add_sizes(parser, "--sizes", "1MiB,16MiB", "bytes of the buffer")
+    add_sizes(parser, "--segments", "", "sizes to try")
+    options = read(parser)
     from mpi4py import MPI
 
     mpi = MPI.COMM_WORLD
     found: list[Mapping[str, Any]] = []
     with ExitStack() as stack:
         settings = ringfold.Settings.read()
-        segments = list(map(units.read_nbytes, filter(None, options.segments.split(","))))
         comms = [
             stack.enter_context(
                 ringfold.Communicator(mpi, settings=replace(settings, segment_bytes=segment))
             )
-            for segment in segments or [settings.segment_bytes]
+            for segment in options.segments or [settings.segment_bytes]
         ]
         comm, ends = comms[0], leaders(comms[0])
         if len(ends) < 2:
-            parser.error(f"expected two hosts, all {comm.size} ranks share one; see tools/hosts")
-        for nbytes in map(units.read_nbytes, options.sizes.split(",")):
+            if comm.rank == 0:
+                told = f"expected two hosts, all {comm.size} ranks share one; see tools/hosts"
+                print(f"{parser.prog}: error: {told}", file=sys.stderr, flush=True)
+            return 2
+        for nbytes in options.sizes:
             case = Case(comm, nbytes)
             contenders = [one_way(mpi, case, ends), two_way(mpi, case, ends)]
             for each in comms:

@@ -2,8 +2,9 @@
 
     mpirun -n 2 python benchmarks/linear.py [--steps 50] [--peers gloo] [--json FILE] [--plot FILE]
 
-The batch of 32 rows of the workload `linear` is split over the ranks; a gradient has 11 numbers, so
-that what is measured is what a reduction costs besides its data.  alone: one process with the whole
+The batch of 32 rows of the workload `linear`, or of as many of these as the ranks share evenly, is
+split over the ranks; a gradient has 11 numbers, so that what is measured is what a reduction costs
+besides its data.  alone: one process with the whole
 batch while the others sleep.  no_sync: all ranks at once, without any reduction.  limit: the same,
 and then one planned allreduce of 11 numbers.  ours: ringfold.DataParallel.  ddp: torch's, on gloo.
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from harness import Contender, contest, table, verdict, write_json
-from options import parser_of, read_peers, read_sizes
+from options import parser_of, read
 from peers import gloo
 from plots import plot_bars
 from torch import nn
@@ -24,15 +25,22 @@ from training import Alone, Trainer, differing, limited, repeated, unsynchronise
 
 import ringfold
 from ringfold.workloads.linear import NUM_COLUMNS, Linear
+from ringfold.workloads.numbers import whole
+from ringfold.workloads.options import UsageError
 from ringfold.workloads.workload import Share
 
 BATCH = 32
 NUM_BATCHES = 1000
 
 
-def stepper(trainer: Trainer, rank: int, size: int, take: Any = Trainer.step) -> Any:
-    """Return a function that does take(trainer, x, y) with this rank's rows of the next batch."""
-    data = Linear(Share(BATCH, rank, size, 0), num_rows=BATCH * NUM_BATCHES)
+def batch_of(size: int) -> int:
+    """Return the rows of a batch that so many ranks share evenly."""
+    return BATCH - BATCH % size
+
+
+def stepper(trainer: Trainer, share: Share, take: Any = Trainer.step) -> Any:
+    """Return a function that does take(trainer, x, y) with a share of the next batch."""
+    data = Linear(share, num_rows=share.batch_size * NUM_BATCHES)
     batches = cycle(list(data.batches(0)))
     return lambda: take(trainer, *next(batches))
 
@@ -44,20 +52,23 @@ def compare(comm: ringfold.Communicator, alone: Alone, arguments: Any) -> list[d
         torch.manual_seed(0)
         return nn.Linear(NUM_COLUMNS, 1)
 
-    def window(trainer: Trainer, rank: int, size: int) -> Any:
-        return repeated(stepper(trainer, rank, size), arguments.steps)
+    batch = batch_of(comm.size)
+    mine, whole = Share(batch, comm.rank, comm.size, 0), Share(batch, 0, 1, 0)
+
+    def window(trainer: Trainer, share: Share = mine) -> Any:
+        return repeated(stepper(trainer, share), arguments.steps)
 
     loss = nn.functional.mse_loss
     free = Trainer(ringfold.DataParallel(fresh(), comm), loss)
-    step = stepper(free, comm.rank, comm.size, unsynchronised)
+    step = stepper(free, mine, unsynchronised)
     lined = [
-        alone.contender(window(Trainer(fresh(), loss), 0, 1)),
+        alone.contender(window(Trainer(fresh(), loss), whole)),
         Contender("no_sync", repeated(step, arguments.steps)),
         Contender("limit", repeated(limited(step, comm, free), arguments.steps)),
         *(
             Contender(
                 name,
-                window(trainer, comm.rank, comm.size),
+                window(trainer),
                 wrong=lambda _, trainer=trainer: differing(comm, trainer.model),  # type: ignore[misc]
             )
             for name, trainer in wrapped(
@@ -70,7 +81,7 @@ def compare(comm: ringfold.Communicator, alone: Alone, arguments: Any) -> list[d
         lined.append(
             Contender(
                 "ddp",
-                window(ddp, comm.rank, comm.size),
+                window(ddp),
                 wrong=lambda _: differing(comm, ddp.model),
             )
         )
@@ -81,7 +92,7 @@ def compare(comm: ringfold.Communicator, alone: Alone, arguments: Any) -> list[d
             {
                 "impl": outcome.contender.impl,
                 "workload": "linear",
-                "batch": BATCH,
+                "batch": batch,
                 "ranks": comm.size,
                 "steps": arguments.steps,
                 "median_us": median * 1e6,
@@ -106,13 +117,17 @@ COLUMNS = {
 }
 
 
+def check_ranks(options: Any, num_ranks: int) -> None:
+    """Raise UsageError where a rank would have no row."""
+    if num_ranks > BATCH:
+        raise UsageError(f"{BATCH} rows are shared out over {BATCH} ranks at most, not {num_ranks}")
+
+
 def main() -> int:
     """Run the benchmark; status 1 where replicas have come to differ."""
     parser = parser_of(__doc__, sizes="", of="bytes of a bucket", peers=True, budget=10.0)
-    parser.add_argument("--steps", type=int, default=50, help="in a repetition")
-    arguments = parser.parse_args()
-    arguments.peers = read_peers(parser, arguments.peers)
-    arguments.sizes = read_sizes(parser, arguments.sizes)
+    parser.add_argument("--steps", type=whole(1), default=50, help="in a repetition")
+    arguments = read(parser, check_ranks)
     torch.set_num_threads(1)
     with ringfold.Communicator() as comm:
         alone = Alone(comm)
@@ -126,7 +141,7 @@ def main() -> int:
         if arguments.json:
             write_json(arguments.json, "linear", rows)
         if arguments.plot:
-            title = f"nn.Linear(10, 1), a batch of {BATCH} over {size} ranks"
+            title = f"nn.Linear(10, 1), a batch of {batch_of(size)} over {size} ranks"
             plot_bars(arguments.plot, rows, "workload", "steps_per_second", "steps a second", title)
     return verdict(rows, speak=rank == 0)
 

@@ -9,16 +9,14 @@ with. A call costs something besides its rounds (call_us), which the simulated t
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from harness import measure, table, write_json
+from options import add_sizes, plain_parser, read
 
 import ringfold
-from ringfold.cli import units
 from ringfold.comm.algorithms import build, names
 from ringfold.comm.cost import price
 from ringfold.comm.schedule import Schedule
@@ -120,18 +118,15 @@ COLUMNS = {
 
 def main() -> int:
     """Run on 2, 3, ... ranks of the job; status 1 where a result was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", default="4,64KiB,1MiB,16MiB")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    sizes = [units.read_nbytes(text) for text in arguments.sizes.split(",")]
+    parser = plain_parser(__doc__, repeats=20)
+    add_sizes(parser, "--sizes", "4,64KiB,1MiB,16MiB", "bytes of the buffer")
+    arguments = read(parser)
     rows: list[dict[str, Any]] = []
     with ringfold.Communicator() as world:
         for size in range(2, world.size + 1):
             group = world.split(0 if world.rank < size else None)
             if group is not None:
-                rows += compare(group, sizes, arguments.repeats)
+                rows += compare(group, arguments.sizes, arguments.repeats)
                 group.close()
             world.barrier()
         rank = world.rank

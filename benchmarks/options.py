@@ -1,13 +1,45 @@
-"""The options that all benchmarks take."""
+"""The options that benchmarks take, all looked at before anything is measured.
+
+What is wrong is said once, in one line, and every rank ends with status 2.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
 
 from peers import PEERS, importable
 
-from ringfold.cli import units
+import ringfold
+from ringfold.comm.text_file import prepare_file
+from ringfold.units import read_nbytes
+from ringfold.workloads.agree import settle
+from ringfold.workloads.numbers import positive, whole
+from ringfold.workloads.options import UsageError
+
+Check = Callable[[argparse.Namespace, int], object]
+"""Raises UsageError where options do not go together, or with so many ranks."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Raise instead of exiting: every rank parses, and one is to print."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def plain_parser(description: str | None, *, repeats: int | None = None) -> Parser:
+    """Return a parser with --json, and with --repeats where they have a default."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if repeats is not None:
+        parser.add_argument(
+            "--repeats", type=whole(1), default=repeats, help="at most (default: %(default)s)"
+        )
+    parser.add_argument("--json", type=_file, metavar="FILE")
+    return parser
 
 
 def parser_of(
@@ -17,41 +49,123 @@ def parser_of(
     of: str = "bytes",
     peers: bool = False,
     budget: float = 2.0,
-) -> argparse.ArgumentParser:
+    repeats: int = 100,
+) -> Parser:
     """Return a parser; sizes: the default of --sizes, None without that option; of: their sense."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser(description, repeats=repeats)
     if sizes is not None:
-        parser.add_argument(
-            "--sizes", default=sizes, help=f"{of}: 4,64KiB,1MiB (default: {sizes or 'its own'})"
-        )
+        add_sizes(parser, "--sizes", sizes, of)
     if peers:
-        parser.add_argument("--peers", help="of mpi,gloo (default: all that import); '' for none")
-    parser.add_argument("--repeats", type=int, default=100, help="at most (default: %(default)s)")
+        parser.add_argument(
+            "--peers",
+            type=_peers,
+            default=importable(),
+            help="of mpi,gloo (default: all that import); '' for none",
+        )
     parser.add_argument(
-        "--budget", type=float, default=budget, help="seconds for the repetitions of a contest"
+        "--budget", type=positive, default=budget, help="seconds for the repetitions of a contest"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture, as PNG")
+    parser.add_argument("--plot", type=_file, metavar="FILE", help="a picture, as PNG")
     return parser
 
 
-def read_peers(parser: argparse.ArgumentParser, text: str | None) -> list[str]:
-    """Check the names, and that what they need is installed."""
-    found = importable()
-    names = found if text is None else [name for name in text.split(",") if name]
-    for name in names:
-        if name not in PEERS:
-            parser.error(f"--peers: unknown {name!r}, expected: {', '.join(PEERS)}")
-        if name not in found:
-            parser.error(f"--peers {name}: {PEERS[name]} is not installed")
-    return names
+def add_sizes(parser: Parser, name: str, default: str, of: str) -> None:
+    """Add an option of numbers of bytes; where there is no default, none stand for it."""
+    told = f"{of}: 4,64KiB,1MiB (default: {default or 'its own'})"
+    parser.add_argument(name, type=_sizes, default=default or [], help=told)
 
 
-def read_sizes(parser: argparse.ArgumentParser, text: str) -> list[int]:
-    """Read numbers of bytes."""
+def names(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """Return what reads some of these names, with commas between."""
+
+    def convert(text: str) -> list[str]:
+        found = text.split(",")
+        for name in found:
+            if name not in known:
+                expected = ", ".join(known)
+                raise argparse.ArgumentTypeError(f"unknown {name!r}, expected: {expected}")
+        return found
+
+    return convert
+
+
+def read(parser: Parser, check: Check = lambda options, num_ranks: None) -> argparse.Namespace:
+    """Read the command line on every rank; end all where one refuses it.  Collective."""
+    parsed = _attempt(parser)  # before MPI starts: --help needs none
+    with ringfold.Communicator() as comm:
+        refused = ""
+
+        def decide() -> argparse.Namespace:
+            options = parsed()
+            check(options, comm.size)
+            if comm.rank == 0:  # who writes
+                _check_files(options)
+            return options
+
+        try:
+            return settle(comm, decide)
+        except UsageError as error:
+            refused = str(error)
+            if comm.rank == 0:
+                _say(parser, refused)
+    raise SystemExit(2)
+
+
+def read_alone(parser: Parser) -> argparse.Namespace:
+    """Read the command line of a process that is no rank."""
     try:
-        return [units.read_nbytes(part) for part in text.split(",") if part]
+        options = parser.parse_args()
+        _check_files(options)
+    except UsageError as error:
+        _say(parser, str(error))
+        raise SystemExit(2) from None
+    return options
+
+
+def _attempt(parser: Parser) -> Callable[[], argparse.Namespace]:
+    try:
+        options = parser.parse_args()
+    except UsageError as error:
+        refused = error
+
+        def fail() -> NoReturn:
+            raise refused
+
+        return fail
+    return lambda: options
+
+
+def _say(parser: Parser, refused: str) -> None:
+    print(f"{parser.prog}: error: {refused}", file=sys.stderr, flush=True)
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    for name in ("json", "plot"):
+        path = getattr(options, name, None)
+        if path is not None and (refused := prepare_file(path)):
+            raise UsageError(f"--{name}: {refused}")
+
+
+def _file(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a file, got ''")
+    return Path(text)
+
+
+def _peers(text: str) -> list[str]:
+    found = importable()
+    chosen = names(PEERS)(text) if text else []
+    for name in chosen:
+        if name not in found:
+            raise argparse.ArgumentTypeError(f"{name} needs {PEERS[name]}, which is not installed")
+    return chosen
+
+
+def _sizes(text: str) -> list[int]:
+    try:
+        found = [read_nbytes(part) for part in text.split(",")]
     except ValueError as error:
-        parser.error(f"--sizes: {error}")
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if min(found) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 B or more, got {text!r}")
+    return found

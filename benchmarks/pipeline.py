@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from harness import Contender, contest, table, verdict, write_json
-from options import parser_of, read_peers
+from options import parser_of, read
 from peers import gloo
 from plots import plot_pipelines
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ import ringfold
 from ringfold.parallel import PLANS
 from ringfold.parallel.plan import whole_plan
 from ringfold.parallel.plan_check import check_plan, num_stages_of
+from ringfold.workloads.numbers import whole
 
 TORCH = {"gpipe": "ScheduleGPipe", "1f1b": "Schedule1F1B"}
 """Plan -> the class of torch.distributed.pipelining that follows it with one stage a rank."""
@@ -222,12 +223,11 @@ COLUMNS = {
 def main() -> int:
     """Run the benchmark; status 1 where a loss or a gradient was wrong."""
     parser = parser_of(__doc__, peers=True, budget=15.0)
-    parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--width", type=int, default=1024, help="of the layers")
-    parser.add_argument("--layers", type=int, default=2, help="of a stage")
-    parser.add_argument("--rows", type=int, default=256, help="of a micro-batch")
-    arguments = parser.parse_args()
-    arguments.peers = read_peers(parser, arguments.peers)
+    parser.add_argument("--microbatches", type=whole(1), default=8)
+    parser.add_argument("--width", type=whole(1), default=1024, help="of the layers")
+    parser.add_argument("--layers", type=whole(1), default=2, help="of a stage")
+    parser.add_argument("--rows", type=whole(1), default=256, help="of a micro-batch")
+    arguments = read(parser)
     torch.set_num_threads(1)
     with ringfold.Communicator() as comm:
         alone = Alone(comm)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -372,16 +373,44 @@ def document(records: Iterable[Mapping[str, Any]]) -> str:
     )
 
 
+class Unreadable(ValueError):
+    """Say which file is no result of a benchmark, and why."""
+
+
+ORIGIN = ("cpu", "cores", "mpi", "python", "numpy", "commit", "date")
+
+
+def read(path: Path) -> Mapping[str, Any]:
+    """Return what a benchmark has left in a file, or raise Unreadable."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise Unreadable(f"{path}: {error}") from None
+    if not isinstance(record, dict) or not {"machine", "rows"} <= record.keys():
+        raise Unreadable(f"{path} is no result of a benchmark: expected a machine and rows")
+    machine, rows = record["machine"], record["rows"]
+    if not isinstance(machine, dict) or (missing := [key for key in ORIGIN if key not in machine]):
+        told = ", ".join(missing) if isinstance(machine, dict) else "all"
+        raise Unreadable(f"{path} does not tell where it was measured: lacks {told}")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise Unreadable(f"{path} is no result of a benchmark: its rows are none")
+    return record
+
+
 def main() -> int:
-    """Read the results and write their README."""
+    """Read the results and write their README; status 2 where a file cannot be read."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", nargs="?", type=Path, default=Path(__file__).parent / "results")
     folder = parser.parse_args().folder
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    if not records:
-        parser.error(f"{folder} has no results: make bench writes them")
+    try:
+        records = [read(path) for path in sorted(folder.glob("*.json"))]
+        if not records:
+            raise Unreadable(f"{folder} has no results: make bench writes them")
+    except Unreadable as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
     text = document(records)
     limits = folder / "limits.md"  # what holds back the figures that miss, in words
     if limits.exists():

@@ -3,7 +3,8 @@
     mpirun -n 4 python benchmarks/scaling.py [--batch 32] [--json FILE] [--plot FILE]
 
 The global batch stays the same: forward, backward and reduction of one batch, without the
-optimizer's step.  Every grid has to come to the loss of the unsplit model.
+optimizer's step.  Every grid has to come to the loss of the unsplit model; one whose replicas
+cannot share the batch evenly is left out.
 """
 
 from __future__ import annotations
@@ -13,22 +14,29 @@ from typing import Any
 
 import torch
 from harness import Contender, contest, table, verdict, write_json
-from options import parser_of
+from options import parser_of, read
 from plots import plot_bars
 from torch import nn
 from training import Alone
 
 import ringfold
+from ringfold.parallel import PLANS
+from ringfold.parallel.plan import whole_plan
+from ringfold.parallel.plan_check import check_plan, num_stages_of
 from ringfold.workloads import text
+from ringfold.workloads.numbers import whole
+from ringfold.workloads.options import UsageError
 from ringfold.workloads.workload import Share
 
 
-def grids(size: int) -> list[tuple[int, int]]:
-    """Return every (data, pipe) of so many ranks that the layers allow."""
+def grids(size: int, batch: int) -> list[tuple[int, int]]:
+    """Return every (data, pipe) of so many ranks that the layers and the batch allow.
+
+    Replicas with unequal shares would neither train on the whole batch nor weigh its rows alike.
+    """
     layers = len(text.layers())
-    return [
-        (size // pipe, pipe) for pipe in range(1, size + 1) if size % pipe == 0 and pipe <= layers
-    ]
+    splits = [(size // pipe, pipe) for pipe in range(1, min(size, layers) + 1) if size % pipe == 0]
+    return [(data, pipe) for data, pipe in splits if batch % data == 0]
 
 
 def fresh() -> nn.Sequential:
@@ -85,14 +93,14 @@ def compare(
         model.zero_grad()
         text.loss(model(x), y).backward()
 
-    meshes = [ringfold.Mesh(comm, data=data, pipe=pipe) for data, pipe in grids(comm.size)]
+    shapes = grids(comm.size, arguments.batch)
+    meshes = [ringfold.Mesh(comm, data=data, pipe=pipe) for data, pipe in shapes]
     lined = [alone.contender(single)]
     lined += [contender(comm, mesh, arguments, right) for mesh in meshes]
     outcomes = contest(comm, lined, repeats=arguments.repeats, budget=arguments.budget)
     reference = outcomes[0].timing.median
-    shapes = [(1, 1), *(mesh.shape for mesh in meshes)]
     rows = []
-    for outcome, (data, pipe) in zip(outcomes, shapes, strict=True):
+    for outcome, (data, pipe) in zip(outcomes, [(1, 1), *shapes], strict=True):
         timing = outcome.timing
         rows.append(
             {
@@ -131,13 +139,37 @@ COLUMNS = {
 }
 
 
+def check_grids(options: argparse.Namespace, num_ranks: int) -> None:
+    """Raise UsageError where no grid can be measured, or a plan refuses the micro-batches."""
+    found = grids(num_ranks, options.batch)
+    if not found:
+        raise UsageError(
+            f"--batch {options.batch}: no grid of {num_ranks} ranks shares that out evenly"
+        )
+    for _, pipe in found:
+        if pipe > 1:
+            check_schedule(options.schedule, pipe, options.microbatches)
+
+
+def check_schedule(name: str, pipe: int, microbatches: int) -> None:
+    """Raise UsageError where the plan refuses the micro-batches, or the layers are too few."""
+    try:
+        plan = whole_plan(PLANS[name], pipe, microbatches)
+        check_plan(plan, microbatches)
+    except ValueError as error:  # PlanError is one
+        raise UsageError(f"--schedule {name}: {error}") from None
+    stages, layers = num_stages_of(plan), len(text.layers())
+    if stages > layers:
+        raise UsageError(f"--schedule {name}: {layers} layers are too few for {stages} stages")
+
+
 def main() -> int:
     """Run the benchmark; status 1 where a grid came to another loss."""
     parser = parser_of(__doc__, budget=20.0)
-    parser.add_argument("--batch", type=int, default=32, help="the global one, in samples")
-    parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--schedule", default="1f1b")
-    arguments = parser.parse_args()
+    parser.add_argument("--batch", type=whole(1), default=32, help="the global one, in samples")
+    parser.add_argument("--microbatches", type=whole(1), default=8)
+    parser.add_argument("--schedule", choices=list(PLANS), default="1f1b")
+    arguments = read(parser, check_grids)
     torch.set_num_threads(1)
     with ringfold.Communicator() as comm:
         alone = Alone(comm)

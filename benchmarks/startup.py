@@ -11,7 +11,6 @@ array.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -23,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from harness import table, write_json
+from options import plain_parser, read_alone
+
+from ringfold.workloads.numbers import whole
 
 IMPORT = """
 import time
@@ -103,13 +105,9 @@ def measured(ranks: int, repeats: int) -> tuple[list[dict[str, Any]], str]:
 
 def main() -> int:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
+    parser = plain_parser(__doc__, repeats=5)
+    parser.add_argument("--ranks", type=whole(1), default=2)
+    arguments = read_alone(parser)
     rows, mpi = measured(arguments.ranks, arguments.repeats)
     shown = []
     for row in rows:

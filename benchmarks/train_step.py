@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from harness import Contender, contest, measure, table, verdict, write_json
-from options import parser_of, read_peers, read_sizes
+from options import names, parser_of, read
 from peers import gloo
 from plots import plot_bars
 from torch import Tensor, nn
@@ -87,6 +87,10 @@ MODELS: Mapping[str, Model] = {
     "mlp": Model(mlp, mlp_batch, nn.functional.mse_loss),
     "transformer": Model(transformer, transformer_batch, cross_entropy),
 }
+
+
+SCALES = (1, 2, 4, 8, 16, 32, 64)
+"""Those that leave each of the transformer's four heads a whole width."""
 
 
 class TimedWork:
@@ -268,15 +272,21 @@ def device_of(comm: ringfold.Communicator, named: str) -> torch.device:
 def main() -> int:
     """Run the benchmark; status 1 where replicas have come to differ."""
     parser = parser_of(__doc__, sizes="", of="bytes of a bucket", peers=True, budget=15.0)
-    parser.add_argument("--models", default=",".join(MODELS), help="(default: %(default)s)")
+    parser.add_argument(
+        "--models",
+        type=names(MODELS),
+        default=list(MODELS),
+        help=f"(default: {','.join(MODELS)})",
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--scale", type=int, default=1, help="divide the models' widths")
-    arguments = parser.parse_args()
-    arguments.peers = read_peers(parser, arguments.peers)
-    arguments.sizes = read_sizes(parser, arguments.sizes)
-    names = arguments.models.split(",")
-    if unknown := [name for name in names if name not in MODELS]:
-        parser.error(f"--models: unknown {', '.join(unknown)}, expected: {', '.join(MODELS)}")
+    parser.add_argument(
+        "--scale",
+        type=int,
+        default=1,
+        choices=SCALES,
+        help="divide the models' widths (default: %(default)s)",
+    )
+    arguments = read(parser)
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     with ringfold.Communicator() as comm:
@@ -288,7 +298,7 @@ def main() -> int:
             return 77
         alone = Alone(comm)
         with gloo(comm) if "gloo" in arguments.peers else nullcontext():
-            for name in names:
+            for name in arguments.models:
                 rows += compare(comm, alone, name, arguments, device)
         alone.close()
         rank = comm.rank

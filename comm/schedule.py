@@ -169,6 +169,11 @@ class Schedule:
     root: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.collective, Collective):
+            raise TypeError(
+                "expected a Collective, such as ringfold.comm.collective.ALLREDUCE, got"
+                f" {self.collective!r}"
+            )
         object.__setattr__(self, "rounds", tuple(self.rounds))
         for name in ("size", "num_chunks", "root"):
             value = getattr(self, name)

@@ -3,7 +3,6 @@
 Names are looked up on first use, so that importing this package imports no torch.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,29 +22,29 @@ if TYPE_CHECKING:
     from .sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
     from .topk import TopK
 
-__all__ = [
-    "PLANS",
-    "DataParallel",
-    "Dropout",
-    "GlobalBatchSampler",
-    "Mesh",
-    "Metrics",
-    "NoneIfEmpty",
-    "Pipeline",
-    "PlanError",
-    "PowerSGD",
-    "ShardSampler",
-    "ShardedOptimizer",
-    "StageError",
-    "SyncBatchNorm",
-    "TopK",
-    "broadcast_optimizer",
-    "check_replicas",
-    "convert_sync_batchnorm",
-    "even_batches",
-    "name_layers",
-    "show_samples",
-]
+    __all__ = [
+        "PLANS",
+        "DataParallel",
+        "Dropout",
+        "GlobalBatchSampler",
+        "Mesh",
+        "Metrics",
+        "NoneIfEmpty",
+        "Pipeline",
+        "PlanError",
+        "PowerSGD",
+        "ShardSampler",
+        "ShardedOptimizer",
+        "StageError",
+        "SyncBatchNorm",
+        "TopK",
+        "broadcast_optimizer",
+        "check_replicas",
+        "convert_sync_batchnorm",
+        "even_batches",
+        "name_layers",
+        "show_samples",
+    ]
 
 _HOMES = {
     "PLANS": "plan",
@@ -71,12 +70,22 @@ _HOMES = {
     "show_samples": "random_keys",
 }
 
+_WITHOUT_TORCH = ("join", "mesh", "plan", "sampler")
+"""The homes that need no torch."""
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    from ..comm.optional import look_up
+
+    return _public() if name == "__all__" else look_up(__name__, _HOMES, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_public()})
+
+
+def _public() -> list[str]:
+    """Return the names that can be had here, `__all__`."""
+    from ..comm.optional import usable
+
+    return usable(_HOMES, [name for name, home in _HOMES.items() if home in _WITHOUT_TORCH])

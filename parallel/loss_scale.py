@@ -50,7 +50,7 @@ class LossScaler:
     growth, interval: the factor is multiplied by growth after `interval` turns without overflow; a
         turn is what the optimizers do between two `scale`s.
     backoff: the factor is multiplied by it after a turn in which a step is skipped.
-    least, most: bounds of the factor.
+    least, most: bounds of the factor.  All five are powers of two.
     skipped: steps that were skipped so far.
     """
 
@@ -72,6 +72,11 @@ class LossScaler:
                 "expected growth >= 1, 0 < backoff < 1 and interval >= 1, got "
                 f"{growth}, {backoff}, {interval}"
             )
+        factors = {"factor": factor, "growth": growth, "backoff": backoff}
+        for name, value in {**factors, "least": least, "most": most}.items():
+            if math.frexp(value)[0] != 0.5:
+                # Dividing by another one would round, so that skipped steps were not all it cost.
+                raise ValueError(f"expected a power of two for {name}, got {value}")
         self.factor = factor
         self.skipped = 0
         self._comm = comm

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from torch.optim.optimizer import (
 )
 
 from ..comm.clock import measure_offset
+from ..comm.text_file import why_unwritable
 from ..comm.timeline import COMPUTE, Timeline
 from ..comm.trace_file import RankSummary, document, gather, on_one_clock, summarize, table
 from ..comm.tune import share_text
@@ -57,7 +57,8 @@ def trace(comm: Communicator, path: Path | str | None = None) -> Iterator[Trace]
     written. CommError where a trace is under way on this rank; OSError, on all ranks before the
     program within begins, where rank 0 cannot write the file.
     """
-    refused = share_text(comm, _why_not(path) if comm.rank == 0 else "")
+    mine = "" if path is None or comm.rank else why_unwritable(Path(path))
+    refused = share_text(comm, mine)
     if refused:
         raise OSError(f"rank 0 cannot write the trace: {refused}")
     found = Trace()
@@ -73,19 +74,6 @@ def trace(comm: Communicator, path: Path | str | None = None) -> Iterator[Trace]
         found.rows = summarize(traces)
         if path is not None:
             Path(path).write_text(document(traces))
-
-
-def _why_not(path: Path | str | None) -> str:
-    """Return why no file can be written, without making one; "" where it can."""
-    if path is None:
-        return ""
-    file = Path(path)
-    if file.is_dir():
-        return f"{file} is a folder"
-    if not file.parent.is_dir():
-        return f"there is no folder {file.parent}"
-    where = file if file.exists() else file.parent
-    return "" if os.access(where, os.W_OK) else f"{where} may not be written"
 
 
 @contextmanager

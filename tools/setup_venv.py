@@ -65,16 +65,41 @@ def main() -> int:
         if fits:
             made = replace(made, python=fits[0].python, mpi=fits[0].mpi)
         if not wanted.extras <= there:
+            if not fits:
+                check_foreign(venv)
+                create(venv)
             if not current:
+                # Until all is there a stamp that has nothing: a setup that fails half-way leaves an
+                # environment of which the next one knows the Python.
                 for path in venv.glob("*.stamp"):
                     path.unlink()
-            if not fits:
-                create(venv)
+                nothing = replace(made, digest="", extras=frozenset())
+                nothing.write(venv / f"{arguments.stamp}.stamp")
             install(venv, [f".[{','.join(sorted(made.extras))}]"], editable=True)
             say(f"MPI library: {provide_mpi(venv, made.mpi)}")
             say(f"{venv} is ready")
         made.write(venv / f"{arguments.stamp}.stamp")
     return 0
+
+
+def check_foreign(venv: Path) -> None:
+    """Refuse a folder that no setup has made, unless it is an environment of the same Python.
+
+    What a user keeps there is not ours to remove, and venv leaves the Python that is there.
+    """
+    if not venv.exists() or not any(venv.iterdir()):
+        return
+    try:
+        command = [str(venv / "bin" / "python"), "-c", "import sys; print(sys.version)"]
+        found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        found = ""
+    if found != sys.version:
+        what = f"an environment of Python {found.split()[0]}" if found else "no environment"
+        raise SystemExit(
+            f"ringfold setup: {venv} is there and is {what}, expected one of Python"
+            f" {sys.version.split()[0]}: remove it, or name another folder: make VENV=..."
+        )
 
 
 def suits(stamp: Stamp, wanted: Stamp, any_python: bool) -> bool:

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..text_file import write_whole
+
 SECONDS = 60.0
 
 NBYTES = (64, 1 << 20)
@@ -83,11 +85,9 @@ def remember(path: Path | None, key: str, verdict: Verdict) -> None:
     except (OSError, ValueError):
         known = {}
     known[key] = {"aware": verdict.aware, "reason": verdict.reason}
-    beside = path.with_name(f".{path.name}.{id(verdict)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(known, indent=1))
-        beside.replace(path)
+        write_whole(path, json.dumps(known, indent=1))
     except OSError:
         return
 

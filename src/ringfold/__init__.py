@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,6 +30,35 @@ if TYPE_CHECKING:
     from .parallel.sharded_optimizer import ShardedOptimizer
     from .parallel.stage_error import StageError
     from .parallel.tracing import trace
+
+    __all__ = [
+        "CheckpointError",
+        "Checkpoints",
+        "CommError",
+        "CommTimeout",
+        "Communicator",
+        "DataParallel",
+        "Dropout",
+        "Elastic",
+        "LossScaler",
+        "Mesh",
+        "MismatchError",
+        "NotFinite",
+        "PeerLost",
+        "Pipeline",
+        "RandomStreams",
+        "Round",
+        "Schedule",
+        "ScheduleError",
+        "Settings",
+        "ShardedOptimizer",
+        "StageError",
+        "Work",
+        "load",
+        "run_local",
+        "save",
+        "trace",
+    ]
 
 _HOMES = {
     "Communicator": "comm.communicator",
@@ -62,43 +90,25 @@ _HOMES = {
 }
 """name -> the module that has it, imported when the name is first used: torch only for engines."""
 
-__all__ = [
-    "CheckpointError",
-    "Checkpoints",
-    "CommError",
-    "CommTimeout",
-    "Communicator",
-    "DataParallel",
-    "Dropout",
-    "Elastic",
-    "LossScaler",
-    "Mesh",
-    "MismatchError",
-    "NotFinite",
-    "PeerLost",
-    "Pipeline",
-    "RandomStreams",
-    "Round",
-    "Schedule",
-    "ScheduleError",
-    "Settings",
-    "ShardedOptimizer",
-    "StageError",
-    "Work",
-    "load",
-    "run_local",
-    "save",
-    "trace",
-]
+_WITHOUT_TORCH = ("comm.", "parallel.mesh", "parallel.checkpoint.errors")
+"""What the homes begin with that need no torch."""
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'ringfold' has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    from .comm.optional import look_up
+
+    return _public() if name == "__all__" else look_up(__name__, _HOMES, name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_public()])
+
+
+def _public() -> list[str]:
+    """Return the names that can be had here, `__all__`."""
+    from .comm.optional import usable
+
+    bare = [name for name, home in _HOMES.items() if home.startswith(_WITHOUT_TORCH)]
+    return usable(_HOMES, bare)

@@ -14,6 +14,7 @@ from .builders import ALL_ROOTS, Misuse, find_builder
 from .comm.cost import kinds, price
 from .comm.errors import ScheduleError
 from .comm.schedule import Schedule, draw
+from .comm.text_file import prepare_file, write_whole
 from .comm.topology import Cluster, Link
 from .comm.verify import verify
 
@@ -31,8 +32,11 @@ BUSBW = {
     "reduce_scatter": lambda size: (size - 1) / size,
     "allgather": lambda size: (size - 1) / size,
     "alltoall": lambda size: (size - 1) / size,
+    "gather": lambda size: (size - 1) / size,
+    "scatter": lambda size: (size - 1) / size,
 }
-"""busbw / algbw, as nccl-tests' doc/PERFORMANCE.md defines it; 1 for the other collectives."""
+"""busbw / algbw, as nccl-tests' doc/PERFORMANCE.md defines it, of gather and scatter its sources;
+1 for the other collectives."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -229,14 +233,12 @@ def _tune(arguments: argparse.Namespace) -> int:
     with Communicator() as comm:
         if comm.size == 1:
             raise Misuse("one rank has no links to measure; try: mpirun -n 4 ringfold tune")
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        refused = _unwritable(beside) if comm.rank == 0 else ""
+        refused = prepare_file(path) if comm.rank == 0 else ""
         if told := next(filter(None, gather_texts(comm, refused)), ""):
             raise Misuse(f"{told}; name a file by --out")
         tuning = measure(comm)
         if comm.rank == 0:
-            beside.write_text(tuning.text())
-            beside.replace(path)
+            write_whole(path, tuning.text())
             for name, link in (("within a node", tuning.intra), ("between nodes", tuning.inter)):
                 if link is not None:
                     print(
@@ -247,17 +249,6 @@ def _tune(arguments: argparse.Namespace) -> int:
                     )
             print(f"written to {path}")
     return 0
-
-
-def _unwritable(path: Path) -> str:
-    """Return why a file cannot be written; made and taken away again, "" where it can."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        path.unlink()
-    except OSError as error:
-        return str(error)
-    return ""
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 
-_NUMBER = re.compile(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z/]*)\s*")
+_NUMBER = re.compile(r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z/]*)\s*")
 
 BYTES = {
     "": 1,
@@ -28,7 +29,9 @@ def _read(text: str, units: dict[str, int] | dict[str, float], what: str) -> flo
             f"expected a {what} such as 5{next(u for u in units if u)}, got {text!r} "
             f"(units: {known})"
         )
-    return float(found[1]) * units[found[2]]
+    if not math.isfinite(number := float(found[1]) * units[found[2]]):
+        raise ValueError(f"expected a {what} that is finite, got {text!r}")
+    return number
 
 
 def read_nbytes(text: str) -> int:

@@ -34,14 +34,17 @@ def test_a_trace_of_a_pipeline_has_every_rank_and_action(
 @pytest.mark.parametrize(
     ("option", "told"),
     [
-        (("--check-finite",), "step 1, micro-batch 0, rank 0: the gradient of"),
-        ((), "the loss of step 1 is"),
+        ("--steps 5 --check-finite", "step 1, micro-batch 0, rank 0: the gradient of"),
+        ("--steps 5", "the loss of step 1 is"),
+        ("--workload linear --steps 1 --lr 3e38", "the final metric test_mean_squared_error is"),
     ],
 )
 def test_a_run_that_blows_up_says_once_where(
-    job: Callable[..., Any], option: tuple[str, ...], told: str
+    job: Callable[..., Any], tmp_path: Path, option: str, told: str
 ) -> None:
-    done = job(2, TRAIN, "--workload", "digits", "--steps", 5, "--lr", "1e30", *option, timeout=120)
-    assert done.returncode == 1, done.output
+    report = tmp_path / "report.json"
+    options = ("--lr", "1e30", *option.split(), "--report", report)
+    done = job(2, TRAIN, *options, timeout=120)
+    assert done.returncode == 1 and not report.exists(), done.output
     assert done.output.count(told) == 1 and "Traceback" not in done.output
     assert told in done.stderr

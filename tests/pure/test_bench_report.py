@@ -1,9 +1,12 @@
 """The report of the benchmarks: the worst place decides, and what is missing is said to be."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -124,3 +127,29 @@ def test_steps_on_a_gpu_do_not_count_as_the_hosts() -> None:
         for impl, us in (("alone", 60.0), ("ours", 100.0 * factor))
     ]
     assert "| 0.6 | 2 ranks |" in line(rows, "MLP")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "Expecting value"),
+        ('{"machine": {', "Expecting property name"),
+        ("[]", "expected a machine and rows"),
+        ('{"losses": [1.0]}', "expected a machine and rows"),
+        ('{"machine": {"cpu": "x"}, "rows": []}', "lacks cores, mpi, python"),
+        (json.dumps({"machine": dict.fromkeys(report.ORIGIN), "rows": [1]}), "its rows are none"),
+    ],
+)
+def test_a_file_that_is_no_result_is_named_in_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text: str,
+    told: str,
+) -> None:
+    (tmp_path / "foreign.json").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
+    assert report.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "foreign.json") in line and told in line
+    assert not (tmp_path / "README.md").exists()

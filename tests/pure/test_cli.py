@@ -9,7 +9,8 @@ import pytest
 
 from ringfold import cli, units
 from ringfold.builders import ALL_ROOTS, Builder
-from ringfold.cli import CUT_OFF, _unwritable, main
+from ringfold.cli import BUSBW, CUT_OFF, main
+from ringfold.comm.text_file import prepare_file
 
 OWN = """
 from dataclasses import replace
@@ -155,10 +156,10 @@ def test_a_file_may_import_what_lies_beside_it(
 
 
 def test_where_a_table_cannot_be_written_is_known_before_it_is_measured(tmp_path: Path) -> None:
-    assert _unwritable(tmp_path / "new" / ".tuning.1") == ""
+    assert prepare_file(tmp_path / "new" / ".tuning.1") == ""
     assert list((tmp_path / "new").iterdir()) == []
     (tmp_path / "file").touch()
-    assert "file" in _unwritable(tmp_path / "file" / ".tuning.1")
+    assert "file" in prepare_file(tmp_path / "file" / ".tuning.1")
 
 
 @pytest.mark.parametrize(
@@ -185,9 +186,17 @@ def test_misuse_is_told(
     assert text in capsys.readouterr().err
 
 
+def test_bus_bandwidth_is_that_of_nccl_tests() -> None:
+    """As its sources have it, src/*.cu: its text names neither gather nor scatter."""
+    part = ("allgather", "alltoall", "gather", "reduce_scatter", "scatter")
+    assert {name: factor(4) for name, factor in BUSBW.items()} == {
+        "allreduce": 1.5, **dict.fromkeys(part, 0.75)
+    }  # fmt: skip
+
+
 def test_units() -> None:
     assert units.read_nbytes("64KiB") == 65536 and units.read_nbytes("25MB") == 25_000_000
-    assert units.read_nbytes("4") == 4
+    assert units.read_nbytes("4") == 4 and units.read_nbytes(".5KiB") == 512
     assert units.read_seconds("5us") == pytest.approx(5e-6)
     assert units.read_seconds("2e-3") == pytest.approx(2e-3)
     assert units.read_rate("25GB/s") == 25e9 and units.read_rate("1Gbit/s") == 125e6

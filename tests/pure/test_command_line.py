@@ -19,11 +19,22 @@ from ringfold.workloads.report import check_writable
         ("--membership 1", "expected RANK:STEP"),
         ("--every 5", "--every needs --checkpoint DIR"),
         ("--wire topk:1.5", "expected a ratio of at most 1"),
+        ("--microbatches 4", "--microbatches 4 has no effect without --pipe P"),
+        ("--schedule gpipe", "--schedule gpipe has no effect without --pipe P"),
+        ("--balance time", "--balance time has no effect without --pipe P"),
+        ("--checkpoint=", "--checkpoint: expected a path, got ''"),
+        ("--report=", "--report: expected a path, got ''"),
     ],
 )
 def test_refused_by_itself(options: str, told: str) -> None:
     with pytest.raises(UsageError, match=told):
         parse(options.split())
+
+
+def test_options_of_a_pipe_are_taken_where_they_have_an_effect() -> None:
+    for others in ("--pipe 1", "--pipe 2", "--recompute", "--reduction tree", "--dropout 0.1"):
+        assert parse(["--microbatches", "4", *others.split()]).microbatches == 4
+    assert parse([]).schedule == "1f1b" and parse([]).balance == "parameters"
 
 
 @pytest.mark.parametrize(

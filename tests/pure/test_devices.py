@@ -35,7 +35,7 @@ def test_cuda_has_to_have_one() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    ["--balance time", "--elastic", "--membership 1:2"],
+    ["--balance time --pipe 2", "--elastic", "--membership 1:2"],
 )
 def test_what_needs_the_host_is_named(words: str) -> None:
     options = parse(["--device", "cuda", *words.split()])

@@ -1,6 +1,7 @@
 """Who may import what: the layers, the optional libraries, and nothing at import."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -197,3 +198,47 @@ import sys
 print("mpi4py.MPI" in sys.modules)
 """
     assert python(code).split() == ["0", "True", "False"]
+
+
+BARE = """
+import importlib, inspect, pydoc, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Absent())
+for package in map(importlib.import_module, ("ringfold", "ringfold.parallel")):
+    lacking = []
+    for name in package._HOMES:
+        try:
+            getattr(package, name)
+        except ModuleNotFoundError as error:
+            told = f"{package.__name__}.{name} needs torch: pip install 'ringfold[torch]'"
+            assert str(error) == told and error.name == "torch", error
+            lacking.append(name)
+    assert "DataParallel" in lacking and "Mesh" not in lacking
+    assert sorted([*package.__all__, *lacking]) == sorted(package._HOMES), package.__all__
+    found = {}
+    exec(f"from {package.__name__} import *", found)
+    assert found.keys() >= set(package.__all__) and "DataParallel" not in found
+    assert dict(inspect.getmembers(package)).keys() >= set(package.__all__)
+    assert "Mesh" in pydoc.plain(pydoc.render_doc(package))
+    assert not hasattr(package, "bogus")
+"""
+
+
+def test_without_torch_the_names_that_need_it_say_so_and_are_not_listed():
+    """help(ringfold), inspect.getmembers and `import *` ended with "No module named 'torch'"."""
+    python(BARE)
+
+
+@pytest.mark.parametrize("name", ["ringfold", "ringfold.parallel"])
+def test_with_torch_all_names_are_listed(name):
+    package = importlib.import_module(name)
+    path = next(path for module, path in modules() if module == name)
+    lists = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assign)]
+    (listed,) = [ast.literal_eval(n.value) for n in lists if n.targets[0].id == "__all__"]
+    assert sorted(listed) == sorted(package._HOMES) == package.__all__
+    assert set(package.__all__) <= set(dir(package))

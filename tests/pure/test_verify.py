@@ -42,6 +42,11 @@ def mutated(schedule: Schedule, index: int, **changes: object) -> Schedule:
     return replace(schedule, rounds=tuple(rounds))
 
 
+def test_a_schedule_of_no_collective_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"expected a Collective, .*, got 'allreduce'"):
+        Schedule("allreduce", 4, 1, ())  # type: ignore[arg-type]
+
+
 def refusal(schedule: Schedule) -> ScheduleError:
     with pytest.raises(ScheduleError) as caught:
         verify(schedule)

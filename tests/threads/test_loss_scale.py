@@ -153,6 +153,9 @@ def test_bounds_hold_and_bad_settings_are_refused() -> None:
         for settings in ({"factor": 0.0}, {"growth": 0.5}, {"backoff": 1.0}, {"interval": 0}):
             with pytest.raises(ValueError, match="expected"):
                 LossScaler(comm, **settings)
+        for settings in ({"factor": 3.0}, {"growth": 1.5}, {"backoff": 0.3}, {"most": 1e6}):
+            with pytest.raises(ValueError, match="expected a power of two for"):
+                LossScaler(comm, **settings)
 
     run_local(1, main)
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from ..parallel.plan import PLANS
 from . import WORKLOADS
+from .numbers import positive, whole
 from .options import TREE_MICROBATCHES, Options, UsageError, written_plan
 
 __all__ = ["parse"]
 
 WIRE_DTYPES = ("fp32", "bf16", "fp16")
+SCHEDULE = "1f1b"
+BALANCES = ("parameters", "time", "memory")
 LARGEST = 3.4e38  # of float32
 
 
@@ -40,6 +42,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         raise UsageError("--elastic follows what happens, --membership what is planned: take one")
     if found.trace is not None and (found.elastic is not None or found.membership):
         raise UsageError("--trace is of ranks that stay: leave out --elastic and --membership")
+    check_effect(found)
     files = [path.absolute() for path in (found.trace, found.report) if path is not None]
     if len(files) > len(set(files)):
         raise UsageError(f"--trace and --report name one file, {found.report}")
@@ -47,8 +50,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     return Options(
         workload=found.workload,
         data=found.data,
-        pipe=found.pipe,
-        schedule=found.schedule,
+        pipe=1 if found.pipe is None else found.pipe,
+        schedule=found.schedule or SCHEDULE,
         stages_per_rank=found.stages_per_rank,
         recompute=found.recompute,
         microbatches=found.microbatches,
@@ -60,7 +63,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         bucket_mb=found.bucket_mb,
         wire=found.wire_dtype if found.wire is None else found.wire,
         reduction=found.reduction,
-        balance=found.balance,
+        balance=found.balance or BALANCES[0],
         dropout=found.dropout,
         report=found.report,
         dump=found.dump,
@@ -74,6 +77,17 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         elastic=found.elastic,
         membership=found.membership,
     )
+
+
+def check_effect(found: argparse.Namespace) -> None:
+    """Raise UsageError for options of a pipe where there is none."""
+    stages = found.recompute or (found.stages_per_rank or 1) > 1
+    # Adding in a tree, or with dropout keyed by sample, replicas are pipelines of one stage.
+    if found.pipe is not None or stages or found.reduction == "tree" or found.dropout:
+        return
+    for name in ("microbatches", "schedule", "balance"):
+        if (value := getattr(found, name)) is not None:
+            raise UsageError(f"--{name} {value} has no effect without --pipe P")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,21 +106,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     split = parser.add_argument_group("how the work is split")
     split.add_argument(
-        "--data", type=_whole(1), metavar="D", help="data ranks (default: ranks / pipe)"
+        "--data", type=whole(1), metavar="D", help="data ranks (default: ranks / pipe)"
     )
-    split.add_argument(
-        "--pipe", type=_whole(1), default=1, metavar="P", help="stages of layers (default: 1)"
-    )
+    split.add_argument("--pipe", type=whole(1), metavar="P", help="stages of layers (default: 1)")
     split.add_argument(
         "--schedule",
         type=_schedule,
-        default="1f1b",
         metavar="PLAN",
-        help=f"of the pipe: {', '.join(PLANS)}, or a file with a plan (default: 1f1b)",
+        help=f"of the pipe: {', '.join(PLANS)}, or a file with a plan (default: {SCHEDULE})",
     )
     split.add_argument(
         "--stages-per-rank",
-        type=_whole(1),
+        type=whole(1),
         metavar="V",
         help="stages on each rank of the pipe, of the plan interleaved (default: 2 of it)",
     )
@@ -117,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     split.add_argument(
         "--microbatches",
-        type=_whole(1),
+        type=whole(1),
         metavar="M",
         help="parts of a data rank's batch that follow each other through the pipe (default: about"
         " 2 x P)",
@@ -131,10 +142,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     split.add_argument(
         "--balance",
-        choices=("parameters", "time", "memory"),
-        default="parameters",
+        choices=BALANCES,
         help="what is to be equal over the stages; time and memory are measured on a micro-batch"
-        " (default: parameters)",
+        f" (default: {BALANCES[0]})",
     )
     train = parser.add_argument_group("training")
     train.add_argument(
@@ -146,17 +156,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--epochs",
-        type=_whole(1),
+        type=whole(1),
         help=f"passes over the data (default: {_by_workload('epochs')})",
     )
     train.add_argument(
         "--steps",
-        type=_whole(1),
+        type=whole(1),
         help="so many steps at the most, over which the learning rate falls to its end",
     )
     train.add_argument(
         "--batch-size",
-        type=_whole(1),
+        type=whole(1),
         metavar="B",
         help="samples of the global batch, shared out over the data ranks (default: "
         f"{_by_workload('batch_size')})",
@@ -168,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--seed",
-        type=_whole(0, 2**63 - 1),
+        type=whole(0, 2**63 - 1),
         default=0,
         help="of weights and order of samples (default: 0)",
     )
@@ -205,16 +215,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     store = parser.add_argument_group("checkpoints")
     store.add_argument(
-        "--checkpoint", type=Path, metavar="DIR", help="write checkpoints into this folder"
+        "--checkpoint", type=_path, metavar="DIR", help="write checkpoints into this folder"
     )
     store.add_argument(
         "--every",
-        type=_whole(1),
+        type=whole(1),
         metavar="N",
         help="after every N steps, and the last (default: 100)",
     )
     store.add_argument(
-        "--keep", type=_whole(1), metavar="K", help="keep the newest K of them (default: 3)"
+        "--keep", type=whole(1), metavar="K", help="keep the newest K of them (default: 3)"
     )
     store.add_argument(
         "--resume",
@@ -238,20 +248,26 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RANK:STEP,...",
         help="let ranks leave before these steps, to compare an elastic run with",
     )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write a JSON report")
+    parser.add_argument("--report", type=_path, metavar="FILE", help="write a JSON report")
     parser.add_argument(
         "--trace",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="write a timeline of all ranks, for ui.perfetto.dev, and print what time went to",
     )
     parser.add_argument(
         "--dump",
-        type=Path,
+        type=_path,
         metavar="DIR",
         help="write the weights after every step, for `ringfold compare`",
     )
     return parser
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return Path(text)
 
 
 def _schedule(text: str) -> str:
@@ -270,39 +286,14 @@ def _by_workload(setting: str) -> str:
     return ", ".join(f"{name} {getattr(found, setting)}" for name, found in WORKLOADS.items())
 
 
-def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        try:
-            number = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
-        if number < least:
-            raise argparse.ArgumentTypeError(f"expected {least} or more, got {number}")
-        if most is not None and number > most:
-            raise argparse.ArgumentTypeError(f"expected {most} at the most, got {number}")
-        return number
-
-    return convert
-
-
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
-    if not (math.isfinite(number) and number > 0):
-        raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text}")
-    return number
-
-
 def _rate(text: str) -> float:
-    if (number := _positive(text)) > LARGEST:
+    if (number := positive(text)) > LARGEST:
         raise argparse.ArgumentTypeError(f"expected a number that float32 holds, got {text}")
     return number
 
 
 def _mebibytes(text: str) -> float:
-    number = _positive(text)
+    number = positive(text)
     if number * 2**20 < 1:
         raise argparse.ArgumentTypeError(f"expected a byte, {2**-20:.1e} MiB, or more, got {text}")
     return number
@@ -319,19 +310,19 @@ def _probability(text: str) -> float:
 
 
 def _departures(text: str) -> tuple[tuple[int, int], ...]:
-    whole = _whole(0)
+    number = whole(0)
     found = []
     for pair in text.split(","):
         rank, colon, step = pair.partition(":")
         if not colon:
             raise argparse.ArgumentTypeError(f"expected RANK:STEP,..., got {text!r}")
-        found.append((whole(rank), whole(step)))
+        found.append((number(rank), number(step)))
     return tuple(found)
 
 
 def _wire(text: str) -> str:
     name, _, argument = text.partition(":")
-    readers: dict[str, Callable[[str], object]] = {"powersgd": _whole(1), "topk": _ratio}
+    readers: dict[str, Callable[[str], object]] = {"powersgd": whole(1), "topk": _ratio}
     if name in readers:
         readers[name](argument)
     elif text not in WIRE_DTYPES:
@@ -341,6 +332,6 @@ def _wire(text: str) -> str:
 
 
 def _ratio(text: str) -> float:
-    if (number := _positive(text)) > 1:
+    if (number := positive(text)) > 1:
         raise argparse.ArgumentTypeError(f"expected a ratio of at most 1, got {text}")
     return number

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,14 @@ import numpy as np
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
 
-__all__ = ["GlobalLosses"]
+__all__ = ["GlobalLosses", "check_metric"]
+
+
+def check_metric(metric: Mapping[str, float]) -> None:
+    """Raise FloatingPointError where a number of the final metric is NaN or infinite."""
+    for name, value in metric.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"the final metric {name} is {value}; a smaller --lr may help")
 
 
 class GlobalLosses:

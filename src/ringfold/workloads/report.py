@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from ..comm.text_file import why_unwritable, write_whole
 from ..parallel.replicas import flat_bytes
 from .options import UsageError
 
@@ -65,22 +65,13 @@ class Report:
 def check_writable(files: Mapping[str, Path | None]) -> None:
     """Raise UsageError where the file of an option could not be written, without writing it."""
     for option, path in files.items():
-        if path is None:
-            continue
-        folder = path.absolute().parent
-        if path.is_dir():
-            raise UsageError(f"{option} {path} is a folder")
-        if not folder.is_dir():
-            raise UsageError(f"{option} {path}: there is no folder {folder}")
-        if not os.access(path if path.exists() else folder, os.W_OK):
-            raise UsageError(f"{option} {path} may not be written")
+        if path is not None and (refused := why_unwritable(path)):
+            raise UsageError(f"{option} {refused}")
 
 
 def write(path: Path, report: Report) -> None:
-    """Replace the file at once, so that a reader finds the old report or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(asdict(report), indent=1, allow_nan=False) + "\n")
-    beside.replace(path)
+    """Write the file at once, so that a reader finds the old report or the new one."""
+    write_whole(path, json.dumps(asdict(report), indent=1, allow_nan=False) + "\n")
 
 
 def weights_sha256(

@@ -1,0 +1,34 @@
+"""Names that a package has where torch is installed, and those that it has without."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def look_up(package: str, homes: Mapping[str, str], name: str) -> Any:
+    """Return a name of a package from the module that is its home, imported now.
+
+    AttributeError where there is no such name; ModuleNotFoundError, which says what to install,
+    where its home needs torch and there is none.
+    """
+    if name not in homes:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(f".{homes[name]}", package), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        told = f"{package}.{name} needs torch: pip install 'ringfold[torch]'"
+        raise ModuleNotFoundError(told, name=error.name) from None
+
+
+def usable(names: Iterable[str], bare: Iterable[str]) -> list[str]:
+    """Return the names that can be looked up here: all, or those that need no torch, `bare`."""
+    try:
+        found = importlib.util.find_spec("torch") is not None
+    except (ImportError, ValueError):  # what a finder or sys.modules says of a library in its way
+        found = False
+    return sorted(names if found else bare)
