@@ -27,6 +27,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from .flatten import WIRES
@@ -35,7 +36,16 @@ if TYPE_CHECKING:
     from ..comm.communicator import Communicator
     from ..comm.work import Receipt, Work
 
-__all__ = ["Ended", "GradientBucket", "Rounds", "Wire", "WireHook", "payload", "wire_format"]
+__all__ = [
+    "Ended",
+    "GradientBucket",
+    "Rounds",
+    "Wire",
+    "WireHook",
+    "clamped",
+    "payload",
+    "wire_format",
+]
 
 
 @dataclass(frozen=True)
@@ -180,6 +190,12 @@ def wire_format(wire: str | WireHook | None) -> Wire:
         return Wire(hook=make(argument))
     except ValueError as error:
         raise ValueError(f"wire format {wire!r}, expected {name}:{what}: {error}") from None
+
+
+def clamped(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values that are finite, and stay so in another dtype: of more, its largest."""
+    most = torch.finfo(dtype).max
+    return values.clamp(-most, most).to(dtype)
 
 
 def payload(receipt: Receipt, size: int) -> int:

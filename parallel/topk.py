@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .hooks import GradientBucket, Rounds
+from .hooks import GradientBucket, Rounds, clamped
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -41,7 +41,8 @@ class TopK:
 
     Bytes from each rank per parameter: k times an int32 index and an element in the gradients' own
     dtype; the error is kept in float32 at least. Use one object for one model; its state belongs to
-    this rank. A gradient that is not finite is sent as such, and leaves the error as it was.
+    this rank. A gradient that is not finite is sent as such, and leaves the error as it was. Of a
+    sum of gradient and error beyond that dtype its largest value is sent.
     """
 
     ratio: float = 0.01
@@ -87,13 +88,15 @@ class TopK:
             # Where there is no gradient the error waits for one.
             whole = gradient if error is None or not present else gradient + error
             where = whole.abs().topk(wanted, sorted=False).indices
-            sent = whole[where].to(tensor.dtype)
-            if present and bool(sent.isfinite().all()) and bool(whole.isfinite().all()):
+            sent = whole[where]
+            if present and bool(whole.isfinite().all()):
+                # The error is wider, and may have grown beyond what the gradients' dtype holds.
+                sent = clamped(sent, tensor.dtype)
                 rest = whole.clone()
                 rest[where] -= sent.to(rest.dtype)
                 self._errors[name] = rest
             places.append((where + offset).to(_INDEX))
-            chosen.append(sent)
+            chosen.append(sent.to(tensor.dtype))
         return torch.cat(places), torch.cat(chosen)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
