@@ -41,8 +41,8 @@ class TopK:
 
     Bytes from each rank per parameter: k times an int32 index and an element in the gradients' own
     dtype; the error is kept in float32 at least. Use one object for one model; its state belongs to
-    this rank. A gradient that is not finite is sent as such, and leaves the error as it was. Of a
-    sum of gradient and error beyond that dtype its largest value is sent.
+    this rank. A gradient that is not finite is sent as such, and leaves all ranks' errors as they
+    were. Of a sum of gradient and error beyond that dtype its largest value is sent.
     """
 
     ratio: float = 0.01
@@ -57,7 +57,7 @@ class TopK:
         return Rounds(self._reduce(bucket, comm))
 
     def _reduce(self, bucket: GradientBucket, comm: Communicator) -> Generator[Work, Any, None]:
-        indices, values = self._choose(bucket)
+        indices, values, rests = self._choose(bucket)
         count = indices.numel()
         # One message: the bytes of the indices, then those of the elements.
         message = torch.cat([indices.view(torch.uint8), values.view(torch.uint8)])
@@ -70,9 +70,13 @@ class TopK:
             places = row[:cut].clone().view(_INDEX).long()
             total[places] += row[cut:].clone().view(values.dtype).to(wide)
         bucket.flat.copy_(total.div_(comm.size))
+        for name, tensor in zip(bucket.names, bucket.tensors(), strict=True):
+            # Where any rank's gradient is not finite the step is lost, but not what waited for it.
+            if name in rests and bool(tensor.isfinite().all()):
+                self._errors[name] = rests[name]
 
-    def _choose(self, bucket: GradientBucket) -> tuple[Tensor, Tensor]:
-        """Return the chosen elements, their indices into the bucket, and note what is left."""
+    def _choose(self, bucket: GradientBucket) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the chosen elements' indices into the bucket, them, and by name what is left."""
         if bucket.flat.numel() > torch.iinfo(_INDEX).max:
             raise ValueError(
                 f"a bucket of {bucket.flat.numel()} elements is too long for top-k, which has "
@@ -80,6 +84,7 @@ class TopK:
             )
         places = [torch.empty(0, dtype=_INDEX, device=bucket.flat.device)]
         chosen = [bucket.flat[:0]]
+        rests = {}
         columns = zip(bucket.names, bucket.tensors(), bucket.offsets, bucket.present, strict=True)
         for name, tensor, offset, present in columns:
             wanted = num_kept(tensor.numel(), self.ratio)
@@ -94,10 +99,10 @@ class TopK:
                 sent = clamped(sent, tensor.dtype)
                 rest = whole.clone()
                 rest[where] -= sent.to(rest.dtype)
-                self._errors[name] = rest
+                rests[name] = rest
             places.append((where + offset).to(_INDEX))
             chosen.append(sent.to(tensor.dtype))
-        return torch.cat(places), torch.cat(chosen)
+        return torch.cat(places), torch.cat(chosen), rests
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return, by parameter name, what this rank has not sent."""
