@@ -56,6 +56,8 @@ class GradientBucket:
     offsets: where each begins in `flat`, which has the gradients' own dtype.
     present: whether this rank has a gradient to contribute; where not, the elements are zeros.
         A hook that carries an error from step to step lets it wait for a gradient.
+    loss_scale: what the losses were multiplied by, the factor of a `LossScaler`. It changes from
+        step to step: a hook that carries an error keeps it divided by this.
     """
 
     names: tuple[str, ...]
@@ -63,6 +65,7 @@ class GradientBucket:
     offsets: tuple[int, ...]
     flat: Tensor
     present: tuple[bool, ...]
+    loss_scale: float = 1.0
 
     def tensors(self) -> list[Tensor]:
         """Return the gradients as views of `flat`."""

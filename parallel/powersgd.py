@@ -57,7 +57,7 @@ class PowerSGD:
     Elements on the wire per matrix: r (n + m). Use one object for one model; its state belongs to
     this rank. Half-width gradients are computed and sent in float32; what of the result their dtype
     does not hold stays in the errors. A gradient that is not finite comes out as such on every
-    rank, and leaves the state as it was.
+    rank, and leaves the state as it was. Errors are those of unscaled losses.
     """
 
     rank: int = 4
@@ -85,7 +85,10 @@ class PowerSGD:
         ]
         matrices = [
             # Where there is no gradient the error waits for one.
-            tensors[i].to(wide).reshape(m.error.shape) + (m.error if bucket.present[i] else 0)
+            tensors[i]
+            .to(wide)
+            .reshape(m.error.shape)
+            .add(m.error, alpha=bucket.loss_scale if bucket.present[i] else 0.0)
             for i, m in zip(low, memory, strict=True)
         ]
 
@@ -103,6 +106,7 @@ class PowerSGD:
                 [bucket.present[i] for i in low],
                 matrices,
                 parts[: len(low)],
+                bucket.loss_scale,
             )
         for name in bucket.names:
             self._steps[name] = self._steps.get(name, 0) + 1
@@ -115,6 +119,7 @@ class PowerSGD:
         present: list[bool],
         matrices: list[Tensor],
         products: list[Tensor],
+        loss_scale: float,
     ) -> Generator[Work, Any, None]:
         # The products are equal on all ranks, so all take the same branch.
         finite = [bool(product.isfinite().all()) for product in products]
@@ -132,10 +137,10 @@ class PowerSGD:
             narrow = clamped(result, targets[i].dtype)
             targets[i].copy_(narrow.view(targets[i].shape))
             if present[i]:
-                memory.error = matrices[i] - bases[i] @ own[i].T
+                memory.error = (matrices[i] - bases[i] @ own[i].T).div_(loss_scale)
             if narrow.dtype != result.dtype:
                 # What the gradients' dtype does not hold, which is alike on all ranks.
-                memory.error = memory.error + (result - narrow)
+                memory.error = memory.error + (result - narrow).div_(loss_scale)
             if factors[i].any():  # from zeros the iteration would never come back
                 memory.factor = factors[i].clone()
 

@@ -42,7 +42,8 @@ class TopK:
     Bytes from each rank per parameter: k times an int32 index and an element in the gradients' own
     dtype; the error is kept in float32 at least. Use one object for one model; its state belongs to
     this rank. A gradient that is not finite is sent as such, and leaves all ranks' errors as they
-    were. Of a sum of gradient and error beyond that dtype its largest value is sent.
+    were. Of a sum of gradient and error beyond that dtype its largest value is sent. Errors are
+    those of unscaled losses.
     """
 
     ratio: float = 0.01
@@ -91,7 +92,9 @@ class TopK:
             gradient = tensor.reshape(-1).to(torch.promote_types(tensor.dtype, torch.float32))
             error = self._errors.get(name)
             # Where there is no gradient the error waits for one.
-            whole = gradient if error is None or not present else gradient + error
+            whole = gradient
+            if error is not None and present:
+                whole = gradient.add(error, alpha=bucket.loss_scale)
             where = whole.abs().topk(wanted, sorted=False).indices
             sent = whole[where]
             if present and bool(whole.isfinite().all()):
@@ -99,7 +102,7 @@ class TopK:
                 sent = clamped(sent, tensor.dtype)
                 rest = whole.clone()
                 rest[where] -= sent.to(rest.dtype)
-                rests[name] = rest
+                rests[name] = rest.div_(bucket.loss_scale)
             places.append((where + offset).to(_INDEX))
             chosen.append(sent.to(tensor.dtype))
         return torch.cat(places), torch.cat(chosen), rests
