@@ -22,7 +22,7 @@ from .settings import Settings, unlike
 from .sharing import Sharing
 from .timeline import Timeline
 from .topology import Nodes
-from .trace import Entry
+from .trace import Entry, group_within
 from .transport.base import Transport
 from .tune import Tuning, load
 from .work import Work
@@ -106,7 +106,11 @@ class Communicator(GroupCalls):
         self._closing: Closing | None = None
         self._tuning: Tuning | None = None
         self._sharing: Sharing | None = None
-        self.node = self if is_node else self._part(transport.node(), f"{name}.node", is_node=True)
+        self.node = (
+            self
+            if is_node
+            else self._part(transport.node(), group_within(name, "node"), is_node=True)
+        )
         if self.node.size < self.size:
             self._operations.choice.place(self._find_nodes())
 
@@ -262,7 +266,7 @@ class Communicator(GroupCalls):
         self._splits += 1
         if group is None:
             return None
-        made = self._part(group, f"{self.name}.{self._splits}")
+        made = self._part(group, group_within(self.name, str(self._splits)))
         if self._nodes is not None:
             made._meet(self._nodes)
         made._use(self._tuning)

@@ -16,6 +16,7 @@ from .communicator import Communicator
 from .errors import CommError, PeerLost
 from .guard import Guard
 from .job import Job
+from .lookout import PATIENCE
 from .settings import Settings, survives_failures
 
 __all__ = ["Elastic", "Loss"]
@@ -68,6 +69,10 @@ class Elastic:
     raises CommError on all ranks. A process that dies before it opens Elastic is not seen by MPI:
     after the timeout of the settings (RINGFOLD_TIMEOUT) the ranks say so, and end.
 
+    A process that ends in the middle, whatever its status, is a rank that has died. Of one that
+    ends by os._exit with a status other than 0 MPI learns nothing: after the timeout the others,
+    which wait in `recover`, `commit` or `finished`, say so, and end.
+
     Open it before anything imports mpi4py.MPI: where a rank has died, MPI_Finalize may wait for
     it for ever, and is left out then. Collective. CommError unless the job was started so that MPI
     goes on: mpirun --with-ft ulfm.
@@ -98,7 +103,7 @@ class Elastic:
         self._attempts = attempts
         self._starts = 0  # in a row, without progress beyond _reached
         self._reached = -1
-        self._survivors = Survivors()
+        self._survivors = Survivors(max(self._settings.timeout, PATIENCE))
         self._kept: list[Any] = []
         self._known = False
         self.joined = self._survivors.joined

@@ -8,6 +8,7 @@ operation allocates nothing; compiled code notes meetings on boards by itself.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import sys
 import time
 from dataclasses import dataclass
@@ -38,7 +39,9 @@ _CALLS_AT = 8 * (RingWord.WORDS + RING_ENTRIES * EntryWord.WORDS)
 TRACE_BYTES = RING_BYTES + RING_CALLS * _CALL_BYTES
 """Of a rank's ring with its table of calls."""
 
-_SITE_CHARACTERS = 120
+_NAME_BYTES = 64
+"""Of a group or of a way at most; what is left of _TEXT_BYTES, 30 at least, is a site's."""
+
 _MASK = RING_ENTRIES - 1
 # Plain numbers: arithmetic of enumerations takes longer than all the rest of noting a call.
 _HEAD, _ENTRY_WORDS = int(RingWord.WORDS), int(EntryWord.WORDS)
@@ -163,12 +166,9 @@ class Ring:
         if old is not None:
             del self._calls[old]
         self._keys[place], self._calls[key] = key, call
-        signature, group, size, site, way = key
-        text = "\t".join((*map(str, signature), group, str(size), way, site[-_SITE_CHARACTERS:]))
-        encoded = text.encode(errors="replace")[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
         low = _CALLS_AT + place * _CALL_BYTES
         self.memory[low : low + 8].view(np.int64)[0] = call
-        self.memory[low + 8 : low + _CALL_BYTES] = np.frombuffer(encoded, np.uint8)
+        self.memory[low + 8 : low + _CALL_BYTES] = np.frombuffer(_encoded(key), np.uint8)
         return call
 
     def begin(self, call: int, sequence: int) -> int:
@@ -218,6 +218,32 @@ class Ring:
         return entries_in(self.memory, last)
 
 
+def group_within(group: str, part: str) -> str:
+    """Return the name of a part of a group: both, or a digest between them where that is long.
+
+    Other ranks look for a group's calls by its name, which has to fit a ring as it is.
+    """
+    name = f"{group}.{part}"
+    if len(name) <= _NAME_BYTES:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return f"{group[:16]}...{digest}.{part}"
+
+
+def _encoded(key: _Key) -> bytes:
+    """Write what a call is, the fields between tabs; a site that is too long loses its front."""
+    signature, group, size, site, way = key
+    fields = (*map(str, signature), _cut(group), str(size), _cut(way))
+    head = b"".join(field.replace("\t", " ").encode(errors="replace") + b"\t" for field in fields)
+    return (head + site.encode(errors="replace")[len(head) - _TEXT_BYTES :]).ljust(
+        _TEXT_BYTES, b"\0"
+    )
+
+
+def _cut(name: str) -> str:
+    return name.encode(errors="replace")[:_NAME_BYTES].decode(errors="ignore")
+
+
 def entries_in(memory: Bytes, last: int = RING_ENTRIES) -> tuple[Entry, ...]:
     """Return the last operations from a ring's memory, a peer's too, the oldest first.
 
@@ -238,8 +264,8 @@ def _read(memory: Bytes, words: npt.NDArray[np.int64], number: int) -> Entry | N
     known = int(memory[low : low + 8].view(np.int64)[0])
     if found != number or known != call:
         return None
-    text = memory[low + 8 : low + _CALL_BYTES].tobytes().rstrip(b"\0").decode(errors="replace")
-    operation, op, dtype, count, peer, group, size, way, site = text.split("\t")
+    text = memory[low + 8 : low + _CALL_BYTES].tobytes().rstrip(b"\0").decode(errors="ignore")
+    operation, op, dtype, count, peer, group, size, way, site = text.split("\t", 8)
     signature = Signature(operation, op, dtype, int(count), int(peer))
     state = State(Outcome(outcome))
     return Entry(number, sequence, group, int(size), signature, site, start, end, state, way)

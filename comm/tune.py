@@ -8,6 +8,7 @@ every algorithm with them.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 VERSION = 1
 ALGORITHMS = ("ring", "recursive_doubling", "halving_doubling")
 NBYTES = (8, 1 << 10, 1 << 14, 1 << 17, 1 << 20, 1 << 23)
+
+_DAMAGED = (KeyError, TypeError, AttributeError, ValueError, RecursionError, OverflowError)
 
 _FREE = float("inf")
 _FASTEST = 1e12
@@ -118,7 +121,7 @@ def parse(text: str, library: str) -> Tuning:
             for name in ("intra", "inter")
         }
         tuning = Tuning(Machine(**found["machine"]), **links, date=str(found["date"]))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except _DAMAGED as error:
         raise ValueError(f"it is damaged ({error})") from None
     here = Machine.here(library)
     if tuning.machine != here:
@@ -127,6 +130,8 @@ def parse(text: str, library: str) -> Tuning:
 
 
 def _checked(link: Fitted) -> Fitted:
+    if not all(map(math.isfinite, (link.latency, link.bandwidth, link.reduce_bandwidth))):
+        raise ValueError(f"expected finite numbers, got {link}")
     Cluster(Link(link.latency, link.bandwidth), reduce_bandwidth=link.reduce_bandwidth)
     return link
 
@@ -152,15 +157,22 @@ def load(comm: Communicator, path: Path | None, library: str) -> Tuning | None:
     None where there is no such file. One that cannot be used is ignored, and rank 0 says why.
     """
     text = ""
-    if comm.rank == 0 and path is not None and path.is_file():
-        text = path.read_text(errors="replace")
+    try:
+        if comm.rank == 0 and path is not None and path.is_file():
+            text = path.read_text(errors="replace")
+    except OSError as error:  # such as a folder that this user may not enter
+        _say_ignored(path, error)
     text = share_text(comm, text)
     try:
         return parse(text, library) if text else None
     except ValueError as error:
         if comm.rank == 0:
-            print(f"ringfold: {path} is ignored: {error}", file=sys.stderr, flush=True)
+            _say_ignored(path, error)
         return None
+
+
+def _say_ignored(path: Path | None, error: Exception) -> None:
+    print(f"ringfold: {path} is ignored: {error}", file=sys.stderr, flush=True)
 
 
 def share_text(comm: Communicator, text: str) -> str:

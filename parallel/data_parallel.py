@@ -25,6 +25,7 @@ from .weights import begin_weighing, sum_of_weights
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
+    from .loss_scale import LossScaler
 
 
 __all__ = ["DataParallel"]
@@ -66,6 +67,8 @@ class DataParallel(Transparent):
     check_finite: look at every gradient before it leaves: backward raises NotFinite on every rank,
         with the first rank, parameter, step and micro-batch (backwards since the last synchronised
         one) where one is infinite or NaN; the other ranks have not added it.
+    loss_scaler: the one that scales the losses. A wire that keeps what it has not sent needs it,
+        as the factor changes from step to step; others do without.
     root: the rank of `comm` whose parameters and buffers all ranks start from.
 
     Collective over `comm`. ValueError on every rank, before anything is overwritten, if the modules
@@ -84,6 +87,7 @@ class DataParallel(Transparent):
         root: int = 0,
         broadcast_buffers: bool = True,
         check_finite: bool = False,
+        loss_scaler: LossScaler | None = None,
     ) -> None:
         super().__init__()
         self.module = module
@@ -99,7 +103,8 @@ class DataParallel(Transparent):
             check_root(comm, root)
             form = wire_format(wire or wire_dtype)
             one = f"bucket_bytes {bucket_bytes}", f"wire {form}", f"root {root}"
-            return [*one, f"check_finite {check_finite}"]
+            scaled = f"loss_scaler {'none' if loss_scaler is None else 'given'}"
+            return [*one, f"check_finite {check_finite}", scaled]
 
         check_equal(comm, settings, "settings of DataParallel")
         lines = [*describe(named), *describe(buffers)]
@@ -118,6 +123,7 @@ class DataParallel(Transparent):
             wire=wire or wire_dtype,
             sparse=sparse_parameters(module),
             finite=self._finite,
+            loss_scaler=loss_scaler,
         )
         tensors = [tensor for _, tensor in (*named, *buffers)]
         check_gpu_threads(comm, tensors)

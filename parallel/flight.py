@@ -44,6 +44,7 @@ class Load:
     names, parameters, gradients: of the bucket's members, a gradient None where there is none.
     share: this rank's part of a weighted mean, from 0 to 1; None for the reducer's own op.
     changed: whether requires_grad has changed here; None in a bucket that does not carry that.
+    loss_scale: what the losses were multiplied by.
     """
 
     names: tuple[str, ...]
@@ -51,6 +52,7 @@ class Load:
     gradients: Sequence[Tensor | None]
     share: float | None
     changed: bool | None
+    loss_scale: float
 
     @property
     def device(self) -> torch.device:
@@ -301,6 +303,7 @@ class HookCarrier:
             offsets=bucket.offsets,
             flat=home.flat,
             present=tuple(g is not None and scale != 0.0 for g in load.gradients),
+            loss_scale=load.loss_scale,
         )
         rounds = Rounds(self._run(flags, handed))
         size = self._comm.size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from .roster import Roster
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
+    from .loss_scale import LossScaler
 
 __all__ = ["GradientSync", "Mode"]
 
@@ -83,6 +84,10 @@ class GradientSync:
         self._abandon()
         self._reducer.begin(self._mode.weight)
         self._reduce()
+
+    def unaware_of(self, scaler: LossScaler) -> Sequence[nn.Parameter]:
+        """Return the parameters whose errors would stay in the units of a factor that changes."""
+        return self._reducer.unaware_of(scaler)
 
     def ready(self, index: int) -> None:
         """Take the gradient of a parameter, which a backward has completed."""

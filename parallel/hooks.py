@@ -27,6 +27,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from .flatten import WIRES
@@ -35,7 +36,16 @@ if TYPE_CHECKING:
     from ..comm.communicator import Communicator
     from ..comm.work import Receipt, Work
 
-__all__ = ["Ended", "GradientBucket", "Rounds", "Wire", "WireHook", "payload", "wire_format"]
+__all__ = [
+    "Ended",
+    "GradientBucket",
+    "Rounds",
+    "Wire",
+    "WireHook",
+    "clamped",
+    "payload",
+    "wire_format",
+]
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,8 @@ class GradientBucket:
     offsets: where each begins in `flat`, which has the gradients' own dtype.
     present: whether this rank has a gradient to contribute; where not, the elements are zeros.
         A hook that carries an error from step to step lets it wait for a gradient.
+    loss_scale: what the losses were multiplied by, the factor of a `LossScaler`. It changes from
+        step to step: a hook that carries an error keeps it divided by this.
     """
 
     names: tuple[str, ...]
@@ -53,6 +65,7 @@ class GradientBucket:
     offsets: tuple[int, ...]
     flat: Tensor
     present: tuple[bool, ...]
+    loss_scale: float = 1.0
 
     def tensors(self) -> list[Tensor]:
         """Return the gradients as views of `flat`."""
@@ -180,6 +193,12 @@ def wire_format(wire: str | WireHook | None) -> Wire:
         return Wire(hook=make(argument))
     except ValueError as error:
         raise ValueError(f"wire format {wire!r}, expected {name}:{what}: {error}") from None
+
+
+def clamped(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return values that are finite, and stay so in another dtype: of more, its largest."""
+    most = torch.finfo(dtype).max
+    return values.clamp(-most, most).to(dtype)
 
 
 def payload(receipt: Receipt, size: int) -> int:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LossScaler"]
 
+_REFUSED = 0  # the least verdict of any rank counts; 1 is not finite, 2 is
+
 Scaled = TypeVar("Scaled", Tensor, float)
 
 
@@ -43,7 +45,9 @@ class LossScaler:
         scaler.step(other)
 
     A `Pipeline(loss_scaler=scaler)` scales by itself; take mesh.comm there, so that all stages and
-    replicas skip together. Works with every torch optimizer, ShardedOptimizer too.
+    replicas skip together. A `DataParallel` with a wire that keeps errors, such as topk, is given
+    `loss_scaler=scaler`, too: what it keeps has to follow the factor. Works with every torch
+    optimizer, ShardedOptimizer too.
 
     factor: what the next losses are multiplied by; equal on all ranks, as all see the same
         verdicts.
@@ -89,6 +93,11 @@ class LossScaler:
         self._stepped: WeakSet[Optimizer] = WeakSet()
         self._unscaled: WeakSet[Optimizer] = WeakSet()
 
+    @property
+    def turn_factor(self) -> float:
+        """Return what the gradients of this turn are multiplied by, and `unscale_` divides by."""
+        return self.factor if self._start is None else self._start[0]
+
     def scale(self, loss: Scaled) -> Scaled:
         """Return the loss times the factor."""
         if self._stepped:
@@ -122,15 +131,24 @@ class LossScaler:
         """Step the optimizer unless a gradient on any rank is infinite or NaN; tell whether.
 
         Collective over the communicator. The gradients are unscaled afterwards in any case; the
-        factor is adjusted for the next turn.
+        factor is adjusted for the next turn. ValueError on every rank, without a step, for
+        parameters whose wire keeps errors and does not know of this scaler.
         """
         if optimizer in self._stepped:
             self._end_turn()
         if optimizer not in self._unscaled:
             self.unscale_(optimizer)
         self._unscaled.discard(optimizer)
-        told = np.array([all_finite(_gradients(optimizer))], np.uint8)
-        finite = bool(self._comm.allreduce(told, op="min")[0])
+        unaware = _any_of(optimizer, self._unaware())
+        verdict = _REFUSED if unaware else 1 + all_finite(_gradients(optimizer))
+        agreed = int(self._comm.allreduce(np.array([verdict], np.uint8), op="min")[0])
+        if agreed == _REFUSED:
+            raise ValueError(
+                "the wire of a DataParallel keeps what it has not sent, for parameters of this "
+                f"{type(optimizer).__name__}, and does not know the factor of their losses: make "
+                "it with DataParallel(..., loss_scaler=scaler)"
+            )
+        finite = agreed == 2
         self._stepped.add(optimizer)
         self._overflow |= not finite
         self._adjust()
@@ -139,6 +157,11 @@ class LossScaler:
         else:
             self.skipped += 1
         return finite
+
+    def _unaware(self) -> set[Tensor]:
+        """Return the parameters of this rank whose wires should know this scaler, and do not."""
+        users = list(self._comm.users.values())
+        return {parameter for user in users for parameter in user.unaware_of(self)}
 
     def update(self) -> None:
         """End a turn in which an optimizer was unscaled, but is not stepped; else needless."""
@@ -174,6 +197,11 @@ class LossScaler:
         self.factor = float(state["factor"])
         self._good, self.skipped = int(state["good"]), int(state["skipped"])
         self.update()
+
+
+def _any_of(optimizer: Optimizer, wanted: set[Tensor]) -> bool:
+    groups = optimizer.param_groups if wanted else ()
+    return any(parameter in wanted for group in groups for parameter in group["params"])
 
 
 def _gradients(optimizer: Optimizer) -> list[Tensor]:

@@ -218,6 +218,7 @@ class Pipeline:
             wire=wire_dtype,
             sparse=sparse_parameters(self._layers.module),
             finite=self._finite,
+            loss_scaler=loss_scaler,
         )
         in_tree = reduction == "tree"
         self._tree = TreeGradients(parts, mesh.data) if in_tree else None

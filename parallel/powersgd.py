@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .hooks import GradientBucket, Rounds
+from .hooks import GradientBucket, Rounds, clamped
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -55,8 +55,9 @@ class PowerSGD:
     are. seed: of the first Q, the same on all ranks.
 
     Elements on the wire per matrix: r (n + m). Use one object for one model; its state belongs to
-    this rank. Half-width gradients are computed and sent in float32. A gradient that is not finite
-    comes out as such on every rank, and leaves the state as it was.
+    this rank. Half-width gradients are computed and sent in float32; what of the result their dtype
+    does not hold stays in the errors. A gradient that is not finite comes out as such on every
+    rank, and leaves the state as it was. Errors are those of unscaled losses.
     """
 
     rank: int = 4
@@ -84,7 +85,10 @@ class PowerSGD:
         ]
         matrices = [
             # Where there is no gradient the error waits for one.
-            tensors[i].to(wide).reshape(m.error.shape) + (m.error if bucket.present[i] else 0)
+            tensors[i]
+            .to(wide)
+            .reshape(m.error.shape)
+            .add(m.error, alpha=bucket.loss_scale if bucket.present[i] else 0.0)
             for i, m in zip(low, memory, strict=True)
         ]
 
@@ -102,6 +106,7 @@ class PowerSGD:
                 [bucket.present[i] for i in low],
                 matrices,
                 parts[: len(low)],
+                bucket.loss_scale,
             )
         for name in bucket.names:
             self._steps[name] = self._steps.get(name, 0) + 1
@@ -114,6 +119,7 @@ class PowerSGD:
         present: list[bool],
         matrices: list[Tensor],
         products: list[Tensor],
+        loss_scale: float,
     ) -> Generator[Work, Any, None]:
         # The products are equal on all ranks, so all take the same branch.
         finite = [bool(product.isfinite().all()) for product in products]
@@ -123,12 +129,18 @@ class PowerSGD:
         yield comm.allreduce(second, op="mean", blocking=False)
         factors = _cut(second, [q.shape for q in own])
         for i, name in enumerate(names):
-            targets[i].copy_((bases[i] @ factors[i].T).view(targets[i].shape))
-            memory = self._memory[name]
-            if not (finite[i] and bool(factors[i].isfinite().all())):
+            result = bases[i] @ factors[i].T
+            if not (finite[i] and bool(result.isfinite().all())):
+                targets[i].copy_(result.view(targets[i].shape))
                 continue
+            memory = self._memory[name]
+            narrow = clamped(result, targets[i].dtype)
+            targets[i].copy_(narrow.view(targets[i].shape))
             if present[i]:
-                memory.error = matrices[i] - bases[i] @ own[i].T
+                memory.error = (matrices[i] - bases[i] @ own[i].T).div_(loss_scale)
+            if narrow.dtype != result.dtype:
+                # What the gradients' dtype does not hold, which is alike on all ranks.
+                memory.error = memory.error + (result - narrow).div_(loss_scale)
             if factors[i].any():  # from zeros the iteration would never come back
                 memory.factor = factors[i].clone()
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from ..comm.communicator import Communicator
     from ..comm.work import Receipt, Work
+    from .loss_scale import LossScaler
 
 __all__ = ["START_BYTES", "Reducer", "ReductionRecord"]
 
@@ -93,6 +94,7 @@ class _Pass:
     changed: bool
     weight: float | None
     total: Work | None
+    loss_scale: float
     seen: set[int] = field(default_factory=set)
     held: bool = False
     begun: float = field(default_factory=time.perf_counter)
@@ -113,6 +115,7 @@ class Reducer:
     sparse: parameters whose gradient is made sparse on a rank that had none; those that have had a
         sparse one are known to be.
     finite: what looks at gradients before they leave; the bad ones stay here.
+    loss_scaler: what has scaled the losses, for a wire hook that keeps errors.
     """
 
     def __init__(
@@ -125,8 +128,10 @@ class Reducer:
         wire: str | WireHook | None,
         sparse: Iterable[nn.Parameter] = (),
         finite: FiniteCheck | None = None,
+        loss_scaler: LossScaler | None = None,
     ) -> None:
         self._finite = finite
+        self._loss_scaler = loss_scaler
         self.wire = wire_format(wire)
         self._carrier = carrier_of(self.wire, comm, op)
         self._names = [name for name, _ in named]
@@ -170,6 +175,11 @@ class Reducer:
         """Tell whether there is one rank only, whose gradients are what they are."""
         return self._comm.size == 1
 
+    def unaware_of(self, scaler: LossScaler) -> Sequence[nn.Parameter]:
+        """Return the parameters whose errors would stay in the units of a factor that changes."""
+        keeps = stateful(self.wire.hook) is not None
+        return self._parameters if keeps and self._loss_scaler is not scaler else ()
+
     @property
     def active(self) -> bool:
         """Tell whether a pass has begun and not finished."""
@@ -187,6 +197,7 @@ class Reducer:
             changed=self._trainable() != self._layout.trainable,
             weight=weight,
             total=None if weight is None else begin_weighing(self._comm, weight),
+            loss_scale=1.0 if self._loss_scaler is None else self._loss_scaler.turn_factor,
         )
 
     def mark(self, index: int, *, nested: bool = False) -> None:
@@ -347,6 +358,7 @@ class Reducer:
             gradients=gradients,
             share=self._share(current),
             changed=None if current.flights else current.changed,
+            loss_scale=current.loss_scale,
         )
         timeline = self._comm.timeline
         if timeline is None:
@@ -410,7 +422,7 @@ class Reducer:
         self._layout = self._lay_out(trainable, order=None)
         self._arrival_known = False
         buckets = buckets_of(self._describe, late, None, self.bucket_bytes)
-        extra = _Pass([], False, current.weight, current.total)
+        extra = _Pass([], False, current.weight, current.total, current.loss_scale)
         self._start_all(extra, buckets)
         self._land(extra)
         self._carrier.forget()

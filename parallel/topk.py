@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .hooks import GradientBucket, Rounds
+from .hooks import GradientBucket, Rounds, clamped
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -41,7 +41,9 @@ class TopK:
 
     Bytes from each rank per parameter: k times an int32 index and an element in the gradients' own
     dtype; the error is kept in float32 at least. Use one object for one model; its state belongs to
-    this rank. A gradient that is not finite is sent as such, and leaves the error as it was.
+    this rank. A gradient that is not finite is sent as such, and leaves all ranks' errors as they
+    were. Of a sum of gradient and error beyond that dtype its largest value is sent. Errors are
+    those of unscaled losses.
     """
 
     ratio: float = 0.01
@@ -56,7 +58,7 @@ class TopK:
         return Rounds(self._reduce(bucket, comm))
 
     def _reduce(self, bucket: GradientBucket, comm: Communicator) -> Generator[Work, Any, None]:
-        indices, values = self._choose(bucket)
+        indices, values, rests = self._choose(bucket)
         count = indices.numel()
         # One message: the bytes of the indices, then those of the elements.
         message = torch.cat([indices.view(torch.uint8), values.view(torch.uint8)])
@@ -69,9 +71,13 @@ class TopK:
             places = row[:cut].clone().view(_INDEX).long()
             total[places] += row[cut:].clone().view(values.dtype).to(wide)
         bucket.flat.copy_(total.div_(comm.size))
+        for name, tensor in zip(bucket.names, bucket.tensors(), strict=True):
+            # Where any rank's gradient is not finite the step is lost, but not what waited for it.
+            if name in rests and bool(tensor.isfinite().all()):
+                self._errors[name] = rests[name]
 
-    def _choose(self, bucket: GradientBucket) -> tuple[Tensor, Tensor]:
-        """Return the chosen elements, their indices into the bucket, and note what is left."""
+    def _choose(self, bucket: GradientBucket) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return the chosen elements' indices into the bucket, them, and by name what is left."""
         if bucket.flat.numel() > torch.iinfo(_INDEX).max:
             raise ValueError(
                 f"a bucket of {bucket.flat.numel()} elements is too long for top-k, which has "
@@ -79,22 +85,27 @@ class TopK:
             )
         places = [torch.empty(0, dtype=_INDEX, device=bucket.flat.device)]
         chosen = [bucket.flat[:0]]
+        rests = {}
         columns = zip(bucket.names, bucket.tensors(), bucket.offsets, bucket.present, strict=True)
         for name, tensor, offset, present in columns:
             wanted = num_kept(tensor.numel(), self.ratio)
             gradient = tensor.reshape(-1).to(torch.promote_types(tensor.dtype, torch.float32))
             error = self._errors.get(name)
             # Where there is no gradient the error waits for one.
-            whole = gradient if error is None or not present else gradient + error
+            whole = gradient
+            if error is not None and present:
+                whole = gradient.add(error, alpha=bucket.loss_scale)
             where = whole.abs().topk(wanted, sorted=False).indices
-            sent = whole[where].to(tensor.dtype)
-            if present and bool(sent.isfinite().all()) and bool(whole.isfinite().all()):
+            sent = whole[where]
+            if present and bool(whole.isfinite().all()):
+                # The error is wider, and may have grown beyond what the gradients' dtype holds.
+                sent = clamped(sent, tensor.dtype)
                 rest = whole.clone()
                 rest[where] -= sent.to(rest.dtype)
-                self._errors[name] = rest
+                rests[name] = rest.div_(bucket.loss_scale)
             places.append((where + offset).to(_INDEX))
-            chosen.append(sent)
-        return torch.cat(places), torch.cat(chosen)
+            chosen.append(sent.to(tensor.dtype))
+        return torch.cat(places), torch.cat(chosen), rests
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return, by parameter name, what this rank has not sent."""

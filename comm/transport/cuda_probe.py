@@ -70,7 +70,7 @@ def recalled(path: Path | None, key: str) -> Verdict | None:
     try:
         found = json.loads(path.read_text())[key] if path else None
         return None if found is None else Verdict(bool(found["aware"]), str(found["reason"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -82,7 +82,7 @@ def remember(path: Path | None, key: str, verdict: Verdict) -> None:
         known = json.loads(path.read_text())
         if not isinstance(known, dict):
             known = {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         known = {}
     known[key] = {"aware": verdict.aware, "reason": verdict.reason}
     try:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import resource
 from pathlib import Path
 
-__all__ = ["say_goodbye"]
+__all__ = ["die_at_end", "say_goodbye"]
 
 _LIBRARY = "libpmix.so"
 
@@ -22,6 +23,19 @@ def say_goodbye() -> bool:
         return False
     ended: int = ctypes.CDLL(path).PMIx_Finalize(None, 0)
     return ended == 0
+
+
+def die_at_end() -> None:
+    """Let this process end by a signal, once Python has ended and whatever status it ends with.
+
+    The launcher tells MPI of a process that a signal has ended, and of one that ends with 0, but
+    not of one that ends with another status (PRRTE 3.0): others would wait for it for ever.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, most))
+    libc = ctypes.CDLL(None)
+    # What exit(3) calls first, as it was registered last; atexit(3) itself is no symbol of glibc's.
+    getattr(libc, "__cxa_atexit")(ctypes.cast(libc.abort, ctypes.c_void_p), None, None)
 
 
 def _loaded(name: str) -> str | None:

@@ -6,10 +6,11 @@ import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["patience"]
+__all__ = ["Patience", "patience"]
 
 
 @contextmanager
@@ -28,12 +29,45 @@ def patience(seconds: float, what: str) -> Iterator[None]:
     done = threading.Event()
 
     def watch() -> None:
-        if not done.wait(seconds):
-            print(f"ringfold: waited {seconds:g} s: {what}", file=sys.stderr, flush=True)
-            os._exit(1)
+        if not done.wait(min(seconds, threading.TIMEOUT_MAX)):
+            _give_up(seconds, what)
 
     threading.Thread(target=watch, name="ringfold-patience", daemon=True).start()
     try:
         yield
     finally:
         done.set()
+
+
+class Patience:
+    """The same for many short waits, one after the other: one thread looks at them now and then.
+
+    seconds: that each may take, but for some part of it.  what: is printed.
+    """
+
+    def __init__(self, seconds: float, what: str) -> None:
+        self._seconds, self._what = seconds, what
+        self._since: float | None = None
+        self._watches = False
+
+    def __enter__(self) -> None:
+        if not self._watches:
+            self._watches = True
+            thread = threading.Thread(target=self._watch, name="ringfold-patience", daemon=True)
+            thread.start()
+        self._since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._since = None
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(min(self._seconds / 4, 1.0))
+            since = self._since
+            if since is not None and time.monotonic() - since > self._seconds:
+                _give_up(self._seconds, self._what)
+
+
+def _give_up(seconds: float, what: str) -> None:
+    print(f"ringfold: waited {seconds:g} s: {what}", file=sys.stderr, flush=True)
+    os._exit(1)

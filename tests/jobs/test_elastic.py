@@ -127,6 +127,43 @@ def test_without_fault_tolerance_an_error_at_the_start_says_so(job: Callable[...
     assert done.returncode != 0 and "mpirun --with-ft ulfm" in done.stderr
 
 
+LEAVING = """
+import os, signal, sys
+import numpy as np
+import ringfold
+
+began = int(os.environ["OMPI_COMM_WORLD_RANK"])
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+with ringfold.Elastic() as world:
+    done = 0
+    while done < 9 or not world.finished():
+        try:
+            if done == 3 and began == 1:
+                print("told to end")
+                os.kill(os.getpid(), signal.SIGTERM)
+            if done == 6:
+                sys.exit(7)
+            world.comm.allreduce(np.ones(3))
+            world.commit()
+            done += 1
+        except ringfold.PeerLost:
+            loss = world.recover(done)
+            done = loss.done
+            print("LOST", *loss.ranks, "AT", done, "LEFT", loss.size, flush=True)
+"""
+
+
+def test_a_rank_that_ends_by_itself_is_lost_and_the_status_is_that_of_who_is_left(
+    job: Callable[..., Any],
+) -> None:
+    done = job(3, LEAVING, ft=True, timeout=100)
+    assert not done.leftovers, done.output
+    assert done.returncode == 7, done.output
+    lines = done.stdout.splitlines()
+    assert lines.count("told to end") == 1
+    assert lines.count("LOST 1 AT 3 LEFT 2") == 2
+
+
 TRAIN = Path(__file__).parents[2] / "train.py"
 
 # Ranks of the first world are killed as by `kill -9` in a step: before it, or with its gradients;

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from ringfold import run_local
 from ringfold.comm import tune
 from ringfold.comm.algorithms import build
 from ringfold.comm.cost import price
@@ -66,11 +67,33 @@ def test_a_table_comes_back_as_it_was():
         '{"version": 2}',
         TABLE.text()[:-40],
         TABLE.text().replace("5000", "-5000"),
+        TABLE.text().replace("5000", "9" * 400),
+        TABLE.text().replace("5000000000.0", "Infinity"),
+        "[" * 100_000,
     ],
 )
 def test_a_damaged_table_is_refused(text):
     with pytest.raises(ValueError, match="it is damaged"):
         parse(text, "some MPI 1.0")
+
+
+def test_a_table_that_cannot_be_read_is_ignored(capfd):
+    """As where HOME is another user's; here neither root nor anybody may."""
+
+    class Unreadable:
+        def is_file(self):
+            raise PermissionError(13, "Permission denied", str(self))
+
+        def __str__(self):
+            return "/there/tuning.json"
+
+    def main(comm):
+        return tune.load(comm, Unreadable(), "some MPI 1.0")
+
+    assert run_local(2, main) == [None, None]
+    told = capfd.readouterr().err.splitlines()
+    assert len(told) == 1
+    assert told[0].startswith("ringfold: /there/tuning.json is ignored: [Errno 13] Permission")
 
 
 def test_another_machines_table_is_refused():

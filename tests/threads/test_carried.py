@@ -112,6 +112,7 @@ class Trained:
                 bucket_bytes=run.bucket_bytes,
                 wire=run.wire,
                 check_finite=run.check_finite,
+                loss_scaler=self.scaler,
             )
         else:
             self.engine = Pipeline(

@@ -8,6 +8,8 @@ from torch import nn
 
 import ringfold
 from ringfold import Communicator, LossScaler, run_local
+from ringfold.parallel.powersgd import PowerSGD
+from ringfold.parallel.topk import TopK
 
 
 def layer(width: int = 4) -> nn.Linear:
@@ -240,3 +242,102 @@ def test_a_second_unscale_is_refused() -> None:
         return a.item()
 
     assert run_local(2, main) == [0.75] * 2
+
+
+class Given(nn.Module):
+    """A weight whose gradient is what the forward is called with."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(6, 6, dtype=dtype))
+
+    def forward(self, gradient: torch.Tensor) -> torch.Tensor:
+        return (self.w.float() * gradient).sum()
+
+
+def planted(rank: int, step: int) -> torch.Tensor:
+    # Of few bits, so that a scaled one is exact in half precision, too.
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randint(1, 64, (6, 6), generator=generator) / 16.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("make", [lambda: TopK(0.1), lambda: PowerSGD(1, start_step=0)])
+@pytest.mark.parametrize("staged", [False, True])
+def test_errors_follow_the_factor(make, dtype: torch.dtype, staged: bool, tmp_path: Path) -> None:
+    """Steps and errors together are all gradients, whatever became of the factor in between."""
+    steps, stop, size = 12, 7, 2
+
+    class Trained:
+        def __init__(self, comm: Communicator) -> None:
+            self.hook = make()
+            self.scaler = LossScaler(comm, 64.0, interval=3, growth=4.0)
+            self.engine = (
+                ringfold.Pipeline(
+                    [Given(dtype)],
+                    ringfold.Mesh(comm, data=size, pipe=1),
+                    loss_fn=lambda output, target: output,
+                    microbatches=1,
+                    wire_dtype=self.hook,
+                    loss_scaler=self.scaler,
+                )
+                if staged
+                else ringfold.DataParallel(
+                    Given(dtype), comm, wire=self.hook, loss_scaler=self.scaler
+                )
+            )
+            self.state = {"model": self.engine, "scaler": self.scaler}
+
+        def run(self, rank: int, first: int, last: int) -> torch.Tensor:
+            total = torch.zeros(6, 6)
+            optimizer = torch.optim.SGD(self.engine.parameters(), lr=0.0)
+            for step in range(first, last):
+                optimizer.zero_grad()
+                if staged:
+                    self.engine.step(planted(rank, step)[None], torch.zeros(1))
+                else:
+                    self.scaler.scale(self.engine(planted(rank, step))).backward()
+                (parameter,) = self.engine.parameters()
+                total += parameter.grad.float() / self.scaler.factor
+                if step == 4:  # by hand, as one may
+                    self.scaler.factor /= 128
+                else:
+                    assert self.scaler.step(optimizer)
+            return total
+
+    def main(comm: Communicator):
+        trained = Trained(comm)
+        total = trained.run(comm.rank, 0, stop)
+        ringfold.save(tmp_path, trained.state, comm, step=stop)
+        resumed = Trained(comm)
+        ringfold.load(tmp_path, resumed.state, comm)
+        total += resumed.run(comm.rank, stop, steps)
+        (name,) = (name for name, _ in resumed.engine.named_parameters())
+        left = resumed.hook.error(name).reshape(6, 6).clone()
+        comm.allreduce(left, op="mean")
+        return total + left, left.abs().max().item()
+
+    given = sum(planted(rank, step) for rank in range(size) for step in range(steps)) / size
+    for found, left in run_local(size, main):
+        assert left > 1
+        torch.testing.assert_close(found, given, rtol=1e-3, atol=1e-2)
+
+
+def test_a_wire_that_keeps_errors_has_to_know_the_scaler() -> None:
+    def main(comm: Communicator) -> None:
+        scaler, other = LossScaler(comm), LossScaler(comm)
+        plain = ringfold.DataParallel(layer(), comm, wire="bf16")
+        model = ringfold.DataParallel(layer(), comm, wire="topk:0.5", loss_scaler=other)
+        for engine, right in ((plain, scaler), (model, other)):
+            optimizer = torch.optim.SGD(engine.parameters(), lr=0.1)
+            right.scale(engine(torch.ones(1, 4)).sum()).backward()
+            assert right.step(optimizer)
+        before = weights(model.parameters())
+        scaler.scale(model(torch.ones(1, 4)).sum()).backward()
+        with pytest.raises(ValueError, match=r"this SGD, .*DataParallel\(\.\.\., loss_scaler="):
+            scaler.step(optimizer)
+        assert all(map(torch.equal, before, model.parameters()))
+        with pytest.raises(ValueError, match=r"loss_scaler none on rank 0; loss_scaler given on"):
+            ringfold.DataParallel(layer(), comm, loss_scaler=scaler if comm.rank else None)
+
+    run_local(2, main)

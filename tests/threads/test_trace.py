@@ -74,7 +74,44 @@ def test_a_long_path_is_cut_at_its_front():
     )
     entry = ring.entries()[0]
     assert entry.signature == ("gather", "", "complex128", 2**62, 2**31)
-    assert entry.site.startswith("\u00e9")
+    assert entry.site.startswith("\u00e9") and entry.site.endswith("/train.py:12")
+
+
+def test_any_text_comes_back_though_it_may_be_cut():
+    """A ring that cannot be read would end the program that looks for where its ranks are."""
+    ring = Ring()
+    long = "\u00e9" * 300
+    cases = [
+        ("world", "a\tb.py:3", "ring"),
+        ("wo\trld", "/x\ty\tz.py:3", "my\tway"),
+        (long, long, long),
+        ("", "", ""),
+        ("world", "/\udc80/x.py:3", "ring"),
+    ]
+    signature = Signature("reduce_scatter", "prod", "complex128", -(2**62), -(2**31))
+    for group, site, way in cases:
+        ring.begin(ring.intern(signature, group, 2**31, site, way), 1)
+    entries = ring.entries()
+    assert [entry.signature for entry in entries] == [signature] * len(cases)
+    assert [entry.site for entry in entries[:2]] == ["a\tb.py:3", "/x\ty\tz.py:3"]
+    assert all(entry.size == 2**31 for entry in entries)
+    assert entries[2].group and entries[2].site and entries[2].way
+
+
+def test_groups_of_groups_have_names_that_fit_and_differ():
+    def main(comm: Communicator):
+        group, groups = comm, [comm]
+        for _ in range(40):
+            group = group.split(0)
+            group.allreduce(np.ones(1))
+            groups += [group, group.split(0)]
+        assert {entry.group for entry in group.recent()} <= {one.name for one in groups}
+        return [one.name for one in groups]
+
+    first, second = run_local(2, main)
+    assert first == second and len(set(first)) == len(first)
+    assert max(len(name) for name in first) <= 64
+    assert first[:4] == ["world", "world.1", "world.1.1", "world.1.2"]
 
 
 def test_a_site_is_the_innermost_frame_outside_the_library():
