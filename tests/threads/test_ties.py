@@ -465,3 +465,45 @@ def test_a_shared_weight_is_frozen_later_and_released_again(grid, reduction):
     assert run_local(grid[0] * grid[1], main) == [([True, False, True], "embed")] * (
         grid[0] * grid[1]
     )
+
+
+class Convolve(nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight, padding=1).tanh()
+
+
+@pytest.mark.parametrize("pipe", [1, 2])
+def test_a_sum_of_uses_has_the_strides_of_the_weight(pipe):
+    """A fused optimizer mixed up the elements of gradients that came from other ranks."""
+
+    def main(comm):
+        generator = torch.Generator().manual_seed(1)
+        values = torch.randn(4, 4, 3, 3, generator=generator)
+        weight = nn.Parameter(values.to(memory_format=torch.channels_last))
+        layers = [Convolve(weight), nn.Identity(), Convolve(weight)]
+        mesh = Mesh(comm, pipe=pipe)
+        engine = Pipeline(layers, mesh, loss_fn=mean_output, boundaries=[1] * (pipe > 1))
+        (held,) = engine.parameters()
+        optimizer = torch.optim.SGD([held], lr=0.5, fused=True)
+        for _ in range(2):
+            engine.zero_grad()
+            engine.step(torch.randn(2, 4, 5, 5, generator=generator))
+            assert held.grad.stride() == held.stride()
+            optimizer.step()
+        return held.detach()
+
+    found = run_local(pipe, main)
+    generator = torch.Generator().manual_seed(1)
+    weight = nn.Parameter(torch.randn(4, 4, 3, 3, generator=generator))
+    for _ in range(2):
+        weight.grad = None
+        x = torch.randn(2, 4, 5, 5, generator=generator)
+        Convolve(weight)(Convolve(weight)(x)).mean().backward()
+        with torch.no_grad():
+            weight -= 0.5 * weight.grad
+    for value in found:
+        torch.testing.assert_close(value, weight.detach(), rtol=1e-4, atol=1e-6)
