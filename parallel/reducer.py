@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ..comm.communicator import Communicator
     from ..comm.work import Receipt, Work
 
-__all__ = ["START_BYTES", "Reducer", "ReductionRecord"]
+__all__ = ["START_BYTES", "ReadyHook", "Reducer", "ReductionRecord"]
 
 START_BYTES = 4 << 20
 
@@ -73,6 +73,17 @@ class ReductionRecord:
     def reductions(self) -> int:
         """Return the number of reductions, one per bucket."""
         return len(self.bucket_nbytes)
+
+
+@dataclass(frozen=True)
+class ReadyHook:
+    """What a reducer hangs on a parameter."""
+
+    on_ready: Callable[[int], None]
+    index: int
+
+    def __call__(self, parameter: Tensor) -> None:
+        self.on_ready(self.index)
 
 
 def _may_be_trained(parameter: Tensor) -> bool:
@@ -154,9 +165,8 @@ class Reducer:
             # A frozen parameter takes no hook, but it keeps one when it is frozen and unfrozen.
             frozen = not parameter.requires_grad
             parameter.requires_grad_(True)
-            handle = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                lambda _, index=index: on_ready(index)
-            )
+            hook = ReadyHook(on_ready, index)
+            handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             self._handles.append(handle)
             if frozen:
                 parameter.requires_grad_(False)
