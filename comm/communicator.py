@@ -209,6 +209,14 @@ class Communicator(GroupCalls):
         return self._job.users
 
     @property
+    def members(self) -> tuple[int, ...]:
+        """Return the group's ranks as they are numbered in what was opened first.
+
+        For the package's own use.
+        """
+        return self._transport.world
+
+    @property
     def transport(self) -> str:
         """Return what carries the messages: "mpi", or "local" between threads of one process."""
         return self._transport.name

@@ -35,8 +35,7 @@ def clip_over_stages(
     if not norm_type > 0:
         raise ValueError(f"expected norm_type > 0, got {norm_type}")
     pairs = [(p, p.grad) for p in parameters if p.grad is not None]
-    gradients = [gradient for _, gradient in pairs]
-    counted = [gradient for p, gradient in pairs if p not in counted_elsewhere]
+    counted = [_values(gradient) for p, gradient in pairs if p not in counted_elsewhere]
     norms = [float(torch.linalg.vector_norm(g, norm_type, dtype=_wide(g))) for g in counted]
     if math.isinf(norm_type):
         # Whether the greater of a number and NaN is NaN depends on who compares.
@@ -48,9 +47,17 @@ def clip_over_stages(
         norm = float(pipe.allreduce(local, op="sum")[0]) ** (1.0 / norm_type)
     scale = min(1.0, max_norm / (norm + _EPSILON)) if not math.isnan(norm) else math.nan
     if scale != 1.0:
-        for gradient in gradients:
-            gradient.mul_(scale)
+        for parameter, gradient in pairs:
+            if gradient.layout == torch.strided:
+                gradient.mul_(scale)
+            else:  # rows of a sparse one may be the same memory
+                parameter.grad = gradient * scale
     return torch.tensor(norm, dtype=torch.float64)
+
+
+def _values(gradient: Tensor) -> Tensor:
+    """Return what is not zero for certain, each element once."""
+    return gradient.coalesce().values() if gradient.layout == torch.sparse_coo else gradient
 
 
 def _wide(gradient: Tensor) -> torch.dtype:

@@ -74,18 +74,21 @@ class Constants:
             for buffer, value in zip(buffers, values, strict=True):
                 # A buffer may be a view that repeats its elements, and cannot be written to.
                 if root != pipe.rank and not torch.equal(buffer, value.to(buffer.device)):
-                    buffer.copy_(value)
+                    with torch.inference_mode(buffer.is_inference()):
+                        buffer.copy_(value)
 
     def watch(self, stage: nn.Module) -> None:
         """Let every forward of a stage raise RuntimeError if it has written to one."""
         versions: list[int] = []
-        buffers = [first.buffer for first, _ in self._shared]
+        # One that was made in inference mode has no version, nor can a step write to it.
+        watched = [pair for pair in self._shared if not pair[0].buffer.is_inference()]
+        buffers = [first.buffer for first, _ in watched]
 
         def note(module: nn.Module, given: Any) -> None:
             versions[:] = [buffer._version for buffer in buffers]
 
         def check(module: nn.Module, given: Any, output: Any) -> None:
-            for buffer, version, (first, far) in zip(buffers, versions, self._shared, strict=True):
+            for buffer, version, (first, far) in zip(buffers, versions, watched, strict=True):
                 if buffer._version != version:
                     raise RuntimeError(
                         f"a layer has written to {first}, which is {far} as well: they are on two "

@@ -12,9 +12,10 @@ from .carried import Carried
 from .drift import GradientReport, check_replicas, report_gradients
 from .finite import FiniteCheck
 from .gpu_threads import check_gpu_threads
-from .gradient_sync import GradientSync, Mode
+from .gradient_sync import GradientSync
 from .hooks import WireHook, wire_format
 from .join import check_at_end, turns
+from .kinship import Mode
 from .reducer import START_BYTES, Reducer, ReductionRecord
 from .replicas import broadcast_tensors, check_equal, check_root, check_sendable, describe
 from .roster import Roster
@@ -54,6 +55,8 @@ class DataParallel(Transparent):
       backward, unless `broadcast_buffers` is off.
     - Gradients travel on a channel of the wrapper's own, so that several wrappers over one `comm`,
       as of a generator and its critic, may have parts in one backward; `close` gives it back.
+    - Wrappers that share parameters, such as towers on one encoder or one wrapper within another,
+      reduce together, each parameter once.
     - A copy (`copy.deepcopy`) or a pickle of the wrapper is independent of the ranks: it has the
       same parameters under the same names, and never communicates.
 
@@ -130,12 +133,12 @@ class DataParallel(Transparent):
         broadcast_tensors(comm, tensors, root, START_BYTES)
         self._sync: GradientSync | None = GradientSync(
             module,
+            named,
             channel,
             self._reducer,
             self._mode,
             roster=Roster(module) if comm.size > 1 else None,
             finite=self._finite,
-            users=comm.users,
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -204,7 +207,8 @@ class DataParallel(Transparent):
 
         For a rank without a batch, or whose loss reaches no parameter, while other ranks run a
         synchronised backward: what it has in `.grad` counts, or zeros, and it gets the result.
-        For several wrappers with parts in that backward in the order in which they were made.
+        For several wrappers with parts in that backward in the order in which they were made; one
+        call is for all that reduce together, and does not hurt for each.
         """
         if self._sync is not None:
             self._sync.reduce_without_backward()
@@ -300,8 +304,8 @@ class DataParallel(Transparent):
 
         Not collective. Before the module is wrapped anew, as over the ranks that live.
         """
-        if self._reducer is not None:
-            self._reducer.detach()
+        if self._sync is not None:
+            self._sync.detach()
         self.comm, self._channel, self._reducer, self._sync = None, None, None, None
 
     def close(self) -> None:

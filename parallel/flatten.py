@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .replicas import real_view
 from .sparse import as_dense
+from .strides import overlaps
 from .transfer import Finite, are_few, pack_few, transfer_of
 
 __all__ = ["WIRES", "Flattened", "Home", "in_place", "wire_of"]
@@ -142,10 +143,9 @@ class Flattened:
             else:
                 written.append(i)
                 if self._gradients[i] is None:
-                    self._gradients[i] = torch.empty_like(
-                        parameter, memory_format=torch.contiguous_format, requires_grad=False
-                    )
-                    self._dense[i] = real_view(self._gradients[i])  # type: ignore[arg-type]
+                    self._gradients[i] = made = torch.empty_like(parameter, requires_grad=False)
+                    # Where the parameter is not contiguous, this is a copy to write to first.
+                    self._dense[i] = real_view(made).contiguous()
         members = self._members(written)
         if not members:
             return
@@ -159,6 +159,8 @@ class Flattened:
         if self._at_home[i]:
             return
         gradient, view = self._gradients[i], self._home.view(i, parameter)
+        if gradient is None and not parameter.is_contiguous():
+            gradient = torch.empty_like(parameter, requires_grad=False)
         if gradient is None or _can_move(gradient, parameter):
             parameter.grad = torch.view_as_complex(view) if parameter.is_complex() else view
         else:
@@ -238,6 +240,8 @@ def _bring_back(gradient: Tensor | None, dense: Tensor | None, parameter: Tensor
         # gradients expects.
         parameter.grad = whole.to_sparse(gradient.sparse_dim())
         return
+    if overlaps(gradient):
+        gradient = torch.empty_like(parameter, requires_grad=False)
     if gradient.data_ptr() != dense.data_ptr() or gradient.is_conj():
         gradient.detach().copy_(whole)
     if parameter.grad is not gradient:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..comm.errors import NotFinite
 from .backward_end import BackwardEnd
 from .finite import FiniteCheck
+from .kinship import Kin, Mode
 from .reducer import START_BYTES, Reducer
 from .replicas import broadcast_tensors
 from .roster import Roster
@@ -21,50 +21,42 @@ if TYPE_CHECKING:
     from ..comm.communicator import Communicator
     from .loss_scale import LossScaler
 
-__all__ = ["GradientSync", "Mode"]
+__all__ = ["GradientSync"]
 
 
-@dataclass
-class Mode:
-    """How a wrapper's next backward is reduced; what counts is what stands here when it runs.
-
-    source: the rank that sends its buffers to all at the end, if `buffers`.
-    synchronize: whether it is reduced at all.
-    weight: of this rank in the mean; None where all count alike.
-    """
-
-    source: int
-    buffers: bool
-    synchronize: bool = True
-    weight: float | None = None
-
-
-class GradientSync:
+class GradientSync(Kin):
     """Reduce what the backwards of one rank leave in a module's gradients.
 
+    Those that share parameters reduce together, each parameter once.
+
+    named: the module's parameters.
     roster: of the module; None with one rank, where there is nothing to reduce.
-    users: of groups that the wrappers of this rank reduce over, in the order in which all ranks
-        have made them.
     """
 
     def __init__(
         self,
         module: nn.Module,
+        named: Sequence[tuple[str, nn.Parameter]],
         channel: Communicator,
         reducer: Reducer,
         mode: Mode,
         *,
         roster: Roster | None,
         finite: FiniteCheck | None,
-        users: MutableMapping[object, Any],
     ) -> None:
+        super().__init__(named, channel.members, mode)
         self._module, self._channel = module, channel
         self._reducer, self._mode = reducer, mode
         self._roster, self._finite = roster, finite
         self._looking: BackwardEnd | None = None
         self._ending: BackwardEnd | None = None
-        self._users = users
-        users[object()] = self
+        self._ahead: list[GradientSync] = []
+        self._done = False
+        # In the order in which all ranks have made them.
+        self._users: MutableMapping[object, GradientSync] = channel.users
+        self.meet(list(self._users.values()))
+        self._key = object()
+        self._users[self._key] = self
         if channel.size > 1 or finite is not None:
             # The hooks must not keep this alive, nor work for one that is gone.
             own = weakref.ref(self)
@@ -77,13 +69,25 @@ class GradientSync:
         if self._roster is not None and torch.is_grad_enabled():
             self._roster.check()
 
+    def detach(self) -> None:
+        """Work no longer."""
+        self._users.pop(self._key, None)
+        self._reducer.detach()
+        self.part()
+
     def reduce_without_backward(self) -> None:
         """Take part in the reduction of a backward that this rank does not run; collective."""
         if self._reducer.single:
             return
-        self._abandon()
-        self._reducer.begin(self._mode.weight)
-        self._reduce()
+        if self._done:  # by the same call of one that reduces together with this
+            self._done = False
+            return
+        family = self.family()
+        for one in family:
+            one._begin(family)
+        for one in family:
+            one._done = one is not self
+        _reduce(family)
 
     def unaware_of(self, scaler: LossScaler) -> Sequence[nn.Parameter]:
         """Return the parameters whose errors would stay in the units of a factor that changes."""
@@ -97,10 +101,15 @@ class GradientSync:
                 self._looking = BackwardEnd(self._look)
             return
         if self._ending is None or not self._ending.waits:
-            self._abandon()  # of a backward that has failed
-            reducer.begin(self._mode.weight)
+            self._begin(self.family())
             self._ending = BackwardEnd(self._end_of_backward)
         reducer.mark(index, nested=self._ending.nested)
+
+    def _begin(self, family: Sequence[GradientSync]) -> None:
+        self._abandon()  # what a backward that has failed has begun
+        self._ahead = self.ahead(family)
+        self._done = False
+        self._reducer.begin(self._mode.weight, self.shared_with(self._ahead))
 
     def _abandon(self) -> None:
         """Give up what a backward that has failed has begun."""
@@ -109,6 +118,7 @@ class GradientSync:
         if self._looking is not None:
             self._looking.cancel()
         self._ending, self._looking = None, None
+        self._ahead = []
         if self._reducer.active:
             self._reducer.abandon()
 
@@ -125,17 +135,18 @@ class GradientSync:
     def _end_of_backward(self) -> None:
         """Reduce what a backward has left, of all wrappers in it, in one order on all ranks.
 
-        Autograd may have reached them in different orders, and each waits for all ranks.
+        Autograd may have reached them in different orders, and each waits for all ranks. Nor may
+        all ranks have reached all that share something: these take part by that alone.
         """
-        refused: Exception | None = None
-        for other in list(self._users.values()):
-            if other is self or (other._ending is not None and other._ending.waits):
-                try:
-                    other._reduce()
-                except (NotFinite, ValueError) as error:  # on all ranks, which go on with the next
-                    refused = refused or error
-        if refused is not None:
-            raise refused
+        reached = [one for one in self._users.values() if one is self or one._waits]
+        taking = {one for other in reached for one in other.family()}
+        for one in taking - set(reached):
+            one._begin(one.family())
+        _reduce([one for one in self._users.values() if one in taking])
+
+    @property
+    def _waits(self) -> bool:
+        return self._ending is not None and self._ending.waits
 
     def _reduce(self) -> None:
         if self._ending is not None:
@@ -145,12 +156,35 @@ class GradientSync:
         self._reducer.finish()
         if self._finite is not None:
             self._finite.agree()
-        assert self._roster is not None
-        if self._mode.buffers and (buffers := self._roster.buffers()):
+        ahead, self._ahead = self._ahead, []
+        if self._mode.buffers and (buffers := self._buffers_but_for(ahead)):
             # As `data`, which autograd takes no notice of: torch's own layers follow their running
             # statistics so, and another backward may run through what has kept these.
             data = [buffer.data for buffer in buffers]
             broadcast_tensors(self._channel, data, self._mode.source, START_BYTES)
+
+    def _buffers_but_for(self, others: Sequence[GradientSync]) -> list[Tensor]:
+        """Return the buffers that others do not send."""
+        assert self._roster is not None
+        sent = {
+            id(buffer)
+            for other in others
+            if other._mode.buffers and other._roster is not None
+            for buffer in other._roster.buffers()
+        }
+        return [buffer for buffer in self._roster.buffers() if id(buffer) not in sent]
+
+
+def _reduce(taking: Sequence[GradientSync]) -> None:
+    """Let several reduce, one after the other."""
+    refused: Exception | None = None
+    for one in taking:
+        try:
+            one._reduce()
+        except (NotFinite, ValueError) as error:  # on all ranks, which go on with the next
+            refused = refused or error
+    if refused is not None:
+        raise refused
 
 
 def _forward_to(sync: GradientSync | None, index: int) -> None:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from .objects import broadcast_object
 from .replicas import check_equal, check_root, dtype_name
 from .sharded_optimizer import ShardedOptimizer
+from .strides import laid_out_like
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -76,7 +77,7 @@ def broadcast_optimizer(optimizer: Optimizer, comm: Communicator, root: int = 0)
             for dtype, shape, on_gpu in described
         ]
     for tensor in tensors:
-        # Strides are the sender's own: what travels is contiguous.
+        # What travels is contiguous, whatever the strides here and there.
         flat = tensor.detach().contiguous()
         comm.broadcast(flat, root=root)
     if comm.rank == root:
@@ -88,7 +89,19 @@ def broadcast_optimizer(optimizer: Optimizer, comm: Communicator, root: int = 0)
         group.update({"params": own, **given})
     optimizer.state.clear()
     for key, value in state:
-        optimizer.state[parameters[key.position] if isinstance(key, _Parameter) else key] = value
+        if isinstance(key, _Parameter):
+            optimizer.state[parameters[key.position]] = _laid_out(value, parameters[key.position])
+        else:
+            optimizer.state[key] = value
+
+
+def _laid_out(state: Any, parameter: Tensor) -> Any:
+    if type(state) is not dict:
+        return state
+    return {
+        key: laid_out_like(value, parameter) if isinstance(value, Tensor) else value
+        for key, value in state.items()
+    }
 
 
 def _take(value: Any, tensors: list[Tensor]) -> Any:

@@ -33,6 +33,7 @@ from .reducer import Reducer, ReductionRecord
 from .replicas import broadcast_tensors, check_equal, check_sendable, describe, device_of
 from .rows import agree_on_rows, agree_on_rows_of_pipe
 from .share import counts_of, share_of
+from .shared_weights import refuse_gradient_hooks
 from .sparse import sparse_parameters
 from .stage import Stage
 from .stage_error import raise_together
@@ -178,7 +179,12 @@ class Pipeline:
             *describe(whole.named_parameters()),
             *describe(whole.named_buffers()),
         ]
-        check_equal(mesh.comm, lines, "settings, parameters or buffers of the pipeline")
+
+        def described() -> list[str]:
+            refuse_gradient_hooks(named)
+            return lines
+
+        check_equal(mesh.comm, described, "settings, parameters or buffers of the pipeline")
         check_sendable(mesh.data, chain(whole.named_parameters(), whole.named_buffers()))
 
         if boundaries is None:
@@ -198,7 +204,7 @@ class Pipeline:
         self._layers = RankLayers(named, self.stages, pipe.rank, pipe.size)
         self._device = device_of(whole) if device is None else torch.device(device)
         self._stages = [
-            Stage(m, s, s in again, self._device) for s, m in self._layers.stages.items()
+            Stage(m, s, s in again, self._device, ties) for s, m in self._layers.stages.items()
         ]
         of_rank = self._layers.module.modules()
         self._meeting: list[Any] = [m for m in of_rank if hasattr(m, "meets_replicas")]

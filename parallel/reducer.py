@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from ..comm.work import Receipt, Work
     from .loss_scale import LossScaler
 
-__all__ = ["START_BYTES", "Reducer", "ReductionRecord"]
+__all__ = ["START_BYTES", "ReadyHook", "Reducer", "ReductionRecord"]
 
 START_BYTES = 4 << 20
 
@@ -74,6 +74,17 @@ class ReductionRecord:
     def reductions(self) -> int:
         """Return the number of reductions, one per bucket."""
         return len(self.bucket_nbytes)
+
+
+@dataclass(frozen=True)
+class ReadyHook:
+    """What a reducer hangs on a parameter."""
+
+    on_ready: Callable[[int], None]
+    index: int
+
+    def __call__(self, parameter: Tensor) -> None:
+        self.on_ready(self.index)
 
 
 def _may_be_trained(parameter: Tensor) -> bool:
@@ -140,6 +151,7 @@ class Reducer:
         self._sparse = set(sparse)
         self._dtypes = [parameter.dtype for _, parameter in named]
         self._comm = comm
+        self._elsewhere: frozenset[int] = frozenset()
         self.bucket_bytes = START_BYTES if bucket_bytes is None else bucket_bytes
         self._chooses_size = bucket_bytes is None
         self._size_known = not self._chooses_size
@@ -158,9 +170,8 @@ class Reducer:
             # A frozen parameter takes no hook, but it keeps one when it is frozen and unfrozen.
             frozen = not parameter.requires_grad
             parameter.requires_grad_(True)
-            handle = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                lambda _, index=index: on_ready(index)
-            )
+            hook = ReadyHook(on_ready, index)
+            handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             self._handles.append(handle)
             if frozen:
                 parameter.requires_grad_(False)
@@ -185,13 +196,15 @@ class Reducer:
         """Tell whether a pass has begun and not finished."""
         return self._pass is not None
 
-    def begin(self, weight: float | None = None) -> None:
+    def begin(self, weight: float | None = None, elsewhere: frozenset[int] = frozenset()) -> None:
         """Begin a pass; collective, as all of a pass is.
 
-        With a weight, the result is sum(weight * gradient) / sum(weight) over the ranks instead of
-        the op; a rank of weight 0 adds nothing, whatever its gradients hold.
+        weight: the result is sum(weight * gradient) / sum(weight) over the ranks instead of the op;
+            a rank of weight 0 adds nothing, whatever its gradients hold.
+        elsewhere: the indices of parameters that another reducer has in its pass.
         """
         assert self._pass is None
+        self._elsewhere = elsewhere
         self._pass = _Pass(
             waiting=[len(bucket.indices) for bucket in self._layout.buckets],
             changed=self._trainable() != self._layout.trainable,
@@ -262,6 +275,7 @@ class Reducer:
         elif not self._size_known:
             self._follow_times(current)
         flights = current.flights
+        elsewhere = {self._names[index] for index in self._elsewhere}
         self.last = ReductionRecord(
             receipts=tuple(receipt for flight in flights for receipt in flight.receipts),
             bucket_nbytes=tuple(flight.nbytes for flight in flights),
@@ -270,7 +284,7 @@ class Reducer:
                 name
                 for flight in flights
                 for name, gradient in zip(flight.load.names, flight.load.gradients, strict=True)
-                if gradient is None
+                if gradient is None and name not in elsewhere
             ),
             partial=tuple(current.partial),
             finite=_all_finite([flight.finite for flight in flights]),
@@ -334,7 +348,11 @@ class Reducer:
         self._carrier.forget()
 
     def _trainable(self) -> tuple[bool, ...]:
-        return tuple(parameter.requires_grad for parameter in self._parameters)
+        elsewhere = self._elsewhere
+        return tuple(
+            parameter.requires_grad and index not in elsewhere
+            for index, parameter in enumerate(self._parameters)
+        )
 
     def _lay_out(self, trainable: tuple[bool, ...], order: Sequence[int] | None) -> Bucketing:
         return lay_out(self._describe, trainable, order, self.bucket_bytes)
@@ -375,6 +393,8 @@ class Reducer:
         return current.weight / total if total else 0.0
 
     def _gradient(self, index: int) -> Tensor | None:
+        if index in self._elsewhere:
+            return None
         parameter = self._parameters[index]
         gradient = parameter.grad
         if gradient is not None and gradient.layout == torch.sparse_coo:
@@ -414,8 +434,11 @@ class Reducer:
     def _agree_again(self, current: _Pass) -> None:
         """Follow a change of requires_grad, and reduce what has been unfrozen in this same pass."""
         trainable = self._trainable()
-        words = ("frozen", "trainable")
-        lines = [f"{name} {words[flag]}" for name, flag in zip(self._names, trainable, strict=True)]
+        words = {i: "in another wrapper, too" for i in self._elsewhere}
+        lines = [
+            f"{name} {'trainable' if flag else words.get(i, 'frozen')}"
+            for i, (name, flag) in enumerate(zip(self._names, trainable, strict=True))
+        ]
         check_equal(self._comm, lines, "requires_grad of the parameters")
         before = self._layout.trainable
         late = [i for i, flag in enumerate(trainable) if flag and not before[i]]

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .recompute import Replay
+from .shared_weights import SharedWeights
 from .split_backward import SplitBackward
 from .structure import Description, TensorSpec, put_together, take_apart
 
 if TYPE_CHECKING:
     from .random_keys import Samples
+    from .ties import Tie
 
 __all__ = ["Stage"]
 
@@ -88,6 +90,7 @@ class Stage:
 
     recompute: keep what comes in alone, and run the layers again before the backward.
     device: where what comes from other stages lies, and what goes to them.
+    ties: of all layers of the model.
     """
 
     def __init__(
@@ -96,8 +99,10 @@ class Stage:
         index: int,
         recompute: bool = False,
         device: torch.device | None = None,
+        ties: Sequence[Tie] = (),
     ) -> None:
         self.module = module
+        self._shared = SharedWeights(ties, set(module.parameters()))
         self.index = index
         self.recompute = recompute
         self.device = torch.device("cpu") if device is None else device
@@ -171,29 +176,33 @@ class Stage:
     def backward(self, microbatch: int, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Accumulate the parameters' gradients and return those of the tensors that came in."""
         flight = self._in_flight.pop(microbatch)
-        roots, gradients = self._graph(flight, list(gradients))
-        if roots:
-            torch.autograd.backward(roots, gradients)
+        with self._shared.backward():
+            roots, gradients = self._graph(flight, list(gradients))
+            if roots:
+                torch.autograd.backward(roots, gradients)
         return flight.door.leave()
 
     def backward_input(self, microbatch: int, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients of the tensors that came in; what the weights need is kept."""
         flight = self._in_flight[microbatch]
-        roots, gradients = self._graph(flight, list(gradients))
-        if roots and flight.door.anchor is not None:
-            flight.split = SplitBackward(roots, gradients, flight.door.node, flight.door.anchor)
-            flight.split.to_input()
-        else:
-            flight.rest = roots, gradients
+        with self._shared.backward():
+            roots, gradients = self._graph(flight, list(gradients))
+            if roots and flight.door.anchor is not None:
+                flight.split = SplitBackward(roots, gradients, flight.door.node, flight.door.anchor)
+                flight.split.to_input()
+            else:
+                flight.rest = roots, gradients
         return flight.door.leave()
 
     def backward_weight(self, microbatch: int) -> None:
         """Accumulate the parameters' gradients, after `backward_input`."""
         flight = self._in_flight.pop(microbatch)
-        if flight.split is not None:
-            flight.split.to_weights([p for p in self.module.parameters() if p.requires_grad])
-        elif flight.rest is not None and flight.rest[0]:
-            torch.autograd.backward(*flight.rest)
+        with self._shared.backward():
+            if flight.split is not None:
+                own = [p for p in self.module.parameters() if p.requires_grad]
+                flight.split.to_weights([*own, *self._shared.originals])
+            elif flight.rest is not None and flight.rest[0]:
+                torch.autograd.backward(*flight.rest)
 
     def drop(self, microbatch: int) -> None:
         """Forget a micro-batch that is not to be computed any further."""

@@ -151,8 +151,10 @@ class TiedGradients:
         for shared, before in zip(self._shared, self._before, strict=True):
             total: Tensor | None = None
             for gradient in shared.gradients():
-                if gradient is not None:
-                    total = gradient.clone() if total is None else total.add_(gradient)
+                if gradient is not None and total is None:
+                    total = torch.empty_like(shared.uses[0], requires_grad=False).copy_(gradient)
+                elif gradient is not None and total is not None:
+                    total.add_(gradient)
             for use in shared.uses:
                 use.grad = None
             shared.uses[0].grad = _sum(before, total)

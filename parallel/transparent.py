@@ -19,6 +19,10 @@ class Transparent(nn.Module):
 
     module: nn.Module
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_post_hook(_load_ends)  # type: ignore[no-untyped-call]
+
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters under the user's own names."""
         return self.module.named_parameters(*args, **kwargs)
@@ -48,26 +52,84 @@ class Transparent(nn.Module):
         except AttributeError:
             return super().get_submodule(target)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def state_dict(
+        self,
+        *args: Any,
+        destination: Any = None,
+        prefix: str = "",
+        keep_vars: bool = False,
+    ) -> Any:
         """Return the module's state under the user's own names."""
-        return self.module.state_dict(*args, **kwargs)
+        # torch still takes them by position.
+        named: tuple[Any, ...] = destination, prefix, keep_vars
+        destination, prefix, keep_vars = args + named[len(args) :]
+        for begin in self._state_dict_pre_hooks.values():
+            begin(self, prefix, keep_vars)
+        found = self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        of_module = getattr(found, "_metadata", {}).get(prefix[:-1], {})
+        for end in self._state_dict_hooks.values():
+            given = end(self, found, prefix, of_module)
+            found = found if given is None else given
+        return found
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """Load the module's own state, on every rank the same one; no communication."""
         _refuse_assignment(assign)
-        return self.module.load_state_dict(state_dict, strict)
+
+        def begin(_: nn.Module, *given: Any) -> None:
+            self._before_load(*given)
+
+        def end(_: nn.Module, keys: Any) -> None:
+            for hook in self._load_state_dict_post_hooks.values():
+                if hook is not _load_ends:
+                    hook(self, keys)
+
+        module: Any = self.module  # torch leaves the two without annotations
+        before = module.register_load_state_dict_pre_hook(begin)
+        after = module.register_load_state_dict_post_hook(end)
+        try:
+            return module.load_state_dict(state_dict, strict)
+        finally:
+            before.remove()
+            after.remove()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *rest: Any
     ) -> None:
-        # A parent's load_state_dict goes on to look below "module." for what has no such prefix.
-        # The dict is the parent's copy, made for that.
+        # A parent's load_state_dict loads a module, then its parts by their places. For a while
+        # this one is what it wraps, so that names and versions are found where that has them.
         _refuse_assignment(local_metadata.get("assign_to_params_buffers", False))
-        for name in [name for name in state_dict if name.startswith(prefix)]:
-            state_dict[f"{prefix}module.{name[len(prefix) :]}"] = state_dict.pop(name)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        self._before_load(state_dict, prefix, local_metadata, *rest)
+        self.module._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        if not isinstance(self._modules, _Within):
+            self._modules = _Within(self._modules)
+
+    def _before_load(self, *given: Any) -> None:
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(*given)
+
+
+class _Within(dict[str, nn.Module | None]):
+    """The parts of a wrapper, which are looked through as those of its module."""
+
+    def __init__(self, plain: dict[str, nn.Module | None]) -> None:
+        super().__init__(plain)
+        self.plain = plain
+
+    def items(self) -> Any:
+        module = self["module"]
+        assert module is not None
+        return module._modules.items()
+
+
+def _load_ends(wrapper: Transparent, keys: Any) -> None:
+    """Be a wrapper again, after a parent has loaded what is within."""
+    if isinstance(wrapper._modules, _Within):
+        wrapper._modules = wrapper._modules.plain
+    for hook in wrapper.module._load_state_dict_post_hooks.values():
+        hook(wrapper.module, keys)
 
 
 def _refuse_assignment(assign: bool) -> None:

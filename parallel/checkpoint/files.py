@@ -34,9 +34,16 @@ DTYPES: Mapping[torch.dtype, str] = {
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    **({torch.float8_e8m0fnu: "F8_E8M0"} if hasattr(torch, "float8_e8m0fnu") else {}),
     torch.bool: "BOOL",
 }
+"""What every release of the library reads that this package takes."""
 
 _PIECE = 1 << 22
 """Bytes written and hashed at once, each without the interpreter lock."""

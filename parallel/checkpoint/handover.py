@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...comm.texts import gather_texts
+from ..replicas import flat_bytes
 from ..sharded_optimizer import ShardedOptimizer
 from .agreement import agree
 from .errors import CheckpointError
@@ -87,8 +88,8 @@ def _send(
             tensor = tensor.clone() if name in wanted else tensor
         else:
             tensor = torch.empty(entry.shape, dtype=_TYPES[entry.dtype])
-        real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-        comm.broadcast(real, root=owner)
+        if tensor.numel():
+            comm.broadcast(flat_bytes(tensor), root=owner)
         if name in wanted:
             found[name] = tensor
     return found

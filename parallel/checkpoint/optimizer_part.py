@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..strides import laid_out_like
 from .errors import CheckpointError
 from .files import raw_bytes
 from .fitting import value_at
@@ -171,10 +172,7 @@ class OptimizerPart:
                     self.optimizer.state.pop(parameter, None)
                     continue
                 self.optimizer.state[parameter] = {
-                    key: value.to(parameter.device)
-                    if isinstance(value, Tensor) and (value.dim() or on_device)
-                    else value
-                    for key, value in state.items()
+                    key: _placed(value, parameter, on_device) for key, value in state.items()
                 }
 
 
@@ -215,6 +213,13 @@ class ShardedPart(OptimizerPart):
                 if state:
                     whole[name] = state
         self.optimizer.load_state_dict({"state": whole, "param_groups": groups})
+
+
+def _placed(value: Any, parameter: Tensor, on_device: bool) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(parameter.device) if value.dim() or on_device else value
+    return laid_out_like(value, parameter)
 
 
 def _told(kind: dict[str, Any]) -> str:

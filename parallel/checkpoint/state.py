@@ -124,8 +124,9 @@ def parts_of(state: Mapping[str, Any], rank: int, num_ranks: int) -> dict[str, P
             raise TypeError(f"expected names without slash or colon in a state, got {path!r}")
         if isinstance(value, nn.Module) or hasattr(value, "named_parameters"):
             parts[path] = Model(path, value)
-            if isinstance(value, DataParallel | Pipeline):
-                parts[f"{path}:carried"] = CarriedPart(f"{path}:carried", value)
+            for place, engine in _engines(value):
+                own = f"{path}:carried{place and f':{place}'}"
+                parts[own] = CarriedPart(own, engine)
         elif isinstance(value, ShardedOptimizer):
             parts[path] = ShardedPart(path, value, names)
         elif isinstance(value, torch.optim.Optimizer):
@@ -135,3 +136,11 @@ def parts_of(state: Mapping[str, Any], rank: int, num_ranks: int) -> dict[str, P
         else:
             parts[path] = Value(path, value)
     return parts
+
+
+def _engines(value: Any) -> list[tuple[str, DataParallel | Pipeline]]:
+    """Return what carries something from step to step: the object, and wrappers in a module."""
+    if isinstance(value, nn.Module):
+        modules = value.named_modules()
+        return [(place, module) for place, module in modules if isinstance(module, DataParallel)]
+    return [("", value)] if isinstance(value, Pipeline) else []

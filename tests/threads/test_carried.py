@@ -217,6 +217,39 @@ def test_without_what_reductions_carry_the_bits_are_others(tmp_path, wire, monke
     assert not equal(*both(replace(PLAIN, wire=wire), tmp_path))
 
 
+def test_wrappers_within_a_module_go_on_to_the_last_bit(tmp_path):
+    """What they had not sent was lost, though the parent was in the state."""
+
+    def make(comm):
+        parts = {name: nn.Linear(5, 5) for name in ("first", "last")}
+        for shift, part in enumerate(parts.values()):
+            with torch.no_grad():
+                part.weight.copy_(torch.arange(25.0).reshape(5, 5).sin() + shift)
+                part.bias.zero_()
+        return nn.ModuleDict({n: DataParallel(p, comm, wire="topk:0.2") for n, p in parts.items()})
+
+    def train(model, comm, steps):
+        for step in steps:
+            model.zero_grad()
+            x = torch.linspace(-1, 1, 10).reshape(2, 5) + comm.rank + step / 7
+            model["last"](model["first"](x).tanh()).square().sum().backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter -= 0.01 * parameter.grad
+
+    def main(comm):
+        unbroken, resumed = make(comm), make(comm)
+        train(unbroken, comm, range(4))
+        ringfold.save(tmp_path, {"model": unbroken}, comm)
+        ringfold.load(tmp_path, {"model": resumed}, comm)
+        for model in (unbroken, resumed):
+            train(model, comm, range(4, 7))
+        return unbroken.state_dict(), resumed.state_dict()
+
+    for unbroken, resumed in run_local(2, main):
+        assert equal([unbroken], [resumed])
+
+
 @pytest.mark.parametrize("wire", ["powersgd:1", "topk:0.2"])
 def test_on_other_ranks_nothing_that_was_not_sent_is_lost(tmp_path, wire):
     """The mean over the ranks of what each has not sent stays what it was."""

@@ -134,6 +134,15 @@ VALUES = {
     "bool": torch.tensor([True, False, True]),
     "bytes": torch.arange(7, dtype=torch.uint8),
     "complex": torch.tensor([1 + 2j, 3 - 1j]),
+    "narrow": [
+        torch.tensor([0.5, -3.0, float("nan")]).to(getattr(torch, name))
+        for name in ("float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")
+        if hasattr(torch, name)
+    ],
+    "unsigned": [
+        torch.tensor([0, 7, 2**15 + 1]).to(dtype)
+        for dtype in (torch.uint16, torch.uint32, torch.uint64)
+    ],
     "strided": torch.arange(12.0).view(3, 4).t(),
     "nan": torch.tensor([float("nan"), 1.0]),
 }

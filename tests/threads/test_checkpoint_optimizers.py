@@ -10,6 +10,7 @@ from torch import nn
 
 import ringfold
 from ringfold import CheckpointError, Mesh, Pipeline, run_local
+from ringfold.parallel.checkpoint.handover import hand_over
 from ringfold.parallel.checkpoint.manifest import from_text, to_text
 
 
@@ -335,3 +336,44 @@ def test_an_optimizer_whose_kind_was_not_kept_is_loaded(tmp_path):
         same(optimizer.state_dict(), other.state_dict())
 
     run_local(1, main)
+
+
+def strided(seed):
+    layers = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Conv2d(4, 2, 2))
+    layers.to(memory_format=torch.channels_last)
+    layers.register_parameter("scale", nn.Parameter(torch.ones(2, 3).t()))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layers.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return layers, torch.optim.Adam(layers.parameters(), lr=0.1, fused=True)
+
+
+@pytest.mark.parametrize("how", ["load", "hand_over"])
+def test_state_lies_in_memory_as_the_parameters_do(tmp_path, how):
+    """A fused optimizer that went on mixed up the elements of moments and parameters."""
+
+    def train(layers, optimizer):
+        for parameter in layers.parameters():
+            parameter.grad = parameter.detach().sin()
+        optimizer.step()
+
+    def main(comm):
+        old, new = strided(1), strided(2)
+        train(*old)
+        if how == "load":
+            ringfold.save(tmp_path, {"m": old[0], "o": old[1]}, comm)
+            ringfold.load(tmp_path, {"m": new[0], "o": new[1]}, comm)
+        else:
+            hand_over(
+                comm,
+                {} if comm.rank else {"m": old[0], "o": old[1]},
+                {"m": new[0], "o": new[1]},
+            )
+        for parameter in new[0].parameters():
+            assert new[1].state[parameter]["exp_avg_sq"].stride() == parameter.stride()
+        train(*old)
+        train(*new)
+        same(new[0].state_dict(), old[0].state_dict())
+
+    run_local(2, main)

@@ -86,6 +86,34 @@ def test_a_layer_that_writes_to_a_shared_table_fails_on_every_rank():
     run_local(2, main)
 
 
+class Shifted(nn.Module):
+    """Add a table, which autograd need not keep."""
+
+    def __init__(self, value, table):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((4,), value))
+        self.register_buffer("table", table, persistent=False)
+
+    def forward(self, x):
+        return torch.tanh(x * self.weight) + self.table
+
+
+def test_a_table_made_in_inference_mode():
+    """It has no version to watch, and could not be made equal."""
+    x = torch.ones(4, 4)
+
+    def main(comm):
+        with torch.inference_mode():
+            table = torch.arange(4.0) + comm.rank
+        layers = [Shifted(1.5, table), Shifted(-0.5, table)]
+        engine = Pipeline(layers, Mesh(comm, pipe=2), loss_fn=square)
+        return engine.step(x, x).item(), table.tolist()
+
+    expected = nn.Sequential(*(Shifted(value, torch.arange(4.0)) for value in (1.5, -0.5)))
+    loss = square(expected(x), None).item()
+    assert run_local(2, main) == [(pytest.approx(loss), [0.0, 1.0, 2.0, 3.0])] * 2
+
+
 @pytest.mark.parametrize("pipe", [1, 2])
 def test_a_table_of_one_rank_may_change(pipe):
     def main(comm):

@@ -623,6 +623,79 @@ def test_the_state_of_a_parent_loads(parent):
     run_local(1, main)
 
 
+class Versioned(nn.Module):
+    """A layer of whose weight old files have another unit."""
+
+    _version = 2
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(2))
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest):
+        if metadata.get("version", 1) < 2:
+            state[prefix + "w"] = state[prefix + "w"] * 10
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_a_parents_state_has_the_versions_and_names_of_layers(twice):
+    """Versions were not found within a wrapper, and what was missing had "module." in its name."""
+
+    def main(comm):
+        def wrap(module):
+            model = DataParallel(module, comm)
+            return DataParallel(model, comm) if twice else model
+
+        whole = nn.ModuleDict({"a": wrap(Versioned()), "b": wrap(nn.Sequential(Versioned()))})
+        plain = nn.ModuleDict({"a": Versioned(), "b": nn.Sequential(Versioned())})
+        for one, other in ((whole, whole), (whole, plain), (plain, whole)):
+            one.load_state_dict(other.state_dict())
+            assert all(p.eq(1).all() for p in one.parameters())
+        state = whole.state_dict()
+        state["b.0.other"] = state.pop("b.0.w")
+        keys = whole.load_state_dict(state, strict=False)
+        assert (keys.missing_keys, keys.unexpected_keys) == (["b.0.w"], ["b.0.other"])
+        state = {**whole.state_dict(), "a.w": torch.ones(3)}
+        with pytest.raises(RuntimeError, match=r"size mismatch for a\.w: "):
+            whole.load_state_dict(state)
+        places = [name for name, _ in whole.named_modules()]
+        assert any(name.endswith("module.0") for name in places)
+
+    run_local(1, main)
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_hooks_of_the_state_are_called(within):
+    def main(comm):
+        called = []
+
+        def note(what):
+            return lambda module, *_: called.append((what, module))
+
+        module = nn.Sequential(nn.Linear(2, 2))
+        model = DataParallel(module, comm)
+        for one in (module, model):
+            one.register_state_dict_pre_hook(note("saves"))
+            one.register_state_dict_post_hook(note("saved"))
+            one.register_load_state_dict_pre_hook(note("loads"))
+            one.register_load_state_dict_post_hook(note("loaded"))
+        # What a hook takes from the missing keys is not missed.
+        model.register_load_state_dict_post_hook(lambda _, keys: keys.missing_keys.clear())
+        whole = nn.ModuleDict({"model": model}) if within else model
+        for time in range(2):
+            called.clear()
+            state = whole.state_dict()
+            state.popitem()
+            whole.load_state_dict(state)
+            pairs = [("saves", model), ("saves", module), ("saved", module), ("saved", model)]
+            pairs += [("loads", model), ("loads", module), ("loaded", module), ("loaded", model)]
+            assert sorted(map(str, called)) == sorted(map(str, pairs)), time
+            assert called[:4] == pairs[:4]
+
+    run_local(1, main)
+
+
 def test_tensors_and_layers_are_found_by_the_users_names():
     def main(comm):
         module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))

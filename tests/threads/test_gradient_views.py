@@ -250,3 +250,60 @@ def test_gradients_at_each_others_places_are_taken_as_they_are(given):
         assert a.grad.data_ptr() != (0 if b.grad is None else b.grad.data_ptr())
 
     run_local(2, main)
+
+
+class Strided(nn.Module):
+    """Parameters in memory as channels_last, and as a transpose."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        image = torch.randn(4, 3, 2, 2, generator=generator)
+        self.a = nn.Parameter(image.to(memory_format=torch.channels_last))
+        self.b = nn.Parameter(torch.randn(3, 5, generator=generator).t())
+        self.c = nn.Parameter(torch.randn(3, 5, generator=generator, dtype=torch.cfloat).t())
+
+    def forward(self, scale, name):
+        return scale * getattr(self, name).abs().pow(3).sum()
+
+
+@pytest.mark.parametrize("wire", [None, "fp32", "bf16", "powersgd:1"])
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_gradients_from_other_ranks_have_the_parameters_strides(name, wire):
+    """Fused optimizers mixed up the elements of ranks that had no gradient of their own."""
+
+    def main(comm):
+        model = DataParallel(Strided(), comm, wire=wire)
+        real = [p for p in model.parameters() if not p.is_complex()]
+        optimizer = torch.optim.Adam(real, lr=0.1, fused=True)
+        for _ in range(2):
+            model.zero_grad()
+            # The others have a gradient of another parameter.
+            model(2.0, name if comm.rank == 1 else "b" if name == "a" else "a").backward()
+            gradients = [(p.grad, p) for p in model.parameters() if p.grad is not None]
+            assert len(gradients) == 2 and all(g.stride() == p.stride() for g, p in gradients)
+            if wire is None:
+                parameter = getattr(model.module, name)
+                expected = 3 * parameter.abs() * parameter  # 2 / 2 of the slope of |x|^3
+                torch.testing.assert_close(parameter.grad, expected)
+            optimizer.step()
+        model.check_replicas()
+
+    run_local(2, main)
+
+
+@pytest.mark.parametrize("wire", [None, "bf16"])
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_an_expanded_gradient_is_replaced(name, wire):
+    """What came in could not be written to it, once all ranks had waited for each other."""
+
+    def main(comm):
+        model = DataParallel(Strided(), comm, wire=wire)
+        parameter = getattr(model.module, name)
+        parameter.grad = torch.tensor(comm.rank + 2.0, dtype=parameter.dtype).expand(
+            parameter.shape
+        )
+        model.reduce_gradients()
+        assert parameter.grad.eq(2.5).all() and parameter.grad.stride() == parameter.stride()
+
+    run_local(2, main)

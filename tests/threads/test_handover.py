@@ -50,6 +50,21 @@ def test_stages_are_taken_from_the_replicas_that_are_left(gone):
         assert all(value.equal(expected[name]) for name, value in state.items())
 
 
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "uint16", "complex64", "bfloat16"])
+def test_buffers_of_every_dtype_are_handed_over(name):
+    values = torch.arange(6.0).reshape(2, 3).to(getattr(torch, name))
+
+    def main(comm):
+        old, new = nn.Linear(1, 1), nn.Linear(1, 1)
+        for module, value in ((old, values), (new, torch.zeros_like(values))):
+            module.register_buffer("table", value.clone())
+            module.register_buffer("none", value[:0].clone())
+        hand_over(comm, {} if comm.rank else {"m": old}, {"m": new})
+        return new.table.view(torch.uint8).equal(values.view(torch.uint8))
+
+    assert run_local(2, main) == [True, True]
+
+
 def test_what_nobody_holds_is_named_on_all_ranks_and_nothing_is_changed():
     held = run_local(4, lambda comm: staged(comm, 2, 2, seed=1))
 

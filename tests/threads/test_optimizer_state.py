@@ -123,3 +123,23 @@ def test_a_sharded_optimizer_and_entries_without_a_pickle_are_refused_on_all_ran
         return gather_objects(comm, values[:1])
 
     assert run_local(3, main) == [[[0], [1], [2]]] * 3
+
+
+def test_state_lies_in_memory_as_the_parameters_do():
+    """Fused optimizers mixed up the elements of what other ranks than root had received."""
+
+    def main(comm):
+        image = torch.arange(48.0).reshape(2, 3, 2, 4).to(memory_format=torch.channels_last)
+        made = [nn.Parameter(image), nn.Parameter(torch.arange(6.0).reshape(2, 3).t())]
+        optimizer = Adam(made, lr=0.1, fused=True)
+        for _ in range(1 + comm.rank):
+            for parameter in made:
+                parameter.grad = parameter.detach() * (comm.rank + 1)
+            optimizer.step()
+        broadcast_optimizer(optimizer, comm, root=1)
+        found = [optimizer.state[p]["exp_avg"] for p in made]
+        assert [t.stride() for t in found] == [p.stride() for p in made]
+        return found
+
+    results = run_local(2, main)
+    assert all(map(torch.equal, *results))

@@ -340,6 +340,43 @@ def test_pr26_clipping_by_the_norm_over_all_stages(num_data, norm_type, limit, n
 
 
 @pytest.mark.parametrize("norm_type", [2.0, float("inf")])
+@pytest.mark.parametrize("rows", [[[1, 4, 4, 2]], [[3], [3]], [[3]]])
+def test_clipping_takes_sparse_gradients(rows, norm_type):
+    """One rank raised, and the others waited for it."""
+
+    def stages(sparse):
+        generator = torch.Generator().manual_seed(2)
+        made = [nn.Embedding(6, 3, sparse=sparse), nn.Linear(3, 2)]
+        for parameter in nn.ModuleList(made).parameters():
+            with torch.no_grad():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        return made
+
+    x = torch.tensor(rows)
+    whole = nn.Sequential(*stages(sparse=False))
+    whole(x).sum().backward()
+    norm = nn.utils.clip_grad_norm_(whole.parameters(), 0.5, norm_type)
+
+    def main(comm):
+        engine = Pipeline(
+            stages(sparse=True),
+            Mesh(comm, pipe=2),
+            loss_fn=sum_output,
+            loss_reduction="sum",
+            microbatches=2,
+        )
+        engine.step(x)
+        assert engine.clip_grad_norm_(0.5, norm_type).item() == pytest.approx(norm.item())
+        for name, parameter in engine.named_parameters():
+            gradient = parameter.grad
+            assert gradient.is_sparse == (name == "0.weight")
+            dense = gradient.to_dense() if gradient.is_sparse else gradient
+            torch.testing.assert_close(dense, whole.get_parameter(name).grad)
+
+    run_local(2, main)
+
+
+@pytest.mark.parametrize("norm_type", [2.0, float("inf")])
 def test_clipping_shows_a_nan_on_every_rank(norm_type):
     def main(comm):
         engine = Pipeline([Times(1), Times(1)], Mesh(comm, pipe=2), loss_fn=mean_output)

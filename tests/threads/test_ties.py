@@ -2,13 +2,14 @@
 
 import copy
 import threading
+import weakref
 
 import pytest
 import torch
 from little_layers import Times
 from torch import nn
 
-from ringfold import Dropout, Mesh, Pipeline, ShardedOptimizer, run_local
+from ringfold import Dropout, Mesh, Pipeline, ShardedOptimizer, StageError, run_local
 from ringfold.parallel import SyncBatchNorm
 from ringfold.parallel.ties import move, untie
 
@@ -465,3 +466,125 @@ def test_a_shared_weight_is_frozen_later_and_released_again(grid, reduction):
     assert run_local(grid[0] * grid[1], main) == [([True, False, True], "embed")] * (
         grid[0] * grid[1]
     )
+
+
+class Convolve(nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight, padding=1).tanh()
+
+
+@pytest.mark.parametrize("pipe", [1, 2])
+def test_a_sum_of_uses_has_the_strides_of_the_weight(pipe):
+    """A fused optimizer mixed up the elements of gradients that came from other ranks."""
+
+    def main(comm):
+        generator = torch.Generator().manual_seed(1)
+        values = torch.randn(4, 4, 3, 3, generator=generator)
+        weight = nn.Parameter(values.to(memory_format=torch.channels_last))
+        layers = [Convolve(weight), nn.Identity(), Convolve(weight)]
+        mesh = Mesh(comm, pipe=pipe)
+        engine = Pipeline(layers, mesh, loss_fn=mean_output, boundaries=[1] * (pipe > 1))
+        (held,) = engine.parameters()
+        optimizer = torch.optim.SGD([held], lr=0.5, fused=True)
+        for _ in range(2):
+            engine.zero_grad()
+            engine.step(torch.randn(2, 4, 5, 5, generator=generator))
+            assert held.grad.stride() == held.stride()
+            optimizer.step()
+        return held.detach()
+
+    found = run_local(pipe, main)
+    generator = torch.Generator().manual_seed(1)
+    weight = nn.Parameter(torch.randn(4, 4, 3, 3, generator=generator))
+    for _ in range(2):
+        weight.grad = None
+        x = torch.randn(2, 4, 5, 5, generator=generator)
+        Convolve(weight)(Convolve(weight)(x)).mean().backward()
+        with torch.no_grad():
+            weight -= 0.5 * weight.grad
+    for value in found:
+        torch.testing.assert_close(value, weight.detach(), rtol=1e-4, atol=1e-6)
+
+
+class Weakly(nn.Module):
+    """Compute with a layer that it only knows by other ways than its own parts."""
+
+    def __init__(self, layer, way):
+        super().__init__()
+        self.layer = layer
+        if way == "weak reference":
+            self.get = weakref.ref(layer)
+        elif way == "closure":
+            self.get = lambda: layer
+        else:
+            self.get = lambda: None
+            self.register_forward_pre_hook(lambda _, given: (layer(given[0]),))
+
+    def forward(self, x):
+        return (self.get() or self.layer)(x).tanh()
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zero-bubble"])
+@pytest.mark.parametrize("way", ["weak reference", "closure", "hook"])
+@pytest.mark.parametrize("shared", ["module", "weight"])
+def test_computing_with_the_original_of_a_copy(shared, way, schedule):
+    """Its gradient was lost without a word; on the stage of the original all is as it was."""
+
+    def main(comm, pipe):
+        first, last = nn.Linear(2, 2), nn.Linear(2, 2)
+        last.weight = first.weight
+        given = [first, Weakly(first if shared == "module" else last, way)]
+        first.weight.grad = torch.ones(2, 2)  # of before
+        engine = Pipeline(
+            given, Mesh(comm, pipe=pipe), loss_fn=mean_output, microbatches=2, schedule=schedule
+        )
+        if pipe == 1:
+            first.weight.grad = None
+            engine.step(torch.eye(2))
+            return first.weight.grad
+        with pytest.raises(StageError) as error:
+            engine.step(torch.eye(2))
+        assert comm.rank == 0 or first.weight.grad.eq(1).all()
+        return str(error.value)
+
+    texts = run_local(2, lambda comm: main(comm, 2))
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("rank 1 of 2: stage 1 failed in the backward ")
+    assert "0.weight is in several layers" in texts[0] and "closes over a layer" in texts[0]
+    assert run_local(1, lambda comm: main(comm, 1))[0].abs().sum() > 0
+
+
+@pytest.mark.parametrize("method", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_the_gradient_of_a_shared_weight_are_refused(method):
+    """They saw the gradient of one use, and that of the others was left as it was."""
+    text = rf"0\.w is in several layers, and has a hook on its gradient \({method}\)"
+
+    def main(comm):
+        mesh = Mesh(comm, data=2, pipe=1)
+
+        def engine(layers):
+            return Pipeline(layers, mesh, loss_fn=mean_output, microbatches=1)
+
+        layers = [Times(3), Times(7)]
+        layers[1].w = layers[0].w
+        engine(layers)
+        again = engine(layers)  # what an engine hangs there does not count
+        again.step(torch.ones(1))
+        (held,) = again.parameters()
+        handle = getattr(held, method)(lambda _: None)
+        with pytest.raises(StageError, match=text):
+            again.step(torch.ones(1))
+        with pytest.raises(ValueError, match=text):
+            engine(layers)
+        handle.remove()
+        again.zero_grad()
+        again.step(torch.ones(1))
+        alone = [Times(3), Times(7)]
+        getattr(alone[0].w, method)(lambda _: None)
+        engine(alone).step(torch.ones(1))
+
+    run_local(2, main)

@@ -1,0 +1,89 @@
+"""Refuse what would be lost of a weight that layers share, as each of them has one of its own.
+
+A forward or a hook that closes over its layer, or knows it by a weak reference, computes with the
+layer that was given although a copy takes its place. A hook on the gradient of one use would see a
+part of what it sees in the unsplit model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from .reducer import ReadyHook
+
+if TYPE_CHECKING:
+    from .layers import Named
+    from .ties import Tie
+
+__all__ = ["SharedWeights", "refuse_gradient_hooks"]
+
+_KINDS = {
+    "_backward_hooks": "register_hook",
+    "_post_accumulate_grad_hooks": "register_post_accumulate_grad_hook",
+}
+
+
+def refuse_gradient_hooks(named: Named) -> None:
+    """Raise ValueError for a parameter in several layers that has a hook on its gradient."""
+    met: dict[nn.Parameter, str] = {}
+    for name, layer in named:
+        for path, parameter in layer.named_parameters():
+            first = met.setdefault(parameter, f"{name}.{path}")
+            if first != f"{name}.{path}":
+                _refuse_hooks(parameter, first)
+
+
+def _refuse_hooks(parameter: nn.Parameter, name: str) -> None:
+    for kind, method in _KINDS.items():
+        hooks = getattr(parameter, kind) or {}
+        if any(not isinstance(hook, ReadyHook) for hook in hooks.values()):
+            raise ValueError(
+                f"{name} is in several layers, and has a hook on its gradient ({method}), which "
+                "would see the gradient of one of its uses: change the gradient after step, or "
+                "keep the parameter in one layer"
+            )
+
+
+class SharedWeights:
+    """Watch the backwards of one stage.
+
+    ties: of all layers.  own: the parameters of the stage.
+    """
+
+    def __init__(self, ties: Iterable[Tie], own: Collection[nn.Parameter]) -> None:
+        here = [tie for tie in ties if not set(own).isdisjoint(tie.uses)]
+        self._uses = {use: tie.name for tie in here for use in tie.uses if use in own}
+        self._originals: Mapping[nn.Parameter, str] = {
+            tie.uses[0]: tie.name for tie in here if tie.uses[0] not in own
+        }
+
+    @property
+    def originals(self) -> list[Tensor]:
+        """Return the parameters whose places others have taken in this stage."""
+        return [parameter for parameter in self._originals if parameter.requires_grad]
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Raise ValueError or RuntimeError where what runs within loses a gradient."""
+        for use, name in self._uses.items():
+            _refuse_hooks(use, name)
+        before = {parameter: parameter.grad for parameter in self._originals}
+        for parameter in before:
+            parameter.grad = None
+        try:
+            yield
+            lost = [n for parameter, n in self._originals.items() if parameter.grad is not None]
+        finally:
+            for parameter, gradient in before.items():
+                parameter.grad = gradient
+        if lost:
+            raise RuntimeError(
+                f"{lost[0]} is in several layers, of which all but the first are copied, but "
+                "something in this stage has computed with the original, whose gradient nobody "
+                "adds: a forward or a hook that closes over a layer, or a weak reference to one; "
+                "take the layer from self, or from what a hook is given"
+            )
