@@ -348,11 +348,10 @@ class Reducer:
         self._carrier.forget()
 
     def _trainable(self) -> tuple[bool, ...]:
-        elsewhere = self._elsewhere
-        return tuple(
-            parameter.requires_grad and index not in elsewhere
-            for index, parameter in enumerate(self._parameters)
-        )
+        flags = [parameter.requires_grad for parameter in self._parameters]
+        for index in self._elsewhere:
+            flags[index] = False
+        return tuple(flags)
 
     def _lay_out(self, trainable: tuple[bool, ...], order: Sequence[int] | None) -> Bucketing:
         return lay_out(self._describe, trainable, order, self.bucket_bytes)
