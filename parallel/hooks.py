@@ -42,7 +42,7 @@ __all__ = [
     "Rounds",
     "Wire",
     "WireHook",
-    "clamped",
+    "narrowed",
     "payload",
     "wire_format",
 ]
@@ -195,10 +195,14 @@ def wire_format(wire: str | WireHook | None) -> Wire:
         raise ValueError(f"wire format {wire!r}, expected {name}:{what}: {error}") from None
 
 
-def clamped(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return values that are finite, and stay so in another dtype: of more, its largest."""
+def narrowed(values: Tensor, dtype: torch.dtype, loss_scale: float) -> Tensor:
+    """Return finite values in another dtype, those beyond it as its largest.
+
+    As infinities where it may be the scale of the loss that has made them so large: the scaler
+    lowers its factor then, and else would not come to know.
+    """
     most = torch.finfo(dtype).max
-    return values.clamp(-most, most).to(dtype)
+    return (values if loss_scale > 1 else values.clamp(-most, most)).to(dtype)
 
 
 def payload(receipt: Receipt, size: int) -> int:

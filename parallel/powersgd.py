@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .hooks import GradientBucket, Rounds, clamped
+from .hooks import GradientBucket, Rounds, narrowed
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -56,8 +56,9 @@ class PowerSGD:
 
     Elements on the wire per matrix: r (n + m). Use one object for one model; its state belongs to
     this rank. Half-width gradients are computed and sent in float32; what of the result their dtype
-    does not hold stays in the errors. A gradient that is not finite comes out as such on every
-    rank, and leaves the state as it was. Errors are those of unscaled losses.
+    does not hold stays in the errors, but is an infinity where losses are scaled up. A gradient
+    that is not finite comes out as such on every rank, and leaves the state as it was. Errors are
+    those of unscaled losses.
     """
 
     rank: int = 4
@@ -130,12 +131,13 @@ class PowerSGD:
         factors = _cut(second, [q.shape for q in own])
         for i, name in enumerate(names):
             result = bases[i] @ factors[i].T
-            if not (finite[i] and bool(result.isfinite().all())):
-                targets[i].copy_(result.view(targets[i].shape))
+            narrow = result
+            if finite[i] and bool(result.isfinite().all()):
+                narrow = narrowed(result, targets[i].dtype, loss_scale)
+            targets[i].copy_(narrow.view(targets[i].shape))
+            if not bool(targets[i].isfinite().all()):
                 continue
             memory = self._memory[name]
-            narrow = clamped(result, targets[i].dtype)
-            targets[i].copy_(narrow.view(targets[i].shape))
             if present[i]:
                 memory.error = (matrices[i] - bases[i] @ own[i].T).div_(loss_scale)
             if narrow.dtype != result.dtype:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .hooks import GradientBucket, Rounds, clamped
+from .hooks import GradientBucket, Rounds, narrowed
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -42,8 +42,8 @@ class TopK:
     Bytes from each rank per parameter: k times an int32 index and an element in the gradients' own
     dtype; the error is kept in float32 at least. Use one object for one model; its state belongs to
     this rank. A gradient that is not finite is sent as such, and leaves all ranks' errors as they
-    were. Of a sum of gradient and error beyond that dtype its largest value is sent. Errors are
-    those of unscaled losses.
+    were. Of a sum of gradient and error beyond that dtype its largest value is sent, but an
+    infinity where losses are scaled up. Errors are those of unscaled losses.
     """
 
     ratio: float = 0.01
@@ -99,7 +99,7 @@ class TopK:
             sent = whole[where]
             if present and bool(whole.isfinite().all()):
                 # The error is wider, and may have grown beyond what the gradients' dtype holds.
-                sent = clamped(sent, tensor.dtype)
+                sent = narrowed(sent, tensor.dtype, bucket.loss_scale)
                 rest = whole.clone()
                 rest[where] -= sent.to(rest.dtype)
                 rests[name] = rest.div_(bucket.loss_scale)

@@ -323,6 +323,35 @@ def test_errors_follow_the_factor(make, dtype: torch.dtype, staged: bool, tmp_pa
         torch.testing.assert_close(found, given, rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.parametrize("make", [lambda: TopK(0.1), lambda: PowerSGD(1, start_step=0)])
+def test_errors_that_overflow_lower_the_factor_and_are_not_lost(make) -> None:
+    """What waits grows to several gradients, which fit with another factor only."""
+
+    def main(comm: Communicator):
+        hook = make()
+        scaler = LossScaler(comm, 2.0**14)
+        model = ringfold.DataParallel(Given(torch.float16), comm, wire=hook, loss_scaler=scaler)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        block = torch.full((2, 2), 2.0 + comm.rank)
+        gradient = torch.block_diag(block, block + 0.25, block - 0.25)
+        total, taken = torch.zeros(6, 6), 0
+        for _ in range(16):
+            optimizer.zero_grad()
+            scaler.scale(model(gradient)).backward()
+            if scaler.step(optimizer):
+                taken += 1
+                total += model.module.w.grad.float()  # unscaled by the step
+        left = hook.error("w").reshape(6, 6).clone()
+        comm.allreduce(left, op="mean")
+        return total + left, taken, scaler.factor
+
+    block = torch.full((2, 2), 2.5)
+    mean = torch.block_diag(block, block + 0.25, block - 0.25)
+    for found, taken, factor in run_local(2, main):
+        assert 8 <= taken < 16 and factor == 2.0 ** (14 - (16 - taken))
+        torch.testing.assert_close(found, taken * mean, rtol=1e-3, atol=1e-2)
+
+
 def test_a_wire_that_keeps_errors_has_to_know_the_scaler() -> None:
     def main(comm: Communicator) -> None:
         scaler, other = LossScaler(comm), LossScaler(comm)
