@@ -83,6 +83,14 @@ def thread_level() -> str:
     return levels.get(mpi.Query_thread(), "unknown")
 
 
+@contextmanager
+def _making(mpi: Any, what: str, base: Any, seconds: float) -> Iterator[None]:
+    """Make a group of another's ranks, which MPI does not watch."""
+    where = f"rank {base.rank} of {base.size} is {what}, and not all of its ranks go on to it"
+    with raising(mpi, what), patience(seconds, f"{where}; ending the job"):
+        yield
+
+
 class MpiRequest:
     """One message under way; mpi4py's request holds the buffer."""
 
@@ -130,7 +138,7 @@ class MpiTransport:
         """
         self._mpi = mpi
         self._seconds = seconds
-        with self._making("opening a group", group):
+        with raising(mpi, "opening a group"):
             self._channels = {channel: group.Dup() for channel in Channel}
             self._control = None if departures else group.Dup()
         for duplicate in self._channels.values():
@@ -171,14 +179,8 @@ class MpiTransport:
         base = mpi.COMM_WORLD if comm is None else comm
         with raising(mpi, "opening a communicator"):
             await_all(mpi, base, timeout)
-        return cls(mpi, base, seconds=timeout)
-
-    @contextmanager
-    def _making(self, what: str, base: Any) -> Iterator[None]:
-        """Make a group of another's ranks, which MPI does not watch."""
-        where = f"rank {base.rank} of {base.size} is {what}, and not all of its ranks go on to it"
-        with raising(self._mpi, what), patience(self._seconds, f"{where}; ending the job"):
-            yield
+        with _making(mpi, "opening a group", base, timeout):
+            return cls(mpi, base, seconds=timeout)
 
     def isend(self, data: Bytes, dst: int, tag: int, channel: Channel) -> MpiRequest:
         """Start to send."""
@@ -247,16 +249,16 @@ class MpiTransport:
     def split(self, color: int | None, key: int) -> Transport | None:
         """Return the group of the ranks of the same color."""
         base = self._channels[Channel.COLLECTIVE]
-        with self._making("splitting a group", base):
+        with _making(self._mpi, "splitting a group", base, self._seconds):
             made = base.Split(self._mpi.UNDEFINED if color is None else color, key)
-        return self._group(made)
+            return self._group(made)
 
     def node(self) -> Transport:
         """Return the group of the ranks that can share memory with this one."""
         base = self._channels[Channel.COLLECTIVE]
-        with self._making("finding the ranks of its node", base):
+        with _making(self._mpi, "finding the ranks of its node", base, self._seconds):
             made = base.Split_type(self._mpi.COMM_TYPE_SHARED, self.rank)
-        group = self._group(made)
+            group = self._group(made)
         assert group is not None
         return group
 
