@@ -1,7 +1,5 @@
 """Groups that are made and closed where ranks have given up, or were interrupted, before."""
 
-import time
-
 import numpy as np
 import pytest
 
@@ -9,7 +7,7 @@ from ringfold import CommTimeout, Communicator, MismatchError, Settings
 from ringfold.comm import job
 from ringfold.comm.work import Work
 
-SHORT = Settings(timeout=1.0, watch=False)
+PATIENT = Settings(timeout=30, watch=False)
 
 
 def check(group):
@@ -18,23 +16,23 @@ def check(group):
 
 
 def test_a_rank_that_gave_up_splitting_comes_again(comm):
-    with Communicator(settings=SHORT) as group:
-        if group.rank:
-            time.sleep(1.4)
-        elif group.size > 1:
+    with Communicator(settings=PATIENT) as group:
+        if group.size > 1 and group.rank == 0:
+            group._progress.timeout = 0.3
             with pytest.raises(CommTimeout, match="in split"):
                 group.split(0)
+            group._progress.timeout = PATIENT.timeout
+        comm.barrier()  # until then the others do not come
         with group.split(0) as made:
             check(made)
         with group.split(0, -group.rank) as made:
             check(made)
-        comm.barrier()
 
 
 def test_ranks_that_called_something_else_split_a_fresh_group(comm):
     if comm.size == 1:
         return
-    with Communicator(settings=Settings(timeout=30, watch=False)) as group:
+    with Communicator(settings=PATIENT) as group:
         with pytest.raises(MismatchError, match="rank 0: split"):
             group.split(0) if group.rank == 0 else group.allreduce(np.ones(3))
         with group.split(0) as made:
@@ -42,19 +40,18 @@ def test_ranks_that_called_something_else_split_a_fresh_group(comm):
 
 
 def test_a_rank_that_gave_up_opening_comes_again(comm, monkeypatch):
-    monkeypatch.setattr(job, "PATIENCE", 1.0)
-    if comm.rank:
-        time.sleep(1.4)
-    elif comm.size > 1:
-        with pytest.raises(CommTimeout, match="open a communicator"):
-            Communicator(settings=SHORT)
-    monkeypatch.setattr(job, "PATIENCE", 30.0)
-    with Communicator(settings=Settings(timeout=30, watch=False)) as opened:
+    if comm.size > 1 and comm.rank == 0:
+        with monkeypatch.context() as patch:
+            patch.setattr(job, "PATIENCE", 0.3)
+            with pytest.raises(CommTimeout, match="open a communicator"):
+                Communicator(settings=Settings(timeout=0.3, watch=False))
+    comm.barrier()  # until then the others do not come
+    with Communicator(settings=PATIENT) as opened:
         check(opened)
 
 
 def test_an_interrupted_close_is_gone_on_with(comm, monkeypatch, capfd):
-    group = Communicator(settings=Settings(timeout=5, watch=False))
+    group = Communicator(settings=PATIENT)
     wait = Work.wait
 
     def interrupted(work, timeout=None):
