@@ -14,7 +14,7 @@ from .assembly import Assembly
 from .buffer import ordinary, registered
 from .calls import GroupCalls
 from .closing import Closing
-from .errors import CommError, CommTimeout, MismatchError
+from .errors import CommError, MismatchError
 from .job import Job
 from .operations import Operations
 from .runner import Runner
@@ -282,16 +282,19 @@ class Communicator(GroupCalls):
 
     def _assemble(self) -> None:
         """Come together; collective. A rank that has given up goes on only when it comes again."""
-        work: Work = self._start(self._operations.come("split", self._assembly.come), False)
         try:
-            work.wait()
-        except CommTimeout as error:
-            why = error
-            self._job.kept += self._progress.give_up(lambda other: other is work, lambda _: why)
-            raise
+            self._start(self._operations.come("split", self._assembly.come), False).wait()
         except MismatchError as error:
             self._progress.disagree(self.name, error)
             raise
+        except BaseException as error:  # what a signal's handler raises, too
+            told = f"split of {self.name} was broken off: {error!r}"
+            why = error if isinstance(error, CommError) else CommError(told)
+            self._job.kept += self._progress.give_up(self._splits_this, lambda _: why)
+            raise
+
+    def _splits_this(self, work: Work) -> bool:
+        return work.transport is self._transport and work.receipt.operation == "split"
 
     def _heed(self) -> None:
         """Raise what ranks have told each other of this group, of which one has gone on."""

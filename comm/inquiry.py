@@ -122,9 +122,16 @@ class Inquiry:
         self._judge(group, work.transport.world)
 
     def heed(self, group: str, members: tuple[int, ...]) -> None:
-        """Listen; raise MismatchError where the ranks of a group have called different things."""
-        self.listen()
-        self._judge(group, members)
+        """Listen, in a call that all have come to; raise MismatchError where one has found it.
+
+        What ranks called before does not matter any more, though it may differ.
+        """
+        with self._lock:
+            self.listen()
+            if group in self._verdicts:
+                self._judge(group, members)
+            called = max((row.sequence for row in self.rows(group)), default=0)
+            self._settled[group] = max(self._settled.get(group, 0), called)
 
     def _tell(self, work: Work, notice: Notice) -> None:
         transport = work.transport

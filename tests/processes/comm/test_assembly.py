@@ -39,6 +39,45 @@ def test_ranks_that_called_something_else_split_a_fresh_group(comm):
             check(made)
 
 
+def test_ranks_of_which_one_left_out_a_call_split_a_fresh_group(comm):
+    """What they told each other of the call that one left out was taken for this one's."""
+    with Communicator(settings=PATIENT) as group:
+        if group.rank != 1 and group.size > 1:
+            group._progress.timeout = 0.6
+            with pytest.raises(CommTimeout, match="in allreduce"):
+                group.allreduce(np.ones(1000))
+            group._progress.timeout = PATIENT.timeout
+        comm.barrier()
+        with group.split(0) as made:
+            check(made)
+
+
+def interrupt(patch, operation):
+    """Let the next wait for an operation be interrupted."""
+    wait = Work.wait
+
+    def interrupted(work, timeout=None):
+        if work.receipt.operation == operation:
+            patch.setattr(Work, "wait", wait)
+            raise KeyboardInterrupt
+        return wait(work, timeout)
+
+    patch.setattr(Work, "wait", interrupted)
+
+
+def test_an_interrupted_split_is_gone_on_with(comm, monkeypatch):
+    """What was left of it went on beside the next one, and both counted."""
+    with Communicator(settings=PATIENT) as group:
+        if comm.rank == 0 and comm.size > 1:
+            interrupt(monkeypatch, "split")
+            with pytest.raises(KeyboardInterrupt):
+                group.split(0)
+        comm.barrier()
+        for _ in range(3):
+            with group.split(0) as made:
+                check(made)
+
+
 def test_a_rank_that_gave_up_opening_comes_again(comm, monkeypatch):
     if comm.size > 1 and comm.rank == 0:
         with monkeypatch.context() as patch:
@@ -52,16 +91,8 @@ def test_a_rank_that_gave_up_opening_comes_again(comm, monkeypatch):
 
 def test_an_interrupted_close_is_gone_on_with(comm, monkeypatch, capfd):
     group = Communicator(settings=PATIENT)
-    wait = Work.wait
-
-    def interrupted(work, timeout=None):
-        if work.receipt.operation == "close":
-            monkeypatch.setattr(Work, "wait", wait)
-            raise KeyboardInterrupt
-        return wait(work, timeout)
-
     if comm.rank == 0 and comm.size > 1:
-        monkeypatch.setattr(Work, "wait", interrupted)
+        interrupt(monkeypatch, "close")
         with pytest.raises(KeyboardInterrupt):
             group.close()
     group.close()
