@@ -51,7 +51,7 @@ class GradientSync(Kin):
         self._looking: BackwardEnd | None = None
         self._ending: BackwardEnd | None = None
         self._ahead: list[GradientSync] = []
-        self._done = False
+        self._done: list[tuple[int, int] | None] | None = None
         # In the order in which all ranks have made them.
         self._users: MutableMapping[object, GradientSync] = channel.users
         self.meet(list(self._users.values()))
@@ -79,15 +79,20 @@ class GradientSync(Kin):
         """Take part in the reduction of a backward that this rank does not run; collective."""
         if self._reducer.single:
             return
-        if self._done:  # by the same call of one that reduces together with this
-            self._done = False
+        if self._done is not None and self._done == self._gradients():
+            self._done = None  # by the same call of one that reduces together with this
             return
         family = self.family()
         for one in family:
             one._begin(family)
-        for one in family:
-            one._done = one is not self
         _reduce(family)
+        for one in family:
+            one._done = None if one is self else one._gradients()
+
+    def _gradients(self) -> list[tuple[int, int] | None]:
+        """Return what tells whether anybody has touched the gradients since."""
+        gradients = [parameter.grad for _, parameter in self._named]
+        return [None if g is None else (id(g), g._version) for g in gradients]
 
     def unaware_of(self, scaler: LossScaler) -> Sequence[nn.Parameter]:
         """Return the parameters whose errors would stay in the units of a factor that changes."""
@@ -101,14 +106,17 @@ class GradientSync(Kin):
                 self._looking = BackwardEnd(self._look)
             return
         if self._ending is None or not self._ending.waits:
-            self._begin(self.family())
-            self._ending = BackwardEnd(self._end_of_backward)
+            family = self.family()
+            for one in family:  # so that all ranks get the weights of all, whichever they reach
+                one._begin(family)
+                one._ending = BackwardEnd(one._end_of_backward)
+            assert self._ending is not None
         reducer.mark(index, nested=self._ending.nested)
 
     def _begin(self, family: Sequence[GradientSync]) -> None:
         self._abandon()  # what a backward that has failed has begun
         self._ahead = self.ahead(family)
-        self._done = False
+        self._done = None
         self._reducer.begin(self._mode.weight, self.shared_with(self._ahead))
 
     def _abandon(self) -> None:
@@ -139,10 +147,15 @@ class GradientSync(Kin):
         all ranks have reached all that share something: these take part by that alone.
         """
         reached = [one for one in self._users.values() if one is self or one._waits]
-        taking = {one for other in reached for one in other.family()}
-        for one in taking - set(reached):
-            one._begin(one.family())
-        _reduce([one for one in self._users.values() if one in taking])
+        families = {tuple(one.family()) for one in reached}
+        taking = []
+        # Family by family, as `reduce_gradients` of each wrapper in turn does.
+        for family in sorted(families, key=lambda family: family[0].age):
+            for one in family:
+                if not one._reducer.active:
+                    one._begin(family)
+                taking.append(one)
+        _reduce(taking)
 
     @property
     def _waits(self) -> bool:

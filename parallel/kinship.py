@@ -39,6 +39,7 @@ class Kin:
 
     named: its parameters.
     ranks: over which it reduces, by their numbers in the world.
+    age: grows from wrapper to wrapper, alike on all ranks.
     """
 
     def __init__(
@@ -46,14 +47,14 @@ class Kin:
     ) -> None:
         self._named, self._ranks = named, ranks
         self._mode = mode
-        self._age = 0
+        self.age = 0
         self._shared: WeakKeyDictionary[Any, list[int]] = WeakKeyDictionary()
 
     def meet(self, older: Sequence[Self]) -> None:
         """Find what is shared with the wrappers that were made before."""
         own = {id(parameter): index for index, (_, parameter) in enumerate(self._named)}
         for other in older:
-            self._age = max(self._age, other._age + 1)
+            self.age = max(self.age, other.age + 1)
             pairs = [
                 (own[id(parameter)], index)
                 for index, (_, parameter) in enumerate(other._named)
@@ -95,7 +96,7 @@ class Kin:
                     )
                 found.add(other)
                 new.append(other)
-        return sorted(found, key=lambda one: one._age)
+        return sorted(found, key=lambda one: one.age)
 
     def ahead(self, family: Sequence[Self]) -> list[Self]:
         """Return those of the family that reduce what this one shares with them.
@@ -111,7 +112,7 @@ class Kin:
 
     @property
     def _precedence(self) -> tuple[bool, int, int]:
-        return self._mode.weight is not None, len(self._named), self._age
+        return self._mode.weight is not None, len(self._named), self.age
 
 
 def _shown(ranks: Sequence[int]) -> str:

@@ -204,6 +204,8 @@ class Reducer:
         elsewhere: the indices of parameters that another reducer has in its pass.
         """
         assert self._pass is None
+        if elsewhere - self._elsewhere:
+            self._carrier.forget()  # what another reduces now may lie in this one's memory
         self._elsewhere = elsewhere
         self._pass = _Pass(
             waiting=[len(bucket.indices) for bucket in self._layout.buckets],

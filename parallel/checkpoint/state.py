@@ -124,7 +124,7 @@ def parts_of(state: Mapping[str, Any], rank: int, num_ranks: int) -> dict[str, P
             raise TypeError(f"expected names without slash or colon in a state, got {path!r}")
         if isinstance(value, nn.Module) or hasattr(value, "named_parameters"):
             parts[path] = Model(path, value)
-            for place, engine in _engines(value):
+            for place, engine in _engines(value, num_ranks):
                 own = f"{path}:carried{place and f':{place}'}"
                 parts[own] = CarriedPart(own, engine)
         elif isinstance(value, ShardedOptimizer):
@@ -138,9 +138,16 @@ def parts_of(state: Mapping[str, Any], rank: int, num_ranks: int) -> dict[str, P
     return parts
 
 
-def _engines(value: Any) -> list[tuple[str, DataParallel | Pipeline]]:
-    """Return what carries something from step to step: the object, and wrappers in a module."""
-    if isinstance(value, nn.Module):
-        modules = value.named_modules()
-        return [(place, module) for place, module in modules if isinstance(module, DataParallel)]
-    return [("", value)] if isinstance(value, Pipeline) else []
+def _engines(value: Any, num_ranks: int) -> list[tuple[str, DataParallel | Pipeline]]:
+    """Return what carries something from step to step: the object, and wrappers in a module.
+
+    But for those over a part of the ranks, which number these by themselves.
+    """
+    if not isinstance(value, nn.Module):
+        return [("", value)] if isinstance(value, Pipeline) else []
+    found = [(place, m) for place, m in value.named_modules() if isinstance(m, DataParallel)]
+    return [
+        (place, engine)
+        for place, engine in found
+        if not place or (engine.comm is not None and engine.comm.size == num_ranks)
+    ]

@@ -202,6 +202,29 @@ def test_plain_values_under_such_keys_come_back(tmp_path):
     run_local(1, main)
 
 
+def test_wrappers_over_groups_of_unequal_size_within_a_module_are_saved(tmp_path):
+    """What they carry was compared as if all ranks had one."""
+
+    def main(comm):
+        group = comm.split(comm.rank // 2)
+        expert = f"expert{comm.rank // 2}"
+
+        def make():
+            inner = ringfold.DataParallel(nn.Linear(3, 2 + comm.rank // 2), group, wire="topk:0.2")
+            return nn.ModuleDict({expert: inner})
+
+        module = make()
+        module[expert](torch.full((2, 3), comm.rank + 1.0)).sum().backward()
+        with torch.no_grad():
+            module[expert].module.bias.fill_(comm.rank // 2 + 5.0)
+        ringfold.save(tmp_path, {"m": module}, comm)
+        again = make()
+        ringfold.load(tmp_path, {"m": again}, comm)
+        return again[expert].module.bias.tolist()
+
+    assert run_local(3, main) == [[5.0, 5.0], [5.0, 5.0], [6.0, 6.0, 6.0]]
+
+
 def test_steps_that_differ_between_ranks_are_refused(tmp_path):
     def main(comm):
         with pytest.raises(CheckpointError, match=r"step differs .*: rank 0 has 4, rank 1 has 5"):

@@ -174,6 +174,94 @@ def test_a_wrapper_within_a_wrapper_takes_turns(average):
         assert [g for g, _ in found] == pytest.approx(means)
 
 
+@pytest.mark.parametrize("outer", ["head", "again"])
+def test_one_that_takes_over_finds_the_gradients_as_they_are(outer):
+    """They lay in the memory of the one before, which wrote zeros there as it packed nothing."""
+
+    def main(comm):
+        net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.fill_(0.5)
+        first = DataParallel(net, comm)
+        x = torch.ones(2, 3) * (comm.rank + 1)
+        first(x).sum().backward()
+        module = nn.Sequential(first, nn.Linear(2, 4)) if outer == "head" else net
+        taking = DataParallel(module, comm)
+        for parameter in taking.parameters():
+            parameter.data.fill_(0.5)
+        for _ in range(2):
+            first.zero_grad(set_to_none=False)
+            net(x).sum().backward()
+        return [p.grad.sum().item() for p in net.parameters()]
+
+    found = run_local(2, main)
+    # Of the mean batch, 1.5 in each of 3 places and 2 rows: dW = w2 * x, db = w2, and so on.
+    assert found == [[27.0, 6.0, 33.0, 4.0]] * 2
+
+
+def test_alternating_towers_of_which_a_rank_runs_none():
+    """The second one's call was taken for a part of the first one's."""
+
+    def main(comm):
+        towers = Towers(3)
+        models = [DataParallel(tower, comm) for tower in (towers.small, towers.large)]
+        found = []
+        for step in range(4):
+            towers.zero_grad()
+            if comm.rank == 0:
+                loss_of([models[step % 2]], batch(0, step, 3)).backward()
+            else:
+                models[step % 2].reduce_gradients()
+            found.append(gradients(towers))
+        return found
+
+    for found in run_local(2, main):
+        for step in range(4):
+            expected = in_one_process(3, (0.5, 0.0), ("small", "large")[step % 2], step)
+            half = [None if g is None else g / 2 for g in expected]
+            torch.testing.assert_close(found[step][:2], half[:2])
+
+
+def test_families_end_in_the_order_of_their_calls():
+    """A critic made between two towers on one encoder: ranks waited in different families."""
+
+    def main(comm):
+        towers = Towers(3)
+        models = [
+            DataParallel(module, comm) for module in (towers.small, nn.Linear(3, 4), towers.large)
+        ]
+        for step in range(3):
+            if comm.rank == 0:
+                loss_of(models, batch(0, step, 3)).backward()
+            else:
+                for model in models:
+                    model.reduce_gradients()
+        return [model.last_step is not None for model in models]
+
+    assert run_local(2, main) == [[True] * 3] * 2
+
+
+def test_weighted_towers_of_which_each_rank_reaches_another():
+    """Each rank waited, in a bucket on its way, for the weight of a tower the other begins late."""
+
+    def main(comm):
+        towers = Towers(30)
+        models = [DataParallel(t, comm, bucket_bytes=100) for t in (towers.small, towers.large)]
+        for step in range(3):
+            towers.zero_grad()
+            with models[0].weighted(comm.rank + 1), models[1].weighted(comm.rank + 1):
+                loss_of([models[comm.rank]], batch(comm.rank, step, 30)).backward()
+        return gradients(towers)
+
+    first, second = run_local(2, main)
+    torch.testing.assert_close(first, second)
+    towers = Towers(30)
+    losses = [loss_of([t], batch(r, 2, 30)) for r, t in enumerate((towers.small, towers.large))]
+    ((losses[0] + 2 * losses[1]) / 3).backward()
+    torch.testing.assert_close(first, gradients(towers))
+
+
 def test_a_frozen_encoder_ties_nobody():
     def main(comm):
         towers = Towers(3)
