@@ -77,7 +77,7 @@ _WITHOUT_TORCH = ("join", "mesh", "plan", "sampler")
 def __getattr__(name: str) -> Any:
     from ..comm.optional import look_up
 
-    return _public() if name == "__all__" else look_up(__name__, _HOMES, name)
+    return _public() if name == "__all__" else look_up(__name__, _HOMES, name, "torch")
 
 
 def __dir__() -> list[str]:
@@ -88,4 +88,6 @@ def _public() -> list[str]:
     """Return the names that can be had here, `__all__`."""
     from ..comm.optional import usable
 
-    return usable(_HOMES, [name for name, home in _HOMES.items() if home in _WITHOUT_TORCH])
+    return usable(
+        _HOMES, [name for name, home in _HOMES.items() if home in _WITHOUT_TORCH], "torch"
+    )

@@ -99,7 +99,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     from .comm.optional import look_up
 
-    return _public() if name == "__all__" else look_up(__name__, _HOMES, name)
+    return _public() if name == "__all__" else look_up(__name__, _HOMES, name, "torch")
 
 
 def __dir__() -> list[str]:
@@ -111,4 +111,4 @@ def _public() -> list[str]:
     from .comm.optional import usable
 
     bare = [name for name, home in _HOMES.items() if home.startswith(_WITHOUT_TORCH)]
-    return usable(_HOMES, bare)
+    return usable(_HOMES, bare, "torch")
