@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from torch import nn
 
+from .bucket_plan import START_BYTES
 from .carried import Carried
 from .drift import GradientReport, check_replicas, report_gradients
 from .finite import FiniteCheck
@@ -16,7 +17,8 @@ from .gradient_sync import GradientSync
 from .hooks import WireHook, wire_format
 from .join import check_at_end, turns
 from .kinship import Mode
-from .reducer import START_BYTES, Reducer, ReductionRecord
+from .reducer import Reducer
+from .reduction import ReductionRecord
 from .replicas import broadcast_tensors, check_equal, check_root, check_sendable, describe
 from .roster import Roster
 from .spans import record_forward

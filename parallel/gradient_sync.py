@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..comm.errors import NotFinite
 from .backward_end import BackwardEnd
+from .bucket_plan import START_BYTES
 from .finite import FiniteCheck
 from .kinship import Kin, Mode
-from .reducer import START_BYTES, Reducer
+from .reducer import Reducer
 from .replicas import broadcast_tensors
 from .roster import Roster
 

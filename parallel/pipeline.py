@@ -29,7 +29,8 @@ from .partition import cut, stages_of
 from .plan import PlanFunction, plan_function, whole_plan
 from .plan_check import check_plan, num_stages_of, stage_peaks
 from .random_keys import name_layers
-from .reducer import Reducer, ReductionRecord
+from .reducer import Reducer
+from .reduction import ReductionRecord
 from .replicas import broadcast_tensors, check_equal, check_sendable, describe, device_of
 from .rows import agree_on_rows, agree_on_rows_of_pipe
 from .share import counts_of, share_of

@@ -760,7 +760,7 @@ def test_arrival_order_of_the_first_step_lays_out_the_next():
         for _ in range(2):
             model(lambda m: (m.first * 2).exp() * m.last).backward()
             overlapped.append(model.last_step.overlapped)
-        return overlapped, model._reducer._layout.buckets[0].indices
+        return overlapped, model._reducer.plan.bucketing.buckets[0].indices
 
     for overlapped, first in run_local(2, main):
         assert overlapped == [1, 1]  # a small last bucket waits for the end of backward
@@ -775,7 +775,7 @@ def test_bucket_size_is_chosen_after_two_steps_and_equal_on_all_ranks():
         for _ in range(4):
             model.zero_grad()
             model(torch.full((2, 200), 1.0 + comm.rank)).sum().backward()
-            seen.append((model._reducer.bucket_bytes, model._reducer._layout.buckets))
+            seen.append((model._reducer.plan.bucket_bytes, model._reducer.plan.bucketing.buckets))
             gradients.append([p.grad.clone() for p in model.parameters()])
         for later in gradients[1:]:
             for first, other in zip(gradients[0], later, strict=True):

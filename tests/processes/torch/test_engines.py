@@ -86,7 +86,7 @@ def test_data_parallel(comm, bucket_bytes, wire):
         np.testing.assert_allclose(losses, alone()[0], rtol=1e-2)
     assert equal_on_all(comm, model.parameters())
     if comm.size > 1:
-        assert model.last_step.reductions == len(model._reducer._layout.buckets)
+        assert model.last_step.reductions == len(model._reducer.plan.bucketing.buckets)
         assert (model.last_step.reductions == 10) == (bucket_bytes == 1)
 
 

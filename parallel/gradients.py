@@ -1,0 +1,90 @@
+"""The gradients of named parameters, as a reducer finds them and leaves them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .replicas import dtype_name, member_of
+
+if TYPE_CHECKING:
+    from .buckets import Member
+    from .flight import Load
+
+__all__ = ["Gradients"]
+
+
+class Gradients:
+    """Know parameters by their indices, and which of them get sparse gradients.
+
+    sparse: parameters whose gradient is made sparse on a rank that had none; those that have had a
+        sparse one are known to be.
+    elsewhere: the indices of those that another reducer has in its pass.
+    """
+
+    def __init__(
+        self, named: Sequence[tuple[str, nn.Parameter]], sparse: Iterable[nn.Parameter]
+    ) -> None:
+        self.names = tuple(name for name, _ in named)
+        self.parameters = tuple(parameter for _, parameter in named)
+        self.elsewhere: frozenset[int] = frozenset()
+        self._sparse = set(sparse)
+        self._dtypes = [parameter.dtype for parameter in self.parameters]
+
+    def describe(self, index: int) -> Member:
+        """Return what a bucket needs to know of a parameter."""
+        return member_of(self.names[index], self.parameters[index])
+
+    def trainable(self) -> tuple[bool, ...]:
+        """Tell of every parameter whether it is to be reduced here, as things are now."""
+        flags = [parameter.requires_grad for parameter in self.parameters]
+        for index in self.elsewhere:
+            flags[index] = False
+        return tuple(flags)
+
+    def conditions(self) -> list[str]:
+        """Return a line on each parameter that says why it is reduced or not."""
+        words = {index: "in another wrapper, too" for index in self.elsewhere}
+        return [
+            f"{name} {'trainable' if flag else words.get(index, 'frozen')}"
+            for index, (name, flag) in enumerate(zip(self.names, self.trainable(), strict=True))
+        ]
+
+    def of(self, index: int) -> Tensor | None:
+        """Return the gradient that is to be reduced; TypeError if it has got another dtype."""
+        if index in self.elsewhere:
+            return None
+        parameter = self.parameters[index]
+        gradient = parameter.grad
+        if gradient is not None and gradient.layout == torch.sparse_coo:
+            self._sparse.add(parameter)
+        if gradient is not None and gradient.dtype != self._dtypes[index]:
+            raise TypeError(
+                f"gradient of {self.names[index]}: "
+                f"expected {dtype_name(self._dtypes[index])}, got "
+                f"{dtype_name(gradient.dtype)}: change the dtype of a module before wrapping it"
+            )
+        return gradient
+
+    def make_sparse(self, load: Load) -> None:
+        """Give gradients that came from other ranks only the layout that they have there."""
+        if not self._sparse:
+            return
+        for parameter, gradient in zip(load.parameters, load.gradients, strict=True):
+            if gradient is None and parameter in self._sparse and parameter.grad is not None:
+                parameter.grad = parameter.grad.to_sparse(1)
+
+    @property
+    def sparse(self) -> tuple[str, ...]:
+        """Return the names of the parameters that get sparse gradients."""
+        pairs = zip(self.names, self.parameters, strict=True)
+        return tuple(name for name, parameter in pairs if parameter in self._sparse)
+
+    def expect_sparse(self, names: Iterable[str]) -> None:
+        """Take it that the parameters of these names get sparse gradients, too."""
+        chosen = set(names)
+        pairs = zip(self.names, self.parameters, strict=True)
+        self._sparse |= {parameter for name, parameter in pairs if name in chosen}
