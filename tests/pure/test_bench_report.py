@@ -1,26 +1,14 @@
 """The report of the benchmarks: the worst place decides, and what is missing is said to be."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-
-def load() -> Any:
-    spec = importlib.util.spec_from_file_location("bench_report", BENCHMARKS / "report.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-report = load()
+import report
 
 
 def row(impl: str, nbytes: int, ranks: int, median_us: float, dtype: str = "float32") -> dict:
