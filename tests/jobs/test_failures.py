@@ -328,7 +328,7 @@ if __name__ == "__main__":
     comm.allreduce(torch.ones(1))
     def loader(data):
         return torch.utils.data.DataLoader(
-            data, batch_size=2, num_workers=2, multiprocessing_context={method!r})
+            data, batch_size=2, num_workers=1, multiprocessing_context={method!r})
     total = sum((batch.sum() for batch in loader(Data())), torch.zeros(1))
     assert total == 28, total
     assert comm.allreduce(total) == 56

@@ -42,7 +42,7 @@ SPLITS = ((2, 1, "gpipe"), (1, 2, "1f1b"), (4, 1, "gpipe"), (1, 4, "zero-bubble"
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "grids, options",
-    [(((2, 2),), ("--steps", 50)), pytest.param(EVERY, (), marks=pytest.mark.slow)],
+    [(((2, 2),), ("--steps", 20)), pytest.param(EVERY, (), marks=pytest.mark.slow)],
 )
 def test_digits_train_alike_on_every_grid(
     train: Callable[..., dict[str, Any]],
