@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, MutableMapping
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from .errors import CommError, MismatchError
 from .job import Job
 from .operations import Operations
 from .runner import Runner
+from .scope import Scope
 from .settings import Settings, unlike
 from .sharing import Sharing
 from .timeline import Timeline
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from .stragglers import Stragglers
 
 
-class Communicator(GroupCalls):
+class Communicator(GroupCalls, Scope):
     """Collectives and messages between the ranks of one group.
 
     `Communicator()` duplicates MPI.COMM_WORLD, and `Communicator(mpi_comm)` a communicator of
@@ -355,17 +355,8 @@ class Communicator(GroupCalls):
         """Refuse every call from now on; not collective, for a group that has lost a rank."""
         self._runner.close()
 
-    def __enter__(self) -> Communicator:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        # Closing is collective: a rank that fails must not wait there for the others.
-        if kind is None:
+    def _leave(self, *, failed: bool) -> None:
+        if not failed:
             self.close()
 
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from .errors import CommError, PeerLost
 from .guard import Guard
 from .job import Job
 from .lookout import PATIENCE
+from .scope import Scope
 from .settings import Settings, survives_failures
 
 __all__ = ["Elastic", "Loss"]
@@ -43,7 +43,7 @@ class Loss:
     joined: int = 0
 
 
-class Elastic:
+class Elastic(Scope):
     """Hold the communicator of the ranks that live, through the death of others.
 
         with ringfold.Elastic() as world:
@@ -207,16 +207,8 @@ class Elastic:
         self._job.leave()
         self.comm.give_up()
 
-    def __enter__(self) -> Elastic:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if kind is None:
+    def _leave(self, *, failed: bool) -> None:
+        if not failed:
             with suppress(PeerLost):  # all have done what there was to do
                 self.comm.close()
             self._survivors.leave()

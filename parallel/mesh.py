@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import TYPE_CHECKING
+
+from ..comm.scope import Scope
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["Mesh"]
 
 
-class Mesh:
+class Mesh(Scope):
     """Lay the ranks of a communicator out as data x pipe.
 
     The pipe index varies fastest: rank = data_index * pipe + pipe_index, so that neighbouring
@@ -72,16 +73,9 @@ class Mesh:
         self.pipe.close()
         self.data.close()
 
-    def __enter__(self) -> Mesh:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+    def _leave(self, *, failed: bool) -> None:
+        if not failed:
+            self.close()
 
     def __repr__(self) -> str:
         return f"Mesh(data={self.data.size}, pipe={self.pipe.size}, at {self.coordinates})"

@@ -9,11 +9,11 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ...comm.scope import Scope
 from ...comm.texts import gather_texts
 from .agreement import agree
 from .errors import CheckpointError, Damaged
@@ -48,7 +48,7 @@ class Loaded:
     damaged: tuple[str, ...]
 
 
-class Checkpoints:
+class Checkpoints(Scope):
     """Write checkpoints into a folder while training goes on, and load the newest whole one.
 
     folder: shared by all ranks.  keep: how many checkpoints stay in it, the newest; None for all.
@@ -218,20 +218,11 @@ class Checkpoints:
         if writing is not None:
             writing.give_up()
 
-    def __enter__(self) -> Checkpoints:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        # Waiting is collective: a rank that fails must not wait for the others.
-        if kind is None:
-            self.wait()
-        else:
+    def _leave(self, *, failed: bool) -> None:
+        if failed:
             self.give_up()
+        else:
+            self.wait()
 
     def _open(self, step: int, nbytes: int) -> tuple[Path, Partial | None]:
         """Return the folder to write in, and on rank 0 what holds it."""

@@ -52,3 +52,17 @@ def test_coordinates_outside(place):
             Mesh(comm, data=2, pipe=2).rank_at(*place)
 
     run_local(4, main)
+
+
+def test_a_rank_that_fails_within_does_not_close_it_with_the_others(monkeypatch):
+    closed = []
+    monkeypatch.setattr(Mesh, "close", lambda mesh: closed.append(mesh.data.rank))
+
+    def main(comm):
+        with pytest.raises(KeyError), Mesh(comm):
+            raise KeyError(comm.rank)
+        with Mesh(comm):
+            pass
+
+    run_local(2, main)
+    assert sorted(closed) == [0, 1]

@@ -1,0 +1,29 @@
+"""What `with` leaves together with all ranks where its body has ended well."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+__all__ = ["Scope"]
+
+
+class Scope:
+    """Leave at the end of a `with`; `_leave` is told whether the body has failed.
+
+    To leave is collective, mostly: a rank that fails must not wait there for the others.
+    """
+
+    def _leave(self, *, failed: bool) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._leave(failed=kind is not None)
