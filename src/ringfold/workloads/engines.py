@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,41 +19,6 @@ from .options import Grid, Options, UsageError, needs_stages, plan_of
 from .workload import Data, Workload
 
 __all__ = ["Engine", "Replicas", "Stages", "check_stages", "layers_of", "make_engine"]
-
-
-class Engine(Protocol):
-    """Train one model, however it is split.
-
-    `step` runs forward and backward on this data rank's share, after which gradients are those of
-    the global batch, and returns a loss whose mean over the data ranks is that of the global batch.
-    `predict` returns the model's output, or None on a rank without its last layer.
-    `named_parameters` yields this rank's part under the names of the unsplit nn.Sequential.
-    `wire_bytes` counts what this rank has put into the reductions of gradients, flags included; not
-    those in a tree.
-    `state` is what has this part's parameters and buffers as a state_dict, by the same names.
-    `begin_at` says which step comes next; `commit` that the last one counts on all ranks, and
-    `go_back` that all since the last commit does not: what reductions carry is then as it was.
-    """
-
-    wire_bytes: int
-
-    @property
-    def state(self) -> DataParallel | Pipeline: ...
-
-    @property
-    def layers_per_stage(self) -> tuple[int, ...]: ...
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-    def begin_at(self, step: int) -> None: ...
-
-    def commit(self) -> None: ...
-
-    def go_back(self) -> None: ...
-
-    def step(self, x: Tensor, y: Tensor) -> float: ...
-
-    def predict(self, x: Tensor) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -82,7 +47,60 @@ def _buffers(model: DataParallel | Pipeline) -> dict[str, Tensor]:
     return {name: t for name, t in model.state_dict().items() if name not in parameters}
 
 
-class Replicas:
+class Engine(ABC):
+    """Train one model, however it is split.
+
+    wire_bytes: what this rank has put into the reductions of gradients, flags included; not those
+        in a tree.
+    state: what has this rank's part of the parameters and buffers as a state_dict, by the names of
+        the unsplit nn.Sequential.
+    """
+
+    def __init__(self, state: DataParallel | Pipeline, device: torch.device, uneven: bool) -> None:
+        """uneven: whether a step may have to be given up, because a rank has died in it."""
+        self.wire_bytes = 0
+        self.state = state
+        self.device = device
+        self.uneven = uneven
+        self._kept: Kept | None = None
+
+    @property
+    @abstractmethod
+    def layers_per_stage(self) -> tuple[int, ...]: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield this rank's part."""
+        return self.state.named_parameters()
+
+    def begin_at(self, step: int) -> None:
+        """Begin: this step comes next."""
+        self.commit()
+
+    def commit(self) -> None:
+        """Let the last step count; the ranks have agreed."""
+        if self.uneven:
+            self._kept = Kept.of(self.state)
+
+    def go_back(self) -> None:
+        """Bring back what reductions carry, and buffers, as they were at the last commit."""
+        if self._kept is not None:
+            self._kept.bring_back(self.state)
+
+    @abstractmethod
+    def step(self, x: Tensor, y: Tensor) -> float:
+        """Run forward and backward on this data rank's share.
+
+        After it gradients are those of the global batch.
+
+        Returns: a loss whose mean over the data ranks is that of the global batch.
+        """
+
+    @abstractmethod
+    def predict(self, x: Tensor) -> Tensor | None:
+        """Return the model's output, or None on a rank without its last layer."""
+
+
+class Replicas(Engine):
     """Hold the whole model on every rank; average gradients while backward goes on."""
 
     def __init__(
@@ -91,45 +109,23 @@ class Replicas:
         workload: Workload,
         mesh: Mesh,
         options: Options,
-        device: str = "cpu",
+        device: torch.device,
     ) -> None:
-        self.wire_bytes = 0
-        self.loss = workload.loss
-        self.device = torch.device(device)
-        self.batch_size = options.batch_size
-        self.size = mesh.data.size
-        self.uneven = options.uneven
-        self._kept: Kept | None = None
         self.model = DataParallel(
-            nn.Sequential(*layers).to(self.device),
+            nn.Sequential(*layers).to(device),
             mesh.data,
             bucket_bytes=int(options.bucket_mb * 2**20),
             wire=options.wire,
             check_finite=options.check_finite,
         )
-
-    @property
-    def state(self) -> DataParallel:
-        return self.model
+        super().__init__(self.model, device, options.uneven)
+        self.loss = workload.loss
+        self.batch_size = options.batch_size
+        self.size = mesh.data.size
 
     @property
     def layers_per_stage(self) -> tuple[int, ...]:
         return (len(self.model.module),)  # type: ignore[arg-type]
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.model.named_parameters()
-
-    def begin_at(self, step: int) -> None:
-        """Begin: no layer is keyed by the step."""
-        self.commit()
-
-    def commit(self) -> None:
-        if self.uneven:
-            self._kept = Kept.of(self.model)
-
-    def go_back(self) -> None:
-        if self._kept is not None:
-            self._kept.bring_back(self.model)
 
     def step(self, x: Tensor, y: Tensor) -> float:
         self.model.train()
@@ -151,7 +147,7 @@ class Replicas:
         return output.cpu()
 
 
-class Stages:
+class Stages(Engine):
     """Hold some layers on every rank; micro-batches follow each other from stage to stage."""
 
     def __init__(
@@ -162,12 +158,8 @@ class Stages:
         options: Options,
         microbatches: int,
         sample: Tensor | None,
-        device: str = "cpu",
+        device: torch.device,
     ) -> None:
-        self.wire_bytes = 0
-        self.device = torch.device(device)
-        self._uneven = options.uneven
-        self._kept: Kept | None = None
         self.pipeline = Pipeline(
             layers,
             mesh,
@@ -181,32 +173,18 @@ class Stages:
             check_finite=options.check_finite,
             balance=options.balance,
             sample=sample,
-            device=self.device,
+            device=device,
         )
-
-    @property
-    def state(self) -> Pipeline:
-        return self.pipeline
+        super().__init__(self.pipeline, device, options.uneven)
 
     @property
     def layers_per_stage(self) -> tuple[int, ...]:
         return tuple(map(len, self.pipeline.stages))
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return self.pipeline.named_parameters()
-
     def begin_at(self, step: int) -> None:
-        """Key random layers by this step, which comes next."""
+        """Begin: random layers are keyed by this step, which comes next."""
         self.pipeline.steps_taken = step
-        self.commit()
-
-    def commit(self) -> None:
-        if self._uneven:
-            self._kept = Kept.of(self.pipeline)
-
-    def go_back(self) -> None:
-        if self._kept is not None:
-            self._kept.bring_back(self.pipeline)
+        super().begin_at(step)
 
     def step(self, x: Tensor, y: Tensor) -> float:
         self.pipeline.train()
@@ -255,10 +233,10 @@ def make_engine(
     # Keyed dropout asks for its samples, which the pipeline tells it, of one stage too.
     pipeline = grid.pipe > 1 or needs_stages(options)
     if not pipeline and options.reduction == "bucket" and not options.dropout:
-        return Replicas(layers, workload, mesh, options, device)
+        return Replicas(layers, workload, mesh, options, torch.device(device))
     sample = None
     if options.balance != "parameters":
         x, _ = next(iter(data.batches(0)))
         share = grid.microbatches // grid.data if options.reduction == "tree" else grid.microbatches
         sample = x[: len(x) // share]
-    return Stages(layers, workload, mesh, options, grid.microbatches, sample, device)
+    return Stages(layers, workload, mesh, options, grid.microbatches, sample, torch.device(device))
