@@ -57,7 +57,7 @@ class Engine(ABC):
     """
 
     def __init__(self, state: DataParallel | Pipeline, device: torch.device, uneven: bool) -> None:
-        """uneven: whether ranks may leave: shares get unequal, and a step may have to be given up."""
+        """uneven: whether ranks may leave: shares get unequal, and steps may be given up."""
         self.wire_bytes = 0
         self.state = state
         self.device = device
