@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ringfold import Communicator, DataParallel, Mesh, Pipeline, Settings
+from ringfold.parallel import autograd
 from ringfold.parallel.plan import PLANS
 
 ROWS = 24
@@ -230,3 +231,21 @@ def test_wrappers_over_groups_opened_separately_in_one_backward(comm):
             for got, expected in zip(module.parameters(), whole.parameters(), strict=True):
                 torch.testing.assert_close(got.grad, expected.grad, rtol=1e-4, atol=1e-6)
         second.close()
+
+
+def test_a_loss_over_all_ranks_rows_is_that_of_one_process(comm):
+    """Backward meets the other ranks on comm while a reduction goes on beside it."""
+    module = network(2)
+    model = DataParallel(module, comm, bucket_bytes=1000)
+    x, _ = data()
+    for _ in range(2):  # in the second, buckets start as gradients arrive
+        module.zero_grad()
+        own = model(part(x, comm.rank, comm.size))
+        every = autograd.allgather(own, comm).flatten(0, 1)
+        (own @ every.T).logsumexp(1).mean().backward()
+    whole = network(2)
+    rows = whole(x)
+    (rows @ rows.T).logsumexp(1).mean().backward()
+    for got, expected in zip(module.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-4, atol=1e-6)
+    model.close()

@@ -1,0 +1,173 @@
+"""Collectives within a loss: results through which backward goes on to all ranks' inputs.
+
+What gradients mean: where rank r has the loss L_r, the gradient of a rank's x is that of the sum of
+all L_r, and the mean of `DataParallel` makes of it the gradient of the mean of all L_r.
+
+Each of these is a linear map of what all ranks hold, so its backward is the transposed map, which
+is one of them again, and can be differentiated in turn. Backward is collective: the losses of all
+ranks depend on the result, and reach several such calls in the same order, as equal programs do. It
+takes part on a rank whose x needs no gradient, too; for what needs none on any rank there are the
+communicator's own calls. Give it a communicator on which nothing else goes on beside backward:
+that of a `DataParallel` is one, for a `Pipeline` take `mesh.data.split(0)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..comm.communicator import Communicator
+
+__all__ = ["allgather", "allreduce", "alltoall", "broadcast", "reduce_scatter"]
+
+
+def allreduce(x: Tensor, comm: Communicator, op: Literal["sum", "mean"] = "sum") -> Tensor:
+    """Return the sum or the mean of all ranks' x; x stays as it is. Collective."""
+    if op not in ("sum", "mean"):
+        raise ValueError(f"op {op!r}: expected 'sum' or 'mean', which are linear")
+    return _apply(x, comm, Allreduce(op))
+
+
+def allgather(x: Tensor, comm: Communicator) -> Tensor:
+    """Return all ranks' x, of shape (size, *x.shape). Collective."""
+    return _apply(x, comm, Allgather())
+
+
+def reduce_scatter(x: Tensor, comm: Communicator) -> Tensor:
+    """Return the sum of this rank's row of all ranks' x: (size, *shape) -> shape. Collective."""
+    _require_rows(x, comm)
+    return _apply(x, comm, ReduceScatter())
+
+
+def alltoall(x: Tensor, comm: Communicator) -> Tensor:
+    """Return the rows that the ranks have for this one: (size, *shape) -> the same. Collective."""
+    _require_rows(x, comm)
+    return _apply(x, comm, Alltoall())
+
+
+def broadcast(x: Tensor, comm: Communicator, root: int = 0) -> Tensor:
+    """Return root's x, whose gradient is the sum of those of all results. Collective.
+
+    x has root's shape on every rank, and stays as it is.
+    """
+    return _apply(x, comm, Broadcast(root))
+
+
+@dataclass(frozen=True)
+class Allreduce:
+    op: str
+
+    def __call__(self, x: Tensor, comm: Communicator) -> Tensor:
+        result: Tensor = comm.allreduce(_copy(x), op=self.op)
+        return result
+
+    @property
+    def transposed(self) -> Move:
+        return self
+
+
+@dataclass(frozen=True)
+class Allgather:
+    def __call__(self, x: Tensor, comm: Communicator) -> Tensor:
+        result: Tensor = comm.allgather(x.contiguous())
+        return result
+
+    @property
+    def transposed(self) -> Move:
+        return ReduceScatter()
+
+
+@dataclass(frozen=True)
+class ReduceScatter:
+    def __call__(self, x: Tensor, comm: Communicator) -> Tensor:
+        part: Tensor = comm.reduce_scatter(x.contiguous())  # equal rows are the parts of all
+        return part.reshape(x.shape[1:])
+
+    @property
+    def transposed(self) -> Move:
+        return Allgather()
+
+
+@dataclass(frozen=True)
+class Alltoall:
+    def __call__(self, x: Tensor, comm: Communicator) -> Tensor:
+        result: Tensor = comm.alltoall(x.contiguous())
+        return result
+
+    @property
+    def transposed(self) -> Move:
+        return self
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    root: int
+
+    def __call__(self, x: Tensor, comm: Communicator) -> Tensor:
+        result: Tensor = comm.broadcast(_copy(x), root=self.root)
+        return result
+
+    @property
+    def transposed(self) -> Move:
+        return Reduce(self.root)
+
+
+@dataclass(frozen=True)
+class Reduce:
+    root: int
+
+    def __call__(self, x: Tensor, comm: Communicator) -> Tensor:
+        result: Tensor = comm.reduce(_copy(x), root=self.root)
+        return result if comm.rank == self.root else torch.zeros_like(result)
+
+    @property
+    def transposed(self) -> Move:
+        return Broadcast(self.root)
+
+
+Move = Allreduce | Allgather | ReduceScatter | Alltoall | Broadcast | Reduce
+"""A linear map of the ranks' tensors."""
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, comm: Communicator, move: Move) -> Tensor:
+        ctx.comm, ctx.move = comm, move
+        return move(x, comm)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return _apply(gradient, ctx.comm, ctx.move.transposed), None, None, None
+
+
+def _apply(x: Tensor, comm: Communicator, move: Move) -> Tensor:
+    if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
+        what = f"a tensor of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(
+            f"x: expected a torch tensor of floats, got {what}: what has no gradient goes by the "
+            "communicator's own calls"
+        )
+    result: Tensor = _meet(x, comm, move)
+    return result
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _meet(x: Tensor, comm: Communicator, move: Move) -> Any:
+    # So that all ranks take part in backward, whoever of them has an x that needs a gradient.
+    anchor = torch.empty(0, requires_grad=True)
+    return _Linear.apply(x, anchor, comm, move)  # type: ignore[no-untyped-call]
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _require_rows(x: Tensor, comm: Communicator) -> None:
+    if isinstance(x, Tensor) and (x.dim() == 0 or len(x) != comm.size):
+        raise ValueError(
+            f"x: expected a first axis of {comm.size}, a row per rank, got shape {tuple(x.shape)}"
+        )

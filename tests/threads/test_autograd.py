@@ -1,0 +1,123 @@
+"""Collectives within a loss have the gradients of one process that holds what all ranks do."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ringfold import DataParallel, run_local
+from ringfold.parallel import autograd
+
+ROWS = 3
+
+
+def own(rank: int, *shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(17 + rank)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def alone(name: str, xs: list[torch.Tensor], rank: int) -> torch.Tensor:
+    """Return what a rank gets of all ranks' x, by torch in one process."""
+    all_of_them = torch.stack(xs)
+    return {
+        "sum": lambda: all_of_them.sum(0),
+        "mean": lambda: all_of_them.mean(0),
+        "allgather": lambda: all_of_them,
+        "reduce_scatter": lambda: all_of_them.sum(0)[rank],
+        "alltoall": lambda: all_of_them[:, rank],
+        "broadcast": lambda: all_of_them[-1],
+    }[name]()
+
+
+CALLS = {
+    "sum": lambda x, comm: autograd.allreduce(x, comm),
+    "mean": lambda x, comm: autograd.allreduce(x, comm, op="mean"),
+    "allgather": autograd.allgather,
+    "reduce_scatter": autograd.reduce_scatter,
+    "alltoall": autograd.alltoall,
+    "broadcast": lambda x, comm: autograd.broadcast(x, comm, root=comm.size - 1),
+}
+
+
+def loss_of(result: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return a loss that differs by rank, element and order of derivative."""
+    return (result.sin() * own(100 + rank, *result.shape)).sum()
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_gradients_of_first_and_second_order(name: str, size: int) -> None:
+    shape = (size, ROWS, 2)
+
+    def main(comm):
+        x = own(comm.rank, *shape).requires_grad_()
+        before = x.detach().clone()
+        # Not contiguous: what backward hands on need not be either.
+        result = CALLS[name](x.transpose(1, 2), comm)
+        loss = loss_of(result, comm.rank)
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x)
+        assert torch.equal(x, before)
+        return result.detach(), first.detach(), second
+
+    xs = [own(rank, *shape).requires_grad_() for rank in range(size)]
+    results = [alone(name, [x.transpose(1, 2) for x in xs], rank) for rank in range(size)]
+    total = torch.stack([loss_of(results[rank], rank) for rank in range(size)]).sum()
+    firsts = torch.autograd.grad(total, xs, create_graph=True)
+    seconds = torch.autograd.grad(sum(first.square().sum() for first in firsts), xs)
+    for rank, found in enumerate(run_local(size, main)):
+        expected = results[rank], firsts[rank], seconds[rank]
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_contrastive_loss_beside_data_parallel_is_that_of_the_whole_batch() -> None:
+    """Each rank compares its embeddings with those of all, as InfoNCE does."""
+    size = 3
+    network = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6)).double()
+
+    def info_nce(mine: torch.Tensor, every: torch.Tensor, first: int) -> torch.Tensor:
+        target = torch.arange(first, first + len(mine))
+        return nn.functional.cross_entropy(mine @ every.T, target)
+
+    def main(comm):
+        model = DataParallel(copy.deepcopy(network), comm, bucket_bytes=100)
+        z = model(own(comm.rank, ROWS, 4))
+        every = autograd.allgather(z, comm).flatten(0, 1)
+        info_nce(z, every, ROWS * comm.rank).backward()
+        return [p.grad for p in model.parameters()]
+
+    z = network(torch.cat([own(rank, ROWS, 4) for rank in range(size)]))
+    info_nce(z, z, 0).backward()
+    for gradients in run_local(size, main):
+        for found, parameter in zip(gradients, network.parameters(), strict=True):
+            torch.testing.assert_close(found, parameter.grad, rtol=1e-11, atol=1e-13)
+
+
+def test_a_rank_whose_input_needs_no_gradient_takes_part() -> None:
+    def main(comm):
+        x = own(comm.rank, ROWS).requires_grad_(comm.rank == 0)
+        loss_of(autograd.allgather(x, comm), comm.rank).backward()
+        return x.grad
+
+    first, second = run_local(2, main)
+    expected = sum(own(0, ROWS).cos() * own(100 + rank, 2, ROWS)[0] for rank in range(2))
+    torch.testing.assert_close(first, expected)
+    assert second is None
+
+
+def test_what_has_no_gradient_or_no_row_per_rank_is_refused() -> None:
+    def main(comm):
+        for x in (torch.arange(3), np.ones(3)):
+            with pytest.raises(TypeError, match="expected a torch tensor of floats, got"):
+                autograd.allgather(x, comm)
+        for call in (autograd.alltoall, autograd.reduce_scatter):
+            with pytest.raises(ValueError, match=r"first axis of 2, .* got shape \(3, 2\)"):
+                call(torch.ones(3, 2), comm)
+        with pytest.raises(ValueError, match="'max': expected 'sum' or 'mean'"):
+            autograd.allreduce(torch.ones(3), comm, op="max")
+        comm.barrier()
+
+    run_local(2, main)
