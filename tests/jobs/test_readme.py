@@ -1,4 +1,4 @@
-"""The README's Python blocks and command lines, and the examples, do what they say."""
+"""The README's Python blocks and command lines, those of docs, and the examples do what they say."""
 
 import re
 import shlex
@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+DOCS = "".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+# Whole programs; what else stands in docs is parts of such.
+BLOCKS = re.findall(r"```python\n(import .*?)```", TEXT + DOCS, re.DOTALL)
 COMMANDS = re.findall(r"^ringfold .*$", TEXT, re.MULTILINE)
 
 
@@ -36,4 +38,4 @@ def test_example(job: Callable[..., Any], example: Path, ranks: int) -> None:
 
 
 def test_there_is_something_to_run() -> None:
-    assert len(BLOCKS) >= 3 and len(COMMANDS) >= 2
+    assert len(BLOCKS) >= 4 and len(COMMANDS) >= 2
