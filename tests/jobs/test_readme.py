@@ -1,4 +1,4 @@
-"""The README's Python blocks and command lines, those of docs, and the examples do what they say."""
+"""Python blocks of README and docs, command lines, and the examples do what they say."""
 
 import re
 import shlex
