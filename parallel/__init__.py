@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .join import even_batches
     from .mesh import Mesh
     from .metrics import Metrics
+    from .objects import allgather_objects, broadcast_object
     from .optimizer_state import broadcast_optimizer
     from .pipeline import Pipeline
     from .plan import PLANS, PlanError
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
         "StageError",
         "SyncBatchNorm",
         "TopK",
+        "allgather_objects",
+        "broadcast_object",
         "broadcast_optimizer",
         "check_replicas",
         "convert_sync_batchnorm",
@@ -62,6 +65,8 @@ _HOMES = {
     "StageError": "stage_error",
     "SyncBatchNorm": "sync_batchnorm",
     "TopK": "topk",
+    "allgather_objects": "objects",
+    "broadcast_object": "objects",
     "broadcast_optimizer": "optimizer_state",
     "check_replicas": "drift",
     "convert_sync_batchnorm": "sync_batchnorm",
@@ -70,7 +75,7 @@ _HOMES = {
     "show_samples": "random_keys",
 }
 
-_WITHOUT_TORCH = ("join", "mesh", "plan", "sampler")
+_WITHOUT_TORCH = ("join", "mesh", "objects", "plan", "sampler")
 """The homes that need no torch."""
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..comm.errors import MismatchError
 from ..comm.texts import shown_ranks
-from .objects import gather_objects
+from .objects import allgather_objects
 from .replicas import flat_bytes
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def check_replicas(comm: Communicator, named: Iterable[tuple[str, Tensor]]) -> s
     rows = comm.allgather(np.frombuffer(whole, dtype=np.uint8))
     if (rows == rows[0]).all():
         return whole.hex()
-    everyone: list[dict[str, bytes]] = gather_objects(comm, digests)
+    everyone: list[dict[str, bytes]] = allgather_objects(digests, comm)
     names = dict.fromkeys(name for found in everyone for name in found)
     differing = [n for n in names if len({found.get(n) for found in everyone}) > 1]
     first = differing[0]
@@ -71,7 +71,7 @@ def report_gradients(comm: Communicator, unused: Sequence[str]) -> GradientRepor
 
     Collective.
     """
-    missing: list[list[str]] = gather_objects(comm, list(unused))
+    missing: list[list[str]] = allgather_objects(list(unused), comm)
     lacking: dict[str, set[int]] = {}
     for rank, names in enumerate(missing):
         for name in names:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .objects import gather_objects
+from .objects import allgather_objects
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -53,7 +53,7 @@ class Metrics:
         """
         mine, self._sums = self._sums, {}
         total: dict[str, float] = {}
-        for sums in gather_objects(self._comm, mine):
+        for sums in allgather_objects(mine, self._comm):
             for name, value in sums.items():
                 total[name] = total.get(name, 0.0) + value
         return dict(sorted(total.items()))

@@ -1,7 +1,4 @@
-"""Exchange plain Python values between the ranks of one job, as pickles.
-
-A value that one rank cannot pickle is a TypeError on all of them, which else would wait for it.
-"""
+"""Exchange Python values between the ranks of one job, as pickles; needs no torch."""
 
 from __future__ import annotations
 
@@ -14,11 +11,14 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
 
-__all__ = ["broadcast_object", "gather_objects"]
+__all__ = ["allgather_objects", "broadcast_object"]
 
 
-def gather_objects(comm: Communicator, value: Any) -> list[Any]:
-    """Return the values of all ranks, by rank; collective."""
+def allgather_objects(value: Any, comm: Communicator) -> list[Any]:
+    """Return the values of all ranks, by rank; collective.
+
+    Raises: TypeError, on every rank, for a value that has no pickle.
+    """
     text, error = _pickled(value)
     described = comm.allgather(_describe(text, error))
     lengths = described[:, 0]
@@ -32,8 +32,11 @@ def gather_objects(comm: Communicator, value: Any) -> list[Any]:
     return [pickle.loads(text_of) for text_of in texts]
 
 
-def broadcast_object(comm: Communicator, value: Any, root: int) -> Any:
-    """Return root's value; collective. On root it is the value itself."""
+def broadcast_object(value: Any, comm: Communicator, root: int = 0) -> Any:
+    """Return root's value; collective. On root it is the value itself.
+
+    Raises: TypeError, on every rank, for a value that has no pickle.
+    """
     nothing = np.zeros(0, np.uint8), None
     text, error = _pickled(value) if comm.rank == root else nothing
     length, failed = comm.broadcast(_describe(text, error), root=root)

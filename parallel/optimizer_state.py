@@ -68,7 +68,7 @@ def broadcast_optimizer(optimizer: Optimizer, comm: Communicator, root: int = 0)
         ]
         skeleton = _take([groups, state], tensors)
         sent = skeleton, [(t.dtype, tuple(t.shape), t.is_cuda) for t in tensors]
-    skeleton, described = broadcast_object(comm, sent, root)
+    skeleton, described = broadcast_object(sent, comm, root)
     if comm.rank != root:
         # Some of an optimizer's state stays on the host, wherever the parameters are.
         there = parameters[0].device if parameters else torch.device("cpu")

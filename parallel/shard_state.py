@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .objects import gather_objects
+from .objects import allgather_objects
 from .shard import Piece, Shard
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def gather_state(
 
     inner: the state of this rank's pieces. root: the only rank that gets it; None for all.
     """
-    described = gather_objects(comm, [_describe(shard, inner) for shard in shards])
+    described = allgather_objects([_describe(shard, inner) for shard in shards], comm)
     state: State = {}
     for place, shard in enumerate(shards):
         entries: dict[str, dict[str, Any]] = {}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .actions import Action, Kind
-from .objects import gather_objects
+from .objects import allgather_objects
 from .structure import TensorSpec
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ _WORDS = {
 
 def raise_together(comm: Communicator, failure: Failure | None) -> None:
     """Raise StageError on every rank; collective, once all know that some rank has failed."""
-    texts: Sequence[str | None] = gather_objects(comm, None if failure is None else str(failure))
+    texts: Sequence[str | None] = allgather_objects(None if failure is None else str(failure), comm)
     found = [f"rank {rank} of {comm.size}: {text}" for rank, text in enumerate(texts) if text]
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     raise StageError(found[0] + more) from (None if failure is None else failure.error)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 from ringfold import ShardedOptimizer, run_local
-from ringfold.parallel.objects import gather_objects
+from ringfold.parallel.objects import allgather_objects
 from ringfold.parallel.optimizer_state import broadcast_optimizer
 
 
@@ -119,8 +119,8 @@ def test_a_sharded_optimizer_and_entries_without_a_pickle_are_refused_on_all_ran
             broadcast_optimizer(ShardedOptimizer(named, comm, Adam), comm)
         values = [comm.rank, (lambda: None) if comm.rank == 1 else None]
         with pytest.raises(TypeError, match="value of rank 1 cannot be sent"):
-            gather_objects(comm, values)
-        return gather_objects(comm, values[:1])
+            allgather_objects(values, comm)
+        return allgather_objects(values[:1], comm)
 
     assert run_local(3, main) == [[[0], [1], [2]]] * 3
 
