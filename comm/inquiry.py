@@ -110,6 +110,9 @@ class Inquiry:
     def look(self, work: Work, waited: float) -> None:
         """Listen, and tell what a work waits in where it has waited for long.
 
+        Ranks that split a group may have called different things before, and given these up. So a
+        rank that waits there does not judge: those do that wait in something else.
+
         Raises: MismatchError where the ranks of its group have called different things.
         """
         self.listen()
@@ -119,7 +122,7 @@ class Inquiry:
         if waited >= ASK_SECONDS and not work.told:
             work.told = True
             self._tell(work, Called(group, self.rows(group)[-_ROWS:]))
-        self._judge(group, work.transport.world)
+        self._judge(group, work.transport.world, heeds=work.receipt.operation == "split")
 
     def heed(self, group: str, members: tuple[int, ...]) -> None:
         """Listen, in a call that all have come to; raise MismatchError where one has found it.
@@ -128,8 +131,7 @@ class Inquiry:
         """
         with self._lock:
             self.listen()
-            if group in self._verdicts:
-                self._judge(group, members)
+            self._judge(group, members, heeds=True)
             called = max((row.sequence for row in self.rows(group)), default=0)
             self._settled[group] = max(self._settled.get(group, 0), called)
 
@@ -141,9 +143,12 @@ class Inquiry:
         everybody = [transport.world[rank] for rank in sorted(near - {transport.rank})]
         self._transport.tell(everybody, encode(notice))
 
-    def _judge(self, group: str, members: tuple[int, ...]) -> None:
+    def _judge(self, group: str, members: tuple[int, ...], *, heeds: bool) -> None:
+        """heeds: only what others have found counts."""
         with self._lock:
-            verdict = self._verdicts.get(group) or self._found(group, members)
+            verdict = self._verdicts.get(group)
+            if verdict is None and not heeds:
+                verdict = self._found(group, members)
             if verdict is None:
                 return
             self._verdicts.pop(group, None)

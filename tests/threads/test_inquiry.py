@@ -35,7 +35,10 @@ def test_the_watchdog_may_hear_of_groups_while_the_rank_looks_at_what_it_has_hea
                 yield key
 
     inquiry._told = Slow({("world.1", 1): ()})
-    work: Any = SimpleNamespace(group="world", pending=[], transport=here, told=True)
+    receipt = SimpleNamespace(operation="allreduce")
+    work: Any = SimpleNamespace(
+        group="world", pending=[], transport=here, told=True, receipt=receipt
+    )
     inquiry.look(work, 0.0)
     assert len(heard) == 1
     heard[0].join()
