@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 
 from .errors import MismatchError
 from .notices import (
+    ASSEMBLING,
     DIFFER,
     MESSAGES,
     Ask,
@@ -110,8 +111,8 @@ class Inquiry:
     def look(self, work: Work, waited: float) -> None:
         """Listen, and tell what a work waits in where it has waited for long.
 
-        Ranks that split a group may have called different things before, and given these up. So a
-        rank that waits there does not judge: those do that wait in something else.
+        Ranks that split or close a group may have called different things before, and given these
+        up. So a rank that waits there does not judge: those do that wait in something else.
 
         Raises: MismatchError where the ranks of its group have called different things.
         """
@@ -122,7 +123,7 @@ class Inquiry:
         if waited >= ASK_SECONDS and not work.told:
             work.told = True
             self._tell(work, Called(group, self.rows(group)[-_ROWS:]))
-        self._judge(group, work.transport.world, heeds=work.receipt.operation == "split")
+        self._judge(group, work.transport.world, heeds=work.receipt.operation in ASSEMBLING)
 
     def heed(self, group: str, members: tuple[int, ...]) -> None:
         """Listen, in a call that all have come to; raise MismatchError where one has found it.

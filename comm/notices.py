@@ -112,3 +112,6 @@ DIFFER = "the ranks' calls differ"
 
 MESSAGES = ("send", "recv")
 """Operations between two ranks, which the ring counts apart."""
+
+ASSEMBLING = ("split", "close")
+"""Operations in which ranks come together whatever they have called before."""
