@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 
+from ..kernels.say import say
 from .errors import CommError, CommTimeout
 from .progress import Progress
 from .transport.base import Request, Transport
@@ -69,8 +69,7 @@ class Closing:
                 self._met[number] = self._come(number)
             self._met[number].wait(max(self._end - time.monotonic(), _LEAST))
         except CommTimeout as error:
-            told = f"ringfold: closing {self._name} without the others: {error}"
-            print(told, file=sys.stderr, flush=True)
+            say(f"closing {self._name} without the others: {error}")
             self._together = False
         except CommError:  # a rank is gone, or has called something else and is told so
             self._together = False

@@ -5,10 +5,12 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from contextlib import suppress
 from traceback import print_exception
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
+from ..kernels.say import flush, say
 from .errors import CommError
 from .progress import Progress
 from .transport.base import Request, Transport
@@ -77,15 +79,15 @@ class Guard:
         finally:
             if os.getpid() == self._process and self._job.size > 1:
                 told = (
-                    f"ringfold: rank {self._job.rank} of {self._job.size} failed with "
-                    f"{kind.__name__}; ending the job on every rank"
+                    f"rank {self._job.rank} of {self._job.size} failed with {kind.__name__}; "
+                    "ending the job on every rank"
                 )
-                print(told, file=sys.stderr)
+                say(told)
                 if sys.__stderr__ is not None and not _reaches_a_file(sys.stderr):
-                    print_exception(kind, error, traceback, file=sys.__stderr__)
-                    print(told, file=sys.__stderr__, flush=True)
-                sys.stdout.flush()
-                sys.stderr.flush()
+                    with suppress(OSError, ValueError):
+                        print_exception(kind, error, traceback, file=sys.__stderr__)
+                    say(told, sys.__stderr__)
+                flush()
                 self._job.abort(_FAILED)
 
     def _leave(self) -> None:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from ..kernels.say import flush, say
 from .company import company
 from .deaths import STOPPED_SECONDS, Process
 from .ending import Told, told_to_end
@@ -93,9 +93,9 @@ class Lookout:
                 thread.join()
 
     def _end(self, reason: str, status: int) -> None:
-        sys.stdout.flush()
+        flush()
         seat = self._seat
-        print(f"ringfold: rank {seat.rank} of {seat.size} {reason}", file=sys.stderr, flush=True)
+        say(f"rank {seat.rank} of {seat.size} {reason}")
         os._exit(status)
 
     def _why_told(self) -> str:

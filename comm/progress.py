@@ -6,13 +6,13 @@ for one, or a background thread that looks now and then while nobody waits.
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ..kernels.say import say
 from .deaths import Deaths
 from .errors import CommError, CommTimeout, MismatchError, PeerLost
 from .forks import in_fork, when_forked
@@ -246,11 +246,9 @@ class Progress:
                 return
             if waited > _TELL and not told:
                 told = True
-                print(
-                    f"ringfold: rank {works[0].transport.rank} waits, before it {before}, for what "
-                    f"is in flight: {'; '.join(map(str, works[:_SHOWN]))}",
-                    file=sys.stderr,
-                    flush=True,
+                say(
+                    f"rank {works[0].transport.rank} waits, before it {before}, for what is in "
+                    f"flight: {'; '.join(map(str, works[:_SHOWN]))}"
                 )
             if now - checked >= CHECK:
                 checked = now

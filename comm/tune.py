@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..kernels.say import say
 from .algorithms import build
 from .cost import price
 from .topology import Cluster, Link, Nodes
@@ -172,7 +172,7 @@ def load(comm: Communicator, path: Path | None, library: str) -> Tuning | None:
 
 
 def _say_ignored(path: Path | None, error: Exception) -> None:
-    print(f"ringfold: {path} is ignored: {error}", file=sys.stderr, flush=True)
+    say(f"{path} is ignored: {error}")
 
 
 def share_text(comm: Communicator, text: str) -> str:

@@ -16,11 +16,11 @@ import faulthandler
 import functools
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
 
+from ..kernels.say import say
 from .deaths import Deaths, Process
 from .errors import PeerLost
 from .inquiry import Inquiry
@@ -86,8 +86,7 @@ class Watchdog:
         told = self._inquiry.ask(range(size), _PATIENCE)
         told[rank] = self._inquiry.answer()
         rows = (f"  rank {one}: {told.get(one, 'does not answer')}" for one in range(size))
-        text = f"ringfold: where the ranks are (SIGUSR1 at rank {rank}):\n" + "\n".join(rows)
-        print(text, file=sys.stderr, flush=True)
+        say(f"where the ranks are (SIGUSR1 at rank {rank}):\n" + "\n".join(rows))
 
     def _mourn(self) -> None:
         """Say who has died, once, on one rank; end the job where this rank does not notice."""
@@ -104,7 +103,7 @@ class Watchdog:
                 continue
             alive = [one for one in self._peers if one not in self._deaths.dead]
             if rank not in self._said and all(self._transport.rank < one for one in alive):
-                print(f"ringfold: {self._deaths.told(rank)}", file=sys.stderr, flush=True)
+                say(self._deaths.told(rank))
             self._said.add(rank)
             if self._abort and self._transport.threads and now - since > _GIVE_UP:
                 self._transport.abort(1)

@@ -12,18 +12,20 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, BinaryIO, cast
 
 import llvmlite.binding
 import numba
 from numba import types
-from numba.core.caching import FunctionCache
+from numba.core import caching
+
+from .say import say
 
 Kernel = Callable[..., Any]
 
@@ -49,6 +51,8 @@ def compile_kernel(name: str, function: Callable[..., Any], *arguments: Any) -> 
     `name` must tell this variant from all others.  Other types of arrays are refused with a
     TypeError; numbers are converted.  Where no cache folder can be written, the kernel is compiled
     for this process alone.
+
+    Raises: RuntimeError where Numba's compiler is switched off.
     """
     compiler = functools.partial(numba.njit, [arguments], nogil=True, error_model="numpy")
     kernel = _compile(name, function, compiler)
@@ -77,18 +81,52 @@ _KEPT: list[Any] = []
 
 
 def _compile(name: str, function: Callable[..., Any], compiler: Callable[..., Any]) -> Any:
+    if numba.config.DISABLE_JIT:
+        raise RuntimeError(
+            "kernels need Numba's compiler: unset NUMBA_DISABLE_JIT, which switches it off"
+        )
     function.__name__ = f"{name}_{_fingerprint()}"
     function.__qualname__ = function.__name__
-    cache_of: Any = FunctionCache  # untyped
+    cache_of: Any = caching.FunctionCache  # untyped
     try:
         folder = Path(cache_of(function).cache_path)
     except RuntimeError as error:
         if "cannot cache function" not in str(error):
             raise
+        _not_kept("no folder to keep them in can be written")
         return compiler(cache=False)(function)
     with _turn(folder, function.__name__):
-        return compiler(cache=True)(function)
+        try:
+            return compiler(cache=True)(function)
+        except Exception as error:
+            if not _of_the_cache(error):
+                raise
+            _not_kept(
+                f"{folder} does not keep them ({type(error).__name__}: {error}); make room there, "
+                "or remove it where it is damaged"
+            )
+            return compiler(cache=False)(function)
 
+
+def _of_the_cache(error: Exception) -> bool:
+    """Tell whether Numba's cache has failed, for which it raises what the disk and pickle raise.
+
+    A disk may be full; a file of it may be damaged, or another user's.
+    """
+    files = (frame.f_code.co_filename for frame, _ in walk_tb(error.__traceback__))
+    return caching.__file__ in files
+
+
+def _not_kept(why: str) -> None:
+    """Say, once, why every start takes so long."""
+    if not _NOT_KEPT:
+        _NOT_KEPT.append(why)
+        say(
+            f"kernels are compiled anew by every start: {why}; NUMBA_CACHE_DIR names another folder"
+        )
+
+
+_NOT_KEPT: list[str] = []
 
 _PATIENCE = 5.0
 """Seconds that a process waits for another one's kernel: more than any takes."""
@@ -108,9 +146,7 @@ def _turn(folder: Path, name: str) -> Iterator[None]:
             file = stack.enter_context((folder / "ringfold.lock").open("ab"))
             _lock(file, zlib.crc32(name.encode()))
         if not _kept(folder, _fingerprint()):
-            sys.stderr.write(
-                f"ringfold: compiling kernels for this machine, once; they are kept in {folder}\n"
-            )
+            say(f"compiling kernels for this machine, once; they are kept in {folder}")
         yield
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from ...kernels.say import say
 
 __all__ = ["Patience", "patience"]
 
@@ -69,5 +70,5 @@ class Patience:
 
 
 def _give_up(seconds: float, what: str) -> None:
-    print(f"ringfold: waited {seconds:g} s: {what}", file=sys.stderr, flush=True)
+    say(f"waited {seconds:g} s: {what}")
     os._exit(1)

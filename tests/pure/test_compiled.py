@@ -1,11 +1,13 @@
 """Processes that need the same kernel at the same moment, with nothing compiled before."""
 
+import errno
 import fcntl
 import os
 import subprocess
 import sys
 import zlib
 
+import numba
 import numpy as np
 import pytest
 from numba import types
@@ -90,3 +92,66 @@ def test_where_nothing_can_be_locked_everybody_compiles(tmp_path, capsys):
         with compiled._turn(tmp_path / "missing", "kernel"):
             assert not (tmp_path / "missing").exists()
     assert capsys.readouterr().err.count("compiling kernels") == 2
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """A folder of kernels that has one for `compile_twice`, and what was said so far forgotten."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiled, "_NOT_KEPT", [])
+    compile_twice()
+    return tmp_path
+
+
+def compile_twice():
+    def twice(x):
+        return 2 * x[0]
+
+    kernel = compiled.compile_kernel("twice", twice, compiled.flat(types.int64))
+    assert kernel(np.array([4])) == 8
+
+
+@pytest.mark.parametrize("end", ["nbi", "nbc"])
+def test_a_kept_kernel_that_is_damaged_is_compiled_again(kept, capsys, end):
+    """A machine that loses power leaves such: every start ended with EOFError."""
+    for file in kept.rglob(f"*.{end}"):
+        file.write_bytes(file.read_bytes()[:1])
+    capsys.readouterr()
+    for _ in range(2):
+        compile_twice()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "remove it where it is damaged" in said
+
+
+def test_a_full_disk_keeps_no_kernels_and_ends_nothing(kept, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for file in kept.rglob("*.nb?"):
+        file.unlink()
+    monkeypatch.setattr(compiled.caching.IndexDataCacheFile, "_save_data", full)
+    compile_twice()
+    assert "No space left" in capsys.readouterr().err
+
+
+def test_it_is_said_where_no_folder_keeps_kernels(monkeypatch, capsys):
+    def none(_):
+        raise RuntimeError("cannot cache function 'twice': no locator available for file")
+
+    monkeypatch.setattr(compiled, "_NOT_KEPT", [])
+    monkeypatch.setattr(compiled.caching, "FunctionCache", none)
+    compile_twice()
+    assert "compiled anew by every start: no folder to keep" in capsys.readouterr().err
+
+
+def test_without_numbas_compiler_it_is_said_what_switches_it_off(monkeypatch):
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    with pytest.raises(RuntimeError, match="unset NUMBA_DISABLE_JIT"):
+        compile_twice()
+
+
+def test_what_is_wrong_with_a_kernel_is_no_matter_of_the_cache(kept, capsys):
+    capsys.readouterr()
+    with pytest.raises(numba.TypingError):
+        compiled.compile_kernel("wrong", lambda x: x.nothing, types.int64)
+    assert "anew" not in capsys.readouterr().err
