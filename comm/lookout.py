@@ -21,6 +21,7 @@ from .company import company
 from .deaths import STOPPED_SECONDS, Process
 from .ending import Told, told_to_end
 from .settings import Seat
+from .waited import Waited
 
 Why = Callable[[float], str]
 Holds = Callable[[Process], bool]
@@ -68,7 +69,7 @@ class Lookout:
     @contextmanager
     def _looking(self, why: Why, told: Told | None) -> Iterator[None]:
         done = threading.Event()
-        start = time.monotonic()
+        waited = Waited()
         self._since.clear()
 
         def look() -> None:
@@ -77,7 +78,9 @@ class Lookout:
                     self._end(self._why_told(), 128 + signal.SIGTERM)
                 elif told is None:
                     done.wait(_LOOK)
-                reason = why(time.monotonic() - start)
+                if waited.stopped():
+                    self._since.clear()  # the others may have been stopped with this rank
+                reason = why(waited.look())
                 if reason and not done.is_set():
                     self._end(f"{reason}; ending the job", 1)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .deaths import Deaths
 from .errors import CommTimeout, PeerLost
 from .inquiry import Inquiry
+from .waited import Waited
 
 if TYPE_CHECKING:
     from .work import Work
@@ -72,7 +73,8 @@ class Watch:
         self._inquiry = inquiry
         self._timeout = timeout
         self._asks = asks
-        self._start = self._checked = time.monotonic()
+        self._waited = Waited()
+        self._checked = time.monotonic()
         self._spins = 0
 
     def pause(self) -> None:
@@ -89,10 +91,10 @@ class Watch:
         if now - self._checked < min(CHECK, self._timeout):
             return
         self._checked = now
+        waited = self._waited.look()
         if self._doubts.arise(self._work, whole=True):
             return
         peers = peers_of(self._work)
-        waited = now - self._start
         if self._inquiry is not None:
             self._inquiry.look(self._work, waited)
         if waited >= self._timeout:

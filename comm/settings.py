@@ -192,18 +192,21 @@ _COMPONENTS = "OMPI_MCA_btl"
 
 
 @contextmanager
-def without_one_sided() -> Iterator[None]:
+def fit_to_start_mpi() -> Iterator[None]:
     """Let Open MPI start without what is for one-sided messages, unless the user has chosen.
 
     Ordinary messages over libfabric or UCX go other ways. Where `ofi` finds no network of its own,
     Open MPI 5 sleeps a second as it closes it (opal/mca/btl/ofi/btl_ofi_component.c); in a process
     without mpirun `uct` may not return at all (open-mpi/ompi issue 14383).
+
+    Without a HOME, as under some service managers, it would end the process: it gets one meanwhile.
     """
-    chosen = _COMPONENTS in os.environ
-    if not chosen:
-        os.environ[_COMPONENTS] = "^ofi,uct"
+    home = os.path.expanduser("~")  # of the user's entry, where there is one
+    fitting = {_COMPONENTS: "^ofi,uct", "HOME": home if os.path.isabs(home) else "/"}
+    added = {name: value for name, value in fitting.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        if not chosen:
-            del os.environ[_COMPONENTS]
+        for name in added:
+            os.environ.pop(name, None)

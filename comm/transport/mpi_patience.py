@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ...kernels.say import say
+from ..waited import Waited
 
 __all__ = ["Patience", "patience"]
+
+_LOOK = 1.0
 
 
 @contextmanager
@@ -30,8 +33,10 @@ def patience(seconds: float, what: str) -> Iterator[None]:
     done = threading.Event()
 
     def watch() -> None:
-        if not done.wait(min(seconds, threading.TIMEOUT_MAX)):
-            _give_up(seconds, what)
+        waited = Waited()
+        while not done.wait(min(seconds - waited.seconds, _LOOK)):
+            if waited.look() >= seconds:
+                _give_up(seconds, what)
 
     threading.Thread(target=watch, name="ringfold-patience", daemon=True).start()
     try:
@@ -62,10 +67,13 @@ class Patience:
         self._since = None
 
     def _watch(self) -> None:
+        seen, waited = self._since, Waited()
         while True:
-            time.sleep(min(self._seconds / 4, 1.0))
+            time.sleep(min(self._seconds / 4, _LOOK))
             since = self._since
-            if since is not None and time.monotonic() - since > self._seconds:
+            if since is None or since != seen:
+                seen, waited = since, Waited()
+            elif waited.look() > self._seconds:
                 _give_up(self._seconds, self._what)
 
 

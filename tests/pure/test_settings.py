@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfold.comm.settings import Settings, unlike, without_one_sided
+from ringfold.comm.settings import Settings, fit_to_start_mpi, unlike
 
 COMPONENTS = "OMPI_MCA_btl"
 
@@ -77,7 +77,7 @@ def test_one_sided_components_are_left_out_at_the_start_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv(COMPONENTS, raising=False)
-    with pytest.raises(RuntimeError), without_one_sided():
+    with pytest.raises(RuntimeError), fit_to_start_mpi():
         assert os.environ[COMPONENTS] == "^ofi,uct"
         raise RuntimeError
     assert COMPONENTS not in os.environ
@@ -85,6 +85,6 @@ def test_one_sided_components_are_left_out_at_the_start_only(
 
 def test_what_the_user_has_chosen_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(COMPONENTS, "self,tcp")
-    with without_one_sided():
+    with fit_to_start_mpi():
         assert os.environ[COMPONENTS] == "self,tcp"
     assert os.environ[COMPONENTS] == "self,tcp"

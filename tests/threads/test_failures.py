@@ -126,6 +126,21 @@ def test_waiting_too_long_names_the_ranks_and_the_operation() -> None:
     run_local(2, main, settings=Settings(timeout=0.2))
 
 
+def test_time_in_which_a_rank_was_stopped_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that had been suspended ended with CommTimeout as soon as it went on."""
+    gone, now = [0.0], time.monotonic
+    monkeypatch.setattr(time, "monotonic", lambda: now() + gone[0])
+
+    def main(comm: Communicator) -> None:
+        if comm.rank == 0:
+            time.sleep(0.2)
+            gone[0] = 1000.0
+            time.sleep(0.2)
+        comm.allreduce(np.ones(3))
+
+    run_local(2, main, settings=Settings(timeout=30))
+
+
 def test_a_wait_may_time_out_and_be_taken_up_again() -> None:
     def main(comm: Communicator) -> None:
         if comm.rank == 0:
