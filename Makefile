@@ -12,6 +12,10 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 
+ifneq ($(words $(VENV)),1)
+$(error VENV='$(VENV)' has to be one path without spaces, which make takes for several)
+endif
+
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 # One BLAS thread per rank: ranks share the cores, and threads on top of ranks only fight for them.
@@ -212,6 +216,13 @@ bench-hosts: $(READY)
 	done
 
 clean:
-	rm -rf $(VENV) $(VENV).lock $(MPICH_VENV) $(MPICH_VENV).lock $(IMPI_VENV) $(IMPI_VENV).lock build dist *.egg-info
+	@for venv in $(VENV) $(MPICH_VENV) $(IMPI_VENV); do \
+	  if [ $(origin VENV) = file ] || [ ! -e $$venv ] || [ -e $$venv/ringfold.made ]; then \
+	    (set -x; rm -rf $$venv $$venv.lock); \
+	  else \
+	    echo "$$venv was there before, and stays"; \
+	  fi; \
+	done
+	rm -rf build dist *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

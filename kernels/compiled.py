@@ -83,7 +83,7 @@ _KEPT: list[Any] = []
 def _compile(name: str, function: Callable[..., Any], compiler: Callable[..., Any]) -> Any:
     if numba.config.DISABLE_JIT:
         raise RuntimeError(
-            "kernels need Numba's compiler: unset NUMBA_DISABLE_JIT, which switches it off"
+            "kernels need Numba's compiler, which NUMBA_DISABLE_JIT=1 switches off: unset it"
         )
     function.__name__ = f"{name}_{_fingerprint()}"
     function.__qualname__ = function.__name__

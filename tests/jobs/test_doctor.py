@@ -26,6 +26,13 @@ def test_without_an_mpi_library(job: Callable[..., Any]) -> None:
     assert done.stdout.splitlines()[-1] == "broken: MPI"
 
 
+def test_without_numbas_compiler(job: Callable[..., Any]) -> None:
+    done = job(0, ["-m", "ringfold", "doctor"], env={"NUMBA_DISABLE_JIT": "1"})
+    assert done.returncode == 1, done.output
+    assert "-> unset NUMBA_DISABLE_JIT" in done.stdout and not done.stderr
+    assert done.stdout.splitlines()[-1] == "broken: compilation"
+
+
 def test_training_on_a_gpu_that_is_not_there(job: Callable[..., Any]) -> None:
     script = Path(__file__).parent.parent.parent / "train.py"
     done = job(2, script, "--device", "cuda", env={"CUDA_VISIBLE_DEVICES": ""})

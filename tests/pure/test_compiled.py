@@ -146,7 +146,7 @@ def test_it_is_said_where_no_folder_keeps_kernels(monkeypatch, capsys):
 
 def test_without_numbas_compiler_it_is_said_what_switches_it_off(monkeypatch):
     monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
-    with pytest.raises(RuntimeError, match="unset NUMBA_DISABLE_JIT"):
+    with pytest.raises(RuntimeError, match="NUMBA_DISABLE_JIT=1 switches off: unset it"):
         compile_twice()
 
 

@@ -1,6 +1,7 @@
 """What `make` installs: pins that fit every build of torch, into an environment of one Python."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -101,6 +102,44 @@ def test_a_setup_that_failed_half_way_is_ended_by_the_next(
     made.run(python="3.12", fails=True)
     assert made.run(python="3.12") == ["install"]
     assert made.run(python="3.12") == []
+
+
+def test_an_environment_of_the_users_own_is_not_removed_for_another_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Made(tmp_path / "venv", monkeypatch)
+    for there in (True, False):
+        monkeypatch.setattr(setup, "check_foreign", lambda venv, there=there: there)
+        assert made.run(python="3.12") == ["create", "install"]
+        if there:
+            with pytest.raises(SystemExit, match="was there before: remove it"):
+                made.run(python="3.11")
+            assert made.pythons() == ["of 3.12"]
+            shutil.rmtree(made.venv)
+    assert made.run(python="3.11") == ["create", "install"]
+    assert made.pythons() == ["of 3.11"]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_make_clean_removes_only_what_it_has_made(tmp_path: Path) -> None:
+    """An environment that VENV names, be it by the shell's own variable, was removed; of a path
+    with a space, its halves were."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in (".venv", "own", "made", "half"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "made" / setup.MADE).touch()
+
+    def clean(*options: str) -> str:
+        command = ["make", "clean", *options]
+        environ = {key: value for key, value in os.environ.items() if key != "VENV"}
+        done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    assert "has to be one path without spaces" in clean("VENV=half own")
+    assert "own was there before, and stays" in clean("VENV=own")
+    clean("VENV=made")
+    clean()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Makefile", "half", "own"]
 
 
 def test_a_folder_that_no_setup_has_made_is_not_removed(
