@@ -1,4 +1,4 @@
-"""The command line: judge an algorithm, a user's own or a built-in one."""
+"""The command line: judge algorithms, compare runs, measure links, look at what a run needs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import units
+from . import __version__, units
 from .builders import ALL_ROOTS, Misuse, find_builder
 from .comm.cost import kinds, price
 from .comm.errors import ScheduleError
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ringfold", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"ringfold {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     algorithm = argparse.ArgumentParser(add_help=False)
     algorithm.add_argument(
@@ -77,13 +78,18 @@ def _parser() -> argparse.ArgumentParser:
     cost = commands.add_parser(
         "simulate", parents=[algorithm], help="price an algorithm on a cluster"
     )
-    cost.add_argument("--ranks", type=int, default=8)
-    cost.add_argument("--nbytes", default="64MiB", help="the whole buffer: 4, 64KiB, 1GiB")
-    cost.add_argument("--itemsize", type=int, default=4, help="bytes of an element")
-    cost.add_argument("--latency", default="5us", help="of a message between nodes")
-    cost.add_argument("--bandwidth", default="25GB/s", help="of a network card")
-    cost.add_argument("--ranks-per-node", type=int, default=1)
-    cost.add_argument("--cards-per-node", type=int, default=1)
+    for option, default, what in (
+        ("--ranks", 8, "how many there are"),
+        ("--nbytes", "64MiB", "the whole buffer: 4, 64KiB, 1GiB"),
+        ("--itemsize", 4, "bytes of an element"),
+        ("--latency", "5us", "of a message between nodes"),
+        ("--bandwidth", "25GB/s", "of a network card"),
+        ("--ranks-per-node", 1, "ranks that share a node"),
+        ("--cards-per-node", 1, "network cards that they share"),
+    ):
+        cost.add_argument(
+            option, type=type(default), default=default, help=f"{what} (default: %(default)s)"
+        )
     cost.add_argument("--intra-latency", help="within a node (default: as between nodes)")
     cost.add_argument("--intra-bandwidth", help="within a node (default: as between nodes)")
     cost.add_argument("--reduce-bandwidth", help="bytes a second that a rank adds (default: free)")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import ringfold
 from ringfold import cli, units
 from ringfold.builders import ALL_ROOTS, Builder
 from ringfold.cli import BUSBW, CUT_OFF, main
@@ -203,3 +204,9 @@ def test_units() -> None:
     assert units.read_sizes("1,2,5-8") == (1, 2, 5, 6, 7, 8)
     assert units.show_nbytes(1 << 20) == "1 MiB" and units.show_nbytes(5) == "5 B"
     assert units.show_seconds(1.5e-6) == "1.5 us" and units.show_seconds(0) == "0 ns"
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"ringfold {ringfold.__version__}\n")
