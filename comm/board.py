@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -91,9 +92,12 @@ class Board:
             nodes.release(block)
         return None
 
-    def note_in(self, ring: Ring, counter: Words) -> None:
-        """Note every work in a ring, and count it in the first word of `counter`."""
-        self._ring, self._counter = ring, counter
+    def note_in(self, ring: Ring, counter: Words, settle: Callable[[int], None]) -> None:
+        """Note every work in a ring, and count it in the first word of `counter`.
+
+        settle: is told the number of a call in which all ranks have seen that they differ.
+        """
+        self._ring, self._counter, self.settle = ring, counter, settle
         self.record[BoardWord.RING] = ring.address
         self.record[BoardWord.COUNTER] = counter.ctypes.data
 

@@ -150,8 +150,10 @@ class Communicator(GroupCalls, Scope):
         if self.node is not self and self.node._sharing is None:
             self.node._meet(nodes)
         self._sharing = sharing = Sharing(self, nodes)
-        if sharing.board is not None:
-            sharing.board.note_in(self._progress.ring, self._runner.counter)
+        inquiry = self._progress.inquiry
+        if sharing.board is not None and inquiry is not None:
+            settle = partial(inquiry.settle, self.name)
+            sharing.board.note_in(self._progress.ring, self._runner.counter, settle)
         self._operations.share(sharing.memory, sharing.board, sharing.mail, nodes.reason)
 
     def _use(self, tuning: Tuning | None) -> None:

@@ -136,6 +136,13 @@ class Inquiry:
             called = max((row.sequence for row in self.rows(group)), default=0)
             self._settled[group] = max(self._settled.get(group, 0), called)
 
+    def settle(self, group: str, sequence: int) -> None:
+        """Take a call in which ranks differ for known: each has found it where they meet."""
+        with self._lock:
+            self._settled[group] = max(self._settled.get(group, 0), sequence)
+            if group in self._verdicts and self._verdicts[group].sequence <= sequence:
+                del self._verdicts[group]
+
     def _tell(self, work: Work, notice: Notice) -> None:
         transport = work.transport
         near = {request.peer for request in work.pending} | {

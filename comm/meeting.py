@@ -181,6 +181,7 @@ class Meeting:
         own = self._entry()
         if own is None:
             return table(DIFFER, shown)
+        board.settle(own.sequence)
         for rank, entry in enumerate(board.entries(own.group, own.sequence)):
             if entry is not None:
                 shown[rank] = str(Row.of(entry))

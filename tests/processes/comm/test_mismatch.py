@@ -187,3 +187,16 @@ def test_the_texts_are_one(group: Communicator) -> None:
     rows = group.allgather(text)
     assert (rows == rows[0]).all()
     part.close()
+
+
+def test_a_call_that_was_refused_on_all_ranks_is_not_refused_again(group: Communicator) -> None:
+    """A rank that had to wait for 0.3 s afterwards heard of the earlier call from the others."""
+    part = group.split(0)
+    assert part is not None
+    if part.size > 1:
+        with pytest.raises(MismatchError):
+            lengths(part, part.rank == part.size - 1)
+        if part.rank == 0:
+            time.sleep(0.6)
+        assert part.allreduce(np.ones(3))[0] == part.size
+    part.close()
