@@ -22,7 +22,8 @@ def shown_ranks(ranks: Sequence[int]) -> str:
 
 def gather_texts(comm: Communicator, text: str) -> list[str]:
     """Return every rank's text, by rank; collective."""
-    mine = np.frombuffer(text.encode(), np.uint8)
+    # Of a path that is no UTF-8 Python keeps what cannot be encoded.
+    mine = np.frombuffer(text.encode(errors="backslashreplace"), np.uint8)
     lengths = comm.allgather(np.array([len(mine)], np.int64))[:, 0]
     if not lengths.any():
         return [""] * comm.size
