@@ -81,7 +81,8 @@ _KEPT: list[Any] = []
 
 
 def _compile(name: str, function: Callable[..., Any], compiler: Callable[..., Any]) -> Any:
-    if numba.config.DISABLE_JIT:
+    config: Any = numba.config  # its attributes come from the environment
+    if config.DISABLE_JIT:
         raise RuntimeError(
             "kernels need Numba's compiler, which NUMBA_DISABLE_JIT=1 switches off: unset it"
         )

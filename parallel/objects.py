@@ -53,7 +53,7 @@ def _pickled(value: Any) -> tuple[NDArray[np.uint8], Exception | None]:
     try:
         text, error = pickle.dumps(value), None
     except Exception as raised:  # whatever the value's own methods raise
-        text, error = f"{type(raised).__name__}: {raised}".encode(), raised
+        text, error = f"{type(raised).__name__}: {raised}".encode(errors="backslashreplace"), raised
     return np.frombuffer(text, dtype=np.uint8), error
 
 

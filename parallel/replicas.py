@@ -124,7 +124,7 @@ def check_equal(
     try:
         text, error = "\n".join(lines() if callable(lines) else lines).encode(), None
     except (ValueError, TypeError) as raised:
-        text, error = str(raised).encode(), raised
+        text, error = str(raised).encode(errors="backslashreplace"), raised
     if comm.size == 1:
         if error is not None:
             raise error

@@ -59,14 +59,15 @@ def main() -> int:
         wanted = Stamp(digest(), frozenset(arguments.extras.split(",")), sys.version, arguments.mpi)
         stamps = [Stamp.read(path) for path in venv.glob("*.stamp")]
         fits = [stamp for stamp in stamps if suits(stamp, wanted, arguments.any_python)]
-        if stamps and not fits:
-            if not (venv / MADE).exists():
-                raise SystemExit(
-                    f"ringfold setup: {venv} is for another Python or MPI library, and was there "
-                    "before: remove it, or name another folder: make VENV=..."
-                )
-            say(f"{venv.name} is for another Python or MPI library: it is made anew")
+        if not fits and (venv / MADE).exists():
+            if stamps:  # else a setup was interrupted as it began
+                say(f"{venv.name} is for another Python or MPI library: it is made anew")
             shutil.rmtree(venv)
+        elif stamps and not fits:
+            raise SystemExit(
+                f"ringfold setup: {venv} is for another Python or MPI library, and was there "
+                "before: remove it, or name another folder: make VENV=..."
+            )
         current = [stamp for stamp in fits if stamp.digest == wanted.digest]
         there = frozenset().union(*(stamp.extras for stamp in current))
         made = replace(wanted, extras=wanted.extras | there)
@@ -74,10 +75,10 @@ def main() -> int:
             made = replace(made, python=fits[0].python, mpi=fits[0].mpi)
         if not wanted.extras <= there:
             if not fits:
-                ours = not check_foreign(venv)
-                create(venv)
-                if ours:
+                if not check_foreign(venv):
+                    venv.mkdir(exist_ok=True)
                     (venv / MADE).touch()
+                create(venv)
             if not current:
                 # Until all is there a stamp that has nothing: a setup that fails half-way leaves an
                 # environment of which the next one knows the Python.

@@ -104,6 +104,17 @@ def test_a_setup_that_failed_half_way_is_ended_by_the_next(
     assert made.run(python="3.12") == []
 
 
+def test_a_setup_that_was_interrupted_as_it_began_is_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Made(tmp_path / "venv", monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(setup, "create", lambda venv: sys.exit(f"{(venv / 'half').mkdir()}"))
+        assert made.run(python="3.12", fails=True) == []
+    assert made.run(python="3.11") == ["create", "install"]
+    assert made.pythons() == ["of 3.11"] and not (made.venv / "half").exists()
+
+
 def test_an_environment_of_the_users_own_is_not_removed_for_another_python(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
