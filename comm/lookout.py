@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ..kernels.say import flush, say
-from .company import company
+from .company import company, sees_launcher
 from .deaths import STOPPED_SECONDS, Process
 from .ending import Told, told_to_end
 from .settings import Seat
@@ -41,6 +41,7 @@ class Lookout:
         """timeout: seconds that the start may take; a short one is not meant for that."""
         self._seat, self._timeout = seat, max(timeout, PATIENCE)
         self._others = company(seat)
+        self._sees = sees_launcher(seat)
         self._since: dict[tuple[int, float], float] = {}
 
     @contextmanager
@@ -106,7 +107,7 @@ class Lookout:
         here = "is told to end (SIGTERM) while it waits for MPI to start"
         gone = [self._name(rank) for rank, other in self._others.items() if not other.lives]
         known = {*self._others, self._seat.rank}
-        if self._seat.local_size > len(known):
+        if self._sees and self._seat.local_size > len(known):
             gone.append(self._missing(known))
         return f"{here}: {' and '.join(gone)} ended before it did" if gone else here
 
@@ -114,7 +115,7 @@ class Lookout:
         here = "waits for MPI to start, but"
         self._complete()
         known = {*self._others, self._seat.rank}
-        if self._seat.local_size > len(known) and waited > _GRACE:
+        if self._sees and self._seat.local_size > len(known) and waited > _GRACE:
             return f"{here} {self._missing(known)} ended before it did"
         gone = self._for_long(lambda process: not process.lives, _GRACE)
         if gone is not None:

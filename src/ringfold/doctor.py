@@ -143,7 +143,7 @@ def _shared(comm: Communicator) -> list[Finding]:
     elif why:
         advice = (
             "let processes of one user open each other's /proc/PID/fd (ptrace scope, hidepid, user "
-            "namespaces), or set RINGFOLD_SHARED=0 to go without"
+            "namespaces, a container for each rank), or set RINGFOLD_SHARED=0 to go without"
         )
         found = [broken("shared memory", f"{why}; the node's ranks send messages", advice)]
     else:

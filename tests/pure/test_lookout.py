@@ -1,14 +1,17 @@
 """What a rank says that waits for MPI to start, without an MPI."""
 
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from ringfold.comm.company import sees_launcher
 from ringfold.comm.ending import told_to_end
 from ringfold.comm.lookout import Lookout
 from ringfold.comm.settings import Seat
@@ -115,3 +118,28 @@ def test_ranks_that_were_stopped_with_this_one_are_given_time(
             gone[0] = away
             assert looked.wait(20)
     assert [since for _, since in seen][:2] == [1, 0] and seen[-1][0] < 10
+
+
+@pytest.mark.parametrize(
+    "above, seen",
+    [
+        ([], False),  # in a container of its own
+        (["a job"], False),  # what wraps the rank there
+        ([None], True),
+        (["a job", None], True),
+        (["another job"], True),  # whose rank has called mpirun
+    ],
+)
+def test_whom_a_rank_does_not_see_has_not_ended(
+    tmp_path: Path, above: list[str | None], seen: bool
+) -> None:
+    """With a container for each rank, those that took 1.5 s longer to start were given up."""
+    pids = [os.getpid(), *range(10, 10 + len(above))]
+    for pid, parent, job in zip(pids, [*pids[1:], 0], ["a job", *above], strict=True):
+        entry = tmp_path / str(pid)
+        entry.mkdir()
+        (entry / "stat").write_text(f"{pid} (a (b) c) S {parent} 1 1 0")
+        seat = [f"OMPI_COMM_WORLD_{name}=1" for name in ("RANK", "SIZE", "LOCAL_SIZE")]
+        told = [*seat, f"PMIX_NAMESPACE={job}"] if job else ["A=B"]
+        (entry / "environ").write_text("\0".join(told))
+    assert sees_launcher(Seat("a job", 0, 2, 2), tmp_path) == seen
