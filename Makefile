@@ -217,7 +217,7 @@ bench-hosts: $(READY)
 
 clean:
 	@for venv in $(VENV) $(MPICH_VENV) $(IMPI_VENV); do \
-	  if [ $(origin VENV) = file ] || [ ! -e $$venv ] || [ -e $$venv/ringfold.made ]; then \
+	  if [ "$(origin VENV)" = file ] || [ ! -e $$venv ] || [ -e $$venv/ringfold.made ]; then \
 	    (set -x; rm -rf $$venv $$venv.lock); \
 	  else \
 	    echo "$$venv was there before, and stays"; \

@@ -60,9 +60,10 @@ def main() -> int:
         stamps = [Stamp.read(path) for path in venv.glob("*.stamp")]
         fits = [stamp for stamp in stamps if suits(stamp, wanted, arguments.any_python)]
         if not fits and (venv / MADE).exists():
-            if stamps:  # else a setup was interrupted as it began
+            if stamps:
                 say(f"{venv.name} is for another Python or MPI library: it is made anew")
-            shutil.rmtree(venv)
+            if stamps or python_of(venv) != sys.version:  # of a setup that was interrupted
+                shutil.rmtree(venv)
         elif stamps and not fits:
             raise SystemExit(
                 f"ringfold setup: {venv} is for another Python or MPI library, and was there "
@@ -100,11 +101,7 @@ def check_foreign(venv: Path) -> bool:
     """
     if not venv.exists() or not any(venv.iterdir()):
         return False
-    try:
-        command = [str(venv / "bin" / "python"), "-c", "import sys; print(sys.version)"]
-        found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        found = ""
+    found = python_of(venv)
     if found != sys.version:
         what = f"an environment of Python {found.split()[0]}" if found else "no environment"
         raise SystemExit(
@@ -112,6 +109,15 @@ def check_foreign(venv: Path) -> bool:
             f" {sys.version.split()[0]}: remove it, or name another folder: make VENV=..."
         )
     return True
+
+
+def python_of(venv: Path) -> str:
+    """Return what an environment's Python says of itself, "" where there is none."""
+    command = [str(venv / "bin" / "python"), "-c", "import sys; print(sys.version)"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def suits(stamp: Stamp, wanted: Stamp, any_python: bool) -> bool:
