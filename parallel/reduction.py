@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..comm.timeline import PACK
 from .flight import Carrier, Flight, Load
-from .weights import sum_of_weights
+from .weights import is_summed, sum_of_weights
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -66,6 +66,10 @@ class Terms:
     weight: float | None
     total: Work | None
     loss_scale: float
+
+    def settled(self) -> bool:
+        """Tell whether `share` would neither wait nor raise."""
+        return self.total is None or is_summed(self.total)
 
     def share(self) -> float | None:
         """Return this rank's part of a weighted mean, when all ranks have told their weights."""
@@ -134,7 +138,9 @@ class Reduction:
         self._waiting[place] -= 1
         started = len(self._flights)
         eager = 0 if self.held else self._bucketing.eager
-        while started < eager and self._waiting[started] == 0:
+        # To wait for weights is for the end: a rank that is in another wrapper's part of the same
+        # backward, or in its `reduce_gradients`, tells those of this one only after that.
+        while started < eager and self._waiting[started] == 0 and self.terms.settled():
             self._start(self._bucketing.buckets[started], last=False)
             self.overlapped += 1
             started += 1

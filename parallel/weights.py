@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ..comm.communicator import Communicator
     from ..comm.work import Work
 
-__all__ = ["begin_weighing", "sum_of_weights"]
+__all__ = ["begin_weighing", "is_summed", "sum_of_weights"]
 
 
 def begin_weighing(comm: Communicator, weight: float) -> Work:
@@ -24,6 +24,15 @@ def sum_of_weights(work: Work) -> float:
     """Return the sum of all ranks' weights; ValueError on every rank where one is no weight."""
     weights = work.wait()[:, 0].tolist()
     for rank, weight in enumerate(weights):
-        if not (math.isfinite(weight) and weight >= 0):
+        if not _is_weight(weight):
             raise ValueError(f"expected a finite weight >= 0, got {weight} on rank {rank}")
     return float(sum(weights))
+
+
+def is_summed(work: Work) -> bool:
+    """Tell whether there is a sum for `sum_of_weights` to return; never waits."""
+    return work.done() and all(map(_is_weight, work.wait()[:, 0].tolist()))
+
+
+def _is_weight(weight: float) -> bool:
+    return math.isfinite(weight) and weight >= 0

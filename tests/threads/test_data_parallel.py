@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from ringfold import DataParallel, NotFinite, run_local
+from ringfold import DataParallel, NotFinite, Settings, run_local
 from ringfold.parallel import GlobalBatchSampler, NoneIfEmpty
 from ringfold.parallel.buckets import LIMITS
 
@@ -1185,6 +1185,29 @@ def test_wrappers_that_ranks_reach_in_different_orders(check_finite, groups):
                 assert [(grad(m.a), grad(m.b)) for m in modules] == [(6.0, 4.0)] * 3
 
     run_local(3, main)
+
+
+def test_weighted_wrappers_that_ranks_reach_in_different_orders():
+    """A rank waited in backward for weights that another told only once its own had ended."""
+
+    def main(comm):
+        first, second = modules = [Scalars(a=2, b=3) for _ in range(2)]
+        models = [DataParallel(module, comm, bucket_bytes=1) for module in modules]
+        for step in range(4):
+            for model in models:
+                model.zero_grad()
+            with models[0].weighted(comm.rank + 1), models[1].weighted(3 - comm.rank):
+                if step == 2 and comm.rank == 1:
+                    for model in models:  # the other rank's backward comes to the second first
+                        model.reduce_gradients()
+                else:
+                    reached = models[:: 1 - 2 * comm.rank]
+                    sum(m(lambda m: m.a * m.b * (comm.rank + 1)) for m in reached).backward()
+            by_two = [3 * r + 3 for r in range(2)] if step != 2 else [3, 0]
+            assert grad(first.a) == pytest.approx((by_two[0] + 2 * by_two[1]) / 3)
+            assert grad(second.a) == pytest.approx((3 * by_two[0] + 2 * by_two[1]) / 5)
+
+    run_local(2, main, settings=Settings(timeout=60))
 
 
 def test_flags_follow_the_gradients_from_pass_to_pass():
