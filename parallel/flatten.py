@@ -159,6 +159,8 @@ class Flattened:
         if self._at_home[i]:
             return
         gradient, view = self._gradients[i], self._home.view(i, parameter)
+        if parameter.is_complex() and view.storage_offset() % 2:
+            view = view.clone()  # behind an odd number of real elements no complex one may begin
         if gradient is None and not parameter.is_contiguous():
             gradient = torch.empty_like(parameter, requires_grad=False)
         if gradient is None or _can_move(gradient, parameter):

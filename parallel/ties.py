@@ -196,7 +196,8 @@ class _Shared:
         return found
 
     def _shaped(self, real: Tensor) -> Tensor:
-        return torch.view_as_complex(real) if self.uses[0].is_complex() else real
+        # In memory of its own: behind an odd number of elements no complex one may begin.
+        return torch.view_as_complex(real.clone()) if self.uses[0].is_complex() else real
 
 
 def _use_of(parameter: nn.Parameter) -> nn.Parameter:

@@ -469,6 +469,28 @@ def test_dtypes_layouts_and_buffers(size):
         assert grads["turned"].tolist() == (mean * torch.arange(6.0).view(3, 2)).tolist()
 
 
+@pytest.mark.parametrize("wire", [None, "topk:1.0"])
+def test_a_complex_gradient_behind_an_odd_number_of_elements(wire):
+    """No complex element may begin at an odd place of a bucket."""
+
+    def main(comm):
+        module = nn.Module()
+        module.odd = nn.Parameter(torch.ones(3))
+        module.waves = nn.Parameter(torch.tensor([[1 + 2j, 3 - 1j]]))
+        module.last = nn.Parameter(torch.ones(3))
+        model = DataParallel(module, comm, wire=wire)
+        factor = torch.tensor([1 - 1j, 2 + 3j]) * (comm.rank + 1)
+        for step, users in enumerate(((0, 1), (0, 1), (1,))):
+            model.zero_grad()
+            uses = (module.waves * factor.conj()).real.sum() if comm.rank in users else 0
+            (module.odd.sum() + uses + module.last.sum()).backward()
+            mean = (1.5, 1.5, 1.0)[step]
+            assert module.waves.grad.tolist() == [[mean * (1 - 1j), mean * (2 + 3j)]]
+            assert grad(module.odd) == grad(module.last) == [1.0] * 3
+
+    run_local(2, main)
+
+
 def test_a_buffer_that_is_a_conjugate_or_negative_view_gets_roots_values():
     def main(comm):
         module = nn.Linear(1, 1)

@@ -477,6 +477,19 @@ class Convolve(nn.Module):
         return nn.functional.conv2d(x, self.weight, padding=1).tanh()
 
 
+def test_a_complex_weight_of_several_stages():
+    """The gradient of a use began at an odd place among real elements."""
+
+    def main(comm):
+        first, last = Times(1), Times(1)
+        first.w = last.w = nn.Parameter(torch.tensor(2 + 1j))
+        engine = Pipeline([first, last], Mesh(comm, pipe=2), loss_fn=lambda y, _: y.abs().mean())
+        engine.step(torch.tensor([2.0, 4.0]))
+        return [p.grad.item() for p in engine.parameters()]
+
+    assert run_local(2, main) == [[pytest.approx(12 + 6j)]] * 2  # of 3 |w| ** 2
+
+
 @pytest.mark.parametrize("pipe", [1, 2])
 def test_a_sum_of_uses_has_the_strides_of_the_weight(pipe):
     """A fused optimizer mixed up the elements of gradients that came from other ranks."""
