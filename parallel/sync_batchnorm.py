@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from .replicas import check_equal
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -104,37 +107,58 @@ class SyncBatchNorm(_BatchNorm):
 
 
 def convert_sync_batchnorm(module: nn.Module, comm: Communicator) -> nn.Module:
-    """Replace every BatchNorm1d, 2d and 3d by a SyncBatchNorm with the same tensors.
+    """Replace every BatchNorm, torch's SyncBatchNorm too, by a SyncBatchNorm with the same tensors.
 
     Returns the module, or the replacement of the module itself. Parameters and buffers stay the
-    same objects under the same names, so an optimizer made before goes on. Collective over `comm`.
+    same objects under the same names, so an optimizer made before goes on; so do hooks and
+    attributes. Collective over `comm`.
+
+    On every rank, before anything is replaced: TypeError by name for a layer with a forward of its
+    own, which would be lost; ValueError for a lazy one, or if the layers differ between ranks.
     """
-    return _convert(module, comm, comm.split(0, key=comm.rank), {})
+    check_equal(comm, lambda: _replaceable(module), "BatchNorm layers")
+    return _convert(module, comm.split(0, key=comm.rank), {})
+
+
+def _replaceable(module: nn.Module) -> list[str]:
+    """Return the names of the layers to replace."""
+    found = []
+    for name, layer in module.named_modules():
+        if not _is_other_batchnorm(layer):
+            continue
+        kind = f"{name or 'the module'}, a {type(layer).__name__},"
+        if isinstance(layer, LazyModuleMixin):
+            raise ValueError(f"{kind} has no shape yet: run a forward of its lazy module first")
+        plain = type(layer).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+        if not plain or "forward" in layer.__dict__:
+            raise TypeError(
+                f"{kind} has a forward of its own, which a SyncBatchNorm has not: make it of a "
+                "BatchNorm and a layer for the rest, or convert the parts beside it one by one"
+            )
+        found.append(f"{name} of {layer.num_features}")
+    return found
+
+
+def _is_other_batchnorm(layer: nn.Module) -> TypeGuard[_BatchNorm]:
+    return isinstance(layer, _BatchNorm) and not isinstance(layer, SyncBatchNorm)
 
 
 def _convert(
-    module: nn.Module, comm: Communicator, channel: Communicator | None, done: dict[int, nn.Module]
+    module: nn.Module, channel: Communicator | None, done: dict[int, nn.Module]
 ) -> nn.Module:
     if id(module) in done:  # a layer that is used in two places stays one
         return done[id(module)]
     made = module
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
-        made = SyncBatchNorm(
-            module.num_features,
-            comm,
-            eps=module.eps,
-            momentum=module.momentum,
-            affine=module.affine,
-            track_running_stats=module.track_running_stats,
-            channel=channel,
-        )
-        made._parameters.update(module._parameters)
-        made._buffers.update(module._buffers)
-        made.train(module.training)
+    if _is_other_batchnorm(module):
+        # All that makes it up, hooks and what users have set included.
+        made = SyncBatchNorm.__new__(SyncBatchNorm)
+        made.__dict__.update(module.__dict__, channel=channel)
+        for name in ("process_group", "_compiled_call_impl"):
+            made.__dict__.pop(name, None)
     done[id(module)] = made
-    for name, child in list(module._modules.items()):
+    for place, child in list(module._modules.items()):
         if child is not None:
-            made._modules[name] = _convert(child, comm, channel, done)
+            made._modules[place] = _convert(child, channel, done)
     return made
 
 

@@ -150,13 +150,48 @@ def test_converts_in_place_and_keeps_tensors():
         assert isinstance(module[1], SyncBatchNorm) and isinstance(module[5], SyncBatchNorm)
         assert all(module.get_parameter(n) is p for n, p in before[0].items())
         assert all(module.get_buffer(n) is b for n, b in before[1].items())
-        assert isinstance(convert_sync_batchnorm(nn.BatchNorm1d(2), comm), SyncBatchNorm)
+        plain = nn.BatchNorm1d(2)
+        seen = []
+        plain.register_forward_hook(lambda *_: seen.append(comm.rank))
+        plain.stays = True
+        for given in (plain, nn.SyncBatchNorm(2)):
+            made = convert_sync_batchnorm(given, comm)
+            assert isinstance(made, SyncBatchNorm)
+            x = batch(0)[:, :, 0, 0]
+            torch.testing.assert_close(made(x), given(x))
+        assert plain.stays and seen == [comm.rank, comm.rank]
         with pytest.raises(ValueError, match=r"expected input of \(rows, 3, ...\), got \(2, 4\)"):
             module[1](torch.ones(2, 4))
         with pytest.raises(ValueError, match=r"more than 1 value per channel.*got 1.0 on all"):
             module[5](torch.ones(1 if comm.rank else 0, 5))
 
     run_local(2, main)
+
+
+class Activated(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: Activated(2), "has a forward of its own"),
+        (nn.LazyBatchNorm1d, "has no shape yet"),
+    ],
+)
+def test_what_would_get_lost_is_refused_by_name_before_anything_is_replaced(make, told):
+    """What the layer did besides was gone, or a layer met nobody, without a word."""
+
+    def main(comm):
+        module = nn.Sequential(nn.BatchNorm1d(2), nn.Sequential(make()))
+        if comm.rank == 1:
+            module[1][0] = nn.Identity()
+        with pytest.raises((TypeError, ValueError), match=rf"on rank 0: 1\.0, a \w+, {told}"):
+            convert_sync_batchnorm(module, comm)
+        return type(module[0])
+
+    assert run_local(2, main) == [nn.BatchNorm1d] * 2
 
 
 @pytest.mark.parametrize("without", ["weight", "bias"])
