@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ class Transparent(nn.Module):
     """Name the tensors of `self.module` as the user does, without "module." in front.
 
     Also as a part of a parent, whose names go in front: what its state_dict returns, its
-    load_state_dict takes. `named_modules` has the layers where they are, below "module".
+    load_state_dict takes. `named_modules` has the layers where they are, below "module". It has no
+    tensors of its own, nor layers with any, which would be in none of that: they are refused.
     """
 
     module: nn.Module
@@ -22,6 +24,25 @@ class Transparent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_load_state_dict_post_hook(_load_ends)  # type: ignore[no-untyped-call]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module) and name != "module" and _has_tensors(value):
+            _refuse_own(name)
+        super().__setattr__(name, value)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a part without tensors, such as a loss."""
+        if module is not None and _has_tensors(module):
+            _refuse_own(name)
+        super().add_module(name, module)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Refuse it."""
+        _refuse_own(name)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Refuse it."""
+        _refuse_own(name)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters under the user's own names."""
@@ -130,6 +151,17 @@ def _load_ends(wrapper: Transparent, keys: Any) -> None:
         wrapper._modules = wrapper._modules.plain
     for hook in wrapper.module._load_state_dict_post_hooks.values():
         hook(wrapper.module, keys)
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return any(True for _ in chain(module.parameters(), module.buffers()))
+
+
+def _refuse_own(name: str) -> None:
+    raise TypeError(
+        f"{name} would be no part of the wrapped module, and in no parameters() and no "
+        f"state_dict(): set module.{name} before the module is wrapped"
+    )
 
 
 def _refuse_assignment(assign: bool) -> None:

@@ -608,6 +608,27 @@ def test_names_are_the_users():
     run_local(2, main)
 
 
+def test_what_the_wrapper_would_not_name_is_refused():
+    """A layer set on the wrapper was in no parameters() and in no state_dict(), without a word."""
+
+    def main(comm):
+        model = DataParallel(nn.Linear(2, 1), comm)
+        model.loss, model.note = nn.MSELoss(), 3
+        layer, parameter, buffer = nn.Linear(1, 1), nn.Parameter(torch.ones(1)), torch.ones(1)
+        for refused in (
+            lambda: setattr(model, "head", layer),
+            lambda: model.add_module("head", layer),
+            lambda: setattr(model, "head", parameter),
+            lambda: model.register_parameter("head", parameter),
+            lambda: model.register_buffer("head", buffer),
+        ):
+            with pytest.raises(TypeError, match=r"^head would be .* set module\.head before"):
+                refused()
+        return hasattr(model, "head"), list(model.state_dict())
+
+    assert run_local(1, main) == [(False, ["weight", "bias"])]
+
+
 @pytest.mark.parametrize("parent", ["dict", "average", "compiled", "twice", "own name"])
 def test_the_state_of_a_parent_loads(parent):
     """Names in a parent's state have no "module." of the wrapper, and are found where it is."""
