@@ -110,7 +110,7 @@ class Reduction:
         self.times: list[float] = []
         self.overlapped = 0
         self.partial: list[str] = []
-        self._seen: set[int] = set()
+        self._seen: dict[int, int] = {}
         self._waiting = [len(bucket.indices) for bucket in bucketing.buckets]
         self._begun = time.perf_counter()
         self._flights: list[Flight] = []
@@ -130,7 +130,7 @@ class Reduction:
                     "checkpoints share needs checkpoint(..., use_reentrant=False)"
                 )
             return
-        self._seen.add(index)
+        self._seen[index] = self._gradients.parameters[index]._version
         self.arrival.append(index)
         self.times.append(time.perf_counter() - self._begun)
         if place is None:
@@ -146,7 +146,11 @@ class Reduction:
             started += 1
 
     def flush(self) -> None:
-        """Start all buckets that have not been started; no more gradients will come."""
+        """Start all buckets that have not been started; no more gradients will come.
+
+        Raises: RuntimeError where a parameter was written to since its gradient was ready.
+        """
+        self._refuse_written()
         self._start_all(self._bucketing.buckets[len(self._flights) :])
 
     def land(self) -> bool:
@@ -182,6 +186,16 @@ class Reduction:
             partial=tuple(self.partial),
             finite=_all_finite([flight.finite for flight in flights]),
         )
+
+    def _refuse_written(self) -> None:
+        known = self._gradients
+        for index, version in self._seen.items():
+            if known.parameters[index]._version != version:
+                raise RuntimeError(
+                    f"{known.names[index]} was written to while backward ran, as by a hook that "
+                    "steps an optimizer: its gradient was this rank's own. Step when the outermost "
+                    "backward has returned, or within no_sync()"
+                )
 
     def _start_all(self, buckets: Sequence[Bucket]) -> None:
         for left, bucket in zip(range(len(buckets), 0, -1), buckets, strict=True):

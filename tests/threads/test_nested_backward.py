@@ -131,3 +131,35 @@ def test_what_a_failed_backward_has_begun_is_given_up_without_the_wrapper() -> N
         )
 
     assert all(run_local(2, main))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_a_step_before_the_ranks_have_met_is_refused(set_to_none, nested) -> None:
+    """Each rank stepped by its own gradient, without a word."""
+
+    def main(comm: Communicator):
+        model, other = (DataParallel(pair(), comm) for _ in range(2))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        x = batch(comm.rank, 0)
+
+        def step(_):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none)
+
+        def train(_=None):
+            with torch.enable_grad():
+                model(x).sum().backward()
+            step(None)
+
+        if nested:  # the backward of one model within that of another
+            hidden = other.module[0](x)
+            hidden.register_hook(train)
+            loss = other.module[1](hidden).sum()
+        else:
+            model.module[0].bias.register_post_accumulate_grad_hook(step)
+            loss = model(x).sum()
+        with pytest.raises(RuntimeError, match=r"was written to while backward ran.*has returned"):
+            loss.backward()
+
+    run_local(2, main)
