@@ -52,7 +52,8 @@ class DataParallel(Transparent):
     - What is reduced is `.grad` as it stands: whatever `no_sync` or an earlier backward has
       accumulated is part of it.
     - After backward `.grad` may be a view of the memory that is reduced, where the next backward
-      reduces it without a copy: clone a gradient that is to outlive the next backward.
+      reduces it without a copy. A gradient that is kept elsewhere stays what it is where the next
+      backward finds every `.grad` None; where it accumulates to some, clone what is to outlive it.
     - Buffers, such as running statistics, are sent from `root` at the end of every synchronised
       backward, unless `broadcast_buffers` is off.
     - Gradients travel on a channel of the wrapper's own, so that several wrappers over one `comm`,

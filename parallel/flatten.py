@@ -43,7 +43,7 @@ class Home:
 
     offsets: of the gradients in it.  places: their elements, flat.  addresses: of these.
     elements: all of them.  rest: what lies behind.  left: what the last pass has left there, None
-    where that is not known.
+    where that is not known.  own_uses: of the memory by what is no gradient, after the last pass.
     """
 
     def __init__(self, flat: Tensor, offsets: Sequence[int], counts: Sequence[int]) -> None:
@@ -52,6 +52,7 @@ class Home:
         self.places = [flat[o : o + count] for o, count in zip(offsets, counts, strict=True)]
         self.elements, self.rest = flat[: sum(counts)], flat[sum(counts) :]
         self.left: list[float] | None = None
+        self.own_uses: int | None = None
         start, itemsize = flat.data_ptr(), flat.element_size()
         self.addresses = [start + offset * itemsize for offset in offsets]
         self._views: list[tuple[torch.Size, Tensor] | None] = [None] * len(self.places)
@@ -75,7 +76,7 @@ class Flattened:
 
     def __init__(self, gradients: Sequence[Tensor | None], home: Home) -> None:
         self._gradients = list(gradients)
-        self._home = home
+        self.home = home
         self._flat = flat = home.flat
         self._dense = [None if g is None else _dense(g) for g in gradients]
         self._at_home = []
@@ -96,6 +97,17 @@ class Flattened:
             self._gradients[i] = gradient.detach().clone()
             self._dense[i] = _dense(self._gradients[i])  # type: ignore[arg-type]
 
+    @property
+    def takes_from_others(self) -> bool:
+        """Tell whether packing would overwrite gradients of a pass before that somebody keeps.
+
+        Where the parameters have let go of all of them; else these cannot be told apart.
+        """
+        own_uses = self.home.own_uses
+        if own_uses is None or any(self._at_home):
+            return False
+        return _uses(self._flat) > own_uses
+
     def pack(self, scale: float) -> Finite:
         """Write the gradients times `scale` into the bucket, zeros for those that are not there.
 
@@ -103,18 +115,18 @@ class Flattened:
         it; None where some lay there already and were not looked at.
         """
         if scale == 0.0:
-            self._home.elements.zero_()
+            self.home.elements.zero_()
             return True
         looked_at, away = True, []
         for i, dense in enumerate(self._dense):
             if dense is None:
-                self._home.places[i].zero_()
+                self.home.places[i].zero_()
             elif not self._at_home[i]:
                 away.append(i)
             elif dense.numel():
                 looked_at = False
                 if scale != 1.0:
-                    self._home.places[i].mul_(scale)
+                    self.home.places[i].mul_(scale)
         if not away:
             return True if looked_at else None
         finite = self._bring(away, scale)
@@ -123,8 +135,8 @@ class Flattened:
     def _bring(self, away: Sequence[int], scale: float) -> Finite:
         members = self._members(away)
         if are_few(members, self._flat):
-            places = [self._home.places[i] for i in away]
-            return pack_few(members, places, self._home.elements, scale)
+            places = [self.home.places[i] for i in away]
+            return pack_few(members, places, self.home.elements, scale)
         pack, _ = transfer_of(self._flat)
         return pack(members, self._flat, scale)
 
@@ -146,6 +158,7 @@ class Flattened:
                     self._gradients[i] = made = torch.empty_like(parameter, requires_grad=False)
                     # Where the parameter is not contiguous, this is a copy to write to first.
                     self._dense[i] = real_view(made).contiguous()
+        self.home.own_uses = _uses(self._flat) - sum(self._at_home)
         members = self._members(written)
         if not members:
             return
@@ -158,18 +171,20 @@ class Flattened:
         """Let a gradient that the bucket can hold live there."""
         if self._at_home[i]:
             return
-        gradient, view = self._gradients[i], self._home.view(i, parameter)
-        if parameter.is_complex() and view.storage_offset() % 2:
-            view = view.clone()  # behind an odd number of real elements no complex one may begin
+        gradient, view = self._gradients[i], self.home.view(i, parameter)
+        lives_here = not (parameter.is_complex() and view.storage_offset() % 2)
+        if not lives_here:  # behind an odd number of real elements no complex one may begin
+            view = view.clone()
         if gradient is None and not parameter.is_contiguous():
             gradient = torch.empty_like(parameter, requires_grad=False)
         if gradient is None or _can_move(gradient, parameter):
             parameter.grad = torch.view_as_complex(view) if parameter.is_complex() else view
+            self._at_home[i] = lives_here
         else:
             _bring_back(gradient, view, parameter)
 
     def _members(self, chosen: Sequence[int]) -> list[tuple[Tensor, int]]:
-        pairs = [(self._dense[i], self._home.offsets[i]) for i in chosen]
+        pairs = [(self._dense[i], self.home.offsets[i]) for i in chosen]
         return [(tensor, offset) for tensor, offset in pairs if tensor is not None]
 
 

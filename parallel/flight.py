@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -146,14 +147,15 @@ class DenseCarrier:
         self._op = op
         self._homes = Homes(comm, dtype)
         self._rows: dict[tuple[tuple[bool, ...], torch.dtype, torch.device], Tensor] = {}
-        self._plans: dict[tuple[Home, str], tuple[Callable[[], object], Ended]] = {}
+        # By their memory, as long as that is a bucket's.
+        self._plans: WeakKeyDictionary[Home, dict[str, tuple[Callable[[], object], Ended]]]
+        self._plans = WeakKeyDictionary()
 
     def start(self, bucket: Bucket, load: Load, *, last: bool) -> Flight:
         flags = load.flags
         scale, op = (1.0, self._op) if load.share is None else (load.share, "sum")
-        home = self._homes.of(bucket, load.device, len(flags))
-        flattened = Flattened(load.gradients, home)
-        finite = flattened.pack(scale)
+        flattened = self._homes.flatten(bucket, load, len(flags))
+        home, finite = flattened.home, flattened.pack(scale)
         if home.left != flags:
             home.rest.copy_(self._row_of(flags, home.flat))
         home.left = None
@@ -171,11 +173,12 @@ class DenseCarrier:
         """Start to reduce a bucket; wait for it where it is the last, by a plan from then on."""
         if not last or home.flat.device.type != "cpu":
             return Rounds(_one(self._comm.allreduce(home.flat, op=op, blocking=False)))
-        known = self._plans.get((home, op))
+        plans = self._plans.setdefault(home, {})
+        known = plans.get(op)
         if known is None:
             work = self._comm.allreduce(home.flat, op=op, blocking=False)
             plan = self._comm.plan("allreduce", home.flat, op=op)
-            self._plans[home, op] = plan, Ended([work.receipt])
+            plans[op] = plan, Ended([work.receipt])
             return Rounds(_one(work))
         plan, ended = known
         plan()
@@ -221,9 +224,8 @@ class LargeCarrier:
         flat = None if kept or scale != 1.0 else in_place(gradient, parameter)
         flattened, finite = None, None
         if flat is None:
-            home = self._homes.of(bucket, load.device)
-            flattened = Flattened(load.gradients, home)
-            flat, finite = home.flat, flattened.pack(scale)
+            flattened = self._homes.flatten(bucket, load)
+            flat, finite = flattened.home.flat, flattened.pack(scale)
         elif gradient is not None:
             self._reduced[bucket] = weakref.ref(gradient)
         counting = self._comm.allreduce(flags, op="sum", blocking=False)
@@ -258,7 +260,7 @@ class Counters:
 
 
 class Homes:
-    """The memory of each bucket, the same in each pass.
+    """The memory of each bucket, the same in each pass as long as nobody else needs it.
 
     wire: the word for the dtype that it has, see `flatten.WIRES`; None for the gradients' own.
     """
@@ -267,8 +269,15 @@ class Homes:
         self._comm, self._wire = comm, wire
         self._known: dict[tuple[Bucket, int], Home] = {}
 
-    def of(self, bucket: Bucket, device: torch.device, num_flags: int = 0) -> Home:
-        """Return the memory of a bucket, with places for flags behind its elements."""
+    def flatten(self, bucket: Bucket, load: Load, num_flags: int = 0) -> Flattened:
+        """Tie gradients to the memory of their bucket, with places for flags behind them."""
+        made = Flattened(load.gradients, self._of(bucket, load.device, num_flags))
+        if made.takes_from_others:
+            del self._known[bucket, num_flags]
+            made = Flattened(load.gradients, self._of(bucket, load.device, num_flags))
+        return made
+
+    def _of(self, bucket: Bucket, device: torch.device, num_flags: int) -> Home:
         home = self._known.get((bucket, num_flags))
         if home is None:
             dtype = getattr(torch, wire_of(bucket.dtype, self._wire))
@@ -293,15 +302,14 @@ class HookCarrier:
 
     def start(self, bucket: Bucket, load: Load, *, last: bool) -> Flight:
         scale = self._plain if load.share is None else load.share * self._comm.size
-        home = self._homes.of(bucket, load.device)
-        flattened = Flattened(load.gradients, home)
+        flattened = self._homes.flatten(bucket, load)
         finite = flattened.pack(scale)
         flags = self._counters.fill(bucket, load)
         handed = GradientBucket(
             names=load.names,
             shapes=tuple(tuple(real_view(p).shape) for p in load.parameters),
             offsets=bucket.offsets,
-            flat=home.flat,
+            flat=flattened.home.flat,
             present=tuple(g is not None and scale != 0.0 for g in load.gradients),
             loss_scale=load.loss_scale,
         )

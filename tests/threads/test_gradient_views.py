@@ -58,6 +58,35 @@ def test_kept_gradients_stay_where_they_are_reduced(counts, wire):
     assert all(run_local(3, main))
 
 
+@pytest.mark.parametrize("keep", [lambda g: g, lambda g: g.detach().view(-1)])
+@pytest.mark.parametrize("wire", [None, "topk:1.0"])
+def test_a_gradient_that_is_kept_elsewhere_stays_what_it_is(wire, keep):
+    """Of two losses, say, whose gradients are compared: the second overwrote the first."""
+
+    def main(comm):
+        model = DataParallel(Vectors(a=5, b=LARGE, c=3), comm, wire=wire)
+        kept, seen = [], []
+        for step in range(8):
+            model.zero_grad()
+            # A rank that has no gradient of its own gets that of the others.
+            names = "ac" if comm.rank == step % 2 else "abc"
+            model(dict.fromkeys(names, float(step))).backward()
+            for name, parameter in model.named_parameters():
+                expected = model.module.slope(name, step / (2 if name == "b" else 1))
+                torch.testing.assert_close(parameter.grad, expected)
+                if step in (2, 3, 4) and comm.rank != 1:
+                    kept.append((keep(parameter.grad), expected))
+            a, _, c = places(model)
+            seen.append((a, c))
+        for gradient, expected in kept:
+            torch.testing.assert_close(gradient, expected)
+        # Memory of its own is taken for what is kept only.
+        assert len(set(seen[2:])) == (1 if comm.rank == 1 else 4)
+        assert seen[5] == seen[6] == seen[7]
+
+    run_local(2, main)
+
+
 def test_a_fresh_large_gradient_is_reduced_in_its_own_memory():
     def main(comm):
         module = Vectors(a=LARGE)
