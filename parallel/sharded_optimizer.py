@@ -54,7 +54,8 @@ class ShardedOptimizer(Optimizer):
     all ranks at each step, and their gradients too without `reduce`; they are equal afterwards. A
     parameter without a gradient, with `reduce` one without on every rank, is left alone. Sparse
     gradients count as dense ones. State per rank: 1/size of the whole, up to size - 1 elements per
-    bucket. Collective over `comm`: the constructor, `step`, `state_dict` and `clip_grad_norm_`.
+    bucket. Collective over `comm`: the constructor, `add_param_group`, `step`,
+    `state_dict` and `clip_grad_norm_`.
 
     TypeError for another optimizer or parameters without names; ValueError on every rank if names,
     shapes or dtypes differ between ranks.
@@ -89,21 +90,10 @@ class ShardedOptimizer(Optimizer):
         lines = [*describe(everything), f"{optimizer.__name__}, reduce {reduce}, {bucket_bytes}"]
         check_equal(comm, lines, "parameters or settings of the sharded optimizer")
         check_sendable(comm, everything)
-        self._shards = [
-            shards_of(group["params"], comm.rank, comm.size, bucket_bytes) for group in groups
-        ]
-        pieces = [
-            {
-                **{key: value for key, value in group.items() if key != "params"},
-                "params": [piece.parameter for shard in shards for piece in shard.pieces],
-            }
-            for group, shards in zip(groups, self._shards, strict=True)
-        ]
-        self._inner = optimizer(pieces, **hyper)
-        whole = [
-            {**_hyper(inner), "params": [parameter for _, parameter in group["params"]]}
-            for inner, group in zip(self._inner.param_groups, groups, strict=True)
-        ]
+        self._bucket_bytes = bucket_bytes
+        self._shards: list[list[Shard]] = []
+        self._inner = optimizer(self._shared_out(groups), **hyper)
+        whole = list(map(_whole, self._inner.param_groups, groups))
         super().__init__(whole, dict(self._inner.defaults))
 
     @torch.no_grad()
@@ -188,12 +178,45 @@ class ShardedOptimizer(Optimizer):
             group.update(_hyper(given))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse a group after construction: buckets are laid out once."""
-        if hasattr(self, "_sealed"):
-            raise ValueError("cannot add parameters to a sharded optimizer: make a new one")
-        super().add_param_group(param_group)
-        if len(self.param_groups) == len(self._names):
-            self._sealed = True
+        """Add a group, (name, parameter) pairs under "params", to train from now on; collective.
+
+        On every rank, before anything is changed: ValueError for what is in the optimizer already,
+        or differs between ranks; TypeError as the constructor has it.
+        """
+        if len(self.param_groups) < len(self._names):  # the constructor, which has checked it
+            super().add_param_group(param_group)
+            return
+
+        def lines() -> list[str]:
+            (group,) = _groups([param_group])
+            known = {p for group in self.param_groups for p in group["params"]}
+            names = {name for names in self._names for name in names}
+            for name, parameter in group["params"]:
+                if name in names or parameter in known:
+                    raise ValueError(f"{name} is in the optimizer already")
+                names.add(name)
+            return describe(group["params"])
+
+        param_group = {**param_group, "params": list(param_group["params"])}
+        check_equal(self._comm, lines, "parameters of the group")
+        check_sendable(self._comm, param_group["params"])
+        (added,) = self._shared_out([param_group])
+        self._inner.add_param_group(added)
+        self._names.append([name for name, _ in param_group["params"]])
+        self._brought = None
+        super().add_param_group(_whole(self._inner.param_groups[-1], param_group))
+
+    def _shared_out(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Cut groups of pairs into buckets, and return them with this rank's pieces."""
+        cut = [
+            shards_of(group["params"], self._comm.rank, self._comm.size, self._bucket_bytes)
+            for group in groups
+        ]
+        self._shards += cut
+        return [
+            {**group, "params": [piece.parameter for shard in shards for piece in shard.pieces]}
+            for group, shards in zip(groups, cut, strict=True)
+        ]
 
     def _all_shards(self) -> list[Shard]:
         return [shard for shards in self._shards for shard in shards]
@@ -256,6 +279,11 @@ def _version(gradient: Tensor) -> int:
 
 def _hyper(group: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in group.items() if k not in ("params", "param_names")}
+
+
+def _whole(inner: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group of whole parameters with the hyper-parameters of that of the pieces."""
+    return {**_hyper(inner), "params": [parameter for _, parameter in group["params"]]}
 
 
 def _groups(named: Named | Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

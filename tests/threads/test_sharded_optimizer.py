@@ -260,6 +260,47 @@ def test_a_step_uses_the_gradients_of_now_not_those_that_were_clipped(reduce, ag
         assert found == pytest.approx([1 - gone[again]] * 2)
 
 
+@pytest.mark.parametrize("reduce", [False, True])
+def test_a_group_that_is_added_later(reduce):
+    """A layer that is trained from the second step on, of which some ranks have no part."""
+
+    def main(comm):
+        module, whole = Network(), Network()
+        optimizers, models = [], []
+        for m in (module, whole):
+            m.two.requires_grad_(False)
+            m.scale.requires_grad_(False)
+            models.append(m if reduce and m is module else DataParallel(m, comm))
+            named = [(n, p) for n, p in m.named_parameters() if p.requires_grad]
+            of_whole = AdamW([p for _, p in named], lr=0.1)
+            optimizers.append(
+                ShardedOptimizer(named, comm, lr=0.1, reduce=reduce) if m is module else of_whole
+            )
+        optimizer, reference = optimizers
+        for step in range(4):
+            if step == 2:
+                for m in (module, whole):
+                    for late in (m.two.weight, m.scale):
+                        late.requires_grad_(True)
+                pairs = [("two.weight", module.two.weight), ("scale", module.scale)]
+                optimizer.add_param_group({"params": iter(pairs), "lr": 0.01})
+                reference.add_param_group({"params": [whole.two.weight, whole.scale], "lr": 0.01})
+            for model, one in zip(models, optimizers, strict=True):
+                one.zero_grad()
+                backward(model, comm.rank, step)
+            optimizer.clip_grad_norm_(0.01)
+            nn.utils.clip_grad_norm_(whole.parameters(), 0.01)
+            optimizer.step()
+            reference.step()
+        for (name, p), q in zip(module.named_parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7, msg=name)
+        state = optimizer.state_dict()
+        optimizer.load_state_dict(state)
+        return state["param_groups"][1]["params"], state["state"]["scale"]["step"].item()
+
+    assert run_local(3, main) == [(["two.weight", "scale"], 2.0)] * 3
+
+
 def test_refusals():
     def main(comm):
         module = nn.Linear(2, 2)
@@ -273,8 +314,15 @@ def test_refusals():
         with pytest.raises(ValueError, match=r"parameters or settings .* entry 2: SGD, reduce"):
             ShardedOptimizer(named, comm, SGD, reduce=comm.rank == 1)
         optimizer = ShardedOptimizer(named, comm, SGD, lr=1.0)
-        with pytest.raises(ValueError, match="make a new one"):
-            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+        new = nn.Parameter(torch.ones(1))
+        for pairs, error, told in (
+            ([new], TypeError, "pairs.*got Parameter"),
+            ([("new", new), ("bias", new)], ValueError, "bias is in the optimizer already"),
+            ([("new", module.bias)], ValueError, "new is in the optimizer already"),
+            ([(f"new{comm.rank}", new)], ValueError, "of the group differ between ranks"),
+        ):
+            with pytest.raises(error, match=told):
+                optimizer.add_param_group({"params": iter(pairs)})
         state = optimizer.state_dict()
         with pytest.raises(ValueError, match="is no parameter of this optimizer"):
             optimizer.load_state_dict({**state, "state": {"other": {}}})
