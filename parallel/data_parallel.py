@@ -186,7 +186,7 @@ class DataParallel(Transparent):
         gradients are zeros. The weight applies to the whole accumulated gradient.
         """
         before = self._mode.weight
-        self._mode.weight = weight
+        self._mode.weight = float(weight)  # a tensor would divide in its own, lesser precision
         try:
             yield
         finally:
@@ -202,6 +202,7 @@ class DataParallel(Transparent):
         """
         if self.comm is None:
             return 1.0
+        weight = float(weight)
         total = sum_of_weights(begin_weighing(self.comm, weight))
         return weight * self.comm.size / total if total else 0.0
 

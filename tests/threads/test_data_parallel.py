@@ -230,6 +230,20 @@ def test_pr16_weights_give_the_mean_over_samples():
     assert run_local(2, main) == [[4.0, 2.0, 0.0, 6.0]] * 2
 
 
+def test_weights_that_are_tensors():
+    """As the number of a mask's elements is; their shares were rounded to float32."""
+
+    def main(comm):
+        model = DataParallel(Scalars(w=1).double(), comm)
+        count = torch.ones(comm.rank + 1).bool().sum()
+        with model.weighted(count):
+            model(lambda m: m.w * (comm.rank + 1)).backward()
+        return grad(model.module.w), model.loss_factor(count)
+
+    exact = pytest.approx(5 / 3, rel=1e-15)
+    assert run_local(2, main) == [(exact, 2 / 3), (exact, 4 / 3)]
+
+
 def test_bad_weight():
     def main(comm):
         model = DataParallel(Scalars(w=1), comm)
