@@ -212,7 +212,8 @@ class DataParallel(Transparent):
         For a rank without a batch, or whose loss reaches no parameter, while other ranks run a
         synchronised backward: what it has in `.grad` counts, or zeros, and it gets the result.
         For several wrappers with parts in that backward in the order in which they were made; of
-        those that reduce together one is enough, and each does no harm.
+        those that reduce together one is enough, and each does no harm. Nor does one in which all
+        is frozen, which no backward reduces.
         """
         if self._sync is not None:
             self._sync.reduce_without_backward()

@@ -84,6 +84,8 @@ class GradientSync(Kin):
             self._done = None  # by the same call of one that reduces together with this
             return
         family = self.family()
+        if not any(p.requires_grad for one in family for _, p in one._named):
+            return  # no rank's backward comes to any of them
         for one in family:
             one._begin(family)
         _reduce(family)

@@ -1244,6 +1244,29 @@ def test_wrappers_that_ranks_reach_in_different_orders(check_finite, groups):
     run_local(3, main)
 
 
+def test_a_rank_without_a_batch_does_not_wait_for_what_is_frozen():
+    """As for a critic in its generator's step, to which no other rank's backward comes."""
+
+    def main(comm):
+        first, second = Scalars(w=2), Scalars(w=3)
+        models = [DataParallel(module, comm) for module in (first, second)]
+        for step in range(4):
+            for model in models:
+                model.zero_grad()
+            second.requires_grad_(step % 2 == 0)
+            if comm.rank == 1 and step < 3:
+                for model in models:
+                    model.reduce_gradients()
+            else:
+                made = models[0](lambda m: m.w * 1)
+                models[1](lambda m, x=made: m.w * x).backward()
+            mean = 2 if step == 3 else 1
+            assert grad(first.w) == 1.5 * mean
+            assert grad(second.w) == (1.0 * mean if step % 2 == 0 else None)
+
+    run_local(2, main, settings=Settings(timeout=60))
+
+
 def test_weighted_wrappers_that_ranks_reach_in_different_orders():
     """A rank waited in backward for weights that another told only once its own had ended."""
 
