@@ -262,28 +262,28 @@ class Counters:
 class Homes:
     """The memory of each bucket, the same in each pass as long as nobody else needs it.
 
+    A program that keeps gradients of one pass at a time finds two in turn.
+
     wire: the word for the dtype that it has, see `flatten.WIRES`; None for the gradients' own.
     """
 
     def __init__(self, comm: Communicator, wire: str | None = None) -> None:
         self._comm, self._wire = comm, wire
-        self._known: dict[tuple[Bucket, int], Home] = {}
+        self._known: dict[tuple[Bucket, int], list[Home]] = {}
 
     def flatten(self, bucket: Bucket, load: Load, num_flags: int = 0) -> Flattened:
         """Tie gradients to the memory of their bucket, with places for flags behind them."""
-        made = Flattened(load.gradients, self._of(bucket, load.device, num_flags))
-        if made.takes_from_others:
-            del self._known[bucket, num_flags]
-            made = Flattened(load.gradients, self._of(bucket, load.device, num_flags))
-        return made
-
-    def _of(self, bucket: Bucket, device: torch.device, num_flags: int) -> Home:
-        home = self._known.get((bucket, num_flags))
-        if home is None:
-            dtype = getattr(torch, wire_of(bucket.dtype, self._wire))
-            flat = _allocate(self._comm, bucket.count + num_flags, dtype, device)
-            home = self._known[bucket, num_flags] = Home(flat, bucket.offsets, bucket.counts)
-        return home
+        homes = self._known.setdefault((bucket, num_flags), [])
+        for place, home in enumerate(homes):  # the last first, where gradients may live now
+            made = Flattened(load.gradients, home)
+            if not made.takes_from_others:
+                homes.insert(0, homes.pop(place))
+                return made
+        dtype = getattr(torch, wire_of(bucket.dtype, self._wire))
+        flat = _allocate(self._comm, bucket.count + num_flags, dtype, load.device)
+        homes.insert(0, Home(flat, bucket.offsets, bucket.counts))
+        del homes[2:]
+        return Flattened(load.gradients, homes[0])
 
     def forget(self) -> None:
         self._known.clear()

@@ -87,6 +87,23 @@ def test_a_gradient_that_is_kept_elsewhere_stays_what_it_is(wire, keep):
     run_local(2, main)
 
 
+def test_memory_alternates_where_the_last_gradient_is_kept():
+    """As by the variable of a loop."""
+
+    def main(comm):
+        model = DataParallel(Vectors(a=5, b=7), comm)
+        seen = []
+        for step in range(6):
+            model.zero_grad()
+            model({"a": float(step), "b": 1.0}).backward()
+            last = model.module.a.grad
+            seen.append(last.data_ptr())
+        return seen
+
+    for seen in run_local(2, main):
+        assert seen[2] == seen[4] != seen[3] == seen[5]
+
+
 def test_a_fresh_large_gradient_is_reduced_in_its_own_memory():
     def main(comm):
         module = Vectors(a=LARGE)
