@@ -22,7 +22,7 @@ from ringfold.workloads.history import History
 from ringfold.workloads.losses import check_metric
 from ringfold.workloads.options import Options, UsageError, check_membership, grid_of
 from ringfold.workloads.training import Training, go_on, join
-from ringfold.workloads.worlds import Left, open_world
+from ringfold.workloads.worlds import NOT_BEGUN, Left, open_world
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,7 +39,7 @@ def main() -> int:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     try:
-        training = join(world, parsed()) if world.joined else begin(world, parsed)
+        training = join(world, parsed()) if world.joined else begin_with_the_living(world, parsed)
         run(world, training)
     except (UsageError, ringfold.CheckpointError) as error:
         if world.comm.rank == 0:
@@ -72,6 +72,22 @@ def attempt(parse: Callable[[], Options]) -> tuple[Callable[[], Options], Option
 
         return fail, None
     return lambda: options, options
+
+
+def begin_with_the_living(world: World, parsed: Callable[[], Options]) -> Training:
+    """Begin, and begin anew where a rank dies before all have; see `begin`.  Collective."""
+    while True:
+        try:
+            training = begin(world, parsed)
+            world.commit()
+        except ringfold.PeerLost:
+            if not world.survives:
+                raise
+        else:
+            return training
+        size = world.recover(NOT_BEGUN).size
+        if world.comm.rank == 0:
+            print(f"a rank has died before the first step: beginning on {size}", file=sys.stderr)
 
 
 def begin(world: World, parsed: Callable[[], Options]) -> Training:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from .communicator import Communicator
 from .errors import CommError, PeerLost
 from .guard import Guard
 from .job import Job
-from .lookout import PATIENCE
+from .lookout import PATIENCE, lookout_for
 from .scope import Scope
 from .settings import Settings, survives_failures
 
@@ -103,12 +103,19 @@ class Elastic(Scope):
         self._attempts = attempts
         self._starts = 0  # in a row, without progress beyond _reached
         self._reached = -1
-        self._survivors = Survivors(max(self._settings.timeout, PATIENCE))
         self._kept: list[Any] = []
         self._known = False
+        make = lookout_for(self._settings)
+        try:
+            with nullcontext() if make is None else make().opening():
+                self._survivors = Survivors(max(self._settings.timeout, PATIENCE), make)
+                self._open()
+        except PeerLost as error:
+            raise CommError(
+                f"a rank has died before all had opened Elastic, which ends the job: {error}"
+            ) from error
         self.joined = self._survivors.joined
         self.losses: list[Loss] = []
-        self._open()
         self._wanted = self.comm.size
         if self.joined:
             done, root, joined = self._progress(-1, True)

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -17,7 +16,7 @@ from .deaths import Deaths, Process
 from .errors import CommError
 from .guard import Guard
 from .inquiry import Inquiry
-from .lookout import PATIENCE, Lookout
+from .lookout import PATIENCE, lookout_for
 from .progress import Progress
 from .settings import Seat, Settings
 from .trace import entries_in
@@ -74,9 +73,7 @@ class Job:
         require_group(comm)
         seat = Seat.read()
         guard = Guard(Starting(seat)) if settings.abort else None
-        lookout = None
-        if seat is not None and seat.size > 1 and settings.watch:
-            lookout = partial(Lookout, seat, settings.timeout)
+        lookout = lookout_for(settings)
         mpi = load_mpi(lookout)
         with nullcontext() if lookout is None else lookout().opening():
             job = cls(MpiTransport.open(comm, max(settings.timeout, PATIENCE)), settings)

@@ -15,12 +15,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from ..kernels.say import flush, say
 from .company import company, sees_launcher
 from .deaths import STOPPED_SECONDS, Process
 from .ending import Told, told_to_end
-from .settings import Seat
+from .settings import Seat, Settings
 from .waited import Waited
 
 Why = Callable[[float], str]
@@ -162,6 +163,14 @@ class Lookout:
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} (process {self._others[rank].pid} on {socket.gethostname()})"
+
+
+def lookout_for(settings: Settings) -> Callable[[], Lookout] | None:
+    """Return what makes one for this process; None where there is nobody to look after."""
+    seat = Seat.read()
+    if seat is None or seat.size == 1 or not settings.watch:
+        return None
+    return partial(Lookout, seat, settings.timeout)
 
 
 def _starts(thread: threading.Thread) -> bool:

@@ -6,7 +6,7 @@ import atexit
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -36,10 +36,11 @@ class Survivors:
     joined: whether this process was started by `grow` of others, which it has met then.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, make_lookout: Callable[[], Lookout] | None) -> None:
         """Start with all of the job, or with those that have started this process; collective.
 
-        seconds: that ranks wait for each other at most.
+        seconds: that ranks wait for each other at most.  make_lookout: makes what sees to it that
+        MPI starts, which waits for every rank and is told of no death yet.
         """
         self._patience = Patience(seconds, _NOT_ALL)
         ends = "mpi4py.MPI" not in sys.modules
@@ -49,7 +50,7 @@ class Survivors:
             import mpi4py
 
             mpi4py.rc.finalize = False
-        self._mpi = load_mpi()
+        self._mpi = load_mpi(make_lookout)
         self._clean = False
         self._left = False
         self._whole = True

@@ -127,6 +127,41 @@ def test_without_fault_tolerance_an_error_at_the_start_says_so(job: Callable[...
     assert done.returncode != 0 and "mpirun --with-ft ulfm" in done.stderr
 
 
+STARTING = """
+import os, signal, sys
+import ringfold
+from ringfold.comm.communicator import Communicator
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
+    if sys.argv[1] == "before MPI":
+        die()
+    Communicator.of = die
+try:
+    ringfold.Elastic()
+except ringfold.CommError as error:
+    print(error)
+    sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "status", "told"),
+    [
+        ("before MPI", 1, "waits for MPI to start, but rank 1 ended before it did"),
+        ("opening", 3, "a rank has died before all had opened Elastic, which ends the job: "),
+    ],
+)
+def test_a_rank_that_dies_at_the_start_ends_the_job(
+    job: Callable[..., Any], moment: str, status: int, told: str
+) -> None:
+    done = job(3, STARTING, moment, ft=True, timeout=100)
+    assert done.returncode == status and not done.leftovers, done.output
+    assert told in done.output, done.output
+
+
 LEAVING = """
 import os, signal, sys
 import numpy as np
@@ -167,7 +202,7 @@ def test_a_rank_that_ends_by_itself_is_lost_and_the_status_is_that_of_who_is_lef
 TRAIN = Path(__file__).parents[2] / "train.py"
 
 # Ranks of the first world are killed as by `kill -9` in a step: before it, or with its gradients;
-# or between a recovery that has ended and the next step.
+# or between a recovery that has ended and the next step; or before the first.
 KILLED = f"""
 import os, runpy, signal, sys
 import ringfold
@@ -202,6 +237,16 @@ def dying(cls):
 
 dying(engines.Replicas)
 dying(engines.Stages)
+
+make_engine = engines.make_engine
+
+def making(*arguments):
+    made = make_engine(*arguments)
+    if (me, "start", "made") in deaths:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return made
+
+engines.make_engine = making
 
 finished, write = ringfold.Elastic.finished, report.write
 
@@ -300,8 +345,9 @@ def test_the_report_is_written_whoever_dies_in_the_end(
 def test_a_pipeline_goes_on_from_the_living_replica_and_takes_in_a_new_rank(
     killed: Callable[..., Any],
 ) -> None:
+    """Also in place of one that has died before the first step."""
     # The digest of the weights is refused where replicas differ.
-    found = killed("1:7:after", "--pipe", 2, "--elastic", "grow")
+    found = killed("3:start:made,1:7:after", "--pipe", 2, "--elastic", "grow")
     assert (found["ranks"], found["data"], found["pipe"]) == (4, 2, 2)
     shown = [(event["event"], event["rank"], event["step"]) for event in found["events"]]
     assert shown == [("died", 1, 7), ("joined", 4, 7)]

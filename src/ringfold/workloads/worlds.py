@@ -16,7 +16,10 @@ from ..comm.errors import PeerLost
 if TYPE_CHECKING:
     from .options import Options
 
-__all__ = ["Fixed", "Left", "Living", "Planned", "World", "open_world"]
+__all__ = ["NOT_BEGUN", "Fixed", "Left", "Living", "Planned", "World", "open_world"]
+
+NOT_BEGUN = -1
+"""What ranks have done that have not all begun; those that come in then begin with them."""
 
 _AS_LONG_AS_IT_TAKES = 1e9
 """Seconds that a rank without work waits for those that train."""
@@ -86,8 +89,9 @@ class Living:
 
     def __init__(self, grow: bool) -> None:
         self._elastic = Elastic(command=[sys.executable, *sys.orig_argv[1:]] if grow else None)
-        self.joined = self._elastic.joined
-        self.newcomers = self._elastic.losses[-1].joined if self.joined else 0
+        found = self._elastic.losses[-1] if self._elastic.joined else None
+        self.joined = found is not None and found.done != NOT_BEGUN
+        self.newcomers = 0 if found is None else found.joined
 
     @property
     def comm(self) -> Communicator:
