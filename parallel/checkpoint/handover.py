@@ -22,7 +22,7 @@ from .errors import CheckpointError
 from .files import DTYPES
 from .manifest import Entry, Manifest
 from .shares import captured_by, share_out, summary_of
-from .state import parts_of
+from .state import parts_of, restored
 
 if TYPE_CHECKING:
     from ...comm.communicator import Communicator
@@ -62,8 +62,7 @@ def hand_over(comm: Communicator, old: Mapping[str, Any], new: Mapping[str, Any]
         complaint = str(error)
     agree(comm, complaint, _WHAT)
     tensors = _send(comm, owners, captured.tensors, entries, wanted)
-    found = {path: part.restore(manifest, tensors) for path, part in parts.items()}
-    return {path: value for path, value in found.items() if value is not None}
+    return restored(parts, manifest, tensors)
 
 
 def _send(

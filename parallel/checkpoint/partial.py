@@ -15,7 +15,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["PARTIAL", "Partial", "make_partial"]
+__all__ = ["PARTIAL", "Partial", "make_partial", "remove"]
 
 PARTIAL = ".partial-"
 _LOCK = ".lock"
@@ -40,7 +40,7 @@ class Partial:
 
     def discard(self) -> None:
         """Remove the folder, if it is not a checkpoint already."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove(self.path)
         self.release()
 
 
@@ -68,6 +68,15 @@ def make_partial(root: Path, step: int, nbytes: int) -> Partial:
                 partial.release()
                 raise
             return partial
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder with all in it, or a link to one alone; what cannot be removed stays."""
+    if folder.is_symlink():
+        with suppress(OSError):
+            folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _lock_of(folder: Path) -> Path:
@@ -108,4 +117,4 @@ def _sweep(root: Path) -> None:
     for folder in root.glob(f"{PARTIAL}*"):
         # The lock is made before its folder, and goes after it.
         if folder.is_dir() and not _lock_of(folder).exists():
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)

@@ -22,7 +22,7 @@ from .manifest import Manifest
 from .partial import Partial, make_partial
 from .shares import captured_by, share_out, summary_of
 from .snapshot import Snapshot
-from .state import Part, parts_of
+from .state import Part, parts_of, restored
 from .store import Place, places, read_manifest, wrong_step
 from .writer import Job, Writing
 
@@ -97,8 +97,13 @@ class Checkpoints(Scope):
             what = f"checkpoint of step {step}"
             mine, values, nbytes = self._share_out(state, what, complaint, step)
             step = operator.index(step)
-            copies = self._snapshot.take(mine)
-            folder, made = self._open(step, nbytes)
+            copies: dict[str, Tensor] = {}
+            complaint = ""
+            try:
+                copies = self._snapshot.take(mine)
+            except (OSError, MemoryError) as error:
+                complaint = f"no memory for copies of the state: {error}"
+            folder, made = self._open(step, nbytes, complaint)
             self._writing = Writing(
                 Job(
                     folder=folder,
@@ -169,27 +174,24 @@ class Checkpoints(Scope):
 
         step: from the newest of that step instead. Damaged ones are passed over with a warning on
         rank 0. Every name, shape, dtype and checksum is checked on all ranks before anything is
-        overwritten. CheckpointError where none is whole, or where one does not fit.
+        overwritten. Waits for what is being written. The folder may be a checkpoint itself, such
+        as a copy. CheckpointError where none is whole, or where one does not fit.
         """
-        names = ""
-        if self.comm.rank == 0:
-            found = places(self.folder)
-            names = "\n".join(p.path.name for p in found if step is None or p.step == step)
-        candidates = gather_texts(self.comm, names)[0].split()
-        known = {place.path.name: place for place in places(self.folder)}
+        known, listed = self._list()
+        candidates = [name for name, found in listed if step is None or found == step]
         parts = parts_of(state, self.comm.rank, self.comm.size)
         damaged: list[str] = []
         for name in candidates:
-            attempt = _Attempt(known.get(name), name, parts)
+            attempt = _Attempt(known.get(name), self.folder / name, parts)
             problem = self._first_problem(attempt, parts)
             if problem is None:
-                values = {path: part.restore(*attempt.found) for path, part in parts.items()}
-                plain = {path: value for path, value in values.items() if value is not None}
-                return Loaded(attempt.step, self.folder / name, plain, tuple(damaged))
+                return Loaded(
+                    attempt.step, attempt.path, restored(parts, *attempt.found), tuple(damaged)
+                )
             damaged.append(problem)
             if self.comm.rank == 0:
                 warnings.warn(
-                    f"{self.folder / name} is damaged, taking the one before: {problem}",
+                    f"{attempt.path} is damaged, taking the one before: {problem}",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -205,12 +207,23 @@ class Checkpoints(Scope):
 
     def newest(self) -> int | None:
         """Return the step of the newest checkpoint, None where there is none; by name alone."""
-        mine = ""
-        if self.comm.rank == 0:
+        return next((step for _, step in self._list()[1]), None)
+
+    def _list(self) -> tuple[dict[str, Place], list[tuple[str, int]]]:
+        """Return the places that this rank sees, and the names and steps that rank 0 does.
+
+        The newest first, once what is being written is whole.
+        """
+        self.wait()
+        complaint, found = "", list[Place]()
+        try:
             found = places(self.folder)
-            mine = str(found[0].step) if found else ""
-        text = gather_texts(self.comm, mine)[0]
-        return int(text) if text else None
+        except OSError as error:
+            complaint = str(error)
+        agree(self.comm, complaint, f"reading {self.folder}")
+        own = [(place.path.name, place.step) for place in found]
+        told = gather_texts(self.comm, json.dumps(own))[0]
+        return {p.path.name: p for p in found}, [(name, step) for name, step in json.loads(told)]
 
     def give_up(self) -> None:
         """Stop what is being written; not collective."""
@@ -224,11 +237,16 @@ class Checkpoints(Scope):
         else:
             self.wait()
 
-    def _open(self, step: int, nbytes: int) -> tuple[Path, Partial | None]:
-        """Return the folder to write in, and on rank 0 what holds it."""
-        made, complaint = None, ""
-        if self.comm.rank == 0:
+    def _open(self, step: int, nbytes: int, complaint: str = "") -> tuple[Path, Partial | None]:
+        """Return the folder to write in, and on rank 0 what holds it.
+
+        complaint: why this rank cannot write, or no text.
+        """
+        made = None
+        if self.comm.rank == 0 and not complaint:
             try:
+                if any(place.path.samefile(self.folder) for place in places(self.folder)):
+                    raise FileExistsError("the folder is a checkpoint; name one to hold some")
                 made = make_partial(self.folder, step, nbytes)
             except OSError as error:
                 complaint = str(error)
@@ -256,13 +274,13 @@ class Checkpoints(Scope):
             return str(damaged[0])
         misfit = next((row["misfit"] for row in rows if row["misfit"]), None)
         if misfit is not None:
-            raise CheckpointError(f"{self.folder / attempt.name} does not fit: {misfit}")
+            raise CheckpointError(f"{attempt.path} does not fit: {misfit}")
         wanted = {name for row in rows for name in row["wanted"]}
         for path, part in parts.items():
             inside = {n for n in attempt.manifest.tensors if n.startswith(f"{path}/")}
             if part.whole and (unknown := sorted(inside - wanted)):
                 raise CheckpointError(
-                    f"{self.folder / attempt.name} does not fit: tensor {unknown[0]}"
+                    f"{attempt.path} does not fit: tensor {unknown[0]}"
                     f" and {len(unknown) - 1} more of its {path} are on no rank"
                 )
         return None
@@ -271,8 +289,10 @@ class Checkpoints(Scope):
 class _Attempt:
     """One rank's reading of one checkpoint."""
 
-    def __init__(self, place: Place | None, name: str, parts: Mapping[str, Part]) -> None:
-        self.place, self.name, self.parts = place, name, parts
+    def __init__(self, place: Place | None, path: Path, parts: Mapping[str, Part]) -> None:
+        """path: what to call it where this rank sees no place."""
+        self.place, self.parts = place, parts
+        self.path = path if place is None else place.path
         self.manifest: Manifest
         self.tensors: dict[str, Tensor] = {}
 

@@ -22,16 +22,24 @@ def captured_by(state: Mapping[str, Any], comm: Communicator) -> tuple[Captured,
     """Return what this rank holds, and what is wrong with it, or no text."""
     captured = Captured()
     try:
-        for part in parts_of(state, comm.rank, comm.size).values():
-            part.capture(captured)
-        for name, tensor in captured.tensors.items():
-            if tensor.dtype not in DTYPES:
-                raise TypeError(f"tensor {name}: {tensor.dtype} has no place in a safetensors file")
-            if tensor.layout != torch.strided:
-                raise TypeError(f"tensor {name}: expected a dense one, got {tensor.layout}")
-    except (TypeError, CheckpointError) as error:
+        parts = parts_of(state, comm.rank, comm.size)
+    except TypeError as error:
         return captured, str(error)
-    return captured, ""
+    complaints = []
+    # To the end in any case: to capture a part may be collective, and others may see no fault.
+    for part in parts.values():
+        try:
+            part.capture(captured)
+        except (TypeError, CheckpointError) as error:
+            complaints.append(str(error))
+    complaints += [
+        f"tensor {name}: expected a dense one, got {tensor.layout}"
+        if tensor.layout != torch.strided
+        else f"tensor {name}: {tensor.dtype} has no place in a safetensors file"
+        for name, tensor in captured.tensors.items()
+        if tensor.layout != torch.strided or tensor.dtype not in DTYPES
+    ]
+    return captured, next(iter(complaints), "")
 
 
 def summary_of(captured: Captured, step: int | None = None) -> str:

@@ -24,7 +24,7 @@ from .optimizer_part import OptimizerPart, ShardedPart
 from .streams import RandomStreams, StreamsPart
 from .values import decode, encode, references
 
-__all__ = ["Captured", "Part", "parts_of"]
+__all__ = ["Captured", "Part", "parts_of", "restored"]
 
 Tensors = Mapping[str, Tensor]
 
@@ -113,6 +113,13 @@ class Value:
             return value
         self.value.load_state_dict(value)
         return None
+
+
+def restored(parts: Mapping[str, Part], manifest: Manifest, tensors: Tensors) -> dict[str, Any]:
+    """Restore all parts, and return the plain values among them, None as well."""
+    found = {path: part.restore(manifest, tensors) for path, part in parts.items()}
+    plain = {path for path, part in parts.items() if isinstance(part, Value) and not part.stateful}
+    return {path: value for path, value in found.items() if path in plain}
 
 
 def parts_of(state: Mapping[str, Any], rank: int, num_ranks: int) -> dict[str, Part]:

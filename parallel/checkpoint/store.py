@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import errno
 import operator
+import os
 import re
-import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,8 @@ from typing import Any
 
 from .errors import Damaged
 from .files import fsync_folder, write_text
-from .manifest import Manifest, from_text, to_text
-from .partial import PARTIAL, Partial
+from .manifest import KIND, Manifest, from_text, to_text
+from .partial import PARTIAL, Partial, remove
 
 __all__ = [
     "MANIFEST",
@@ -52,12 +52,29 @@ def wrong_step(step: Any) -> str:
 
 
 def places(root: Path) -> list[Place]:
-    """Return all checkpoints in a folder, the newest first; none if there is no such folder."""
+    """Return all checkpoints in a folder, the newest first; none if there is no such folder.
+
+    Of a folder that is a checkpoint, whatever its name, itself alone.
+    """
     if not root.is_dir():
         return []
     matches = ((_NAME.fullmatch(path.name), path) for path in root.iterdir())
     found = [Place(int(m[1]), int(m[2]), path) for m, path in matches if m and path.is_dir()]
-    return sorted(found, reverse=True)
+    return sorted(found, reverse=True) or _itself(root)
+
+
+def _itself(root: Path) -> list[Place]:
+    """Return the place of a folder that is a checkpoint, such as a copy of one; else none."""
+    try:
+        text = (root / MANIFEST).read_text(encoding="utf-8")
+        if KIND not in text:
+            return []
+        step = from_text(text).step
+    except (OSError, UnicodeDecodeError):
+        return []
+    except Damaged:  # as reading it for good will tell
+        step = 0
+    return [Place(0, step, Path(os.path.abspath(root)))]
 
 
 def read_manifest(place: Place) -> Manifest:
@@ -89,7 +106,7 @@ def commit(partial: Partial, manifest: Manifest, keep: int | None) -> Path:
         dying = place.path.with_name(f"{PARTIAL}old-{place.path.name}")
         with suppress(FileNotFoundError):  # another run keeps as few, and was faster
             place.path.rename(dying)
-        shutil.rmtree(dying, ignore_errors=True)
+        remove(dying)
     return final
 
 
@@ -102,8 +119,8 @@ def _name(partial: Path, step: int) -> Path:
         try:
             partial.rename(final)
         except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
-            sequence += 1  # another run has just taken this one
+            sequence += 1  # another run has just taken this one, or it is no folder
         else:
             return final

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 __all__ = ["decode", "encode", "references"]
 
 _TUPLE, _FLOAT, _TENSOR, _KEYS = "tuple", "float", "tensor", "mapping"
+_COUNTER, _ARRAY = "counter", "array"
 
 
 def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Return JSON for a nesting of dict, list, tuple, str, int, float, bool, None and tensors.
 
+    And of Counter, by which torch's MultiStepLR has its milestones, and NumPy's arrays of numbers.
     Tensors are put into `tensors` under their path. TypeError names the path of anything else, and
     the places of two tensors whose keys make one path.
     """
@@ -51,8 +56,12 @@ def _encode(value: Any, path: str, place: str, put: Callable[[Tensor, str, str],
         case list():
             return [inside(i, v) for i, v in enumerate(value)]
         case Mapping():
+            kind = _COUNTER if isinstance(value, Counter) else _KEYS
             # As pairs: JSON's own keys are text only.
-            return {_KEYS: [[_key(k, path), inside(k, v)] for k, v in value.items()]}
+            return {kind: [[_key(k, path), inside(k, v)] for k, v in value.items()]}
+        case np.ndarray() if value.ndim:
+            put(_tensor_of(value, path), path, place)
+            return {_ARRAY: path}
         case _ if hasattr(value, "item") and getattr(value, "shape", None) == ():
             return _encode(value.item(), path, place, put)  # a NumPy scalar
     raise TypeError(f"{path}: a {type(value).__name__} cannot be kept without pickle")
@@ -67,9 +76,11 @@ def decode(value: Any, tensor: Callable[[str], Any]) -> Any:
     ((kind, inner),) = value.items()
     table: Mapping[str, Callable[[], Any]] = {
         _TENSOR: lambda: tensor(inner),
+        _ARRAY: lambda: _array_of(tensor(inner)),
         _FLOAT: lambda: float(inner),
         _TUPLE: lambda: tuple(decode(v, tensor) for v in inner),
         _KEYS: lambda: {k: decode(v, tensor) for k, v in inner},
+        _COUNTER: lambda: Counter({k: decode(v, tensor) for k, v in inner}),
     }
     return table[kind]()
 
@@ -83,6 +94,18 @@ def references(value: Any) -> list[str]:
 
     decode(value, note)
     return found
+
+
+def _tensor_of(array: np.ndarray[Any, Any], path: str) -> Tensor:
+    try:
+        return torch.from_numpy(np.array(array, order="C"))
+    except (TypeError, ValueError):  # of text, objects, dates, or another machine's byte order
+        raise TypeError(f"{path}: an array of {array.dtype} cannot be kept") from None
+
+
+def _array_of(found: Any) -> Any:
+    """Return the array of a tensor; what else the looking up has brought as it is."""
+    return found.numpy() if isinstance(found, Tensor) else found
 
 
 def _key(key: Any, path: str) -> str | int:

@@ -10,6 +10,7 @@ import json
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,8 @@ class Writing:
             if job.made is not None:
                 job.made.discard()
             else:
-                self._tell({"error": self.error})
+                with suppress(OSError):  # rank 0 has removed the folder, or is told by `wait`
+                    self._tell({"error": self.error})
         self.seconds = time.perf_counter() - start
         self._own_done.set()
 
@@ -113,10 +115,7 @@ class Writing:
         return done
 
     def _tell(self, what: Mapping[str, Any]) -> None:
-        try:
-            write_text(self.job.folder / f"{part_name(self.job.rank)}.json", json.dumps(what))
-        except OSError:
-            return  # rank 0 has removed the folder, or will run out of patience
+        write_text(self.job.folder / f"{part_name(self.job.rank)}.json", json.dumps(what))
 
     def _result_of(self, rank: int) -> dict[str, Any]:
         path = self.job.folder / f"{part_name(rank)}.json"
@@ -124,6 +123,8 @@ class Writing:
         while not path.exists():
             if self._given_up.is_set():
                 raise InterruptedError("the checkpoint was given up")
+            if not self.job.folder.is_dir():
+                raise FileNotFoundError(f"{self.job.folder} has been removed")
             if time.monotonic() > end:
                 raise TimeoutError(
                     f"rank {rank} has not written its part within {self.job.patience:g} s"

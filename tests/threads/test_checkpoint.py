@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,7 @@ VALUES = {
     ],
     "strided": torch.arange(12.0).view(3, 4).t(),
     "nan": torch.tensor([float("nan"), 1.0]),
+    "counted": Counter({3: 2, 5: 1}),
 }
 
 
@@ -200,6 +202,72 @@ def test_plain_values_under_such_keys_come_back(tmp_path):
         same(ringfold.load(tmp_path, {"v": None}, comm).values["v"], value)
 
     run_local(1, main)
+
+
+def test_none_is_a_value_and_arrays_come_back_as_arrays(tmp_path):
+    order = np.arange(12, dtype=np.int16).reshape(3, 4)[::-1]
+
+    def main(comm):
+        ringfold.save(tmp_path, {"best": None, "order": order}, comm)
+        found = ringfold.load(tmp_path, {"best": 7, "order": None}, comm).values
+        assert found["best"] is None and found["order"].dtype == order.dtype
+        np.testing.assert_array_equal(found["order"], order)
+        with pytest.raises(CheckpointError, match=r"v/0: an array of <U1 cannot be kept"):
+            ringfold.save(tmp_path, {"v": [np.array(["a", "b"])]}, comm)
+
+    run_local(2, main)
+
+
+def test_a_scheduler_of_milestones_goes_on(tmp_path):
+    """It has them in a Counter, and where it follows another asks that for what a dict lacks."""
+
+    def made():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        kinds = torch.optim.lr_scheduler
+        parts = [kinds.ConstantLR(optimizer, 0.5, 2), kinds.MultiStepLR(optimizer, [1, 3])]
+        return optimizer, kinds.SequentialLR(optimizer, parts, [2])
+
+    def rates(optimizer, scheduler, count):
+        found = []
+        for _ in range(count):
+            optimizer.step()
+            scheduler.step()
+            found.append(scheduler.get_last_lr())
+        return found
+
+    def main(comm):
+        expected, scheduler = made()
+        rates(expected, scheduler, 1)
+        ringfold.save(tmp_path, {"s": scheduler}, comm)
+        other, resumed = made()
+        ringfold.load(tmp_path, {"s": resumed}, comm)
+        assert rates(other, resumed, 6) == rates(expected, scheduler, 6)
+
+    run_local(1, main)
+
+
+def test_what_one_rank_cannot_keep_is_told_where_others_gather_shares_meanwhile(tmp_path):
+    def main(comm):
+        model = network(1)
+        optimizer = ringfold.ShardedOptimizer(
+            model.named_parameters(), comm, torch.optim.SGD, lr=0.1, reduce=False
+        )
+        state = {"v": {1, 2} if comm.rank == 1 else 1, "m": model, "o": optimizer}
+        with pytest.raises(CheckpointError, match="rank 1: v: a set cannot be kept"):
+            ringfold.save(tmp_path, state, comm)
+
+    run_local(2, main)
+
+
+def test_what_is_being_written_is_waited_for_before_loading(tmp_path):
+    def main(comm):
+        with Checkpoints(tmp_path, comm) as checkpoints:
+            checkpoints.save(numbers(comm, 4, size=300_000), 4)
+            assert checkpoints.newest() == 4
+            checkpoints.save(numbers(comm, 5, size=300_000), 5)
+            assert checkpoints.load({"v": None}).step == 5
+
+    run_local(2, main)
 
 
 def test_wrappers_over_groups_of_unequal_size_within_a_module_are_saved(tmp_path):
@@ -540,7 +608,9 @@ def test_a_manifest_reads_back_what_it_was_and_nothing_else():
     )
     text = to_text(manifest)
     assert from_text(text) == manifest
-    for other in ("", "[]", "null", text.replace("F32", "F64"), text.replace("manifest 1", "2")):
+    huge = text.replace('"step": 3', '"step": 1e999')
+    later = text.replace("checkpoint 1", "checkpoint 2")
+    for other in ("", "[]", "null", text.replace("F32", "F64"), later, huge):
         if other != text:
             with pytest.raises(Damaged, match=r"manifest\.json"):
                 from_text(other)

@@ -2,6 +2,8 @@
 
 import errno
 import fcntl
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ import ringfold
 from ringfold import CheckpointError, Checkpoints, run_local
 from ringfold.parallel.checkpoint import partial, store, writer
 from ringfold.parallel.checkpoint.partial import make_partial
+from ringfold.parallel.checkpoint.snapshot import Snapshot
 
 
 def numbers(step):
@@ -84,6 +87,7 @@ HOLDER = """
 import sys
 from pathlib import Path
 from ringfold.parallel.checkpoint.partial import make_partial
+from ringfold.parallel.checkpoint.snapshot import Snapshot
 made = make_partial(Path(sys.argv[1]), 3, 0)
 (made.path / "half").write_text("half")
 print(made.path.name, flush=True)
@@ -164,5 +168,90 @@ def test_every_kind_of_whole_number_is_a_step(tmp_path, step):
         found = ringfold.load(tmp_path, {"v": None}, comm, step=step)
         assert found.step == step and type(found.step) is int
         assert loaded(tmp_path, comm, int(step)) == step
+
+    run_local(2, main)
+
+
+def test_a_checkpoint_under_another_name_is_loaded_by_its_path_and_not_written_into(tmp_path):
+    def main(comm):
+        for step in (3, 5):
+            ringfold.save(tmp_path / "runs", numbers(step), comm, step=step)
+        if comm.rank == 0:
+            (tmp_path / "runs" / "000001-step-3").rename(tmp_path / "the best")
+        comm.barrier()
+        for folder, step in ((tmp_path / "the best", 3), (tmp_path / "runs" / "000002-step-5", 5)):
+            assert Checkpoints(folder, comm).newest() == step
+            found = ringfold.load(folder, {"v": None}, comm)
+            assert (found.step, found.path, found.values["v"]["step"]) == (step, folder, step)
+            with pytest.raises(CheckpointError, match="the folder is a checkpoint"):
+                ringfold.save(folder, numbers(7), comm, step=7)
+
+    run_local(2, main)
+
+
+@pytest.mark.parametrize("what", ["result", "folder", "memory"])
+def test_what_keeps_one_rank_from_writing_is_told_at_once(tmp_path, monkeypatch, what):
+    """As where the disk is full by the very last file, or somebody removes the folder."""
+    write, take = writer.write_text, Snapshot.take
+    held = threading.Event()
+
+    def full(path, text):
+        if what == "result" and path.name == "rank-00001.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, text)
+        if what == "folder" and path.name == "rank-00001.json":
+            shutil.rmtree(tmp_path)
+            held.set()
+
+    def slow(path, tensors):
+        found = write_tensors(path, tensors)
+        if what == "folder" and path.name.startswith("rank-00000"):
+            assert held.wait(60)
+        return found
+
+    def short(self, tensors):
+        if what == "memory" and "m/p1" in tensors:
+            raise MemoryError
+        return take(self, tensors)
+
+    write_tensors = writer.write_tensors
+    monkeypatch.setattr(writer, "write_text", full)
+    monkeypatch.setattr(writer, "write_tensors", slow)
+    monkeypatch.setattr(Snapshot, "take", short)
+    told = {
+        "result": "rank 1: OSError: .* No space left on device",
+        "folder": "rank 0: FileNotFoundError: .* has been removed",
+        "memory": "rank 1: no memory for copies of the state",
+    }[what]
+
+    def main(comm):
+        model = torch.nn.ParameterDict({f"p{comm.rank}": torch.zeros(4)})  # each rank has its own
+        with pytest.raises(CheckpointError, match=told):
+            ringfold.save(tmp_path, {"m": model}, comm, step=1)
+
+    run_local(2, main)
+
+
+def test_files_and_links_under_the_names_of_checkpoints_are_no_trouble(tmp_path):
+    folder = tmp_path / "runs"
+
+    def main(comm):
+        ringfold.save(folder, numbers(1), comm, step=1)
+        (folder / "000001-step-1").rename(tmp_path / "elsewhere")
+        (folder / "000001-step-1").symlink_to(tmp_path / "elsewhere")
+        (folder / "000002-step-2").write_text("no folder")
+        assert loaded(folder, comm, 1) == 1
+        ringfold.save(folder, numbers(2), comm, step=2, keep=1)
+
+    run_local(1, main)
+    assert names(folder) == ["000002-step-2", "000003-step-2"]
+    assert "manifest.json" in names(tmp_path / "elsewhere")
+
+
+def test_a_folder_that_rank_0_cannot_read_is_told_on_all_ranks(tmp_path):
+    def main(comm):
+        for use in (Checkpoints.newest, lambda found: found.load({})):
+            with pytest.raises(CheckpointError, match=r"reading .*: rank 0: .* name too long"):
+                use(Checkpoints(tmp_path / ("x" * 300), comm))
 
     run_local(2, main)
