@@ -48,8 +48,8 @@ _HEAD, _ENTRY_WORDS = int(RingWord.WORDS), int(EntryWord.WORDS)
 _DONE, _FAILED = int(Outcome.DONE), int(Outcome.FAILED)
 _CLOCK_MONOTONIC_COARSE = 6
 """The same clock at the kernel's last tick, quicker to read (linux/time.h; `time` has no name)."""
-_QUIET = ("ringfold", "torch")
-"""Packages whose frames are not where the user called."""
+_QUIET = ("ringfold", "torch", "contextlib")
+"""Whose frames are not where the user called; a `with` of ringfold's enters by the last."""
 
 
 class Signature(NamedTuple):
@@ -278,7 +278,7 @@ class Sites:
         self._known: dict[tuple[CodeType, int], str] = {}
 
     def here(self) -> str:
-        """Return the place of the innermost frame outside ringfold and torch."""
+        """Return the place of the innermost frame outside those packages."""
         frame = sys._getframe(1)
         while True:
             name = frame.f_globals.get("__name__", "")

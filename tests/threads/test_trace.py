@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from ringfold import CommError, Communicator, run_local
+from ringfold import CommError, Communicator, run_local, trace
 from ringfold.comm.trace import TRACE_BYTES, Ring, Signature, Sites, State, entries_in
 from ringfold.kernels.records import RING_CALLS, RING_ENTRIES, Outcome
 
@@ -177,3 +177,14 @@ def test_what_fails_is_kept_as_failed():
     assert entry.state is State.FAILED
     assert entry.signature == ("recv", "", "float64", 2, 0)
     assert str(entry).endswith("failed")
+
+
+def test_what_a_with_statement_calls_is_shown_at_its_line():
+    def main(comm: Communicator):
+        before = len(comm.recent())
+        with trace(comm, None):
+            pass
+        return comm.recent()[before:]
+
+    for entries in run_local(2, main):
+        assert entries and all(entry.site.startswith(__file__) for entry in entries)
