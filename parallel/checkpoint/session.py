@@ -28,6 +28,7 @@ from .writer import Job, Writing
 
 if TYPE_CHECKING:
     from ...comm.communicator import Communicator
+    from ...comm.work import Work
 
 __all__ = ["Checkpoints", "Loaded", "load", "save"]
 
@@ -52,7 +53,7 @@ class Checkpoints(Scope):
     """Write checkpoints into a folder while training goes on, and load the newest whole one.
 
     folder: shared by all ranks.  keep: how many checkpoints stay in it, the newest; None for all.
-    patience: seconds that rank 0 waits for the slowest rank's file.
+    patience: seconds that ranks wait for the slowest one's file, whatever the deadline of `comm`.
 
     A state maps names of your choice to objects: modules, DataParallel or Pipeline engines, torch
     optimizers of their parameters, a `RandomStreams()`, and nestings of plain values and tensors
@@ -81,6 +82,7 @@ class Checkpoints(Scope):
         self._keep = keep
         self._patience = patience
         self._writing: Writing | None = None
+        self._others: Work | None = None  # which come once their files are written
         self._snapshot = Snapshot()
 
     def save(self, state: Mapping[str, Any], step: int) -> None:
@@ -155,9 +157,13 @@ class Checkpoints(Scope):
             return None
         what = f"checkpoint of step {writing.job.step} in {self.folder}"
         try:
+            problem = writing.wait_for_own()
             # First over the communicator, which knows of ranks that have died: rank 0 would wait
-            # for their files.
-            agree(self.comm, writing.wait_for_own(), what)
+            # for their files. Begun once, also where this is called again after a CommTimeout.
+            self._others = self._others or self.comm.barrier(blocking=False)
+            self._others.wait(self._patience)
+            self._others = None
+            agree(self.comm, problem, what)
             writing.join()
             agree(self.comm, writing.error, what)
         except CheckpointError:
@@ -245,7 +251,7 @@ class Checkpoints(Scope):
         made = None
         if self.comm.rank == 0 and not complaint:
             try:
-                if any(place.path.samefile(self.folder) for place in places(self.folder)):
+                if any(place.path.samefile(self.folder) for place in places(self.folder)[:1]):
                     raise FileExistsError("the folder is a checkpoint; name one to hold some")
                 made = make_partial(self.folder, step, nbytes)
             except OSError as error:

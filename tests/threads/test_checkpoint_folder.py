@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import ringfold
-from ringfold import CheckpointError, Checkpoints, run_local
+from ringfold import CheckpointError, Checkpoints, CommTimeout, run_local
 from ringfold.parallel.checkpoint import partial, store, writer
 from ringfold.parallel.checkpoint.partial import make_partial
 from ringfold.parallel.checkpoint.snapshot import Snapshot
@@ -255,3 +255,27 @@ def test_a_folder_that_rank_0_cannot_read_is_told_on_all_ranks(tmp_path):
                 use(Checkpoints(tmp_path / ("x" * 300), comm))
 
     run_local(2, main)
+
+
+def test_a_slow_disk_is_waited_for_as_long_as_patience_lasts(tmp_path, monkeypatch):
+    go_on = threading.Event()
+    write = writer.write_tensors
+
+    def slow(path, tensors):
+        assert not path.name.startswith("rank-00000") or go_on.wait(60)
+        return write(path, tensors)
+
+    monkeypatch.setattr(writer, "write_tensors", slow)
+
+    def main(comm):
+        checkpoints = Checkpoints(tmp_path, comm, patience=0.2 if comm.rank else 60)
+        checkpoints.save(numbers(3), 3)
+        while True:
+            try:
+                checkpoints.wait()
+                return loaded(tmp_path, comm, 3)
+            except CommTimeout as error:  # of the impatient rank, which waits again
+                assert "in barrier" in str(error)
+                go_on.set()
+
+    assert run_local(2, main) == [3, 3]
