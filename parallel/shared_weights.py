@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
 from .reducer import ReadyHook
 
@@ -60,11 +60,6 @@ class SharedWeights:
         self._originals: Mapping[nn.Parameter, str] = {
             tie.uses[0]: tie.name for tie in here if tie.uses[0] not in own
         }
-
-    @property
-    def originals(self) -> list[Tensor]:
-        """Return the parameters whose places others have taken in this stage."""
-        return [parameter for parameter in self._originals if parameter.requires_grad]
 
     @contextmanager
     def backward(self) -> Iterator[None]:

@@ -40,6 +40,7 @@ class SplitBackward:
         self._starts = [get_gradient_edge(root) for root in roots]
         graph = _Graph([start.node for start in self._starts], door)
         self._forks = graph.forks()
+        self._leaves = graph.leaves()
         self._separate = graph.are_separate(self._forks)
         self._leads = [graph.leads[start.node] for start in self._starts]
         self._noted: dict[Node, tuple[Tensor | None, ...]] = {}
@@ -63,11 +64,14 @@ class SplitBackward:
             for handle in handles:
                 handle.remove()
 
-    def to_weights(self, weights: Sequence[Tensor]) -> None:
-        """Add to the gradients of the weights; afterwards the graph is used up."""
+    def to_weights(self) -> None:
+        """Add to the gradients of the weights; afterwards the graph is used up.
+
+        Of all leaves but the anchor, as a whole backward does: a loss may have some of its own.
+        """
         if not self._separate:
-            if weights:
-                torch.autograd.backward(self._roots, self._gradients, inputs=list(weights))
+            if self._leaves:
+                torch.autograd.backward(self._roots, self._gradients, inputs=self._leaves)
             return
         columns = zip(self._starts, self._gradients, self._leads, strict=True)
         ends = [(start, gradient) for start, gradient, leads in columns if not leads]
@@ -128,6 +132,10 @@ class _Graph:
             if leads and edges:
                 found[node] = list(dict.fromkeys(edges))
         return found
+
+    def leaves(self) -> list[Tensor]:
+        """Return the tensors whose gradients are accumulated, without what is behind the door."""
+        return [node.variable for node in self.leads if hasattr(node, "variable")]
 
     def are_separate(self, forks: dict[Node, list[Edge]]) -> bool:
         """Tell whether no other node has an edge to where a fork's edges to the weights end."""

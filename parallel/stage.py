@@ -199,8 +199,7 @@ class Stage:
         flight = self._in_flight.pop(microbatch)
         with self._shared.backward():
             if flight.split is not None:
-                own = [p for p in self.module.parameters() if p.requires_grad]
-                flight.split.to_weights([*own, *self._shared.originals])
+                flight.split.to_weights()
             elif flight.rest is not None and flight.rest[0]:
                 torch.autograd.backward(*flight.rest)
 

@@ -105,7 +105,7 @@ def test_two_halves_are_the_whole(name):
         assert leaf.grad is not None
         assert all(p.grad is None for p in module.parameters())
         before = leaf.grad.clone()
-        split.to_weights(list(module.parameters()))
+        split.to_weights()
         assert torch.equal(leaf.grad, before)
 
     found = run(module, halves)
@@ -124,8 +124,23 @@ def test_roots_that_do_not_lead_to_the_input():
     # The last root's end is where the first one's weights end, too.
     split.to_input()
     assert leaf.grad.item() == 2.0 and w.grad is None
-    split.to_weights([w])
+    split.to_weights()
     assert w.grad.item() == 1 + 3 + 1
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_leaves_of_the_loss_get_gradients(again):
+    """Where the graph is run again, it was run to the stage's parameters alone."""
+    w, temperature = (nn.Parameter(torch.tensor([value])) for value in (2.0, 5.0))
+    leaf = torch.ones(1, requires_grad=True)
+    entered = leaf * 1
+    loss = (entered + w) * temperature + (w if again else 0)
+    split = SplitBackward([loss], [torch.ones(1)], entered.grad_fn, leaf)
+    assert split.computes_again == again
+    split.to_input()
+    assert w.grad is None and temperature.grad is None
+    split.to_weights()
+    assert (leaf.grad.item(), w.grad.item(), temperature.grad.item()) == (5.0, 5.0 + again, 3.0)
 
 
 class Watched(torch.autograd.Function):
@@ -155,7 +170,7 @@ def test_what_lies_between_the_weights_is_not_computed_again():
         split = SplitBackward([output], [gradient], door, leaf)
         split.to_input()
         assert Watched.calls == 2
-        split.to_weights(list(module.parameters()))
+        split.to_weights()
         assert Watched.calls == 2
 
     run(module, halves)
@@ -170,7 +185,7 @@ def test_hooks_on_parameters_run_once():
         split = SplitBackward([output], [gradient], door, leaf)
         split.to_input()
         assert seen == []
-        split.to_weights([])
+        split.to_weights()
 
     run(module, halves)
     assert seen == [True]
