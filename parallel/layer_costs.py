@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import count_rows
+from .buffer_copies import BufferCopies
 from .generators import GeneratorStates
 from .random_keys import Samples, show_samples
 from .structure import put_together, take_apart
@@ -56,11 +57,7 @@ def kept_bytes(named: Named, sample: Any) -> list[float]:
 
     sample: the first layer's input. ValueError names a layer that raises.
     """
-    seen = {
-        tensor.untyped_storage().data_ptr()
-        for _, layer in named
-        for tensor in (*layer.parameters(), *layer.buffers())
-    }
+    seen: set[int] = set()
     kept: list[float] = []
     alive: list[Tensor] = []  # so that no memory is given to a second tensor meanwhile
 
@@ -73,6 +70,9 @@ def kept_bytes(named: Named, sample: Any) -> list[float]:
         return tensor
 
     with _undone(named), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        for _, layer in named:
+            for tensor in (*layer.parameters(), *layer.buffers()):
+                seen.add(tensor.untyped_storage().data_ptr())
         value = _entered(sample)
         for name, layer in named:
             kept.append(0.0)
@@ -129,19 +129,16 @@ def _naming(name: str, layer: nn.Module) -> Iterator[None]:
 def _undone(named: Named) -> Iterator[None]:
     parameters = [p for _, layer in named for p in layer.parameters()]
     gradients = [parameter.grad for parameter in parameters]
-    buffers = [(b, b.clone()) for _, layer in named for b in layer.buffers()]
+    buffers = BufferCopies(module for _, layer in named for module in layer.modules())
     for parameter in parameters:
         parameter.grad = None
     generators = GeneratorStates(parameters)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), buffers.in_place():
             yield
     finally:
         generators.restore()
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
         for _, layer in named:
             show_samples(layer, None)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from .buffer_copies import BufferCopies
 from .generators import GeneratorStates
 from .random_keys import show_samples
 from .structure import Description
@@ -37,7 +38,7 @@ class Replay:
         self._module = module
         self._samples = samples
         self._generators = self._states()
-        self._buffers = {b: b.clone() for b in module.buffers()}
+        self._buffers = BufferCopies(module.modules())
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -45,22 +46,13 @@ class Replay:
 
         Buffers change on copies, so that running statistics count a micro-batch once.
         """
-        kept = [
-            (place, name, buffer)
-            for place in self._module.modules()
-            for name, buffer in place._buffers.items()
-            if buffer is not None
-        ]
         generators = self._states()
         show_samples(self._module, self._samples)
         self._generators.restore()
-        for place, name, buffer in kept:
-            place._buffers[name] = self._buffers[buffer]
         try:
-            yield
+            with self._buffers.in_place():
+                yield
         finally:
-            for place, name, buffer in kept:
-                place._buffers[name] = buffer
             generators.restore()
 
     def _states(self) -> GeneratorStates:

@@ -58,10 +58,27 @@ def test_seconds_are_those_of_forward_and_backward_without_the_first_time():
     assert layer_seconds(layers, torch.ones(2, 3), clock=clock) == [3.0, 12.0, 0.0]
 
 
+class Counts(nn.Module):
+    """Count in a buffer, by another tensor in its place."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return x
+
+
 def test_measuring_leaves_nothing_behind():
     torch.manual_seed(3)
     layers = named(
-        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), Dropout(0.5), nn.ReLU(inplace=True)
+        nn.Linear(4, 6),
+        nn.BatchNorm1d(6),
+        nn.Dropout(0.5),
+        Dropout(0.5),
+        nn.ReLU(inplace=True),
+        Counts(),
     )
     weight = layers[0][1].weight
     weight.grad = torch.full_like(weight, 7.0)
