@@ -84,6 +84,16 @@ class RankLayers:
         """Return all parameters and buffers."""
         return [*self.module.parameters(), *self.module.buffers()]
 
+    def elsewhere(self, named: Named) -> dict[nn.Parameter, str]:
+        """Return the parameters of all layers that this rank does not hold, with their names."""
+        own = set(self.module.parameters())
+        return {
+            parameter: f"{name}.{path}"
+            for name, layer in named
+            for path, parameter in layer.named_parameters()
+            if parameter not in own
+        }
+
     def or_placeholder(self, parameters: list[nn.Parameter]) -> Iterator[nn.Parameter]:
         """Yield the parameters; if there is none, one of no elements that is in no state."""
         return iter(parameters or [self._placeholder])

@@ -204,8 +204,10 @@ class Pipeline:
         name_layers(nn.Sequential(OrderedDict(named)))
         self._layers = RankLayers(named, self.stages, pipe.rank, pipe.size)
         self._device = device_of(whole) if device is None else torch.device(device)
+        elsewhere = self._layers.elsewhere(named)
         self._stages = [
-            Stage(m, s, s in again, self._device, ties) for s, m in self._layers.stages.items()
+            Stage(m, s, s in again, self._device, ties, elsewhere)
+            for s, m in self._layers.stages.items()
         ]
         of_rank = self._layers.module.modules()
         self._meeting: list[Any] = [m for m in of_rank if hasattr(m, "meets_replicas")]

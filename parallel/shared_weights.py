@@ -1,12 +1,14 @@
 """Refuse what would be lost of a weight that layers share, as each of them has one of its own.
 
 A forward or a hook that closes over its layer, or knows it by a weak reference, computes with the
-layer that was given although a copy takes its place. A hook on the gradient of one use would see a
-part of what it sees in the unsplit model.
+layer that was given although a copy takes its place. One that is in no attribute which torch knows,
+such as a list, may be on another rank: then this rank's weight has a gradient that nobody takes. A
+hook on the gradient of one use would see a part of what it sees in the unsplit model.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -51,34 +53,53 @@ def _refuse_hooks(parameter: nn.Parameter, name: str) -> None:
 class SharedWeights:
     """Watch the backwards of one stage.
 
-    ties: of all layers.  own: the parameters of the stage.
+    ties: of all layers.  own: the parameters of the stage.  elsewhere: those of other ranks.
     """
 
-    def __init__(self, ties: Iterable[Tie], own: Collection[nn.Parameter]) -> None:
+    def __init__(
+        self,
+        ties: Iterable[Tie],
+        own: Collection[nn.Parameter],
+        elsewhere: Mapping[nn.Parameter, str],
+    ) -> None:
         here = [tie for tie in ties if not set(own).isdisjoint(tie.uses)]
         self._uses = {use: tie.name for tie in here for use in tie.uses if use in own}
         self._originals: Mapping[nn.Parameter, str] = {
             tie.uses[0]: tie.name for tie in here if tie.uses[0] not in own
         }
+        # Weakly, so that a rank does not keep the layers of others when the caller lets go of them.
+        self._elsewhere = {weakref.ref(parameter): name for parameter, name in elsewhere.items()}
 
     @contextmanager
     def backward(self) -> Iterator[None]:
         """Raise ValueError or RuntimeError where what runs within loses a gradient."""
         for use, name in self._uses.items():
             _refuse_hooks(use, name)
-        before = {parameter: parameter.grad for parameter in self._originals}
+        strange = {p: name for ref, name in self._elsewhere.items() if (p := ref()) is not None}
+        watched = {**strange, **self._originals}
+        before = {p: p.grad for p in watched if p.grad is not None}
         for parameter in before:
             parameter.grad = None
         try:
             yield
-            lost = [n for parameter, n in self._originals.items() if parameter.grad is not None]
+            lost = [parameter for parameter in watched if parameter.grad is not None]
         finally:
-            for parameter, gradient in before.items():
-                parameter.grad = gradient
+            for parameter in watched:
+                parameter.grad = before.get(parameter)
         if lost:
-            raise RuntimeError(
-                f"{lost[0]} is in several layers, of which all but the first are copied, but "
+            raise RuntimeError(self._loss_of(lost[0], watched[lost[0]]))
+
+    def _loss_of(self, parameter: nn.Parameter, name: str) -> str:
+        if parameter in self._originals:
+            return (
+                f"{name} is in several layers, of which all but the first are copied, but "
                 "something in this stage has computed with the original, whose gradient nobody "
                 "adds: a forward or a hook that closes over a layer, or a weak reference to one; "
                 "take the layer from self, or from what a hook is given"
             )
+        return (
+            f"{name} is of a stage on another rank, but something in this stage has computed with "
+            "it, and nobody adds its gradient: a layer that has it in a list, or closes over it; "
+            "let the layer have it as a parameter of its own, or the layer as a module, and it is "
+            "shared"
+        )

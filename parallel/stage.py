@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,7 +91,7 @@ class Stage:
 
     recompute: keep what comes in alone, and run the layers again before the backward.
     device: where what comes from other stages lies, and what goes to them.
-    ties: of all layers of the model.
+    ties: of all layers of the model.  elsewhere: its parameters on other ranks, with their names.
     """
 
     def __init__(
@@ -100,9 +101,10 @@ class Stage:
         recompute: bool = False,
         device: torch.device | None = None,
         ties: Sequence[Tie] = (),
+        elsewhere: Mapping[nn.Parameter, str] = MappingProxyType({}),
     ) -> None:
         self.module = module
-        self._shared = SharedWeights(ties, set(module.parameters()))
+        self._shared = SharedWeights(ties, set(module.parameters()), elsewhere)
         self.index = index
         self.recompute = recompute
         self.device = torch.device("cpu") if device is None else device

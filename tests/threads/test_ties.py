@@ -571,6 +571,41 @@ def test_computing_with_the_original_of_a_copy(shared, way, schedule):
     assert run_local(1, lambda comm: main(comm, 1))[0].abs().sum() > 0
 
 
+class Listed(nn.Module):
+    """Compute with a layer that it has in a list, where torch does not see it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layers = [layer]
+
+    def forward(self, x):
+        return x @ self.layers[0].weight
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zero-bubble", "interleaved"])
+def test_computing_with_a_layer_of_another_rank(schedule):
+    """Its gradient was lost without a word, and the weight there stayed as it was."""
+
+    def main(comm):
+        first = nn.Linear(2, 2)
+        layers = [first, Times(2), Times(3), Listed(first)]
+        first.weight.grad = torch.full((2, 2), 7.0)
+        engine = Pipeline(
+            layers, Mesh(comm, pipe=comm.size), loss_fn=mean_output, schedule=schedule
+        )
+        if comm.size == 1:
+            return engine.step(torch.eye(2)).item()
+        with pytest.raises(StageError) as error:
+            engine.step(torch.eye(2))
+        assert comm.rank == 0 or first.weight.grad.eq(7).all()
+        return str(error.value)
+
+    texts = run_local(2, main)
+    assert texts[0] == texts[1] and "stage on another rank" in texts[0]
+    assert texts[0].startswith("rank 1 of 2: stage ") and ": 0.weight is of" in texts[0]
+    run_local(1, main)
+
+
 @pytest.mark.parametrize("method", ["register_hook", "register_post_accumulate_grad_hook"])
 def test_hooks_on_the_gradient_of_a_shared_weight_are_refused(method):
     """They saw the gradient of one use, and that of the others was left as it was."""
