@@ -184,7 +184,7 @@ class StageWorker:
         return description, [tensor.detach() for tensor in tensors]
 
     def _send_on(self, microbatch: int, out: Description, outputs: Sequence[Tensor]) -> None:
-        flat = flatten(outputs, self._device)
+        flat = flatten(_steady(outputs, out), self._device)
         self._headers.write(microbatch, out)
         if flat.numel():
             tag = self._after.payload_tag(microbatch, backward=False)
@@ -234,3 +234,14 @@ class StageWorker:
         if flat.numel():
             tag = self._before.payload_tag(microbatch, backward=True)
             self._outbox.post(flat, self._source, tag)
+
+
+def _steady(outputs: Sequence[Tensor], out: Description) -> Sequence[Tensor]:
+    """Return what a stage hands on, in memory that nobody writes to while it is sent.
+
+    Several tensors are copied together anyway. A single one may be a cache of its layer's, or part
+    of one, that the next micro-batch is written to, unless autograd watches over it.
+    """
+    if len(outputs) != 1 or out.tensors[0].needs_grad:
+        return outputs
+    return [outputs[0].clone()]

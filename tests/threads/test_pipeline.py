@@ -409,6 +409,39 @@ def test_pr08_buffers_in_flight_are_not_overwritten():
     assert run_local(2, main)[1] == [[1.0], [2.0], [3.0], [4.0]]
 
 
+class Cache(nn.Module):
+    """Hand on memory of its own, which the next micro-batch is written to."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory = torch.zeros(1, 50_000)
+
+    def forward(self, x):
+        return self.memory.copy_(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_may_hand_on_its_own_memory(training):
+    """The next stage saw what later micro-batches had written there."""
+
+    def main(comm):
+        seen = []
+
+        def slow(x):
+            time.sleep(0.01)
+            seen.append(sorted(set(x.flatten().tolist())))
+            return x
+
+        layers = [Cache(), nn.Sequential(Call(slow), Times(1))]
+        mesh = Mesh(comm, pipe=2)
+        engine = Pipeline(layers, mesh, loss_fn=mean_output, microbatches=4, schedule="gpipe")
+        x = torch.arange(1.0, 5.0).view(4, 1).expand(4, 50_000)
+        engine.step(x) if training else engine.forward(x)
+        return seen
+
+    assert run_local(2, main)[1] == [[1.0], [2.0], [3.0], [4.0]]
+
+
 def test_shapes_change_from_step_to_step_and_between_microbatches():
     def main(comm):
         pool = Call(lambda x: x[:, : int(x[0, 0].detach())])  # as wide as the data say
