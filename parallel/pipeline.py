@@ -21,20 +21,20 @@ from .clip import clip_over_stages
 from .constants import Constants
 from .finite import FiniteCheck
 from .gpu_threads import check_gpu_threads
-from .layers import RankLayers, named_layers
+from .layers import RankLayers
 from .loss_scale import LossScaler
 from .mesh import Mesh
 from .messages import broadcast_value
-from .partition import cut, stages_of
+from .outline import Choices, Outline
+from .partition import cut
 from .plan import PlanFunction, plan_function, whole_plan
-from .plan_check import check_plan, num_stages_of, stage_peaks
+from .plan_check import check_plan, stage_peaks
 from .random_keys import name_layers
 from .reducer import Reducer
 from .reduction import ReductionRecord
-from .replicas import broadcast_tensors, check_equal, check_sendable, describe, device_of
+from .replicas import broadcast_tensors, check_equal, check_sendable, device_of
 from .rows import agree_on_rows, agree_on_rows_of_pipe
 from .share import counts_of, share_of
-from .shared_weights import refuse_gradient_hooks
 from .sparse import sparse_parameters
 from .stage import Stage
 from .stage_error import raise_together
@@ -45,9 +45,6 @@ from .tree_gradients import TreeGradients
 from .worker import Worker
 
 __all__ = ["Pipeline", "StepRecord"]
-
-_LOSS_REDUCTIONS = ("mean", "sum")
-_REDUCTIONS = ("bucket", "tree")
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ class Pipeline:
     layers: an nn.Sequential or a list of modules, the whole model, on every rank; each is called
         with the output of the one before: a tensor, or a nesting of tuples, lists and dicts.
     loss_fn: loss_fn(output, target) -> a tensor of one element, called on the last stage for every
-        micro-batch.
+        micro-batch; needed there.
     loss_reduction: "mean" if loss_fn is a mean over its rows: micro-batches, and replicas, count by
         their rows. "sum" if it is a sum over its rows.
     microbatches: at most so many; a batch of fewer rows makes fewer. Their rows may be unequal.
@@ -135,58 +132,44 @@ class Pipeline:
         loss_scaler: LossScaler | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if microbatches < 1:
-            raise ValueError(f"expected at least 1 micro-batch, got {microbatches}")
-        if loss_reduction not in _LOSS_REDUCTIONS:
-            known = ", ".join(_LOSS_REDUCTIONS)
-            raise ValueError(f"unknown loss_reduction {loss_reduction!r}, expected one of: {known}")
-        if reduction not in _REDUCTIONS:
-            known = ", ".join(_REDUCTIONS)
-            raise ValueError(f"unknown reduction {reduction!r}, expected one of: {known}")
-        if reduction == "tree" and wire_dtype is not None:
-            raise ValueError(f"reduction 'tree' adds gradients as they are, not as {wire_dtype}")
-        learned = loss_fn.parameters() if isinstance(loss_fn, nn.Module) else ()
-        if mesh.data.size > 1 and any(parameter.requires_grad for parameter in learned):
-            raise TypeError(
-                "loss_fn has parameters, whose gradients nobody reduces over the replicas: put "
-                "them into the last layer, or freeze them"
-            )
         self.mesh = mesh
         self.last_step: StepRecord | None = None
         self.steps_taken = 0
         self._loss_scaler = loss_scaler
-        self._has_loss = loss_fn is not None
+        last = mesh.pipe.size - 1
+        self._has_loss = bool(mesh.pipe.broadcast(np.array([loss_fn is not None]), root=last)[0])
         self._loss_reduction = loss_reduction
         self._microbatches = microbatches
-        self._plan_function = plan_function(schedule, stages_per_rank)
         self._plans: dict[int, tuple[tuple[Action, ...], ...]] = {}
         self._bucket_bytes = bucket_bytes
         self._broadcast_buffers = broadcast_buffers
-
-        named = named_layers(layers)
-        plan = self._plan(microbatches)
-        num_stages = num_stages_of(plan)
-        again = stages_of(recompute, num_stages)
-        self._finite = FiniteCheck(mesh.comm, num_stages) if check_finite else None
-        whole = nn.Sequential(OrderedDict(named))
-        lines = [
-            *(f"plan of rank {r}: {' '.join(a.placed for a in row)}" for r, row in enumerate(plan)),
-            f"loss_reduction {loss_reduction}",
-            f"reduction {reduction}",
-            f"recompute {again}",
-            f"boundaries {None if boundaries is None else list(boundaries)}",
-            f"balance {balance}",
-            f"layers {' '.join(name for name, _ in named)}",
-            *describe(whole.named_parameters()),
-            *describe(whole.named_buffers()),
-        ]
+        choices = Choices(
+            microbatches=microbatches,
+            has_loss=self._has_loss,
+            loss_reduction=loss_reduction,
+            reduction=reduction,
+            boundaries=boundaries,
+            balance=balance,
+            recompute=recompute,
+            bucket_bytes=bucket_bytes,
+            wire_dtype=wire_dtype,
+            broadcast_buffers=broadcast_buffers,
+            check_finite=check_finite,
+            scales_loss=loss_scaler is not None,
+            device=device,
+        )
+        outlines: list[Outline] = []
 
         def described() -> list[str]:
-            refuse_gradient_hooks(named)
-            return lines
+            self._plan_function = plan_function(schedule, stages_per_rank)
+            outlines.append(Outline.of(layers, mesh, choices, self._plan, loss_fn))
+            return outlines[0].lines(choices)
 
         check_equal(mesh.comm, described, "settings, parameters or buffers of the pipeline")
+        named, num_stages, again = outlines[0].named, outlines[0].num_stages, outlines[0].again
+        whole = outlines[0].whole
         check_sendable(mesh.data, chain(whole.named_parameters(), whole.named_buffers()))
+        self._finite = FiniteCheck(mesh.comm, num_stages) if check_finite else None
 
         if boundaries is None:
             count = microbatches if reduction == "bucket" else -(-microbatches // mesh.data.size)
@@ -269,7 +252,9 @@ class Pipeline:
         fit: clear the gradients then, which hold a part of the batch.
         """
         if not self._has_loss:
-            raise ValueError("a pipeline without loss_fn can evaluate, but not train")
+            raise ValueError(
+                "a pipeline without loss_fn on its last stage cannot train, only evaluate"
+            )
         meets = any(layer.meets_replicas for layer in self._meeting)
         rows, meeting = agree_on_rows(self.mesh, x, y, meets)
         replicas = self.mesh.data.size

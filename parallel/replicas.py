@@ -140,6 +140,8 @@ def check_equal(
     texts = [bytes(row[: int(n)]).decode() for row, n in zip(rows, digests[:, 0], strict=True)]
     if failed:
         alike = [rank for rank in failed if texts[rank] == texts[failed[0]]]
+        if error is not None and len(alike) == comm.size:
+            raise error
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{what}, on {shown_ranks(alike)}: {texts[failed[0]]}") from error
     columns = zip_longest(*(text.split("\n") for text in texts), fillvalue="nothing")

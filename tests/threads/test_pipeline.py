@@ -1,5 +1,6 @@
 """Pipeline training equals the single-process run, on every grid and with every plan."""
 
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -587,6 +588,59 @@ def test_bad_settings_are_refused_on_every_rank():
     engine_error(2, "unknown wire dtype 'int8'", wire_dtype="int8")
     engine_error(2, "list of layers, got a Linear", TypeError, lambda _: nn.Linear(1, 1))
     engine_error(2, "layer 1: expected an nn.Module", TypeError, lambda _: [Times(1), abs])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("check_finite", True, "check_finite False on rank 0; check_finite True on rank 1"),
+        ("broadcast_buffers", False, "broadcast_buffers True on rank 0; "),
+        ("bucket_bytes", 100, "bucket_bytes 4194304 on rank 0; bucket_bytes 100 on rank 1"),
+        ("wire_dtype", "bf16", "wire_dtype None on rank 0; wire_dtype bf16 on rank 1"),
+        ("loss_scaler", "any", "loss_scaler none on rank 0; loss_scaler given on rank 1"),
+        ("loss_fn", None, "loss_fn given on last stages on rank 0; loss_fn none on last stages"),
+        ("wire_dtype", "int8", "on rank 1: unknown wire dtype 'int8'"),
+        ("microbatches", 0, "on rank 1: expected at least 1 micro-batch, got 0"),
+        ("schedule", "2f2b", "on rank 1: unknown pipeline schedule '2f2b'"),
+        ("recompute", [3], "on rank 1: expected stages 0 to 0"),
+    ],
+)
+def test_settings_of_one_rank_are_refused_on_every_rank(name, value, shown):
+    """The others waited, or computed with other settings."""
+
+    def main(comm):
+        options = {"loss_fn": mean_output} | ({name: value} if comm.rank else {})
+        with pytest.raises(ValueError, match=re.escape(shown)):
+            Pipeline([Times(1), Times(2)], Mesh(comm, data=2), **options)
+        return True
+
+    assert run_local(2, main) == [True] * 2
+
+
+def test_layers_of_one_rank_are_refused_on_every_rank():
+    def main(comm):
+        layers = [Times(1), Times(2)] if comm.rank else Times(1)
+        with pytest.raises((ValueError, TypeError), match="on rank 0: expected an nn"):
+            Pipeline(layers, Mesh(comm, pipe=2), loss_fn=mean_output)
+        return True
+
+    assert run_local(2, main) == [True] * 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_loss_counts_on_the_last_stage(rank):
+    """The first stage refused to train, and the last one waited for it."""
+
+    def main(comm):
+        loss_fn = mean_output if comm.rank == rank else None
+        engine = Pipeline([Times(1), Times(2)], Mesh(comm, pipe=2), loss_fn=loss_fn)
+        if rank == 0:
+            with pytest.raises(ValueError, match="without loss_fn on its last stage"):
+                engine.step(torch.ones(2))
+            return 2.0
+        return engine.step(torch.ones(2)).item()
+
+    assert run_local(2, main) == [2.0, 2.0]
 
 
 class Residual(nn.Sequential):
