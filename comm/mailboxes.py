@@ -67,7 +67,7 @@ class Mailboxes:
         assert nodes.memory is not None
         self.rank = rank
         self._memory = nodes.memory
-        self._nodes = nodes  # a message that is under way alone keeps what it reads mapped
+        self._nodes = nodes
         self._block = block
         self._pool = Pool(nodes.memory)
         self._inboxes: dict[int, Box] = {}
@@ -164,7 +164,7 @@ class Mailboxes:
         words, box = self._addressed(_Bytes(0, nbytes, note), dst, tag)
         words[Letter.KIND], words[Letter.PLACE] = Kind.NOTE, address_of(note) - box.base
         words[Letter.PEER_BELL] = box.bell
-        message = Message(words, self.rank, dst, tag, note)
+        message = self._message(words, dst, tag, note)
         status = yield from message.steps(self._patience)
         return message.sequence if status == Status.BYTES else 0
 
@@ -199,7 +199,7 @@ class Mailboxes:
         box = self._inboxes[src]
         words = self._words(box, False, src, tag, bytes_, ordinal)
         words[Letter.BASE], words[Letter.LOW] = box.base, box.low_at
-        return Message(words, self.rank, src, tag, (bytes_, box))
+        return self._message(words, src, tag, (bytes_, box))
 
     def _addressed(self, bytes_: _Bytes, dst: int, tag: int, ordinal: int = 0) -> tuple[Words, Box]:
         box = self._outboxes[dst]
@@ -215,7 +215,7 @@ class Mailboxes:
         nbytes = bytes_.nbytes
         if place is not None:
             words[Letter.PLACE], words[Letter.WINDOW] = place, nbytes
-            return Message(words, self.rank, dst, tag, bytes_)
+            return self._message(words, dst, tag, bytes_)
         at_once = nbytes <= BUFFERED_BYTES and not self._pool.full
         if at_once:
             words[Letter.PEER_BELL] = 0
@@ -228,7 +228,11 @@ class Mailboxes:
         words[Letter.WINDOW_AT], words[Letter.WINDOW] = address, max(room, 1)
         words[Letter.PIECE] = min(PIECE_BYTES, max(room, 1))
         self._pool.lend(window, _returned(box, box.sent))
-        return Message(words, self.rank, dst, tag, (bytes_, window))
+        return self._message(words, dst, tag, (bytes_, window))
+
+    def _message(self, words: Words, peer: int, tag: int, keeps: object) -> Message:
+        """Return a message; the background may still look at it after its group has closed."""
+        return Message(words, self.rank, peer, tag, (keeps, self._nodes))
 
     def _words(
         self, box: Box, sends: bool, peer: int, tag: int, bytes_: _Bytes, ordinal: int

@@ -313,6 +313,7 @@ class Progress:
             waiting = self._look()
             if waiting:
                 self._server.serve(waiting, turn)
+                del waiting  # the works may have ended, and their groups be closed
             else:
                 time.sleep(self._nap)
                 self._nap = min(2 * self._nap, _LONGEST_LOOK)

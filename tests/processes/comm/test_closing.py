@@ -11,6 +11,7 @@ import pytest
 from contract import data, reopened
 
 from ringfold import CommError, Communicator
+from ringfold.comm.serving import Waiting
 
 pytestmark = pytest.mark.usefixtures("several")
 
@@ -137,3 +138,20 @@ def test_closing_unmaps_the_memory_of_the_node(comm: Communicator) -> None:
         assert mapped() == before
     finally:
         gc.enable()
+
+
+def test_what_the_background_goes_on_with_stays_mapped(comm: Communicator) -> None:
+    """Where it was late, as it compiled its kernel, it set a bell in memory that was gone."""
+    before = mapped()
+    with Communicator() as world:
+        ahead, behind = (world.rank + 1) % world.size, (world.rank - 1) % world.size
+        count = 300_003
+        get = world.irecv(np.zeros(count), behind)
+        listed = [request for request in get.pending if isinstance(request, Waiting)]
+        world.barrier()
+        world.send(data(world.rank, count, np.float64), ahead)
+        np.testing.assert_array_equal(get.wait(), data(behind, count, np.float64))
+        expected = before + (world.node.size if listed else 0)
+    assert mapped() == expected
+    listed.clear()
+    assert mapped() == before
