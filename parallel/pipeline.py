@@ -35,6 +35,7 @@ from .reduction import ReductionRecord
 from .replicas import broadcast_tensors, check_equal, check_sendable, device_of
 from .rows import agree_on_rows, agree_on_rows_of_pipe
 from .share import counts_of, share_of
+from .shared_weights import names_of, refuse_two_values
 from .sparse import sparse_parameters
 from .stage import Stage
 from .stage_error import raise_together
@@ -184,6 +185,7 @@ class Pipeline:
             held = [layer for layer, rank in enumerate(ranks) if rank == pipe.rank]
             move(named, held, torch.device(device))
         named, ties = untie(named)
+        self._shared_names = names_of(ties, named)
         name_layers(nn.Sequential(OrderedDict(named)))
         self._layers = RankLayers(named, self.stages, pipe.rank, pipe.size)
         self._device = device_of(whole) if device is None else torch.device(device)
@@ -357,9 +359,11 @@ class Pipeline:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load this rank's part of a state: of the unsplit model's, or of `state_dict`'s.
 
-        ValueError for a name that is in no stage; RuntimeError, as torch has it, for a missing name
-        or a shape that differs. No communication: give every replica the same state.
+        ValueError for a name that is in no stage, and for different values of one weight that
+        layers share; RuntimeError, as torch has it, for a missing name or a shape that differs. No
+        communication: give every replica the same state.
         """
+        refuse_two_values(self._shared_names, state)
         self._layers.load(state)
 
     def carried(self) -> Carried:

@@ -9,11 +9,12 @@ hook on the gradient of one use would see a part of what it sees in the unsplit 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .reducer import ReadyHook
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from .layers import Named
     from .ties import Tie
 
-__all__ = ["SharedWeights", "refuse_gradient_hooks"]
+__all__ = ["SharedWeights", "names_of", "refuse_gradient_hooks", "refuse_two_values"]
 
 _KINDS = {
     "_backward_hooks": "register_hook",
@@ -48,6 +49,40 @@ def _refuse_hooks(parameter: nn.Parameter, name: str) -> None:
                 "would see the gradient of one of its uses: change the gradient after step, or "
                 "keep the parameter in one layer"
             )
+
+
+def names_of(ties: Iterable[Tie], named: Named) -> list[list[str]]:
+    """Return all names of every shared parameter in the unsplit model."""
+    return [
+        [
+            f"{named[layer][0]}.{path}"
+            for layer, use in zip(tie.layers, tie.uses, strict=True)
+            for path, parameter in named[layer][1].named_parameters(remove_duplicate=False)
+            if parameter is use
+        ]
+        for tie in ties
+    ]
+
+
+def refuse_two_values(names: Iterable[Sequence[str]], state: Mapping[str, Any]) -> None:
+    """Raise ValueError for a shared parameter of which a state has different values.
+
+    Each rank would take that of its own layers, and the copies would differ from then on.
+    """
+    for alike in names:
+        first, *others = [name for name in alike if name in state] or [""]
+        for other in others:
+            if not _same(state[first], state[other]):
+                raise ValueError(
+                    f"{first} and {other} are one weight, which layers share, but the state has "
+                    "another value for each: is it of a model that does not share it?"
+                )
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    if left is right or left.shape != right.shape:
+        return left is right
+    return torch.equal(left.detach().cpu(), right.detach().cpu().to(left.dtype))
 
 
 class SharedWeights:

@@ -571,6 +571,24 @@ def test_computing_with_the_original_of_a_copy(shared, way, schedule):
     assert run_local(1, lambda comm: main(comm, 1))[0].abs().sum() > 0
 
 
+def test_a_state_with_two_values_of_a_shared_weight_is_refused():
+    """Each rank took that of its own layer, and they trained apart from then on."""
+    whole = {f"{i}.w": torch.tensor(float(i)) for i in range(3)}
+
+    def main(comm):
+        given = [Times(2), Times(3), Times(4)]
+        given[2].w = given[0].w
+        engine = Pipeline(given, Mesh(comm, pipe=2), loss_fn=mean_output)
+        with pytest.raises(ValueError, match=r"0\.w and 2\.w are one weight"):
+            engine.load_state_dict(whole)
+        before = [p.item() for p in engine.parameters()]
+        engine.load_state_dict({**whole, "2.w": torch.tensor(0.0)})
+        return before, [p.item() for p in engine.parameters()]
+
+    (first, later), (last, last_later) = run_local(2, main)
+    assert sorted(first + last) == [2, 2, 3] and sorted(later + last_later) == [0, 0, 1]
+
+
 class Listed(nn.Module):
     """Compute with a layer that it has in a list, where torch does not see it."""
 
