@@ -251,8 +251,10 @@ class Pipeline:
         mesh.data. ValueError on every rank if a batch does not fit, as where SyncBatchNorm layers
         would meet in unequal numbers of micro-batches. StageError on every rank, naming stage,
         micro-batch, shapes and dtypes, if a stage or the loss raises, as on an input that does not
-        fit: clear the gradients then, which hold a part of the batch.
+        fit: clear the gradients then, which hold a part of the batch. What breaks a step off, such
+        as Ctrl-C or a CommTimeout, is raised as it is, and later steps are refused.
         """
+        self._worker.require_whole()
         if not self._has_loss:
             raise ValueError(
                 "a pipeline without loss_fn on its last stage cannot train, only evaluate"
@@ -325,6 +327,7 @@ class Pipeline:
         only: replicas evaluate independently of each other. Layers behave as `train` and `eval`
         have said. The outputs of the micro-batches are joined along their first dimension.
         """
+        self._worker.require_whole()
         bounds = row_bounds(agree_on_rows_of_pipe(self.mesh.pipe, x), self._microbatches)
         batch = Batch(inputs=split_rows(x, bounds) if self._is_first else [])
         self._worker.evaluate(len(bounds), batch)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -74,9 +75,34 @@ class Worker:
         self.failure: Failure | None = None
         self.peak_in_flight = 0
         self.completing: set[int] = set()
+        self._broken: BaseException | None = None
+
+    def require_whole(self) -> None:
+        """Raise CommError after a run that was broken off.
+
+        What it has left under way has the tags of the next run: it would be taken for that one's.
+        """
+        if self._broken is not None:
+            raise CommError(
+                f"a step or an evaluation of this pipeline was broken off by "
+                f"{type(self._broken).__name__}, with messages under way: make the pipeline anew "
+                "over a fresh group"
+            ) from self._broken
+
+    @contextmanager
+    def _to_the_end(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:  # Ctrl-C, or what a signal's handler raises, too
+            self._broken = error
+            raise
 
     def train(self, plan: Sequence[Action], batch: Batch) -> None:
         """Run forwards and backwards; returns when everything has been received and sent."""
+        with self._to_the_end():
+            self._train(plan, batch)
+
+    def _train(self, plan: Sequence[Action], batch: Batch) -> None:
         last = {a.stage: a for a in plan if a.kind in (Kind.BACKWARD, Kind.WEIGHT)}
         self._begin(plan)
         for position, action in enumerate(plan):
@@ -103,13 +129,16 @@ class Worker:
 
     def evaluate(self, num_microbatches: int, batch: Batch) -> None:
         """Run forwards that keep nothing for a backward."""
+        with self._to_the_end(), torch.no_grad():
+            self._evaluate(num_microbatches, batch)
+
+    def _evaluate(self, num_microbatches: int, batch: Batch) -> None:
         plan = [Action(Kind.FORWARD, m, s) for s in self._stages for m in range(num_microbatches)]
         self._begin(plan)
-        with torch.no_grad():
-            for position, action in enumerate(plan):
-                self._receive(plan, position)
-                stage = self._stages[action.stage]
-                self._attempt(action, batch, stage.evaluate)
+        for position, action in enumerate(plan):
+            self._receive(plan, position)
+            stage = self._stages[action.stage]
+            self._attempt(action, batch, stage.evaluate)
         self._outbox.drain()
 
     def join(self, batch: Batch, where: str) -> Any:

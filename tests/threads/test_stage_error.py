@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ringfold import CommError, Mesh, Pipeline, StageError, run_local
+from ringfold import CommError, Mesh, Pipeline, Settings, StageError, run_local
 from ringfold.parallel.plan import PLANS
 
 ONE_STAGE_A_RANK = [name for name in PLANS if name != "interleaved"]
@@ -156,6 +156,22 @@ def test_a_failure_of_the_world_is_raised_as_it_is():
     layers = [nn.Linear(5, 3), Fails(0, error=CommError("the link is down"))]
     with pytest.raises(CommError, match="the link is down"):
         attempts(2, lambda _: layers)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_after_an_interrupt_nothing_of_it_is_taken_for_the_next_run(training):
+    """Messages of the one before were in the way, and ranks waited until time was up."""
+
+    def main(comm):
+        layers = [Fails(2, error=KeyboardInterrupt()), Fails(1, error=KeyboardInterrupt())]
+        engine = Pipeline(layers, Mesh(comm, pipe=2), loss_fn=mean_square, microbatches=4)
+        run = engine.step if training else engine.forward
+        with pytest.raises(KeyboardInterrupt):
+            run(torch.arange(8.0))
+        with pytest.raises(CommError, match="was broken off by KeyboardInterrupt, with messages"):
+            run(torch.ones(8))
+
+    run_local(2, main, settings=Settings.read(timeout=2))
 
 
 def test_nested_inputs_are_shown():
