@@ -95,8 +95,10 @@ class RankLayers:
         }
 
     def or_placeholder(self, parameters: list[nn.Parameter]) -> Iterator[nn.Parameter]:
-        """Yield the parameters; if there is none, one of no elements that is in no state."""
-        return iter(parameters or [self._placeholder])
+        """Yield the parameters; if there is none to train, one of no elements, in no state, too."""
+        yield from parameters
+        if not any(parameter.requires_grad for parameter in parameters):
+            yield self._placeholder
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Load this rank's part; ValueError for a name that is in no stage."""

@@ -341,7 +341,7 @@ class Pipeline:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters of this rank's stages, a shared one once.
 
-        For a rank without any: one parameter of no elements, which is in no state, so that
+        On a rank without any to train, one of no elements that is in no state follows, so that
         optimizers, which refuse an empty list, can be made alike on every rank.
         """
         return self._layers.or_placeholder([p for _, p in self.named_parameters()])
