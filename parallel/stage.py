@@ -116,17 +116,23 @@ class Stage:
         description: Description,
         tensors: Sequence[Tensor],
         samples: Samples | None = None,
+        *,
+        hands_on: bool = True,
     ) -> tuple[Any, Description, list[Tensor]]:
         """Run the layers, keeping what backward needs; return the output, whole and taken apart.
 
         Gradients will be kept for the tensors of `description` that need one. samples: what random
-        layers were shown.
+        layers were shown. hands_on: whether another stage gets the output; a loss may take what
+        cannot be taken apart.
         """
         replay = None
         if self.recompute:
             replay = Replay(self.module, description, list(tensors), samples)
             tensors = [tensor.clone() for tensor in tensors]  # layers may change them in place
         output, door = self._run(description, tensors)
+        if replay is None and not hands_on:
+            self._in_flight[microbatch] = _InFlight(door, [], ())
+            return output, Description((), ()), []
         out, outputs = take_apart(output, f"output of stage {self.index}")
         roots = [tensor for tensor in outputs if tensor.requires_grad]
         needed = tuple(spec for spec in out.tensors if spec.needs_grad)

@@ -194,7 +194,9 @@ class StageWorker:
         description, tensors = self._take_input(microbatch, batch)
         samples = batch.samples[microbatch]
         show_samples(self._stage.module, samples)
-        output, out, outputs = self._stage.forward(microbatch, description, tensors, samples)
+        output, out, outputs = self._stage.forward(
+            microbatch, description, tensors, samples, hands_on=not self._is_last
+        )
         if not self._is_last:
             self._stage.end_at_outputs(microbatch)
             self._send_on(microbatch, out, outputs)

@@ -482,6 +482,24 @@ def test_dtypes_and_layouts_between_stages(dtype):
     assert grads == {"0.w": 60}
 
 
+def test_the_last_output_may_be_what_the_loss_takes():
+    def main(comm):
+        spread = Call(lambda x: torch.distributions.Normal(x, 1.0))
+        engine = Pipeline(
+            [Times(2), Times(3), spread],
+            Mesh(comm, pipe=2),
+            loss_fn=lambda found, _: -found.log_prob(torch.zeros(())).sum(),
+            loss_reduction="sum",
+        )
+        engine.step(torch.tensor([1.0, 3.0]))
+        with pytest.raises(StageError, match="output of the last stage: a Normal cannot be"):
+            engine.forward(torch.ones(2))
+        return grad(engine)
+
+    # Of -log p = x^2 / 2 + ..., of which x = 6 a.
+    assert run_local(2, main) == [{"0.w": 180.0}, {"1.w": 120.0}]
+
+
 def test_output_that_needs_no_gradient_gets_none_back():
     """With the first stage frozen there is nothing to send back, and nobody may wait for it."""
 
