@@ -424,7 +424,9 @@ class Pipeline:
     def _gradient_ready(self, index: int) -> None:
         # Only the last micro-batch's backward completes a gradient.
         if self._stage_of[index] in self._worker.completing and self._reducer.active:
-            self._reducer.mark(index)
+            # As if backwards ran within it, as of re-entrant checkpoints: then nothing leaves in
+            # the first step, which finds out whether any gradient is accumulated again.
+            self._reducer.mark(index, nested=True)
 
     def _finish_reduction(self) -> ReductionRecord:
         if not self._reducer.active:  # no rows here, but the other replicas count on this one

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ringfold import Communicator, DataParallel, run_local
+from ringfold import Communicator, DataParallel, Mesh, Pipeline, run_local
 
 WIDTH = 3
 
@@ -163,3 +163,45 @@ def test_a_step_before_the_ranks_have_met_is_refused(set_to_none, nested) -> Non
             loss.backward()
 
     run_local(2, main)
+
+
+class Twice(nn.Module):
+    """One layer in two checkpoints."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        for _ in range(2):
+            x = torch.tanh(checkpoint(self.layer, x, use_reentrant=True))
+        return x
+
+
+@pytest.mark.parametrize("pipe", [1, 2])
+def test_stages_of_replicas_accumulate_a_gradient_again(pipe: int) -> None:
+    """The first step was refused, since the gradient had been sent."""
+
+    def stages() -> list[nn.Module]:
+        first, second, third, _ = layers()
+        return [first, Twice(second), Twice(third)]
+
+    def main(comm: Communicator):
+        mesh = Mesh(comm, data=2, pipe=pipe)
+        loss_fn = nn.functional.mse_loss
+        engine = Pipeline(stages(), mesh, loss_fn=loss_fn, microbatches=2, bucket_bytes=1)
+        found = {}
+        for step in range(2):
+            engine.zero_grad()
+            x = batch(mesh.data.rank, step).detach()
+            engine.step(x, x)
+            found |= {(step, n): p.grad.clone() for n, p in engine.named_parameters()}
+        return found
+
+    found = {k: v for part in run_local(2 * pipe, main) for k, v in part.items()}
+    for step in range(2):
+        module = nn.Sequential(*stages())
+        x = torch.cat([batch(rank, step).detach() for rank in range(2)])
+        nn.functional.mse_loss(module(x), x).backward()
+        for name, parameter in module.named_parameters():
+            torch.testing.assert_close(found[step, name], parameter.grad)
