@@ -29,7 +29,7 @@ from .outline import Choices, Outline
 from .partition import cut
 from .plan import PlanFunction, plan_function, whole_plan
 from .plan_check import check_plan, stage_peaks
-from .random_keys import name_layers
+from .random_keys import Samples, name_layers
 from .reducer import Reducer
 from .reduction import ReductionRecord
 from .replicas import broadcast_tensors, check_equal, check_sendable, device_of
@@ -326,11 +326,15 @@ class Pipeline:
 
         x: as in `step`, needed on the first stage; at least one row. Collective over mesh.pipe
         only: replicas evaluate independently of each other. Layers behave as `train` and `eval`
-        have said. The outputs of the micro-batches are joined along their first dimension.
+        have said; a Dropout in training mode takes the rows of x for those of a batch of
+        `steps_taken`. The outputs of the micro-batches are joined along their first dimension.
         """
         self._worker.require_whole()
         bounds = row_bounds(agree_on_rows_of_pipe(self.mesh.pipe, x), self._microbatches)
-        batch = Batch(inputs=split_rows(x, bounds) if self._is_first else [])
+        batch = Batch(
+            inputs=split_rows(x, bounds) if self._is_first else [],
+            samples=[Samples(self.steps_taken, first, end - first) for first, end in bounds],
+        )
         self._worker.evaluate(len(bounds), batch)
         where = "output of the last stage"
         joined = self._worker.join(batch, where) if self._is_last and not self._failed else None

@@ -168,6 +168,7 @@ class StageWorker:
     def evaluate(self, action: Action, batch: Batch) -> None:
         """Run a forward that keeps nothing for a backward."""
         microbatch = action.microbatch
+        show_samples(self._stage.module, batch.samples[microbatch])
         output = self._stage.evaluate(*self._take_input(microbatch, batch))
         if self._is_last:
             batch.outputs.append(output)

@@ -88,6 +88,26 @@ def test_without_the_tree_dropout_is_the_same_and_sums_are_close():
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("pipe", [1, 2])
+def test_dropout_of_an_evaluation_in_training_mode(pipe):
+    """It did not know its samples, or took those of the last micro-batch of a step."""
+
+    def main(comm, microbatches):
+        engine = Pipeline(
+            [nn.Identity(), Dropout(0.5, seed=3)],
+            Mesh(comm, pipe=comm.size),
+            microbatches=microbatches,
+        )
+        first = engine.forward(torch.ones(6, 50))
+        engine.steps_taken = 1
+        return first, engine.forward(torch.ones(6, 50))
+
+    ((first, second),) = run_local(1, lambda comm: main(comm, 1))
+    assert not torch.equal(first, second) and {0.0, 2.0} == {*first.unique().tolist()}
+    for found in run_local(pipe, lambda comm: main(comm, 4)):
+        assert torch.equal(found[0], first) and torch.equal(found[1], second)
+
+
 class Sometimes(nn.Module):
     """A parameter that the first micro-batch alone uses, and one that none does."""
 
