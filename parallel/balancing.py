@@ -11,6 +11,8 @@ import numpy as np
 from .layer_costs import Named, kept_bytes, layer_seconds, parameter_bytes
 from .messages import broadcast_value
 from .partition import balance
+from .replicas import check_equal
+from .structure import take_apart
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -49,6 +51,13 @@ def balanced_stages(
         return balance(cost(_Question(named, in_flight, None)), num_stages)
     if not comm.broadcast(np.array([sample is not None]), root=0)[0]:
         raise ValueError(f"balance {by!r} measures layers on a micro-batch: give it as sample")
+
+    def taken_apart() -> list[str]:
+        if comm.rank == 0:
+            take_apart(sample, "sample")
+        return []
+
+    check_equal(comm, taken_apart, f"balance {by!r}")
     sample = broadcast_value(comm, sample, 0, "sample")
     costs = np.zeros((num_stages, len(named)))
     error: ValueError | None = None

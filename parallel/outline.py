@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +61,7 @@ class Choices:
     def lines(self, layers: nn.Module) -> list[str]:
         """Describe them in words."""
         device = device_of(layers) if self.device is None else torch.device(self.device)
-        boundaries = self.boundaries if self.boundaries is None else list(map(int, self.boundaries))
+        boundaries = None if self.boundaries is None else list(map(index, self.boundaries))
         return [
             f"loss_fn {'given' if self.has_loss else 'none'} on last stages",
             f"loss_reduction {self.loss_reduction}",

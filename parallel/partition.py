@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Sequence
 from itertools import pairwise
 
@@ -21,7 +22,7 @@ def cut(num_layers: int, num_stages: int, boundaries: Sequence[int]) -> tuple[ra
         raise ValueError(
             f"expected {num_stages - 1} boundaries for {num_stages} stages, got {list(boundaries)}"
         )
-    edges = (0, *(int(boundary) for boundary in boundaries), num_layers)
+    edges = (0, *map(operator.index, boundaries), num_layers)
     for stage, (first, end) in enumerate(pairwise(edges)):
         if end <= first:
             raise ValueError(

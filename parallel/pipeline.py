@@ -134,6 +134,9 @@ class Pipeline:
         loss_scaler: LossScaler | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        if not isinstance(mesh, Mesh):
+            kind = type(mesh).__name__
+            raise TypeError(f"expected a Mesh, such as Mesh(comm, pipe=2), got a {kind}")
         self.mesh = mesh
         self.last_step: StepRecord | None = None
         self.steps_taken = 0
@@ -303,11 +306,11 @@ class Pipeline:
             assert share.leaves is not None
             loss, failed = self._add_in_tree(weighed, share.leaves)
             self._tree.finish()
-            self._even_buffers()
+            self._even_buffers(rows)
         else:
             total = np.array([sum(weighed.values()), self._failed], np.float64)
             work = self.mesh.comm.allreduce(total, op="sum", blocking=False)
-            reduction = self._finish_reduction() if replicas > 1 else None
+            reduction = self._finish_reduction(rows) if replicas > 1 else None
             loss, failed = map(float, work.wait())
         self._ties.finish()
         if failed:
@@ -432,18 +435,20 @@ class Pipeline:
             # the first step, which finds out whether any gradient is accumulated again.
             self._reducer.mark(index, nested=True)
 
-    def _finish_reduction(self) -> ReductionRecord:
+    def _finish_reduction(self, rows: Sequence[int]) -> ReductionRecord:
         if not self._reducer.active:  # no rows here, but the other replicas count on this one
             self._reducer.begin()
             self._reducer.flush()
         record = self._reducer.finish()
-        self._even_buffers()
+        self._even_buffers(rows)
         return record
 
-    def _even_buffers(self) -> None:
+    def _even_buffers(self, rows: Sequence[int]) -> None:
+        """Give all replicas the buffers of the first one that has rows, and so has changed them."""
         if self._broadcast_buffers and self.mesh.data.size > 1:
             buffers = self._layers.module.buffers()
-            broadcast_tensors(self.mesh.data, buffers, 0, self._bucket_bytes)
+            source = next(replica for replica, count in enumerate(rows) if count)
+            broadcast_tensors(self.mesh.data, buffers, source, self._bucket_bytes)
 
     def _add_in_tree(
         self, losses: Mapping[int, float], leaves: Sequence[range]

@@ -195,7 +195,7 @@ def test_nested_samples_with_integers(by):
 
 def test_refusals_on_every_rank():
     def main(comm, layers, options):
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises((ValueError, TypeError)) as caught:
             balanced_stages(named(*layers), comm, in_flight=[1, 1], **options)
         return str(caught.value)
 
@@ -205,6 +205,7 @@ def test_refusals_on_every_rank():
         (two, {"by": "time"}, "balance 'time' measures layers on a micro-batch: give it as sample"),
         (two[:1], {"by": "memory", "sample": torch.ones(1)}, "stage 1 of 2 is left without layers"),
         (two, {"by": "memory", "sample": torch.ones(1, 2)}, "layer 1 (Linear) on the sample: mat1"),
+        (two, {"by": "time", "sample": {1}}, "balance 'time', on rank 0: sample: a set cannot be"),
     ):
         for text in run_local(2, lambda comm, a=layers, o=options: main(comm, a, o)):
             assert text.startswith(shown)

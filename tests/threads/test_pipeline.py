@@ -547,6 +547,21 @@ def test_replicas_share_buffers_and_evaluate_apart():
     assert results[0][1].shape == (ROWS, 2)
 
 
+@pytest.mark.parametrize("reduction", ["bucket", "tree"])
+def test_buffers_come_from_a_replica_with_rows(reduction):
+    """Those of replica 0 overwrote what the step had left in the others'."""
+
+    def main(comm):
+        mesh = Mesh(comm, data=2)
+        layers = [nn.BatchNorm1d(1, momentum=1.0), Times(1)]
+        engine = Pipeline(layers, mesh, loss_fn=mean_output, microbatches=1, reduction=reduction)
+        x = torch.tensor([[2.0], [4.0]])
+        engine.step(x if mesh.data.rank else x[:0])
+        return layers[0].running_mean.item()
+
+    assert run_local(2, main) == [3.0, 3.0]
+
+
 @pytest.mark.parametrize(("rows", "fits"), [((4, 4), True), ((3, 2), True), ((3, 1), False)])
 @pytest.mark.parametrize("pipe", [1, 2])
 def test_layers_that_meet_other_replicas_do_so_equally_often(rows, fits, pipe):
@@ -609,6 +624,7 @@ def test_bad_settings_are_refused_on_every_rank():
         2, "unknown loss_reduction 'max', expected one of: mean, sum", loss_reduction="max"
     )
     engine_error(2, "unknown wire dtype 'int8'", wire_dtype="int8")
+    engine_error(2, "cannot be interpreted as an integer", TypeError, boundaries=[1.5])
     engine_error(2, "list of layers, got a Linear", TypeError, lambda _: nn.Linear(1, 1))
     engine_error(2, "layer 1: expected an nn.Module", TypeError, lambda _: [Times(1), abs])
 
