@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,18 +14,23 @@ from torch import nn
 from .actions import Action
 from .hooks import wire_format
 from .layers import Named, named_layers
+from .mesh import Mesh
 from .partition import stages_of
 from .plan_check import num_stages_of
 from .replicas import describe, device_of
 from .shared_weights import refuse_gradient_hooks
 
-if TYPE_CHECKING:
-    from .mesh import Mesh
-
-__all__ = ["Choices", "Outline"]
+__all__ = ["Choices", "Outline", "require_mesh"]
 
 _LOSS_REDUCTIONS = ("mean", "sum")
 _REDUCTIONS = ("bucket", "tree")
+
+
+def require_mesh(given: object) -> None:
+    """Raise TypeError for what is no Mesh."""
+    if not isinstance(given, Mesh):
+        kind = type(given).__name__
+        raise TypeError(f"expected a Mesh, such as Mesh(comm, pipe=2), got a {kind}")
 
 
 @dataclass(frozen=True)

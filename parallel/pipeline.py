@@ -25,7 +25,7 @@ from .layers import RankLayers
 from .loss_scale import LossScaler
 from .mesh import Mesh
 from .messages import broadcast_value
-from .outline import Choices, Outline
+from .outline import Choices, Outline, require_mesh
 from .partition import cut
 from .plan import PlanFunction, plan_function, whole_plan
 from .plan_check import check_plan, stage_peaks
@@ -134,9 +134,7 @@ class Pipeline:
         loss_scaler: LossScaler | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if not isinstance(mesh, Mesh):
-            kind = type(mesh).__name__
-            raise TypeError(f"expected a Mesh, such as Mesh(comm, pipe=2), got a {kind}")
+        require_mesh(mesh)
         self.mesh = mesh
         self.last_step: StepRecord | None = None
         self.steps_taken = 0

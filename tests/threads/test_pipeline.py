@@ -666,6 +666,13 @@ def test_layers_of_one_rank_are_refused_on_every_rank():
     assert run_local(2, main) == [True] * 2
 
 
+def test_what_is_no_mesh_is_refused():
+    with pytest.raises(
+        TypeError, match=r"expected a Mesh, such as Mesh\(comm, pipe=2\), got a Com"
+    ):
+        run_local(1, lambda comm: Pipeline([Times(1)], comm))
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_loss_counts_on_the_last_stage(rank):
     """The first stage refused to train, and the last one waited for it."""
