@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..comm.texts import shown_ranks
 from .finite import all_finite
 
 if TYPE_CHECKING:
@@ -92,6 +93,14 @@ class LossScaler:
         self._overflow = False
         self._stepped: WeakSet[Optimizer] = WeakSet()
         self._unscaled: WeakSet[Optimizer] = WeakSet()
+
+    def require(self, comm: Communicator) -> None:
+        """Raise ValueError where ranks of `comm` would go on with factors of their own."""
+        if missing := sorted(set(comm.members) - set(self._comm.members)):
+            raise ValueError(
+                f"the LossScaler is over {self._comm.size} ranks, without {shown_ranks(missing)}, "
+                "which would skip steps and change their factor apart: make it over mesh.comm"
+            )
 
     @property
     def turn_factor(self) -> float:

@@ -95,7 +95,8 @@ class Pipeline:
     reduction: "bucket", or "tree" for gradients and losses that are the same to the last bit for
         every (data, pipe). `microbatches` are those of the global batch then, dealt to the
         replicas in order, and they are added in one fixed binary tree, in the gradients' own dtype.
-    loss_scaler: scales what backward starts from; the loss that `step` returns is as it is.
+    loss_scaler: scales what backward starts from; the loss that `step` returns is as it is. Over
+        mesh.comm.
     device: where this rank's stages go, and what comes to them; of one kind on all ranks. None to
         leave them where the layers are.
     check_finite: look at the gradients after every backward of a micro-batch: `step` raises
@@ -165,6 +166,8 @@ class Pipeline:
 
         def described() -> list[str]:
             self._plan_function = plan_function(schedule, stages_per_rank)
+            if loss_scaler is not None:
+                loss_scaler.require(mesh.pipe)
             outlines.append(Outline.of(layers, mesh, choices, self._plan, loss_fn))
             return outlines[0].lines(choices)
 

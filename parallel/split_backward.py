@@ -40,8 +40,8 @@ class SplitBackward:
         self._starts = [get_gradient_edge(root) for root in roots]
         graph = _Graph([start.node for start in self._starts], door)
         self._forks = graph.forks()
-        self._leaves = graph.leaves()
         self._separate = graph.are_separate(self._forks)
+        self._leaves = [] if self._separate else graph.leaves()
         self._leads = [graph.leads[start.node] for start in self._starts]
         self._noted: dict[Node, tuple[Tensor | None, ...]] = {}
 
@@ -135,7 +135,7 @@ class _Graph:
 
     def leaves(self) -> list[Tensor]:
         """Return the tensors whose gradients are accumulated, without what is behind the door."""
-        return [node.variable for node in self.leads if hasattr(node, "variable")]
+        return [n.variable for n in self.leads if n.name().endswith("::AccumulateGrad")]  # type: ignore[attr-defined]
 
     def are_separate(self, forks: dict[Node, list[Edge]]) -> bool:
         """Tell whether no other node has an edge to where a fork's edges to the weights end."""

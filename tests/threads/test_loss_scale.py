@@ -90,6 +90,23 @@ def test_an_overflow_on_one_rank_is_skipped_by_all(reduce: bool) -> None:
     assert run_local(3, main) == [expected] * 3
 
 
+def test_a_scaler_of_one_stage_is_refused() -> None:
+    """Stages skipped steps apart, and divided by other factors than the losses were given."""
+
+    def main(comm: Communicator) -> None:
+        mesh = ringfold.Mesh(comm, data=1, pipe=2)
+        loss_fn = nn.functional.mse_loss
+        with pytest.raises(ValueError, match="over 1 ranks, without rank 1, which would skip"):
+            ringfold.Pipeline(
+                [layer(), layer()], mesh, loss_fn=loss_fn, loss_scaler=LossScaler(mesh.data)
+            )
+        ringfold.Pipeline(
+            [layer(), layer()], mesh, loss_fn=loss_fn, loss_scaler=LossScaler(mesh.pipe)
+        )
+
+    run_local(2, main)
+
+
 @pytest.mark.parametrize(("data", "pipe"), [(1, 2), (2, 1), (2, 2)])
 def test_stages_scale_and_skip_together(data: int, pipe: int) -> None:
     def main(comm: Communicator):
