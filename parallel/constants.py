@@ -80,15 +80,17 @@ class Constants:
     def watch(self, stage: nn.Module) -> None:
         """Let every forward of a stage raise RuntimeError if it has written to one."""
         versions: list[int] = []
-        # One that was made in inference mode has no version, nor can a step write to it.
-        watched = [pair for pair in self._shared if not pair[0].buffer.is_inference()]
-        buffers = [first.buffer for first, _ in watched]
+        # One that was made in inference mode has no version, nor can a step write to it. Of places
+        # the words alone, since these know the layers of other ranks.
+        shared = [pair for pair in self._shared if not pair[0].buffer.is_inference()]
+        watched = [(first.buffer, str(first), str(far)) for first, far in shared]
+        buffers = [buffer for buffer, _, _ in watched]
 
         def note(module: nn.Module, given: Any) -> None:
             versions[:] = [buffer._version for buffer in buffers]
 
         def check(module: nn.Module, given: Any, output: Any) -> None:
-            for buffer, version, (first, far) in zip(buffers, versions, watched, strict=True):
+            for (buffer, first, far), version in zip(watched, versions, strict=True):
                 if buffer._version != version:
                     raise RuntimeError(
                         f"a layer has written to {first}, which is {far} as well: they are on two "

@@ -1,5 +1,8 @@
 """Buffers that layers of several ranks share, which nothing changes."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -67,6 +70,25 @@ def test_ranks_share_a_table(grid, schedule):
     assert {name for name, _ in found} == {"0.weight", "1.weight", "3.weight"}
     for name, gradient in found:
         torch.testing.assert_close(gradient, module.get_parameter(name).grad)
+
+
+def test_a_rank_lets_go_of_the_layers_of_others():
+    """Layers with a buffer in common were kept by all."""
+
+    def main(comm):
+        mask, layers = torch.ones(4), [nn.Linear(4, 4) for _ in range(4)]
+        for layer in layers:
+            layer.register_buffer("mask", mask, persistent=False)
+        layers[3].weight = layers[0].weight
+        seen = [weakref.ref(layer) for layer in layers]
+        engine = Pipeline(layers, Mesh(comm, pipe=2), loss_fn=square, microbatches=2)
+        del layers, layer
+        gc.collect()
+        engine.step(torch.ones(4, 4))
+        return [found() is not None for found in seen]
+
+    # Of the last, a copy has taken the place.
+    assert run_local(2, main) == [[True, True, False, False], [False, False, True, False]]
 
 
 def test_a_layer_that_writes_to_a_shared_table_fails_on_every_rank():
