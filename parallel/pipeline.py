@@ -248,7 +248,7 @@ class Pipeline:
         x: this replica's batch, nested tensors whose first dimension is the rows; needed on the
             first stage. y: its targets, with as many rows; needed on the last stage, if loss_fn
             uses them. Elsewhere they are ignored. Replicas may have unequal batches, some of them
-            no rows.
+            no rows, or None.
         Returns: the loss of the whole global batch, over all replicas, on every rank: a float64
             tensor of no dimension, without a graph.
 

@@ -21,10 +21,10 @@ _REFUSED = -2
 def agree_on_rows(mesh: Mesh, x: Any, y: Any, meets: bool = False) -> tuple[tuple[int, ...], bool]:
     """Return the rows of every replica's batch, by replica, and whether any rank `meets`.
 
-    Not all rows are zero. meets: whether layers of this rank meet other replicas in their forward.
-    x counts on first stages, y, if it is given, on last ones. Collective over mesh.comm. Raises on
-    every rank if a batch is unfit on any: there what is wrong with it, elsewhere a ValueError that
-    names the rank.
+    Not all rows are zero; None for x has none. meets: whether layers of this rank meet other
+    replicas in their forward. x counts on first stages, y, if it is given, on last ones. Collective
+    over mesh.comm. Raises on every rank if a batch is unfit on any: there what is wrong with it,
+    elsewhere a ValueError that names the rank.
     """
     is_first = mesh.pipe.rank == 0
     is_last = mesh.pipe.rank == mesh.pipe.size - 1
@@ -32,7 +32,7 @@ def agree_on_rows(mesh: Mesh, x: Any, y: Any, meets: bool = False) -> tuple[tupl
     mine = np.array([_NOT_GIVEN, _NOT_GIVEN, meets], dtype=np.int64)
     try:
         if is_first:
-            mine[0] = count_rows(x, "x")
+            mine[0] = 0 if x is None else count_rows(x, "x")
         if is_last and y is not None:
             mine[1] = count_rows(y, "y")
     except (TypeError, ValueError) as caught:
@@ -52,7 +52,9 @@ def agree_on_rows(mesh: Mesh, x: Any, y: Any, meets: bool = False) -> tuple[tupl
                 f"replica {replica}: x has {in_x} rows on the first stage, y has {in_y} on the last"
             )
     if sum(rows_x) == 0:
-        raise ValueError("the global batch has no rows")
+        raise ValueError(
+            "the global batch has no rows: expected a tensor with rows as x on a first stage"
+        )
     return tuple(map(int, rows_x)), bool(table[:, 2].any())
 
 
