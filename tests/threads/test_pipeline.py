@@ -11,7 +11,7 @@ import torch
 from little_layers import Call, Times
 from torch import nn
 
-from ringfold import Mesh, Pipeline, StageError, run_local
+from ringfold import LossScaler, Mesh, Pipeline, StageError, run_local
 from ringfold.parallel.actions import parse_actions
 from ringfold.parallel.plan import PLANS, PlanError
 from ringfold.parallel.plan_text import parse_plan
@@ -640,7 +640,7 @@ def test_bad_settings_are_refused_on_every_rank():
         ("broadcast_buffers", False, "broadcast_buffers True on rank 0; "),
         ("bucket_bytes", 100, "bucket_bytes 4194304 on rank 0; bucket_bytes 100 on rank 1"),
         ("wire_dtype", "bf16", "wire_dtype None on rank 0; wire_dtype bf16 on rank 1"),
-        ("loss_scaler", "any", "loss_scaler none on rank 0; loss_scaler given on rank 1"),
+        ("loss_scaler", LossScaler, "loss_scaler none on rank 0; loss_scaler given on rank 1"),
         ("loss_fn", None, "loss_fn given on last stages on rank 0; loss_fn none on last stages"),
         ("wire_dtype", "int8", "on rank 1: unknown wire dtype 'int8'"),
         ("microbatches", 0, "on rank 1: expected at least 1 micro-batch, got 0"),
@@ -652,7 +652,8 @@ def test_settings_of_one_rank_are_refused_on_every_rank(name, value, shown):
     """The others waited, or computed with other settings."""
 
     def main(comm):
-        options = {"loss_fn": mean_output} | ({name: value} if comm.rank else {})
+        own = value(comm) if value is LossScaler else value
+        options = {"loss_fn": mean_output} | ({name: own} if comm.rank else {})
         with pytest.raises(ValueError, match=re.escape(shown)):
             Pipeline([Times(1), Times(2)], Mesh(comm, data=2), **options)
         return True
