@@ -134,7 +134,7 @@ class SharedWeights:
             )
         return (
             f"{name} is of a stage on another rank, but something in this stage has computed with "
-            "it, and nobody adds its gradient: a layer that has it in a list, or closes over it; "
-            "let the layer have it as a parameter of its own, or the layer as a module, and it is "
-            "shared"
+            "it, and nobody adds its gradient: a layer that has it in a list, or a loss or a hook "
+            "that closes over it; let a layer have it as a parameter of its own, or its layer as a "
+            "module, and it is shared"
         )
