@@ -111,7 +111,7 @@ def every_target():
     return dict(zip(TARGETS, json.loads(result.stdout), strict=True))
 
 
-@pytest.fixture(params=TARGETS, ids=lambda target: "sm_{}{}".format(*target))
+@pytest.fixture(scope="module", params=TARGETS, ids=lambda target: "sm_{}{}".format(*target))
 def compiled(request, every_target):
     return request.param, every_target[request.param]
 
@@ -193,16 +193,16 @@ MULTIPROCESSOR_REGISTERS = 65536
 BLOCK = 256
 
 
-@pytest.fixture
-def assembled(compiled, tmp_path):
+@pytest.fixture(scope="module")
+def assembled(compiled, tmp_path_factory):
     """What the assembler says of each kernel, and its machine code, a line for each instruction."""
     ptxas, nvdisasm = tool("ptxas"), tool("nvdisasm")
     if ptxas is None or nvdisasm is None:
         pytest.skip("not installed: nvidia-cuda-nvcc, nvidia-cuda-nvdisasm (extra gpu-test)")
     (major, minor), kernels = compiled
-    found = {}
+    found, folder = {}, tmp_path_factory.mktemp("machine-code")
     for name, ptx in kernels.items():
-        source, code = tmp_path / f"{name}.ptx", tmp_path / "out"
+        source, code = folder / f"{name}.ptx", folder / "out"
         source.write_text(ptx)
         told = output(ptxas, "-v", f"-arch=sm_{major}{minor}", source, "-o", code)
         lines = output(nvdisasm, "-c", code).splitlines()

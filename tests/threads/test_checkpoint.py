@@ -685,7 +685,7 @@ print(step, within)
 """
 
 
-@pytest.mark.parametrize("kills", [12, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [8, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(tmp_path, kills):
     run = [sys.executable, "-c", KILLED, str(tmp_path / "store"), str(kills)]
     done = subprocess.run(run, capture_output=True, text=True, timeout=110)

@@ -122,7 +122,7 @@ def test_the_other_collectives(on_nodes, shape, registered, scattered, aware) ->
         def fresh() -> FakeArray:
             return late(gpu, rows[comm.rank], registered)
 
-        for count in (2, 17, 4001):
+        for count in (2, 4001):  # fewer than ranks, and an odd number
             rows = rows_of(comm, count)
             low, high = bounds(count, comm.size, comm.rank)
             for root in {0, count % comm.size}:
@@ -133,7 +133,7 @@ def test_the_other_collectives(on_nodes, shape, registered, scattered, aware) ->
                 assert done(comm, comm.reduce(x, root, "max", blocking=False)) is x
                 wanted = rows.max(0) if comm.rank == root else rows[comm.rank]
                 np.testing.assert_array_equal(x.get(), wanted)
-            for op in ("sum", "mean", "max"):
+            for op in ("mean", "max"):
                 found = done(comm, comm.reduce_scatter(fresh(), op, blocking=False))
                 wanted = expected(op, comm.size, count, np.float32)[low:high]
                 np.testing.assert_allclose(found.get(), wanted, rtol=1e-6 if op == "mean" else 0)
