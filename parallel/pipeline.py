@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ..comm.timeline import STEP, span
 from .actions import Action
+from .addition import InBuckets, InTree
 from .balancing import balanced_stages
-from .batch import clone_tensors, row_bounds, split_rows
+from .batch import row_bounds, split_rows
 from .carried import Carried
 from .clip import clip_over_stages
 from .constants import Constants
@@ -27,8 +28,8 @@ from .mesh import Mesh
 from .messages import broadcast_value
 from .outline import Choices, Outline, require_mesh
 from .partition import cut
-from .plan import PlanFunction, plan_function, whole_plan
-from .plan_check import check_plan, stage_peaks
+from .plan import CheckedPlans, PlanFunction, plan_function
+from .plan_check import stage_peaks
 from .random_keys import Samples, name_layers
 from .reducer import Reducer
 from .reduction import ReductionRecord
@@ -41,7 +42,6 @@ from .stage import Stage
 from .stage_error import raise_together
 from .stage_worker import Batch
 from .ties import TiedGradients, move, untie
-from .tree import sum_in_tree
 from .tree_gradients import TreeGradients
 from .worker import Worker
 
@@ -144,7 +144,6 @@ class Pipeline:
         self._has_loss = bool(mesh.pipe.broadcast(np.array([loss_fn is not None]), root=last)[0])
         self._loss_reduction = loss_reduction
         self._microbatches = microbatches
-        self._plans: dict[int, tuple[tuple[Action, ...], ...]] = {}
         self._bucket_bytes = bucket_bytes
         self._broadcast_buffers = broadcast_buffers
         choices = Choices(
@@ -165,7 +164,7 @@ class Pipeline:
         outlines: list[Outline] = []
 
         def described() -> list[str]:
-            self._plan_function = plan_function(schedule, stages_per_rank)
+            self._plan = CheckedPlans(plan_function(schedule, stages_per_rank), mesh.pipe.size)
             if loss_scaler is not None:
                 loss_scaler.require(mesh.pipe)
             outlines.append(Outline.of(layers, mesh, choices, self._plan, loss_fn))
@@ -219,9 +218,9 @@ class Pipeline:
             finite=self._finite,
             loss_scaler=loss_scaler,
         )
-        in_tree = reduction == "tree"
-        self._tree = TreeGradients(parts, mesh.data) if in_tree else None
-        reducer = self._reducer if mesh.data.size > 1 and not in_tree else None
+        tree = TreeGradients(parts, mesh.data) if reduction == "tree" else None
+        self._adding = InBuckets(mesh, self._reducer) if tree is None else InTree(mesh, tree)
+        reducer = self._reducer if mesh.data.size > 1 and tree is None else None
         if reducer is not None:
             check_gpu_threads(mesh.data, self._layers.module.parameters())
             reducer.attach(self._gradient_ready)
@@ -229,7 +228,7 @@ class Pipeline:
         assert channel is not None
         self._channel = channel
         self._worker = Worker(
-            self._stages, num_stages, channel, loss_fn, reducer, self._tree, self._finite
+            self._stages, num_stages, channel, loss_fn, reducer, tree, self._finite
         )
 
     @property
@@ -266,21 +265,18 @@ class Pipeline:
             )
         meets = any(layer.meets_replicas for layer in self._meeting)
         rows, meeting = agree_on_rows(self.mesh, x, y, meets)
-        replicas = self.mesh.data.size
         # On all ranks before anything is sent, as a plan may refuse what one replica has.
-        for count in counts_of(rows, self._microbatches, in_tree=self._tree is not None):
+        for count in counts_of(rows, self._microbatches, in_tree=self._adding.in_tree):
             self._plan(count)
         share = share_of(
             rows,
             self.mesh.data.rank,
             self._microbatches,
             is_mean=self._loss_reduction == "mean",
-            in_tree=self._tree is not None,
+            in_tree=self._adding.in_tree,
             meeting=meeting,
         )
-        # The mean over replicas of gradients that are each multiplied by their number is the
-        # sum, and it leaves equal gradients of earlier steps as they are.
-        factor = float(replicas if self._tree is None else 1)
+        factor = self._adding.factor
         if self._loss_scaler is not None:
             factor = self._loss_scaler.scale(factor)
         batch = Batch(
@@ -290,31 +286,15 @@ class Pipeline:
             samples=share.samples(self.steps_taken),
         )
         self._ties.begin()
-        if self._tree is not None:
-            assert share.leaves is not None
-            # Elsewhere a slice begins at another alignment, which matrix products may depend on.
-            batch.inputs = [clone_tensors(value) for value in batch.inputs]
-            batch.targets = [clone_tensors(value) for value in batch.targets]
-            self._tree.begin(share.leaves)
-        elif self._reducer.active:
-            self._reducer.abandon()
+        self._adding.begin(share, batch)
         plan = self._plan(len(share.bounds))[self.mesh.pipe.rank]
         with span(self.mesh.comm.timeline, STEP, f"step {self.steps_taken}"):
             self._worker.train(plan, batch)
         weighed = {m: share.weights[m] * value for m, value in batch.losses.items()}
-        reduction = None
-        if self._tree is not None:
-            assert share.leaves is not None
-            loss, failed = self._add_in_tree(weighed, share.leaves)
-            self._tree.finish()
-            self._even_buffers(rows)
-        else:
-            total = np.array([sum(weighed.values()), self._failed], np.float64)
-            work = self.mesh.comm.allreduce(total, op="sum", blocking=False)
-            reduction = self._finish_reduction(rows) if replicas > 1 else None
-            loss, failed = map(float, work.wait())
+        added = self._adding.finish(weighed, self._failed)
+        self._even_buffers(rows)
         self._ties.finish()
-        if failed:
+        if added.failed:
             if self._finite is not None:
                 self._finite.forget()
             raise_together(self.mesh.comm, self._worker.failure)
@@ -322,8 +302,8 @@ class Pipeline:
             self._finite.step = self.steps_taken
             self._finite.agree()
         self.steps_taken += 1
-        self.last_step = StepRecord(plan, self._worker.peak_in_flight, reduction)
-        return torch.tensor(loss, dtype=torch.float64)
+        self.last_step = StepRecord(plan, self._worker.peak_in_flight, added.reduction)
+        return torch.tensor(added.loss, dtype=torch.float64)
 
     def forward(self, x: Any = None) -> Any:
         """Run a batch through all stages, without gradients, and return the output on every rank.
@@ -436,38 +416,9 @@ class Pipeline:
             # the first step, which finds out whether any gradient is accumulated again.
             self._reducer.mark(index, nested=True)
 
-    def _finish_reduction(self, rows: Sequence[int]) -> ReductionRecord:
-        if not self._reducer.active:  # no rows here, but the other replicas count on this one
-            self._reducer.begin()
-            self._reducer.flush()
-        record = self._reducer.finish()
-        self._even_buffers(rows)
-        return record
-
     def _even_buffers(self, rows: Sequence[int]) -> None:
         """Give all replicas the buffers of the first one that has rows, and so has changed them."""
         if self._broadcast_buffers and self.mesh.data.size > 1:
             buffers = self._layers.module.buffers()
             source = next(replica for replica, count in enumerate(rows) if count)
             broadcast_tensors(self.mesh.data, buffers, source, self._bucket_bytes)
-
-    def _add_in_tree(
-        self, losses: Mapping[int, float], leaves: Sequence[range]
-    ) -> tuple[float, float]:
-        """Return the sum of all replicas' losses in the fixed tree, and how many ranks failed."""
-        values = np.zeros(leaves[-1].stop + 1, np.float64)
-        values[-1] = self._failed
-        for microbatch, value in losses.items():
-            values[leaves[self.mesh.data.rank][microbatch]] = value
-        # One rank has each of them, and the others a zero: every order of adding is the same.
-        self.mesh.comm.allreduce(values, op="sum")
-        *summed, failed = values.tolist()
-        return sum_in_tree(summed), failed
-
-    def _plan(self, num_microbatches: int) -> tuple[tuple[Action, ...], ...]:
-        plan = self._plans.get(num_microbatches)
-        if plan is None:
-            plan = whole_plan(self._plan_function, self.mesh.pipe.size, num_microbatches)
-            check_plan(plan, num_microbatches)
-            self._plans[num_microbatches] = plan
-        return plan

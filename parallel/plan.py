@@ -16,6 +16,7 @@ from .plan_check import Placed, PlanError, PlanReport, check_plan, draw
 
 __all__ = [
     "PLANS",
+    "CheckedPlans",
     "Placed",
     "PlanError",
     "PlanFunction",
@@ -187,6 +188,23 @@ def whole_plan(
 ) -> tuple[tuple[Action, ...], ...]:
     """Evaluate a plan function at every rank."""
     return tuple(function(rank, num_ranks, num_microbatches) for rank in range(num_ranks))
+
+
+class CheckedPlans:
+    """The plans of a function for so many ranks, each checked before its first use."""
+
+    def __init__(self, function: PlanFunction, num_ranks: int) -> None:
+        self._function, self._num_ranks = function, num_ranks
+        self._known: dict[int, tuple[tuple[Action, ...], ...]] = {}
+
+    def __call__(self, num_microbatches: int) -> tuple[tuple[Action, ...], ...]:
+        """Return the actions of every rank; PlanError for what cannot run."""
+        plan = self._known.get(num_microbatches)
+        if plan is None:
+            plan = whole_plan(self._function, self._num_ranks, num_microbatches)
+            check_plan(plan, num_microbatches)
+            self._known[num_microbatches] = plan
+        return plan
 
 
 def _check_place(stage: int, num_stages: int, num_microbatches: int) -> None:
