@@ -233,7 +233,7 @@ class Checkpoints(Scope):
 
     def give_up(self) -> None:
         """Stop what is being written; not collective."""
-        writing, self._writing = self._writing, None
+        writing, self._writing, self._others = self._writing, None, None
         if writing is not None:
             writing.give_up()
 

@@ -333,7 +333,10 @@ def test_what_a_recovery_has_dealt_out_is_not_lost_with_a_rank_that_dies_before_
     assert found["losses"] == expected["losses"]
 
 
-@pytest.mark.parametrize("place, told", [("agreed", []), ("writing", [("died", 0, 24)])])
+@pytest.mark.parametrize(
+    "place, told",
+    [pytest.param("agreed", [], marks=pytest.mark.slow), ("writing", [("died", 0, 24)])],
+)
 def test_the_report_is_written_whoever_dies_in_the_end(
     killed: Callable[..., dict[str, Any]], place: str, told: list[Any]
 ) -> None:

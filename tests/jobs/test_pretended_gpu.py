@@ -14,7 +14,7 @@ TESTS = Path(__file__).parent.parent
     "options",
     [
         ("--workload", "digits", "--wire", "bf16", "--check-finite"),
-        ("--workload", "text", "--pipe", "2", "--recompute"),
+        ("--workload", "digits", "--pipe", "2", "--recompute"),
     ],
     ids=" ".join,
 )
