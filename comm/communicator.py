@@ -150,8 +150,9 @@ class Communicator(GroupCalls, Scope):
         if self.node is not self and self.node._sharing is None:
             self.node._meet(nodes)
         self._sharing = sharing = Sharing(self, nodes)
-        inquiry = self._progress.inquiry
-        if sharing.board is not None and inquiry is not None:
+        if sharing.board is not None:
+            inquiry = self._progress.inquiry
+            assert inquiry is not None  # a job has one from its start
             settle = partial(inquiry.settle, self.name)
             sharing.board.note_in(self._progress.ring, self._runner.counter, settle)
         self._operations.share(sharing.memory, sharing.board, sharing.mail, nodes.reason)

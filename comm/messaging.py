@@ -110,36 +110,10 @@ class Messaging:
         return self._prepared(signature, chosen, buffer.flat.nbytes, run, executor)
 
     def allgather(self, buffer: Buffer) -> Prepared:
-        count = buffer.flat.size
-        chosen = self._choose("allgather", count * self._size, buffer.dtype)
-
-        def run(tag: int) -> Steps:
-            buffer.stage()
-            result = buffer.like((self._size, *buffer.shape))
-            flat = wrap(result, writable=True).flat
-            flat[self._rank * count : (self._rank + 1) * count] = buffer.flat
-            yield from self._executor(chosen.program, flat, flat).run(tag)
-            return result
-
-        signature = Signature("allgather", "", buffer.dtype.name, buffer.flat.size)
-        return self._prepared(signature, chosen, buffer.flat.nbytes * self._size, run)
+        return self._collect("allgather", buffer)
 
     def gather(self, buffer: Buffer, root: int) -> Prepared:
-        count = buffer.flat.size
-        chosen = self._choose("gather", count * self._size, buffer.dtype, root)
-
-        def run(tag: int) -> Steps:
-            buffer.stage()
-            # Ranks below the root may collect a subtree's parts on the way; memory that is never
-            # touched costs nothing.
-            result = buffer.like((self._size, *buffer.shape))
-            flat = wrap(result, writable=True).flat
-            flat[self._rank * count : (self._rank + 1) * count] = buffer.flat
-            yield from self._executor(chosen.program, flat, flat).run(tag)
-            return result if self._rank == root else None
-
-        signature = Signature("gather", "", buffer.dtype.name, buffer.flat.size, root)
-        return self._prepared(signature, chosen, buffer.flat.nbytes * self._size, run)
+        return self._collect("gather", buffer, root)
 
     def scatter(self, buffer: Buffer | None, root: int) -> Prepared:
         """buffer: the root's; None elsewhere."""
@@ -255,6 +229,24 @@ class Messaging:
         receipt = Receipt(name, "message", transport.name, 1, data.size, self._lacking)
         signature = Signature(name, "", buffer.dtype.name, buffer.flat.size, peer)
         return Prepared(receipt, Channel.POINT_TO_POINT, run, signature)
+
+    def _collect(self, name: str, buffer: Buffer, root: int = -1) -> Prepared:
+        """root: whose result it is; without, every rank's."""
+        count = buffer.flat.size
+        chosen = self._choose(name, count * self._size, buffer.dtype, max(root, 0))
+
+        def run(tag: int) -> Steps:
+            buffer.stage()
+            # Ranks below a root may collect a subtree's parts on the way; memory that is never
+            # touched costs nothing.
+            result = buffer.like((self._size, *buffer.shape))
+            flat = wrap(result, writable=True).flat
+            flat[self._rank * count : (self._rank + 1) * count] = buffer.flat
+            yield from self._executor(chosen.program, flat, flat).run(tag)
+            return result if root in (-1, self._rank) else None
+
+        signature = Signature(name, "", buffer.dtype.name, buffer.flat.size, root)
+        return self._prepared(signature, chosen, buffer.flat.nbytes * self._size, run)
 
     def _reduce_in_place(
         self, name: str, buffer: Buffer, inner: Buffer, op: str, root: int
