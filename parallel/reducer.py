@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from .bucket_plan import BucketPlan
 from .carried import Carried, digest_of, placed, stateful
+from .carriers import carrier_of
 from .finite import FiniteCheck
-from .flight import carrier_of
 from .gradients import Gradients
 from .hooks import WireHook, wire_format
 from .reduction import Reduction, ReductionRecord, Terms

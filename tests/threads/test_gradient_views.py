@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ringfold import DataParallel, run_local
-from ringfold.parallel.flight import LARGE_BYTES
+from ringfold.parallel.carriers import LARGE_BYTES
 
 LARGE = LARGE_BYTES // 4 + 3
 
