@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -18,11 +17,8 @@ from .addition import InBuckets, InTree
 from .balancing import balanced_stages
 from .batch import row_bounds, split_rows
 from .carried import Carried
-from .clip import clip_over_stages
-from .constants import Constants
 from .finite import FiniteCheck
 from .gpu_threads import check_gpu_threads
-from .layers import RankLayers
 from .loss_scale import LossScaler
 from .mesh import Mesh
 from .messages import broadcast_value
@@ -30,18 +26,16 @@ from .outline import Choices, Outline, require_mesh
 from .partition import cut
 from .plan import CheckedPlans, PlanFunction, plan_function
 from .plan_check import stage_peaks
-from .random_keys import Samples, name_layers
+from .random_keys import Samples
 from .reducer import Reducer
 from .reduction import ReductionRecord
-from .replicas import broadcast_tensors, check_equal, check_sendable, device_of
+from .replicas import check_equal, check_sendable
 from .rows import agree_on_rows, agree_on_rows_of_pipe
 from .share import counts_of, share_of
-from .shared_weights import names_of, refuse_two_values
 from .sparse import sparse_parameters
-from .stage import Stage
+from .split_model import SplitModel
 from .stage_error import raise_together
 from .stage_worker import Batch
-from .ties import TiedGradients, move, untie
 from .tree_gradients import TreeGradients
 from .worker import Worker
 
@@ -144,7 +138,6 @@ class Pipeline:
         self._has_loss = bool(mesh.pipe.broadcast(np.array([loss_fn is not None]), root=last)[0])
         self._loss_reduction = loss_reduction
         self._microbatches = microbatches
-        self._bucket_bytes = bucket_bytes
         self._broadcast_buffers = broadcast_buffers
         choices = Choices(
             microbatches=microbatches,
@@ -182,64 +175,42 @@ class Pipeline:
             self.stages = balanced_stages(named, mesh.comm, balance, in_flight, sample)
         else:
             self.stages = cut(len(named), num_stages, boundaries)
-        pipe = mesh.pipe
-        ranks = [stage % pipe.size for stage, members in enumerate(self.stages) for _ in members]
-        constants = Constants(named, self.stages, pipe.size)
-        if device is not None:
-            held = [layer for layer, rank in enumerate(ranks) if rank == pipe.rank]
-            move(named, held, torch.device(device))
-        named, ties = untie(named)
-        self._shared_names = names_of(ties, named)
-        name_layers(nn.Sequential(OrderedDict(named)))
-        self._layers = RankLayers(named, self.stages, pipe.rank, pipe.size)
-        self._device = device_of(whole) if device is None else torch.device(device)
-        elsewhere = self._layers.elsewhere(named)
-        self._stages = [
-            Stage(m, s, s in again, self._device, ties, elsewhere)
-            for s, m in self._layers.stages.items()
-        ]
-        of_rank = self._layers.module.modules()
-        self._meeting: list[Any] = [m for m in of_rank if hasattr(m, "meets_replicas")]
-        broadcast_tensors(mesh.data, self._layers.tensors(), 0, bucket_bytes)
-        constants.equalize(pipe, self._device, bucket_bytes)
-        for stage in self._layers.stages.values():
-            constants.watch(stage)
-        self._ties = TiedGradients(ties, ranks, pipe)
-        self._ties.equalize()
-        parts = {s: list(m.parameters()) for s, m in self._layers.stages.items()}
-        self._stage_of = [stage for stage, members in parts.items() for _ in members]
+        self._model = SplitModel(
+            named, self.stages, mesh, again=again, device=device, bucket_bytes=bucket_bytes
+        )
+        module = self._model.module
         self._reducer = Reducer(
-            list(self._layers.module.named_parameters()),
+            list(module.named_parameters()),
             mesh.data,
             op="mean",
             bucket_bytes=bucket_bytes,
             wire=wire_dtype,
-            sparse=sparse_parameters(self._layers.module),
+            sparse=sparse_parameters(module),
             finite=self._finite,
             loss_scaler=loss_scaler,
         )
-        tree = TreeGradients(parts, mesh.data) if reduction == "tree" else None
+        in_tree = reduction == "tree"
+        tree = TreeGradients(self._model.parameters_by_stage, mesh.data) if in_tree else None
         self._adding = InBuckets(mesh, self._reducer) if tree is None else InTree(mesh, tree)
         reducer = self._reducer if mesh.data.size > 1 and tree is None else None
         if reducer is not None:
-            check_gpu_threads(mesh.data, self._layers.module.parameters())
+            check_gpu_threads(mesh.data, module.parameters())
             reducer.attach(self._gradient_ready)
-        channel = pipe.split(0, key=pipe.rank)
+        channel = mesh.pipe.split(0, key=mesh.pipe.rank)
         assert channel is not None
         self._channel = channel
-        self._worker = Worker(
-            self._stages, num_stages, channel, loss_fn, reducer, tree, self._finite
-        )
+        stages = self._model.stages
+        self._worker = Worker(stages, num_stages, channel, loss_fn, reducer, tree, self._finite)
 
     @property
     def stage(self) -> int:
         """Return the number of this rank's stage, of several the first."""
-        return self._stages[0].index
+        return self._model.stages[0].index
 
     @property
     def own_stages(self) -> tuple[int, ...]:
         """Return the numbers of this rank's stages."""
-        return tuple(stage.index for stage in self._stages)
+        return tuple(stage.index for stage in self._model.stages)
 
     def step(self, x: Any = None, y: Any = None) -> Tensor:
         """Run forward and backward of one batch and return its loss.
@@ -263,8 +234,7 @@ class Pipeline:
             raise ValueError(
                 "a pipeline without loss_fn on its last stage cannot train, only evaluate"
             )
-        meets = any(layer.meets_replicas for layer in self._meeting)
-        rows, meeting = agree_on_rows(self.mesh, x, y, meets)
+        rows, meeting = agree_on_rows(self.mesh, x, y, self._model.meets_replicas)
         # On all ranks before anything is sent, as a plan may refuse what one replica has.
         for count in counts_of(rows, self._microbatches, in_tree=self._adding.in_tree):
             self._plan(count)
@@ -285,15 +255,16 @@ class Pipeline:
             scales=[weight * factor for weight in share.weights],
             samples=share.samples(self.steps_taken),
         )
-        self._ties.begin()
+        self._model.ties.begin()
         self._adding.begin(share, batch)
         plan = self._plan(len(share.bounds))[self.mesh.pipe.rank]
         with span(self.mesh.comm.timeline, STEP, f"step {self.steps_taken}"):
             self._worker.train(plan, batch)
         weighed = {m: share.weights[m] * value for m, value in batch.losses.items()}
         added = self._adding.finish(weighed, self._failed)
-        self._even_buffers(rows)
-        self._ties.finish()
+        if self._broadcast_buffers:
+            self._model.even_buffers(rows)
+        self._model.ties.finish()
         if added.failed:
             if self._finite is not None:
                 self._finite.forget()
@@ -325,7 +296,7 @@ class Pipeline:
         if self.mesh.pipe.allreduce(np.array([self._failed]), op="max")[0]:
             raise_together(self.mesh.pipe, self._worker.failure)
         last = self.mesh.pipe.size - 1
-        return broadcast_value(self.mesh.pipe, joined, last, where, self._device)
+        return broadcast_value(self.mesh.pipe, joined, last, where, self._model.device)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters of this rank's stages, a shared one once.
@@ -333,20 +304,18 @@ class Pipeline:
         On a rank without any to train, one of no elements that is in no state follows, so that
         optimizers, which refuse an empty list, can be made alike on every rank.
         """
-        return self._layers.or_placeholder([p for _, p in self.named_parameters()])
+        return self._model.parameters()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the parameters of this rank's stages, by their names in the unsplit model.
 
         A shared one comes once, by the first of its names, on every rank that holds it.
         """
-        for name, parameter in self._layers.module.named_parameters():
-            if parameter not in self._ties.others:
-                yield self._ties.names.get(parameter, name), parameter
+        return self._model.named_parameters()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the parameters and buffers of this rank, by their names in the unsplit model."""
-        return dict(self._layers.module.state_dict())
+        return dict(self._model.module.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load this rank's part of a state: of the unsplit model's, or of `state_dict`'s.
@@ -355,8 +324,7 @@ class Pipeline:
         layers share; RuntimeError, as torch has it, for a missing name or a shape that differs. No
         communication: give every replica the same state.
         """
-        refuse_two_values(self._shared_names, state)
-        self._layers.load(state)
+        self._model.load(state)
 
     def carried(self) -> Carried:
         """Return what the next step depends on besides weights and batch; see DataParallel."""
@@ -369,11 +337,11 @@ class Pipeline:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of this rank's parameters."""
-        self._layers.module.zero_grad(set_to_none)
+        self._model.module.zero_grad(set_to_none)
 
     def train(self, mode: bool = True) -> Pipeline:
         """Set the layers to training mode."""
-        self._layers.module.train(mode)
+        self._model.module.train(mode)
         return self
 
     def eval(self) -> Pipeline:
@@ -387,14 +355,12 @@ class Pipeline:
         once. As in torch, gradients are multiplied by min(1, max_norm / (norm + 1e-6)). Collective
         over mesh.pipe.
         """
-        parameters = [p for _, p in self.named_parameters()]
-        elsewhere = self._ties.counted_elsewhere
-        return clip_over_stages(parameters, self.mesh.pipe, max_norm, norm_type, elsewhere)
+        return self._model.clip(max_norm, norm_type)
 
     def close(self) -> None:
         """Give the engine's own channel back; collective over mesh.pipe. The mesh stays open."""
         self._reducer.detach()
-        self._ties.close()
+        self._model.ties.close()
         self._channel.close()
 
     @property
@@ -411,14 +377,7 @@ class Pipeline:
 
     def _gradient_ready(self, index: int) -> None:
         # Only the last micro-batch's backward completes a gradient.
-        if self._stage_of[index] in self._worker.completing and self._reducer.active:
+        if self._model.stage_of[index] in self._worker.completing and self._reducer.active:
             # As if backwards ran within it, as of re-entrant checkpoints: then nothing leaves in
             # the first step, which finds out whether any gradient is accumulated again.
             self._reducer.mark(index, nested=True)
-
-    def _even_buffers(self, rows: Sequence[int]) -> None:
-        """Give all replicas the buffers of the first one that has rows, and so has changed them."""
-        if self._broadcast_buffers and self.mesh.data.size > 1:
-            buffers = self._layers.module.buffers()
-            source = next(replica for replica, count in enumerate(rows) if count)
-            broadcast_tensors(self.mesh.data, buffers, source, self._bucket_bytes)
