@@ -31,12 +31,6 @@ class Price:
     priced: int
 
 
-@dataclass(frozen=True)
-class _RoundPrice:
-    seconds: float
-    sent: npt.NDArray[np.int64]
-
-
 def price(schedule: Schedule, nbytes: int, cluster: Cluster, itemsize: int = 4) -> Price:
     """Price one run of a schedule over a buffer of nbytes bytes.
 
@@ -61,10 +55,11 @@ def price(schedule: Schedule, nbytes: int, cluster: Cluster, itemsize: int = 4) 
     sent = np.zeros(schedule.size, dtype=np.int64)
     for round, (index, repeat) in different.items():
         step = moves(round, schedule.size, schedule.num_chunks, index)
-        one = _price_round(schedule.size, step, round.reduce, chunk_bytes, nbytes, cluster)
-        seconds += repeat * one.seconds
-        rounds += repeat * bool(one.sent.any() or one.seconds > 0)
-        sent += repeat * one.sent
+        message = np.minimum(step.length * chunk_bytes, nbytes)
+        slowest = _seconds(step, message, round.reduce, cluster)
+        seconds += repeat * slowest
+        rounds += repeat * bool(message.any() or slowest > 0)
+        sent[step.src] += repeat * message
     return Price(seconds, rounds, int(sent.max(initial=0)), len(different))
 
 
@@ -85,17 +80,12 @@ def kinds(schedule: Schedule, cluster: Cluster) -> dict[Round, tuple[int, int]]:
     return found
 
 
-def _price_round(
-    size: int, step: Moves, reduce: bool, chunk_bytes: int, nbytes: int, cluster: Cluster
-) -> _RoundPrice:
-    sent = np.zeros(size, dtype=np.int64)
-    if step.src.size == 0:
-        return _RoundPrice(0.0, sent)
-    message = np.minimum(step.length * chunk_bytes, nbytes)
-    sent[step.src] = message
-    travel = _travel(step, message, cluster)
+def _seconds(step: Moves, message: npt.NDArray[np.int64], reduce: bool, cluster: Cluster) -> float:
+    """Return how long the slowest message of a round takes."""
+    if not message.size:
+        return 0.0
     added = message / cluster.reduce_bandwidth if reduce else 0.0
-    return _RoundPrice(float((travel + added).max()), sent)
+    return float((_travel(step, message, cluster) + added).max())
 
 
 def _travel(

@@ -28,10 +28,11 @@ class Peers:
     """Who talks to whom in a round; subclass as a frozen dataclass and give both directions."""
 
     def __init_subclass__(cls) -> None:
-        """Let a rule with a direction of its own stand for itself, unless it says what is alike."""
+        """Let a rule with a direction of its own claim nothing that it does not say itself."""
         super().__init_subclass__()
-        if ("dst" in vars(cls) or "src" in vars(cls)) and "alike" not in vars(cls):
-            cls.alike = Peers.alike  # type: ignore[method-assign]
+        if "dst" in vars(cls) or "src" in vars(cls):
+            for claim in {"alike", "members"} - vars(cls).keys():
+                setattr(cls, claim, getattr(Peers, claim))
 
     def dst(self, rank: Ranks, size: int) -> Ranks:
         """Return the rank that `rank` sends to, or NOBODY."""
@@ -48,6 +49,13 @@ class Peers:
         is derived from a rule is none of its kind, as with Chunks.
         """
         return self
+
+    def members(self, size: int) -> npt.NDArray[np.int64]:
+        """Return the ranks that send or receive, in order, where these are few; all by default.
+
+        A price looks at these alone.
+        """
+        return np.arange(size, dtype=np.int64)
 
 
 class Chunks:
@@ -99,6 +107,9 @@ class Reverse(Peers):
 
     def src(self, rank: Ranks, size: int) -> Ranks:
         return self.of.dst(rank, size)
+
+    def members(self, size: int) -> npt.NDArray[np.int64]:
+        return self.of.members(size)
 
 
 @dataclass(frozen=True)
@@ -206,30 +217,30 @@ class Moves:
 
 
 def moves(round: Round, size: int, num_chunks: int, index: int | None = None) -> Moves:
-    """Evaluate a round at all ranks; ranks that send nothing are left out.
+    """Evaluate a round at its members; ranks that send nothing are left out.
 
     Raises: ScheduleError, with the round's index, for a rule that does not work on arrays.
     """
-    ranks = np.arange(size, dtype=np.int64)
-    (dst,) = on_ranks(round.peers, lambda: (round.peers.dst(ranks, size),), size, index)
+    ranks = round.peers.members(size)
+    (dst,) = on_ranks(round.peers, lambda: (round.peers.dst(ranks, size),), ranks.size, index)
     first, length = on_ranks(
-        round.chunks, lambda: round.chunks.span(ranks, size, num_chunks), size, index
+        round.chunks, lambda: round.chunks.span(ranks, size, num_chunks), ranks.size, index
     )
     active = (dst != NOBODY) & (length > 0)
     return Moves(ranks[active], dst[active], first[active], length[active])
 
 
 def on_ranks(
-    rule: Peers | Chunks, evaluate: Callable[[], Iterable[Ranks]], size: int, index: int | None
+    rule: Peers | Chunks, evaluate: Callable[[], Iterable[Ranks]], count: int, index: int | None
 ) -> list[npt.NDArray[np.int64]]:
-    """Return what a rule says of all ranks, as arrays; raise ScheduleError where it cannot."""
+    """Return what a rule says of `count` ranks, as arrays; raise ScheduleError where it cannot."""
     try:
-        return [np.broadcast_to(np.asarray(part, dtype=np.int64), size) for part in evaluate()]
+        return [np.broadcast_to(np.asarray(part, dtype=np.int64), count) for part in evaluate()]
     except ScheduleError:
         raise
     except Exception as error:
         raise ScheduleError(
-            f"the rule {type(rule).__name__} cannot be evaluated at an array of all {size} ranks "
+            f"the rule {type(rule).__name__} cannot be evaluated at an array of {count} ranks "
             f"({type(error).__name__}: {error}); it must take an array as well as one rank: "
             "np.where instead of `if`",
             round=index,

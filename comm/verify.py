@@ -142,6 +142,14 @@ def _matched(schedule: Schedule, round: Round, index: int) -> Moves:
                     round=index,
                     rank=rank,
                 )
+    members = set(peers.members(size).tolist())
+    for rank in range(size):
+        if (dst[rank], src[rank]) != (NOBODY, NOBODY) and rank not in members:
+            raise ScheduleError(
+                f"takes part, and is none of the members of {type(peers).__name__}",
+                round=index,
+                rank=rank,
+            )
     step = moves(round, size, schedule.num_chunks, index)
     for rank, first, length in zip(
         step.src.tolist(), step.first.tolist(), step.length.tolist(), strict=True

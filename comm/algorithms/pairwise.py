@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from ..collective import ALLGATHER, ALLTOALL, BROADCAST, REDUCE_SCATTER, SCATTER
 from ..schedule import NOBODY, All, Chunks, Peers, Ranks, Rotated, Round, Schedule, Shift
@@ -78,6 +79,9 @@ class Spoke(Peers):
 
     def alike(self) -> Peers:
         return Spoke(1, self.root)
+
+    def members(self, size: int) -> npt.NDArray[np.int64]:
+        return np.array(sorted({self.root, (self.root + self.step) % size}))
 
 
 def pairwise_broadcast(size: int, root: int = 0) -> Schedule:

@@ -203,14 +203,15 @@ def _warn_of_a_long_wait(schedule: Schedule, cluster: Cluster) -> None:
     if len(schedule.rounds) * schedule.size * RANK_SECONDS < LONG_SECONDS:
         return
     try:
-        different = len(kinds(schedule, cluster))
+        different = kinds(schedule, cluster)
     except TypeError:  # not hashable, which price() explains
         return
-    seconds = different * schedule.size * RANK_SECONDS
+    evaluated = sum(len(round.peers.members(schedule.size)) for round in different)
+    seconds = evaluated * RANK_SECONDS
     if seconds >= LONG_SECONDS:
         print(
-            f"ringfold: {different} of {len(schedule.rounds)} rounds differ and are priced one by "
-            f"one, which takes about {seconds:.0f} s",
+            f"ringfold: {len(different)} of {len(schedule.rounds)} rounds differ and are priced "
+            f"one by one, which takes about {seconds:.0f} s",
             file=sys.stderr,
             flush=True,
         )

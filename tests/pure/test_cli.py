@@ -129,9 +129,9 @@ def test_a_hundred_thousand_ranks(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_price_that_takes_long_is_announced(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "LONG_SECONDS", 8 * 7 * cli.RANK_SECONDS)
-    assert main(["simulate", "reduce:pairwise", "--ranks", "8"]) == 0
-    assert "7 of 7 rounds differ and are priced one by one" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "LONG_SECONDS", 8 * 14 * cli.RANK_SECONDS)
+    assert main(["simulate", "broadcast:ring", "--ranks", "8"]) == 0
+    assert "14 of 14 rounds differ and are priced one by one" in capsys.readouterr().err
     assert main(["simulate", "allreduce:pairwise", "--ranks", "8"]) == 0
     assert capsys.readouterr().err == ""
 

@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 from ringfold.comm.algorithms import BUILDERS, build
+from ringfold.comm.algorithms.pairwise import Spoke
 from ringfold.comm.collective import COLLECTIVES
 from ringfold.comm.cost import price
 from ringfold.comm.errors import ScheduleError
-from ringfold.comm.schedule import Chunks, Peers, Ranks, Rotated, Shift
+from ringfold.comm.schedule import Chunks, Peers, Ranks, Reverse, Rotated, Shift
 from ringfold.comm.topology import Cluster, Link
 from ringfold.comm.verify import verify
 
@@ -126,7 +129,7 @@ class Branching(Shift):
 def test_rules_that_cannot_be_remembered_or_evaluated_are_named() -> None:
     ring = build("allreduce", "ring", 4)
     for rule, text in (
-        (Branching(1), "round 3: the rule Branching cannot be evaluated at an array of all 4 rank"),
+        (Branching(1), "round 3: the rule Branching cannot be evaluated at an array of 4 ranks "),
         (Listless([1, 2]), "round 3: the rule Listless cannot be hashed (unhashable type: 'list')"),
     ):
         rounds = list(ring.rounds)
@@ -135,6 +138,42 @@ def test_rules_that_cannot_be_remembered_or_evaluated_are_named() -> None:
             with pytest.raises(ScheduleError) as caught:
                 judge(replace(ring, rounds=tuple(rounds)))
             assert str(caught.value).startswith(text) and caught.value.round == 3
+
+
+@dataclass(frozen=True)
+class Shy(Spoke):
+    """Leave the receiver out."""
+
+    def members(self, size: int) -> npt.NDArray[np.int64]:
+        return np.array([self.root])
+
+
+@dataclass(frozen=True)
+class Widened(Spoke):
+    """Not for few, and does not say so."""
+
+    def dst(self, rank: Ranks, size: int) -> Ranks:
+        return (rank + self.step) % size
+
+    def src(self, rank: Ranks, size: int) -> Ranks:
+        return (rank - self.step) % size
+
+
+def test_members_are_all_that_take_part() -> None:
+    assert Spoke(3, 6).members(8).tolist() == [1, 6] == Reverse(Spoke(3, 6)).members(8).tolist()
+    assert Widened(1, 0).members(4).tolist() == [0, 1, 2, 3] == Shift(1).members(4).tolist()
+    star = build("broadcast", "pairwise", 4)
+    rounds = tuple(replace(star.rounds[k], peers=Shy(k + 1, 0)) for k in range(3))
+    with pytest.raises(ScheduleError, match="takes part, and is none of the members of Shy") as no:
+        verify(replace(star, rounds=rounds))
+    assert (no.value.round, no.value.rank) == (0, 1)
+
+
+@pytest.mark.parametrize("name, sent", [("reduce", 400_000), ("gather", 40)])
+def test_many_ranks_that_meet_one_are_priced_by_who_takes_part(name: str, sent: int) -> None:
+    found = price(build(name, "pairwise", 10_000), 400_000, FLAT)
+    assert (found.rounds, found.bytes_sent) == (9_999, sent)
+    assert found.seconds == pytest.approx(9_999 * (LATENCY + sent / BANDWIDTH))
 
 
 def test_a_hundred_thousand_ranks_are_priced_from_two_rounds() -> None:
