@@ -9,12 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-from numba.np.numpy_support import carray
-
-from .native import fence, load, store, system_call
+from .native import fence, load, store, system_call, words_at
 from .records import BellWord
-from .scalars import compiled, pointer_to
+from .scalars import compiled
 
 _FUTEX_WAIT, _FUTEX_WAKE, _ALL = 0, 1, 0x7FFFFFFF
 """Operations of futex(2), on memory that processes share."""
@@ -29,21 +26,21 @@ def ring_bell(record: Any, bell: Any) -> Any:
     """Wake the threads that sleep by a bell; a `fence` must be between it and what was stored."""
     if load(bell) != 0:
         store(bell, 0)
-        words = carray(pointer_to(record, np.int64), _WORDS)
+        words = words_at(record, _WORDS)
         system_call(words[_SYSTEM_CALL], words[_FUTEX], bell, _FUTEX_WAKE, _ALL, 0)
 
 
 @compiled
 def set_bell(record: Any) -> Any:
     """Announce that this thread is about to sleep; it must look once more before it does."""
-    store(carray(pointer_to(record, np.int64), _WORDS)[_OWN], 1)
+    store(words_at(record, _WORDS)[_OWN], 1)
     fence()
 
 
 @compiled
 def sleep_by_bell(record: Any) -> Any:
     """Sleep until somebody rings the bell, a moment at most; at once if it was rung since set."""
-    words = carray(pointer_to(record, np.int64), _WORDS)
+    words = words_at(record, _WORDS)
     system_call(
         words[_SYSTEM_CALL], words[_FUTEX], words[_OWN], _FUTEX_WAIT, 1, record + 8 * _SECONDS
     )

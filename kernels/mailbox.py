@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 from numba import types
-from numba.np.numpy_support import carray
 
 from .bell import ring_bell
 from .compiled import Kernel, compile_callback, compile_kernel
 from .mailbox_words import ASKED, SLOT_BYTES, SLOTS, Kind, Letter, Slot
-from .native import call, copy_bytes, fence, load, relax, store, try_lock
+from .native import call, copy_bytes, fence, load, relax, store, try_lock, words_at
 from .records import Status
-from .scalars import compiled, pointer_to
+from .scalars import compiled
 
 _RUNNING, _DONE = np.int64(Status.RUNNING), np.int64(Status.DONE)
 _MISMATCH, _REFUSED = np.int64(Status.MISMATCH), np.int64(Status.REFUSED)
@@ -69,7 +68,7 @@ def _tell(letter: Any, at: Any, value: Any) -> Any:
 
 @compiled
 def _publish(letter: Any, at: Any) -> Any:
-    slot = carray(pointer_to(at, np.int64), _S_WORDS)
+    slot = words_at(at, _S_WORDS)
     nbytes = letter[_NBYTES]
     slot[_S_TAG] = letter[_TAG]
     slot[_S_ORDINAL] = letter[_ORDINAL]
@@ -145,7 +144,7 @@ def _find(letter: Any) -> Any:
         # A slot that holds a later message has long been done with this one.
         done = published > sequence or load(at + _S_DONE) >= sequence
         if not done:
-            slot = carray(pointer_to(at, np.int64), _S_WORDS)
+            slot = words_at(at, _S_WORDS)
             fits = slot[_S_TAG] == letter[_TAG] and slot[_S_ORDINAL] == letter[_ORDINAL]
             # Another thread may have taken the message meanwhile, and the slot be in use again.
             if fits and load(at) == sequence:
@@ -174,7 +173,7 @@ def _receive(letter: Any) -> Any:
             if not _pause(letter, looks):
                 return _RUNNING
     at = _slot_of(letter, letter[_SEQUENCE])
-    slot = carray(pointer_to(at, np.int64), _S_WORDS)
+    slot = words_at(at, _S_WORDS)
     if slot[_S_NBYTES] != letter[_NBYTES]:
         letter[_FOUND] = slot[_S_NBYTES]
         store(at + _S_CONSUMED, -1 - letter[_NBYTES])
@@ -211,7 +210,7 @@ def _advance_alone(record: Any) -> Any:
     """Go on with a letter unless another thread does so right now."""
     if try_lock(record + 8 * _LOCK) == 0:
         return _RUNNING
-    letter = carray(pointer_to(record, np.int64), _WORDS)
+    letter = words_at(record, _WORDS)
     if letter[_STATUS] == _RUNNING:
         letter[_STATUS] = _send(letter) if letter[_SENDS] != 0 else _receive(letter)
     status = letter[_STATUS]
@@ -244,7 +243,7 @@ def settle_note_kernel() -> Kernel:
     """Return the compiled (letter record, whether it served) that has done with a found note."""
 
     def settle_note(record: Any, served: Any) -> None:
-        letter = carray(pointer_to(record, np.int64), _WORDS)
+        letter = words_at(record, _WORDS)
         at = _slot_of(letter, letter[_SEQUENCE])
         if served != 0:
             _tell(letter, at + _S_DONE, letter[_SEQUENCE])

@@ -11,26 +11,13 @@ from typing import Any
 
 import numpy as np
 from numba import types
-from numba.np.numpy_support import carray
 
 from .bell import ring_bell, set_bell, sleep_by_bell
 from .compiled import Kernel, compile_callback, compile_kernel, flat
-from .native import (
-    access_process,
-    call,
-    copy_bytes,
-    fence,
-    load,
-    relax,
-    store,
-    try_lock,
-)
+from .native import call, fence, load, relax, store, try_lock, words_at
 from .records import (
-    ALL,
-    FOLD_WORDS,
     LINE_BYTES,
     NOTE_BYTES,
-    PAIR,
     ROW_WORDS,
     BoardWord,
     Note,
@@ -42,30 +29,25 @@ from .records import (
     WorkWord,
 )
 from .ring import note_end, note_start
-from .scalars import compiled, pointer_to
+from .rows import NOBODY, perform
+from .scalars import compiled
 
 _RUNNING, _DONE = np.int64(Status.RUNNING), np.int64(Status.DONE)
 _MISMATCH, _MIXED = np.int64(Status.MISMATCH), np.int64(Status.MIXED)
-_MEET, _COPY, _POINT = map(np.int64, (Row.MEET, Row.COPY, Row.POINT))
-_READ, _WRITE = np.int64(Row.READ), np.int64(Row.WRITE)
+_MEET = np.int64(Row.MEET)
 _FLAGS, _NOTES, _BASES = int(BoardWord.FLAGS), int(BoardWord.NOTES), int(BoardWord.BASES)
 _RANK, _SIZE, _ARRIVED = int(BoardWord.RANK), int(BoardWord.SIZE), int(BoardWord.ARRIVED)
 _TICKETS, _TURN, _YIELD = int(BoardWord.TICKET), int(BoardWord.TURN), int(BoardWord.YIELD)
 _BELL, _BELLS, _BOARD_WORDS = int(BoardWord.BELL), int(BoardWord.BELLS), int(BoardWord.WORDS)
-_READING, _WRITING = int(BoardWord.READ), int(BoardWord.WRITE)
-_PROCESSES = int(BoardWord.PROCESSES)
 _PLACE, _CALL, _ROOT, _NOTE_WORDS = int(Note.PLACE), int(Note.CALL), int(Note.ROOT), int(Note.WORDS)
 _ADDRESS, _PEERS = int(Note.ADDRESS), int(Where.PEERS)
 _PRIVATE = int(Place.PRIVATE)
-_EAGER = int(Where.EAGER)
-_ALL, _PAIR = ALL, PAIR
 _ON_BOARD, _STATUS, _TICKET, _ROW = map(
     int, (WorkWord.BOARD, WorkWord.STATUS, WorkWord.TICKET, WorkWord.ROW)
 )
 _ARRIVED_AT, _NOTED, _ROWS = map(int, (WorkWord.ARRIVED_AT, WorkWord.NOTED, WorkWord.ROWS))
 _NUM_ROWS, _LISTS, _LIST_BYTES = map(int, (WorkWord.NUM_ROWS, WorkWord.LISTS, WorkWord.LIST_BYTES))
-_FOLD, _FOLD_RECORD, _NOTE = map(int, (WorkWord.FOLD, WorkWord.FOLD_RECORD, WorkWord.NOTE))
-_WAITING_FOR, _FLYING = int(WorkWord.WAITING_FOR), int(WorkWord.FLYING)
+_NOTE, _WAITING_FOR, _FLYING = map(int, (WorkWord.NOTE, WorkWord.WAITING_FOR, WorkWord.FLYING))
 _LOCK, _WORK_WORDS = int(WorkWord.LOCK), int(WorkWord.WORDS)
 _SPINS, _YIELDS, _BROKEN = map(int, (BoardWord.SPINS, BoardWord.YIELDS, BoardWord.BROKEN))
 _REFUSED = np.int64(Status.REFUSED)
@@ -75,14 +57,9 @@ _WELL, _BADLY = int(Outcome.DONE), int(Outcome.FAILED)
 
 
 @compiled
-def _words(address: Any, count: Any) -> Any:
-    return carray(pointer_to(address, np.int64), count)
-
-
-@compiled
 def _note_start(work: Any, board: Any) -> Any:
     """Note in the rank's ring that a work begins."""
-    counter = _words(board[_COUNTER], 1)
+    counter = words_at(board[_COUNTER], 1)
     counter[0] += 1
     work[_ENTRY] = note_start(board[_RING], work[_CALLED], counter[0])
 
@@ -98,13 +75,13 @@ def _compare(work: Any, board: Any) -> Any:
     """Read all notes: find each rank's buffer, and tell whether the calls fit together."""
     block = board[_NOTES] + (work[_TICKET] & 1) * board[_SIZE] * NOTE_BYTES
     size = board[_SIZE]
-    bases = _words(board[_BASES], size)
-    buffers = _words(work[_LISTS], size)
-    peers = _words(work[_LISTS] + _PEERS * work[_LIST_BYTES], size)
-    first = _words(block, _NOTE_WORDS)
+    bases = words_at(board[_BASES], size)
+    buffers = words_at(work[_LISTS], size)
+    peers = words_at(work[_LISTS] + _PEERS * work[_LIST_BYTES], size)
+    first = words_at(block, _NOTE_WORDS)
     private, shared = 0, 0
     for r in range(size):
-        note = _words(block + r * NOTE_BYTES, _NOTE_WORDS)
+        note = words_at(block + r * NOTE_BYTES, _NOTE_WORDS)
         for word in range(_CALL, _ROOT + 1):
             if note[word] != first[word]:
                 return _MISMATCH
@@ -119,30 +96,9 @@ def _compare(work: Any, board: Any) -> Any:
 
 
 @compiled
-def _address(work: Any, which: Any, index: Any, offset: Any) -> Any:
-    if which == _EAGER:
-        which += work[_TICKET] & 1
-    entries = work[_LISTS] + which * work[_LIST_BYTES]
-    return _words(entries + 8 * index, 1)[0] + offset
-
-
-@compiled
-def _access(function: Any, board: Any, peer: Any, own: Any, remote: Any, nbytes: Any) -> Any:
-    """Copy from a peer's own memory, or to it; tell whether that could be done."""
-    process = _words(board[_PROCESSES], board[_SIZE])[peer]
-    done = 0
-    while done < nbytes:
-        got = access_process(function, process, own + done, remote + done, nbytes - done)
-        if got <= 0:
-            return False
-        done += got
-    return True
-
-
-@compiled
 def _wake_others(board: Any) -> Any:
     fence()
-    bells = _words(board[_BELLS], board[_SIZE])
+    bells = words_at(board[_BELLS], board[_SIZE])
     for r in range(board[_SIZE]):
         if r != board[_RANK]:
             ring_bell(board[_BELL], bells[r])
@@ -158,7 +114,7 @@ def _meet(work: Any, board: Any, awaited: Any) -> Any:
     if work[_ARRIVED_AT] == 0:
         if work[_NOTED] == 0:
             block = board[_NOTES] + (work[_TICKET] & 1) * size * NOTE_BYTES
-            note = _words(block + board[_RANK] * NOTE_BYTES, _NOTE_WORDS)
+            note = words_at(block + board[_RANK] * NOTE_BYTES, _NOTE_WORDS)
             for word in range(_NOTE_WORDS):
                 note[word] = work[_NOTE + word]
         board[_ARRIVED] += 1
@@ -193,14 +149,14 @@ def _end(work: Any, board: Any, status: Any) -> Any:
 
 @compiled
 def _advance(record: Any, awaited: Any) -> Any:
-    work = _words(record, _WORK_WORDS)
+    work = words_at(record, _WORK_WORDS)
     if work[_STATUS] != _RUNNING:
         return work[_STATUS]
-    board = _words(work[_ON_BOARD], _BOARD_WORDS)
+    board = words_at(work[_ON_BOARD], _BOARD_WORDS)
     if load(work[_ON_BOARD] + 8 * _TURN) != work[_TICKET]:
         return _RUNNING
     while work[_ROW] < work[_NUM_ROWS]:
-        row = _words(work[_ROWS] + work[_ROW] * (8 * ROW_WORDS), ROW_WORDS)
+        row = words_at(work[_ROWS] + work[_ROW] * (8 * ROW_WORDS), ROW_WORDS)
         if row[0] == _MEET:
             if not _meet(work, board, awaited):
                 return _RUNNING
@@ -212,42 +168,12 @@ def _advance(record: Any, awaited: Any) -> Any:
                 if verdict == _MIXED:
                     work[_STATUS] = verdict
                     return verdict
-        elif row[0] == _COPY:
-            target = _address(work, row[1], row[2], row[3])
-            source = _address(work, row[4], row[5], row[6])
-            copy_bytes(target, source, row[7])
-        elif row[0] == _READ:
-            target = _address(work, row[1], row[2], row[3])
-            source = _address(work, row[4], row[5], row[6])
-            if not _access(board[_READING], board, row[5], target, source, row[7]):
-                # Its process ends, or has ended: whoever waits for it will be told.
-                work[_WAITING_FOR] = row[5]
-                return _RUNNING
-        elif row[0] == _WRITE:
-            target = _address(work, row[1], row[2], row[3])
-            source = _address(work, row[4], row[5], row[6])
-            if not _access(board[_WRITING], board, row[2], source, target, row[7]):
-                work[_WAITING_FOR] = row[2]
-                return _RUNNING
-        elif row[0] == _POINT:
-            entry = work[_LISTS] + row[1] * work[_LIST_BYTES] + 8 * row[2]
-            _words(entry, 1)[0] = _address(work, row[4], row[5], row[6])
         else:
-            parameters = _words(record + 8 * _FOLD_RECORD, FOLD_WORDS)
-            source_list = row[4] + (work[_TICKET] & 1) if row[4] == _EAGER else row[4]
-            parameters[0] = work[_LISTS] + source_list * work[_LIST_BYTES]
-            parameters[1] = board[_SIZE]
-            parameters[2] = row[6]
-            entry = 0 if row[2] < 0 else row[2]
-            parameters[3] = work[_LISTS] + row[1] * work[_LIST_BYTES] + 8 * entry
-            parameters[4] = 1
-            if row[2] == _ALL:
-                parameters[4] = board[_SIZE]
-            elif row[2] == _PAIR:
-                parameters[4] = 2
-            parameters[5] = row[3]
-            parameters[6] = row[7]
-            call(work[_FOLD], record + 8 * _FOLD_RECORD)
+            unreached = perform(record, work, board, row)
+            if unreached != NOBODY:
+                # Its process ends, or has ended: whoever waits for it will be told.
+                work[_WAITING_FOR] = unreached
+                return _RUNNING
         work[_ROW] += 1
     return _end(work, board, _DONE)
 
@@ -306,8 +232,8 @@ def serve_kernel() -> Kernel:
             sleep_by_bell(bell)
 
     word = types.int64
-    words = flat(word)
-    return compile_kernel("serve_works", serve_works, words, words, word, word, word, word)
+    array = flat(word)
+    return compile_kernel("serve_works", serve_works, array, array, word, word, word, word)
 
 
 @functools.cache
@@ -317,10 +243,10 @@ def abandon_kernel() -> Kernel:
     def abandon_meeting(record: Any) -> None:
         while try_lock(record + 8 * _LOCK) == 0:
             relax()
-        words = _words(record, _WORK_WORDS)
-        words[_STATUS] = _REFUSED
-        _note_end(words, _words(words[_ON_BOARD], _BOARD_WORDS), _BADLY)
-        words[_FLYING] = 0
+        work = words_at(record, _WORK_WORDS)
+        work[_STATUS] = _REFUSED
+        _note_end(work, words_at(work[_ON_BOARD], _BOARD_WORDS), _BADLY)
+        work[_FLYING] = 0
         store(record + 8 * _LOCK, 0)
 
     return compile_kernel("abandon_meeting", abandon_meeting, types.int64)
@@ -331,8 +257,8 @@ def launch_kernel() -> Kernel:
     """Return the same, which starts the work anew: it takes the next ticket."""
 
     def launch_meeting(record: Any) -> Any:
-        work = _words(record, _WORK_WORDS)
-        board = _words(work[_ON_BOARD], _BOARD_WORDS)
+        work = words_at(record, _WORK_WORDS)
+        board = words_at(work[_ON_BOARD], _BOARD_WORDS)
         if board[_BROKEN] != 0 or work[_FLYING] != 0:
             return _REFUSED
         # The background thread may still hold this record from its last run, and look at it.

@@ -17,7 +17,7 @@ from numba.np.numpy_support import carray
 from .compiled import Kernel, compile_kernel
 from .foreign import call_get_count, call_post, call_test, call_yield
 from .message_words import Slot, Status, Word
-from .native import call
+from .native import call, words_at
 from .records import Outcome
 from .ring import note_end, note_start
 from .scalars import compiled, pointer_to
@@ -55,18 +55,13 @@ _ARRIVES, _COUNT, _INTO, _SLOT_WORDS = map(int, (Slot.ARRIVES, Slot.COUNT, Slot.
 
 
 @compiled
-def _words(address: Any, count: Any) -> Any:
-    return carray(pointer_to(address, np.int64), count)
-
-
-@compiled
 def _slot_at(work: Any, number: Any) -> Any:
     return work[_SLOTS] + number % work[_WINDOW] * (8 * _SLOT_WORDS)
 
 
 @compiled
 def _compute(record: Any, function: Any, target: Any, source: Any, count: Any, divisor: Any) -> Any:
-    piece = _words(record + 8 * _PIECE, 4)
+    piece = words_at(record + 8 * _PIECE, 4)
     piece[0], piece[1], piece[2], piece[3] = target, source, count, divisor
     call(function, record + 8 * _PIECE)
 
@@ -219,7 +214,7 @@ def _finish_tail(record: Any, work: Any, looks: Any) -> Any:
     Only then: a rank may be sending the very memory that it adds to.
     """
     at = _slot_at(work, work[_TAIL])
-    slot = _words(at, _SLOT_WORDS)
+    slot = words_at(at, _SLOT_WORDS)
     for look in range(looks):
         status = _look(record, work, slot, at)
         if status != _RUNNING:
@@ -238,14 +233,14 @@ def _finish_tail(record: Any, work: Any, looks: Any) -> Any:
 
 @compiled
 def _advance(record: Any, looks: Any) -> Any:
-    work = _words(record, _WORDS)
-    rows = _words(work[_ROWS], work[_NUM_ROWS] * ROW_WORDS)
+    work = words_at(record, _WORDS)
+    rows = words_at(work[_ROWS], work[_NUM_ROWS] * ROW_WORDS)
     while True:
         end = work[_END]
         more = work[_SEND_ROW] < end or work[_RECV_ROW] < end
         if more and work[_HEAD] - work[_TAIL] < work[_LIMIT]:
             at = _slot_at(work, work[_HEAD])
-            slot = _words(at, _SLOT_WORDS)
+            slot = words_at(at, _SLOT_WORDS)
             slot[_SENDING], slot[_RECEIVING], slot[_INTO] = 0, 0, 0
             work[_HEAD] += 1
             status = _RUNNING
@@ -275,7 +270,7 @@ def advance_kernel() -> Kernel:
     """
 
     def advance_messages(record: Any, tag: Any, looks: Any) -> Any:
-        work = _words(record, _WORDS)
+        work = words_at(record, _WORDS)
         if tag >= 0:
             work[_TAG] = tag
             work[_FIRST], work[_END], work[_HEAD], work[_TAIL] = 0, 0, 0, 0

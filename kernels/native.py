@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils as untyped
+from numba.np.numpy_support import carray
 
-from .scalars import builtin
+from .scalars import builtin, compiled, pointer_to
 
 cgutils: Any = untyped
 _WORD = ir.IntType(64)
@@ -20,6 +22,12 @@ _WORD = ir.IntType(64)
 
 def _pointer(builder: Any, address: Any) -> Any:
     return builder.inttoptr(address, _WORD.as_pointer())
+
+
+@compiled
+def words_at(address: Any, count: Any) -> Any:
+    """Return the int64 words from an address on as an array."""
+    return carray(pointer_to(address, np.int64), count)
 
 
 @builtin

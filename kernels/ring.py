@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-from numba.np.numpy_support import carray
-
-from .native import nanoseconds, store
+from .native import nanoseconds, store, words_at
 from .records import RING_BYTES, RING_ENTRIES, EntryWord, RingWord
-from .scalars import compiled, pointer_to
+from .scalars import compiled
 
 _RING_WORDS, _HEAD = RING_BYTES // 8, int(RingWord.WORDS)
 _NEXT, _CLOCK = int(RingWord.NEXT), int(RingWord.CLOCK)
@@ -22,7 +19,7 @@ _START, _END, _OUTCOME = map(int, (EntryWord.START, EntryWord.END, EntryWord.OUT
 @compiled
 def note_start(address: Any, call: Any, sequence: Any) -> Any:
     """Note in the ring at an address that a call begins; return the entry's number."""
-    ring = carray(pointer_to(address, np.int64), _RING_WORDS)
+    ring = words_at(address, _RING_WORDS)
     ring[_NEXT] += 1
     number = ring[_NEXT]
     at = _HEAD + (number & _MASK) * _ENTRY_WORDS
@@ -40,7 +37,7 @@ def note_start(address: Any, call: Any, sequence: Any) -> Any:
 @compiled
 def note_end(address: Any, number: Any, outcome: Any) -> Any:
     """Note how it has ended, unless newer ones have taken its place."""
-    ring = carray(pointer_to(address, np.int64), _RING_WORDS)
+    ring = words_at(address, _RING_WORDS)
     at = _HEAD + (number & _MASK) * _ENTRY_WORDS
     if ring[at + _NUMBER] == number:
         ring[at + _OUTCOME] = outcome

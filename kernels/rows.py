@@ -1,0 +1,99 @@
+"""What the rows of a program do with memory: copy, point, fold, reach into another process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .native import access_process, call, copy_bytes, words_at
+from .records import ALL, FOLD_WORDS, PAIR, BoardWord, Row, Where, WorkWord
+from .scalars import compiled
+
+_COPY, _POINT = np.int64(Row.COPY), np.int64(Row.POINT)
+_READ, _WRITE = np.int64(Row.READ), np.int64(Row.WRITE)
+_READING, _WRITING = int(BoardWord.READ), int(BoardWord.WRITE)
+_SIZE, _PROCESSES = int(BoardWord.SIZE), int(BoardWord.PROCESSES)
+_TICKET = int(WorkWord.TICKET)
+_LISTS, _LIST_BYTES = int(WorkWord.LISTS), int(WorkWord.LIST_BYTES)
+_FOLD, _FOLD_RECORD = int(WorkWord.FOLD), int(WorkWord.FOLD_RECORD)
+_EAGER = int(Where.EAGER)
+_ALL, _PAIR = ALL, PAIR
+
+NOBODY = -1
+"""What `perform` returns where it is done."""
+
+
+@compiled
+def perform(record: Any, work: Any, board: Any, row: Any) -> Any:
+    """Do what a row says that is no meeting; return NOBODY, or whose process it cannot reach.
+
+    record: the address of the words `work`, as the fold reads its own there.
+    """
+    kind = row[0]
+    if kind == _COPY:
+        copy_bytes(_target(work, row), _source(work, row), row[7])
+    elif kind == _READ:
+        if not _access(board, _READING, row[5], _target(work, row), _source(work, row), row[7]):
+            return row[5]
+    elif kind == _WRITE:
+        if not _access(board, _WRITING, row[2], _source(work, row), _target(work, row), row[7]):
+            return row[2]
+    elif kind == _POINT:
+        words_at(work[_LISTS] + row[1] * work[_LIST_BYTES] + 8 * row[2], 1)[0] = _source(work, row)
+    else:
+        _fold(record, work, board, row)
+    return NOBODY
+
+
+@compiled
+def _target(work: Any, row: Any) -> Any:
+    return _address(work, row[1], row[2], row[3])
+
+
+@compiled
+def _source(work: Any, row: Any) -> Any:
+    return _address(work, row[4], row[5], row[6])
+
+
+@compiled
+def _address(work: Any, which: Any, index: Any, offset: Any) -> Any:
+    return words_at(_list(work, which) + 8 * index, 1)[0] + offset
+
+
+@compiled
+def _list(work: Any, which: Any) -> Any:
+    if which == _EAGER:
+        which += work[_TICKET] & 1
+    return work[_LISTS] + which * work[_LIST_BYTES]
+
+
+@compiled
+def _access(board: Any, direction: Any, peer: Any, own: Any, remote: Any, nbytes: Any) -> Any:
+    """Copy from a peer's own memory, or to it; tell whether that could be done."""
+    process = words_at(board[_PROCESSES], board[_SIZE])[peer]
+    done = 0
+    while done < nbytes:
+        got = access_process(board[direction], process, own + done, remote + done, nbytes - done)
+        if got <= 0:
+            return False
+        done += got
+    return True
+
+
+@compiled
+def _fold(record: Any, work: Any, board: Any, row: Any) -> Any:
+    parameters = words_at(record + 8 * _FOLD_RECORD, FOLD_WORDS)
+    parameters[0] = _list(work, row[4])
+    parameters[1] = board[_SIZE]
+    parameters[2] = row[6]
+    entry = 0 if row[2] < 0 else row[2]
+    parameters[3] = work[_LISTS] + row[1] * work[_LIST_BYTES] + 8 * entry
+    parameters[4] = 1
+    if row[2] == _ALL:
+        parameters[4] = board[_SIZE]
+    elif row[2] == _PAIR:
+        parameters[4] = 2
+    parameters[5] = row[3]
+    parameters[6] = row[7]
+    call(work[_FOLD], record + 8 * _FOLD_RECORD)
