@@ -68,8 +68,9 @@ class Pipeline:
     gradients before.
 
     layers: an nn.Sequential or a list of modules, the whole model, on every rank; each is called
-        with the output of the one before: a tensor, or a nesting of tuples, lists and dicts. That
-        of the last one may be whatever loss_fn takes, where its stage does not recompute.
+        with the output of the one before: a tensor, or a nesting of tuples, lists, dicts and
+        dataclasses. That of the last one may be whatever loss_fn takes, where its stage does not
+        recompute.
     loss_fn: loss_fn(output, target) -> a tensor of one element, called on the last stage for every
         micro-batch; needed there.
     loss_reduction: "mean" if loss_fn is a mean over its rows: micro-batches, and replicas, count by

@@ -8,12 +8,13 @@ step has ended all ranks learn of it together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .actions import Action, Kind
+from .instances import attributes_of
 from .objects import allgather_objects
 from .structure import TensorSpec
 
@@ -67,11 +68,18 @@ def raise_together(comm: Communicator, failure: Failure | None) -> None:
 
 def shown(value: Any) -> str:
     """Return a nested value with shapes and dtypes for tensors: "(float32 (3, 5), None)"."""
+    name = "" if type(value) in (tuple, list, dict) else type(value).__name__
     if isinstance(value, tuple | list):
         inner = ", ".join(map(shown, value))
-        return f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
+        return f"{name}({inner})" if isinstance(value, tuple) else f"{name}[{inner}]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key!r}: {shown(child)}" for key, child in value.items()) + "}"
+        pairs = (f"{key!r}: {shown(child)}" for key, child in value.items())
+        return f"{name}{{{', '.join(pairs)}}}"
     if isinstance(value, Tensor):
         value = TensorSpec.of(value)
-    return f"{value.dtype} {value.shape}" if isinstance(value, TensorSpec) else repr(value)
+    if isinstance(value, TensorSpec):
+        return f"{value.dtype} {value.shape}"
+    if is_dataclass(type(value)):
+        own = (f"{key}={shown(child)}" for key, child in attributes_of(value).items())
+        return f"{name}({', '.join(own)})"
+    return repr(value)

@@ -1,8 +1,8 @@
 """Take nested values apart into tensors and a skeleton, and put them together again.
 
-What one pipeline stage hands to the next is any nesting of tuples, lists and dicts over tensors,
-None and plain values. The skeleton says where the tensors go; it has a text form, so that it
-travels as bytes and is read back without running any code of the sender's.
+What one pipeline stage hands to the next is any nesting of tuples, lists, dicts and dataclasses
+over tensors, None and plain values. The skeleton says where the tensors go; it has a text form, so
+that it travels as bytes and is read back without running any code of the sender's.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .instances import attributes_of, class_at, is_known, items_of, make, place_of
 from .replicas import dtype_name
 
 __all__ = ["Description", "TensorSpec", "put_together", "take_apart"]
 
-# ("tensor", position), ("tuple" | "list", children), ("dict", pairs), ("plain", kind, text)
+# ("tensor", position), ("tuple" | "list", children), ("dict", pairs), ("plain", kind, text),
+# ("instance", place of its class, skeleton of its items, pairs of its attributes), in which
+# ("item", key) stands for what is an item as well
 Skeleton = tuple[Any, ...]
 
 
@@ -92,14 +95,45 @@ def _take(value: Any, where: str, tensors: list[Tensor]) -> Skeleton:
             raise TypeError(f"{where}: a tensor of layout {value.layout} cannot be handed on")
         tensors.append(value)
         return ("tensor", len(tensors) - 1)
-    # A subclass, such as a named tuple, would come out as another type than it went in.
+    # A value of another class, such as of a list's subclass, would come out as another type.
     take = _TAKE.get(type(value))
-    if take is None:
-        raise TypeError(
-            f"{where}: a {type(value).__name__} cannot be handed on, expected a tensor, tuple, "
-            "list, dict, None, bool, int, float or str"
+    if take is not None:
+        return take(value, where, tensors)
+    if is_known(value):
+        return _take_instance(value, where, tensors)
+    raise TypeError(
+        f"{where}: a {type(value).__name__} cannot be handed on, expected a tensor, tuple, list, "
+        "dict, named tuple, dataclass, None, bool, int, float or str"
+    )
+
+
+def _take_instance(value: Any, where: str, tensors: list[Tensor]) -> Skeleton:
+    try:
+        place = place_of(type(value))
+    except TypeError as error:
+        raise TypeError(f"{where}: a {type(value).__name__} cannot be handed on: {error}") from None
+    items = items_of(value)
+    named = items if isinstance(items, dict) else {}
+    attributes = [
+        (
+            name,
+            ("item", name)
+            if name in named and named[name] is own
+            else _take(own, f"{where}.{name}", tensors),
         )
-    return take(value, where, tensors)
+        for name, own in attributes_of(value).items()
+    ]
+    return ("instance", place, _take(items, where, tensors), tuple(attributes))
+
+
+def _put_instance(skeleton: Skeleton, tensors: Sequence[Any]) -> Any:
+    _, place, inner, attributes = skeleton
+    items = put_together(inner, tensors)
+    own = {
+        name: items[child[1]] if child[0] == "item" else put_together(child, tensors)
+        for name, child in attributes
+    }
+    return make(class_at(place), items, own)
 
 
 def _take_sequence(value: Sequence[Any], where: str, tensors: list[Tensor]) -> Skeleton:
@@ -153,6 +187,7 @@ _PUT: Mapping[str, Callable[[Skeleton, Sequence[Any]], Any]] = {
     "dict": lambda skeleton, tensors: {
         put_together(key, tensors): put_together(child, tensors) for key, child in skeleton[1]
     },
+    "instance": _put_instance,
     "plain": lambda skeleton, tensors: _READ[skeleton[1]](skeleton[2]),
 }
 

@@ -1,5 +1,9 @@
 """Odd values between stages, and gradients of them: each once went wrong, here or elsewhere."""
 
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import pytest
 import torch
 from little_layers import Call, Times
@@ -18,6 +22,22 @@ class Both(Times):
 
     def forward(self, x):
         return self.w, x
+
+
+class Named(NamedTuple):
+    """A named tuple."""
+
+    x: torch.Tensor
+    times: int
+    rest: object = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch, or a part of one."""
+
+    x: torch.Tensor
+    flag: bool
 
 
 # hands on, takes, loss and gradient of 0.w for x = 1, 2, 3 times 2
@@ -47,6 +67,12 @@ HANDED_ON = {
         lambda v: v.add_(1),
         30,
         12,
+    ),
+    "values of other classes": (
+        lambda v: Named(v, 2, OrderedDict(a=Rows(3 * v, True), b=v.view(1, -1).max(1))),
+        lambda n: n.x * n.times + n.rest["a"].x * n.rest["a"].flag + n.rest["b"].values,
+        72,
+        36,
     ),
     "other dtypes": (
         lambda v: {"half": v.to(torch.bfloat16), "complex": torch.complex(v, v)},
@@ -95,6 +121,19 @@ def test_a_parameter_itself_is_handed_on():
         ]
 
     assert run_local(2, main) == [(12.0, [6.0]), (12.0, [])]
+
+
+def test_a_batch_and_an_output_of_classes_of_their_own():
+    def main(comm):
+        engine = Pipeline(
+            [Call(lambda rows: (rows.x, rows.flag)), Call(lambda pair: Named(*pair))],
+            Mesh(comm, pipe=2),
+            microbatches=2,
+        )
+        return engine.forward(Rows(torch.tensor([1.0, 2.0, 3.0]), True))
+
+    for found in run_local(2, main):
+        assert type(found) is Named and found.x.tolist() == [1, 2, 3] and found.times is True
 
 
 def test_more_structures_than_an_edge_remembers():
