@@ -327,6 +327,11 @@ class Pipeline:
         """
         self._model.load(state)
 
+    @property
+    def shared_names(self) -> list[list[str]]:
+        """Return all names of every weight that several layers share."""
+        return self._model.shared_names
+
     def carried(self) -> Carried:
         """Return what the next step depends on besides weights and batch; see DataParallel."""
         return self._reducer.carried(self.steps_taken)

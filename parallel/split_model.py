@@ -59,7 +59,7 @@ class SplitModel:
             held = [layer for layer, rank in enumerate(ranks) if rank == pipe.rank]
             move(named, held, self.device)
         named, ties = untie(named)
-        self._shared_names = names_of(ties, named)
+        self.shared_names = names_of(ties, named)
         name_layers(nn.Sequential(OrderedDict(named)))
         self._layers = RankLayers(named, parts, pipe.rank, pipe.size)
         self.module = self._layers.module
@@ -100,7 +100,7 @@ class SplitModel:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Load this rank's part of a state; errors as in Pipeline.load_state_dict."""
-        refuse_two_values(self._shared_names, state)
+        refuse_two_values(self.shared_names, state)
         self._layers.load(state)
 
     def clip(self, max_norm: float, norm_type: float) -> Tensor:

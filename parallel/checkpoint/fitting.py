@@ -8,11 +8,13 @@ from .errors import CheckpointError
 from .files import DTYPES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from torch import Tensor
 
     from .manifest import Manifest
 
-__all__ = ["fit", "value_at"]
+__all__ = ["fit", "fit_shared", "value_at"]
 
 
 def fit(manifest: Manifest, path: str, tensor: Tensor) -> None:
@@ -26,6 +28,23 @@ def fit(manifest: Manifest, path: str, tensor: Tensor) -> None:
             f"tensor {path}: expected {expected[0]} {expected[1]}, the checkpoint of step "
             f"{manifest.step} has {entry.dtype} {entry.shape}"
         )
+
+
+def fit_shared(manifest: Manifest, path: str, names: Iterable[Sequence[str]]) -> None:
+    """Raise CheckpointError for one parameter of an object that the checkpoint has two values of.
+
+    names: of each parameter that layers share. Each rank would take the value of its own layers.
+    """
+    for alike in names:
+        entries = {f"{path}/{name}": manifest.tensors.get(f"{path}/{name}") for name in alike}
+        sums = {full: entry.sha256 for full, entry in entries.items() if entry is not None}
+        first = next(iter(sums), "")
+        for other in (full for full in sums if sums[full] != sums[first]):
+            raise CheckpointError(
+                f"tensors {first} and {other} are one weight, which layers share, but the "
+                f"checkpoint of step {manifest.step} has another value for each: is it of a model "
+                "that does not share it?"
+            )
 
 
 def value_at(manifest: Manifest, path: str) -> Any:

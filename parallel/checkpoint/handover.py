@@ -21,8 +21,9 @@ from .agreement import agree
 from .errors import CheckpointError
 from .files import DTYPES
 from .manifest import Entry, Manifest
+from .restoring import restored
 from .shares import captured_by, share_out, summary_of
-from .state import parts_of, restored
+from .state import parts_of
 
 if TYPE_CHECKING:
     from ...comm.communicator import Communicator
@@ -62,7 +63,7 @@ def hand_over(comm: Communicator, old: Mapping[str, Any], new: Mapping[str, Any]
         complaint = str(error)
     agree(comm, complaint, _WHAT)
     tensors = _send(comm, owners, captured.tensors, entries, wanted)
-    return restored(parts, manifest, tensors)
+    return restored(comm, _WHAT, parts, manifest, tensors)
 
 
 def _send(

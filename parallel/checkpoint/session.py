@@ -20,9 +20,10 @@ from .errors import CheckpointError, Damaged
 from .files import read_tensors
 from .manifest import Manifest
 from .partial import Partial, make_partial
+from .restoring import restored
 from .shares import captured_by, share_out, summary_of
 from .snapshot import Snapshot
-from .state import Part, parts_of, restored
+from .state import Part, parts_of
 from .store import Place, places, read_manifest, wrong_step
 from .writer import Job, Writing
 
@@ -180,8 +181,9 @@ class Checkpoints(Scope):
 
         step: from the newest of that step instead. Damaged ones are passed over with a warning on
         rank 0. Every name, shape, dtype and checksum is checked on all ranks before anything is
-        overwritten. Waits for what is being written. The folder may be a checkpoint itself, such
-        as a copy. CheckpointError where none is whole, or where one does not fit.
+        overwritten; where an object's own load_state_dict raises on any rank, the objects that came
+        before get back what they held. Waits for what is being written. The folder may be a
+        checkpoint itself, such as a copy. CheckpointError where none is whole, or one does not fit.
         """
         known, listed = self._list()
         candidates = [name for name, found in listed if step is None or found == step]
@@ -191,9 +193,8 @@ class Checkpoints(Scope):
             attempt = _Attempt(known.get(name), self.folder / name, parts)
             problem = self._first_problem(attempt, parts)
             if problem is None:
-                return Loaded(
-                    attempt.step, attempt.path, restored(parts, *attempt.found), tuple(damaged)
-                )
+                values = restored(self.comm, str(attempt.path), parts, *attempt.found)
+                return Loaded(attempt.step, attempt.path, values, tuple(damaged))
             damaged.append(problem)
             if self.comm.rank == 0:
                 warnings.warn(

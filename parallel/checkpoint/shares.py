@@ -27,11 +27,13 @@ def captured_by(state: Mapping[str, Any], comm: Communicator) -> tuple[Captured,
         return captured, str(error)
     complaints = []
     # To the end in any case: to capture a part may be collective, and others may see no fault.
-    for part in parts.values():
+    for path, part in parts.items():
         try:
             part.capture(captured)
         except (TypeError, CheckpointError) as error:
             complaints.append(str(error))
+        except Exception as error:  # code of the user's
+            complaints.append(f"{path} did not tell its state: {type(error).__name__}: {error}")
     complaints += [
         f"tensor {name}: expected a dense one, got {tensor.layout}"
         if tensor.layout != torch.strided

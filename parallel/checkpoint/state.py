@@ -17,14 +17,14 @@ from ..data_parallel import DataParallel
 from ..pipeline import Pipeline
 from ..sharded_optimizer import ShardedOptimizer
 from .carried_part import CarriedPart
-from .fitting import fit, value_at
+from .fitting import fit, fit_shared, value_at
 from .manifest import Manifest
 from .names import names_of
 from .optimizer_part import OptimizerPart, ShardedPart
 from .streams import RandomStreams, StreamsPart
 from .values import decode, encode, references
 
-__all__ = ["Captured", "Part", "parts_of", "restored"]
+__all__ = ["Captured", "Part", "Value", "parts_of"]
 
 Tensors = Mapping[str, Tensor]
 
@@ -50,7 +50,10 @@ class Part(Protocol):
         """Return the tensors that this rank needs; CheckpointError if one does not fit."""
 
     def restore(self, manifest: Manifest, tensors: Tensors) -> Any:
-        """Write into the object, in place, or return the value; what fits cannot fail."""
+        """Write into the object, in place, or return the value.
+
+        What fits cannot fail, but for code of the user's.
+        """
 
 
 class Model:
@@ -78,6 +81,8 @@ class Model:
                 names.append(path)
             else:
                 names += references(value_at(manifest, path))
+        if isinstance(self.module, Pipeline):
+            fit_shared(manifest, self.path, self.module.shared_names)
         return names
 
     def restore(self, manifest: Manifest, tensors: Tensors) -> None:
@@ -113,13 +118,6 @@ class Value:
             return value
         self.value.load_state_dict(value)
         return None
-
-
-def restored(parts: Mapping[str, Part], manifest: Manifest, tensors: Tensors) -> dict[str, Any]:
-    """Restore all parts, and return the plain values among them, None as well."""
-    found = {path: part.restore(manifest, tensors) for path, part in parts.items()}
-    plain = {path for path, part in parts.items() if isinstance(part, Value) and not part.stateful}
-    return {path: value for path, value in found.items() if path in plain}
 
 
 def parts_of(state: Mapping[str, Any], rank: int, num_ranks: int) -> dict[str, Part]:

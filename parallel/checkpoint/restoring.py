@@ -1,0 +1,84 @@
+"""Give all parts of a state what was read for them, or none."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .agreement import agree
+from .errors import CheckpointError
+from .state import Part, Value
+
+if TYPE_CHECKING:
+    from ...comm.communicator import Communicator
+    from .manifest import Manifest
+
+__all__ = ["restored"]
+
+_Failure = tuple[str, Exception]
+
+
+def restored(
+    comm: Communicator,
+    what: str,
+    parts: Mapping[str, Part],
+    manifest: Manifest,
+    tensors: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """Restore all parts, and return the plain values among them, None as well.  Collective.
+
+    what: is restored, for the CheckpointError on every rank where an object of the user's takes its
+    state on some rank not. Such objects come first, and get back what they held; what comes then,
+    models and optimizers, fits. A module with such code of its own may still fail, which leaves
+    others restored; the error says so.
+    """
+    users = {p: v for p, v in parts.items() if isinstance(v, Value) and v.stateful}
+    others = {path: part for path, part in parts.items() if path not in users}
+    before = _held(users)
+    failure, _ = _restore(users, manifest, tensors)
+    try:
+        agree(comm, _told(failure, "nothing is changed"), what)
+    except CheckpointError as told:
+        for path, held in before.items():
+            with suppress(Exception):  # of the one that has failed, again
+                users[path].value.load_state_dict(held)
+        raise told from (None if failure is None else failure[1])
+    failure, found = _restore(others, manifest, tensors)
+    try:
+        agree(comm, _told(failure, "other parts of the state are restored"), what)
+    except CheckpointError as told:
+        raise told from (None if failure is None else failure[1])
+    return {path: value for path, value in found.items() if isinstance(parts[path], Value)}
+
+
+def _held(users: Mapping[str, Value]) -> dict[str, Any]:
+    """Return copies of what objects hold, of those that can tell."""
+    found = {}
+    for path, part in users.items():
+        with suppress(Exception):  # code of the user's
+            found[path] = copy.deepcopy(part.value.state_dict())
+    return found
+
+
+def _restore(
+    parts: Mapping[str, Part], manifest: Manifest, tensors: Mapping[str, Tensor]
+) -> tuple[_Failure | None, dict[str, Any]]:
+    """Restore parts up to one that fails; return that, and what the others gave."""
+    found = {}
+    for path, part in parts.items():
+        try:
+            found[path] = part.restore(manifest, tensors)
+        except Exception as error:  # code of the user's
+            return (path, error), found
+    return None, found
+
+
+def _told(failure: _Failure | None, then: str) -> str:
+    if failure is None:
+        return ""
+    path, error = failure
+    return f"{path} did not take its state: {type(error).__name__}: {error}; {then}"

@@ -1,0 +1,98 @@
+"""What is loaded is given to all objects of a state, or to none."""
+
+import pytest
+import torch
+from little_layers import Times
+from torch import nn
+
+import ringfold
+from ringfold import CheckpointError, Mesh, Pipeline, run_local
+
+
+class Kept:
+    """An object with a state, of the user's."""
+
+    def __init__(self, value, fails=False):
+        self.value, self.fails = [value], fails
+
+    def state_dict(self):
+        if self.fails is None:
+            raise OSError("no server")
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+        if self.fails:
+            raise KeyError("of a newer version")
+
+
+class Extra(Times):
+    """A layer with more to it than tensors."""
+
+    def get_extra_state(self):
+        return 1
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_an_object_that_does_not_take_its_state_on_one_rank_leaves_all_as_they_were(tmp_path):
+    def main(comm):
+        model = Times(2)
+        ringfold.save(tmp_path, {"m": model, "a": Kept(1), "b": Kept(2), "c": Kept(3)}, comm)
+        with torch.no_grad():
+            model.w.fill_(7)
+        state = {"m": model, "a": Kept(8), "b": Kept(8, fails=comm.rank == 1), "c": Kept(8)}
+        with pytest.raises(CheckpointError) as caught:
+            ringfold.load(tmp_path, state, comm)
+        assert model.w == 7 and [state[key].value for key in "abc"] == [[8]] * 3
+        state["b"].fails = False
+        ringfold.load(tmp_path, state, comm)
+        assert model.w == 2 and [state[key].value for key in "abc"] == [[1], [2], [3]]
+        return str(caught.value), type(caught.value.__cause__)
+
+    (text, nothing), (same, cause) = run_local(2, main)
+    assert text == same and (nothing, cause) == (type(None), KeyError)
+    assert text.endswith(
+        "rank 1: b did not take its state: KeyError: 'of a newer version'; nothing is changed"
+    )
+
+
+def test_a_module_that_fails_on_one_rank_is_told_on_all(tmp_path):
+    def main(comm):
+        ringfold.save(tmp_path, {"m": Extra(2)}, comm)
+        broken = Extra(2)
+        if comm.rank:
+            broken.set_extra_state = None
+        with pytest.raises(CheckpointError, match=r"rank 1: m did not take its state: TypeError"):
+            ringfold.load(tmp_path, {"m": broken}, comm)
+
+    run_local(2, main)
+
+
+def test_an_object_that_does_not_tell_its_state_on_one_rank_is_told_on_all(tmp_path):
+    def main(comm):
+        state = {"a": Kept(1, fails=None if comm.rank else False)}
+        with pytest.raises(CheckpointError, match=r"rank 1: a did not tell .* OSError: no server"):
+            ringfold.save(tmp_path, state, comm)
+
+    run_local(2, main)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_two_values_of_a_weight_that_stages_share_are_refused(tmp_path):
+    """Each rank took that of its own layer, and they trained apart from then on."""
+
+    def main(comm):
+        layers = [Times(2), Times(3), Times(4)]
+        ringfold.save(tmp_path, {"m": nn.Sequential(*layers)}, comm)
+        layers[2].w = layers[0].w
+        engine = Pipeline(layers, Mesh(comm, pipe=2), loss_fn=lambda out, _: out.mean())
+        with pytest.raises(CheckpointError, match=r"tensors m/0\.w and m/2\.w are one weight"):
+            ringfold.load(tmp_path, {"m": engine}, comm)
+        ringfold.save(tmp_path, {"m": engine}, comm, step=1)
+        ringfold.load(tmp_path, {"m": engine}, comm)
+        return [p.item() for p in engine.parameters()]
+
+    first, last = run_local(2, main)
+    assert sorted(first + last) == [2, 2, 3]
