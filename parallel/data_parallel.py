@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import torch
 from torch import nn
 
 from .bucket_plan import START_BYTES
@@ -146,6 +147,8 @@ class DataParallel(Transparent):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module."""
+        if torch.compiler.is_compiling():  # one graph; what is looked at here, backward looks at
+            return self.module(*args, **kwargs)
         if self._sync is not None:
             self._sync.forward()
         timeline = None if self.comm is None else self.comm.timeline

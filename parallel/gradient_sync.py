@@ -49,6 +49,7 @@ class GradientSync(Kin):
         self._module, self._channel = module, channel
         self._reducer, self._mode = reducer, mode
         self._roster, self._finite = roster, finite
+        self._checked = False
         self._looking: BackwardEnd | None = None
         self._ending: BackwardEnd | None = None
         self._ahead: list[GradientSync] = []
@@ -69,6 +70,7 @@ class GradientSync(Kin):
             self._abandon()
         if self._roster is not None and torch.is_grad_enabled():
             self._roster.check()
+            self._checked = True
 
     def detach(self) -> None:
         """Work no longer."""
@@ -118,6 +120,9 @@ class GradientSync(Kin):
 
     def _begin(self, family: Sequence[GradientSync]) -> None:
         self._abandon()  # what a backward that has failed has begun
+        if self._roster is not None and not self._checked:  # as after a forward that is compiled
+            self._roster.check()
+        self._checked = False
         self._ahead = self.ahead(family)
         self._done = None
         self._reducer.begin(self._mode.weight, self.shared_with(self._ahead))

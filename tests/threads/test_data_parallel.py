@@ -680,6 +680,27 @@ def test_the_state_of_a_parent_loads(parent):
     run_local(1, main)
 
 
+def test_a_wrapper_compiles_as_one_graph():
+    """On rank 0; rank 1 does not, and gets the same."""
+
+    def main(comm):
+        model = DataParallel(network(0), comm)
+        run = torch.compile(model, backend="eager", fullgraph=True) if comm.rank == 0 else model
+        for step in range(3):
+            model.zero_grad()
+            run(torch.full((2, 5), 1.0 + comm.rank + step)).square().sum().backward()
+        found = [p.grad.clone() for p in model.parameters()]
+        layer = next(m for m in model.modules() if isinstance(m, nn.Linear))
+        layer.bias = nn.Parameter(layer.bias.detach().clone())
+        # What forward looks at otherwise, before anything is sent.
+        with pytest.raises(RuntimeError, match="bias was added or replaced after the module"):
+            run(torch.ones(2, 5)).sum().backward()
+        return found
+
+    compiled, plain = run_local(2, main)
+    assert all(map(torch.equal, compiled, plain)) and all(g.any() for g in compiled)
+
+
 class Versioned(nn.Module):
     """A layer of whose weight old files have another unit."""
 
