@@ -24,6 +24,8 @@ class Replay:
 
     That is its input, the samples that keyed layers were shown, the states of torch's generators,
     and the buffers, such as running statistics, of which copies are kept.
+
+    before: another that is held, with which buffers that have not changed are in common.
     """
 
     def __init__(
@@ -32,13 +34,19 @@ class Replay:
         description: Description,
         tensors: list[Tensor],
         samples: Samples | None,
+        before: Replay | None = None,
     ) -> None:
         self.description = description
         self.tensors = tensors
         self._module = module
         self._samples = samples
         self._generators = self._states()
-        self._buffers = BufferCopies(module.modules())
+        held = None if before is None else before._buffers
+        self._buffers: BufferCopies = BufferCopies(module.modules(), held)
+
+    def look(self) -> None:
+        """Take notice of what the forward has changed, once it has run."""
+        self._buffers.look()
 
     @contextmanager
     def again(self) -> Iterator[None]:

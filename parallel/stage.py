@@ -127,9 +127,13 @@ class Stage:
         """
         replay = None
         if self.recompute:
-            replay = Replay(self.module, description, list(tensors), samples)
+            held = (flight.replay for flight in reversed(self._in_flight.values()))
+            before = next(filter(None, held), None)
+            replay = Replay(self.module, description, list(tensors), samples, before)
             tensors = [tensor.clone() for tensor in tensors]  # layers may change them in place
         output, door = self._run(description, tensors)
+        if replay is not None:
+            replay.look()
         if replay is None and not hands_on:
             self._in_flight[microbatch] = _InFlight(door, [], ())
             return output, Description((), ()), []

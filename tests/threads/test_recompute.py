@@ -2,6 +2,7 @@
 
 import threading
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from fake_cuda import CUDA, on_cuda
 from torch import nn
 
 from ringfold import Dropout, Mesh, Pipeline, run_local
+from ringfold.parallel.buffer_copies import BufferCopies
 from ringfold.parallel.plan import PLANS, plan_function, whole_plan
 from ringfold.parallel.plan_check import check_plan, stage_peaks
+from ringfold.parallel.plan_text import parse_plan
 from ringfold.parallel.recompute import Replay
 from ringfold.parallel.structure import take_apart
 
@@ -118,6 +121,61 @@ def test_the_generator_of_torch_is_brought_back():
     expected = train(1, plain_dropout=True)
     assert_same(train(1, plain_dropout=True, recompute=True), expected)
     assert_same(train(1, "gpipe", plain_dropout=True, recompute=True), expected)
+
+
+class Codes(nn.Module):
+    """Large buffers: a table, and codes that some micro-batches write to, as `data` or not."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(()))
+        self.register_buffer("table", torch.arange(40000).to(torch.bfloat16))
+        self.register_buffer("codes", torch.zeros(20001)[1:])
+        self.register_buffer("other", self.codes)  # the same under another name
+
+    def forward(self, x):
+        at = int(x.detach().sum()) % 3
+        if at == 1:
+            self.codes.data[7] += 1
+        if at == 2:
+            self.codes[7] *= 3
+        return x * self.w * (self.other[7] + self.table[3])
+
+
+@pytest.mark.parametrize(
+    "plan", ["F0 F1 F2 F3 F4 F5 B5 B2 B3 B4 B0 B1", "F0 F1 B1 F2 F3 B0 B3 F4 B2 F5 B5 B4"]
+)
+def test_large_buffers_that_do_not_change_are_copied_once(plan):
+    def main(comm, recompute):
+        engine = Pipeline(
+            [Codes(), Codes()],
+            Mesh(comm),
+            loss_fn=lambda out, _: out.sum(),
+            microbatches=6,
+            schedule=parse_plan(f"stage 0: {plan}"),
+            recompute=recompute,
+        )
+        loss = engine.step(torch.tensor([0.0, 1, 0, 2, 0, 1]))
+        state = {**engine.state_dict(), **{n: p.grad for n, p in engine.named_parameters()}}
+        return [loss.item()], state
+
+    assert_same(*(run_local(1, partial(main, recompute=again))[0] for again in (True, False)))
+    layer = Codes()
+    first, seen = BufferCopies([layer]), []
+    first.look()
+    second = BufferCopies([layer], first)
+    layer.codes.data[7] += 1
+    second.look()
+    third = BufferCopies([layer], second)
+    third.look()
+    for copies in (second, third, first):
+        with copies.in_place():
+            assert layer.codes is layer.other
+            layer.other[7] += copies is second
+            seen.append((layer.table.data_ptr(), layer.codes.data_ptr(), layer.codes[7].item()))
+    tables, places, values = zip(*seen, strict=True)
+    assert len({*tables}) == 1 and len({*places}) == 3 and values == (1, 1, 0)
+    assert layer.codes[7] == 1 and layer.table.data_ptr() not in tables
 
 
 def test_stages_that_are_not_there_are_refused():
