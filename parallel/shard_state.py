@@ -19,7 +19,7 @@ __all__ = ["gather_state", "own_state"]
 State = dict[str, dict[str, Any]]
 
 # By name, since a parameter of no dimension has state of no dimension as well.
-_SCALARS = ("step",)
+_SCALARS = ("step", "eta", "mu", "mu_product")
 
 
 def gather_state(

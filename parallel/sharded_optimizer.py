@@ -13,7 +13,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import (
+    ASGD,
+    SGD,
+    Adadelta,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    Rprop,
+)
 
 from .clip import clip_over_stages
 from .replicas import check_equal, check_sendable, describe
@@ -26,7 +39,10 @@ if TYPE_CHECKING:
 
 __all__ = ["ShardedOptimizer"]
 
-_ELEMENTWISE = (SGD, Adam, AdamW)
+_ELEMENTWISE = (
+    *(SGD, Adam, AdamW, Adagrad, RMSprop),
+    *(Adadelta, Adamax, ASGD, NAdam, RAdam, Rprop),
+)
 
 Named = Iterable[tuple[str, nn.Parameter]]
 
@@ -36,14 +52,14 @@ _Seen = tuple[weakref.ref[Tensor], int] | None
 
 
 class ShardedOptimizer(Optimizer):
-    """Run SGD, Adam or AdamW on 1/size of every bucket of parameters, on each of `comm`'s ranks.
+    """Run an optimizer on 1/size of every bucket of parameters, on each of `comm`'s ranks.
 
         optimizer = ShardedOptimizer(model.named_parameters(), mesh.data, AdamW, lr=1e-3)
 
     named: (name, parameter) pairs, or groups: dicts with such pairs under "params" and the group's
         own hyper-parameters, as in torch. Names are full names, unique over all groups.
-    optimizer: SGD, Adam or AdamW, whose updates treat every element alike, so that a part can be
-        updated without the rest; a subclass must keep to that.
+    optimizer: SGD, Adam, AdamW, Adagrad, RMSprop, or another of torch's whose updates treat every
+        element alike, so that a part can be updated without the rest; a subclass must keep to that.
     reduce: False if gradients have been averaged when `step` runs, as DataParallel and Pipeline do
         while backward goes on. True if each rank holds its own: `step` then averages them by
         reduce-scatter, which halves the gradients' traffic, after backward.

@@ -83,6 +83,37 @@ def test_equals_the_whole_optimizer_to_the_last_bit(size, kind, hyper, bucket_by
             assert torch.equal(value, sharded[name]), name
 
 
+OTHERS = ["ASGD", "Adadelta", "Adagrad", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_optimizers_go_on_sharded_otherwise_and_whole(name):
+    kind = getattr(torch.optim, name)
+    hyper = {"lr": 0.1, **({"centered": True, "momentum": 0.9} if name == "RMSprop" else {})}
+
+    def main(comm):
+        part = comm.split(int(comm.rank < 2))
+        module, plain = Network(), Network()
+        optimizer = ShardedOptimizer(module.named_parameters(), comm, kind, **hyper)
+        whole = kind(plain.parameters(), **hyper)
+        for step in range(6):
+            if step == 3:  # on from the state, on another number of ranks
+                state = optimizer.state_dict()
+                optimizer = ShardedOptimizer(module.named_parameters(), part, kind, **hyper)
+                optimizer.load_state_dict(state)
+            for one, network in ((optimizer, module), (whole, plain)):
+                one.zero_grad()
+                backward(network, 0, step)
+                one.step()
+        found = optimizer.state_dict()["state"]
+        for path, p in plain.named_parameters():
+            assert torch.equal(p, module.get_parameter(path)), path
+            for key, value in (whole.state[p] if p.numel() else {}).items():
+                assert torch.equal(found[path][key], value), (path, key)
+
+    run_local(3, main)
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_reduces_by_itself(size):
     """Without a wrapper, by reduce-scatter; a rank without a gradient counts as zeros."""
