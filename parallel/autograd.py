@@ -135,9 +135,16 @@ Move = Allreduce | Allgather | ReduceScatter | Alltoall | Broadcast | Reduce
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, comm: Communicator, move: Move) -> Tensor:
-        ctx.comm, ctx.move = comm, move
+    def forward(x: Tensor, anchor: Tensor, comm: Communicator, move: Move) -> Tensor:
         return move(x, comm)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, _, ctx.comm, ctx.move = inputs
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *rest: None) -> Tensor:
+        return _apply(tangent, ctx.comm, ctx.move)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,11 +1,13 @@
 """Collectives within a loss have the gradients of one process that holds what all ranks do."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from ringfold import DataParallel, run_local
 from ringfold.parallel import autograd
@@ -60,6 +62,14 @@ def test_gradients_of_first_and_second_order(name: str, size: int) -> None:
         (first,) = torch.autograd.grad(loss, x, create_graph=True)
         (second,) = torch.autograd.grad(first.square().sum(), x)
         assert torch.equal(x, before)
+        # By torch.func as well, and forwards (of which torch has one level for all threads).
+        call = partial(CALLS[name], comm=comm)
+        again = torch.func.grad(lambda x: loss_of(call(x.transpose(1, 2)), comm.rank))(before)
+        assert torch.equal(again, first)
+        if size == 1:
+            with forward_ad.dual_level():
+                value = call(forward_ad.make_dual(before, before + 1))
+                assert torch.equal(forward_ad.unpack_dual(value).tangent, call(before + 1))
         return result.detach(), first.detach(), second
 
     xs = [own(rank, *shape).requires_grad_() for rank in range(size)]
