@@ -229,6 +229,15 @@ class Communicator(GroupCalls, Scope):
         """Return what carries the messages, with its version."""
         return self._transport.library
 
+    def __copy__(self) -> Communicator:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Communicator:
+        return self  # so that modules that hold it can be copied, as averages of weights do
+
+    def __reduce__(self) -> Any:
+        raise TypeError(f"{self} has no pickle: it belongs to this process; open one in each")
+
     def __repr__(self) -> str:
         return f"Communicator(rank {self.rank} of {self.size}, {self._transport.name})"
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..comm.communicator import Communicator
 from .sync_batchnorm import SyncBatchNorm
 
 __all__ = ["LayerCopier"]
@@ -82,9 +81,7 @@ def _by_id(values: Iterable[Any]) -> dict[int, Any]:
 def _kept_attributes(module: nn.Module, copied: Collection[nn.Module]) -> list[Any]:
     """Return what a module's copy has in common with it, which belongs to others as well."""
     values = module.__dict__
-    found: list[Any] = [
-        v for v in values.values() if isinstance(v, Tensor | torch.Generator | Communicator)
-    ]
+    found: list[Any] = [v for v in values.values() if isinstance(v, Tensor | torch.Generator)]
     for kind in _HOOKS:
         for hook in values.get(kind, {}).values():
             if not isinstance(hook, MethodType):

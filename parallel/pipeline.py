@@ -369,6 +369,12 @@ class Pipeline:
         self._model.ties.close()
         self._channel.close()
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a Pipeline belongs to its ranks, and has no copy and no pickle: take its "
+            "state_dict(), or copies of what named_parameters() yields, as for an average"
+        )
+
     @property
     def _is_first(self) -> bool:
         return self.mesh.pipe.rank == 0

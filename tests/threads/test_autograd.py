@@ -1,6 +1,7 @@
 """Collectives within a loss have the gradients of one process that holds what all ranks do."""
 
 import copy
+import pickle
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from ringfold import DataParallel, run_local
+from ringfold import DataParallel, Mesh, Pipeline, run_local
 from ringfold.parallel import autograd
 
 ROWS = 3
@@ -104,6 +105,34 @@ def test_a_contrastive_loss_beside_data_parallel_is_that_of_the_whole_batch() ->
     for gradients in run_local(size, main):
         for found, parameter in zip(gradients, network.parameters(), strict=True):
             torch.testing.assert_close(found, parameter.grad, rtol=1e-11, atol=1e-13)
+
+
+class Summed(nn.Linear):
+    """A layer whose rows lie on several ranks, as of tensor-parallel models."""
+
+    def __init__(self, comm) -> None:
+        super().__init__(2, 1, bias=False)
+        self.comm = comm
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return autograd.allreduce(super().forward(x), self.comm)
+
+
+def test_a_module_with_a_communicator_is_copied_and_averaged() -> None:
+    def main(comm):
+        layer = Summed(comm)
+        nn.init.constant_(layer.weight, comm.rank + 1.0)
+        average = torch.optim.swa_utils.AveragedModel(layer)
+        average.update_parameters(layer)
+        assert average.module.comm is comm and average.module.weight is not layer.weight
+        with pytest.raises(TypeError, match=r"Communicator\(rank . of 2.*no pickle: it belongs"):
+            pickle.dumps(layer)
+        engine = Pipeline([layer], Mesh(comm, data=2))
+        with pytest.raises(TypeError, match=r"a Pipeline .* no copy .* take its state_dict\(\)"):
+            copy.deepcopy(engine)
+        return average(torch.ones(1, 2)).item()
+
+    assert run_local(2, main) == [6.0, 6.0]
 
 
 def test_a_rank_whose_input_needs_no_gradient_takes_part() -> None:
