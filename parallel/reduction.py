@@ -148,7 +148,8 @@ class Reduction:
     def flush(self) -> None:
         """Start all buckets that have not been started; no more gradients will come.
 
-        Raises: RuntimeError where a parameter was written to since its gradient was ready.
+        Raises: RuntimeError where a parameter was written to since its gradient was ready, or that
+            is gone.
         """
         self._refuse_written()
         self._start_all(self._bucketing.buckets[len(self._flights) :])
@@ -195,6 +196,13 @@ class Reduction:
                     f"{known.names[index]} was written to while backward ran, as by a hook that "
                     "steps an optimizer: its gradient was this rank's own. Step when the outermost "
                     "backward has returned, or within no_sync()"
+                )
+            if known.parameters[index].grad is None:  # what is written by .data has no version
+                raise RuntimeError(
+                    f"the gradient of {known.names[index]} was there, and is gone before it was "
+                    "reduced: a hook has taken it, as one that steps an optimizer, and so this "
+                    "rank's own. Take it when the outermost backward has returned, or within "
+                    "no_sync()"
                 )
 
     def _start_all(self, buckets: Sequence[Bucket]) -> None:

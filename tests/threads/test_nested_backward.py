@@ -165,6 +165,28 @@ def test_a_step_before_the_ranks_have_met_is_refused(set_to_none, nested) -> Non
     run_local(2, main)
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_a_gradient_that_a_hook_takes_before_the_ranks_have_met_is_refused(before) -> None:
+    """As a step by `data`, of which a parameter's version tells nothing, whoever came first."""
+
+    def main(comm: Communicator):
+        module = pair()
+
+        def step(parameter):
+            parameter.data.add_(parameter.grad, alpha=-0.1)
+            parameter.grad = None
+
+        for wrap in (False, True) if before else (True, False):
+            if wrap:
+                model = DataParallel(module, comm)
+            else:
+                module[0].bias.register_post_accumulate_grad_hook(step)
+        with pytest.raises(RuntimeError, match=r"gradient of 0.bias .* is gone before it was red"):
+            model(batch(comm.rank, 0)).sum().backward()
+
+    run_local(2, main)
+
+
 class Twice(nn.Module):
     """One layer in two checkpoints."""
 
