@@ -151,6 +151,12 @@ class ShardedOptimizer(Optimizer):
         pieces = [p.parameter for shard in self._all_shards() for p in shard.pieces]
         return clip_over_stages(pieces, self._comm, max_norm, norm_type)
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a ShardedOptimizer holds a part of the state on each rank, and has no copy and no "
+            "pickle: take its state_dict()"
+        )
+
     @property
     def names(self) -> list[list[str]]:
         """Return the full names of every group's parameters, in the order of its "params"."""

@@ -1,5 +1,6 @@
 """The sharded optimizer updates as the whole one does, with 1/size of its memory on each rank."""
 
+import copy
 import math
 import threading
 
@@ -345,6 +346,8 @@ def test_refusals():
         with pytest.raises(ValueError, match=r"parameters or settings .* entry 2: SGD, reduce"):
             ShardedOptimizer(named, comm, SGD, reduce=comm.rank == 1)
         optimizer = ShardedOptimizer(named, comm, SGD, lr=1.0)
+        with pytest.raises(TypeError, match=r"a ShardedOptimizer .* no copy .* its state_dict\(\)"):
+            copy.deepcopy(optimizer)
         new = nn.Parameter(torch.ones(1))
         for pairs, error, told in (
             ([new], TypeError, "pairs.*got Parameter"),
