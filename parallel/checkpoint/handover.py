@@ -45,10 +45,10 @@ def hand_over(comm: Communicator, old: Mapping[str, Any], new: Mapping[str, Any]
     one needs, and for a ShardedOptimizer, whose parts on a lost rank nobody else has.
     """
     sharded = [path for path, value in old.items() if isinstance(value, ShardedOptimizer)]
-    captured, complaint = captured_by({} if sharded else old, comm)
+    captured, complaint, cause = captured_by({} if sharded else old, comm)
     if sharded:
         complaint = f"{sharded[0]}: a ShardedOptimizer's state is on no rank whole"
-    agree(comm, complaint, _WHAT)
+    agree(comm, complaint, _WHAT, cause)
     rows = [json.loads(row) for row in gather_texts(comm, summary_of(captured))]
     owners, values, _ = share_out(rows)
     kinds = {name: kind for row in rows for name, kind in row["tensors"].items()}

@@ -41,17 +41,14 @@ def restored(
     before = _held(users)
     failure, _ = _restore(users, manifest, tensors)
     try:
-        agree(comm, _told(failure, "nothing is changed"), what)
-    except CheckpointError as told:
+        _agree(comm, failure, "nothing is changed", what)
+    except CheckpointError:
         for path, held in before.items():
             with suppress(Exception):  # of the one that has failed, again
                 users[path].value.load_state_dict(held)
-        raise told from (None if failure is None else failure[1])
+        raise
     failure, found = _restore(others, manifest, tensors)
-    try:
-        agree(comm, _told(failure, "other parts of the state are restored"), what)
-    except CheckpointError as told:
-        raise told from (None if failure is None else failure[1])
+    _agree(comm, failure, "other parts of the state are restored", what)
     return {path: value for path, value in found.items() if isinstance(parts[path], Value)}
 
 
@@ -77,8 +74,10 @@ def _restore(
     return None, found
 
 
-def _told(failure: _Failure | None, then: str) -> str:
+def _agree(comm: Communicator, failure: _Failure | None, then: str, what: str) -> None:
     if failure is None:
-        return ""
+        agree(comm, "", what)
+        return
     path, error = failure
-    return f"{path} did not take its state: {type(error).__name__}: {error}; {then}"
+    told = f"{path} did not take its state: {type(error).__name__}: {error}; {then}"
+    agree(comm, told, what, error)

@@ -138,8 +138,8 @@ class Checkpoints(Scope):
         self, state: Mapping[str, Any], what: str, complaint: str = "", step: int | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Any], int]:
         """Return what this rank writes, all values, and the bytes that all ranks write."""
-        captured, problem = captured_by(state, self.comm)
-        agree(self.comm, complaint or problem, what)
+        captured, problem, cause = captured_by(state, self.comm)
+        agree(self.comm, complaint or problem, what, cause)
         number = None if step is None else operator.index(step)
         rows = gather_texts(self.comm, summary_of(captured, number))
         chosen, values, nbytes = share_out([json.loads(row) for row in rows])

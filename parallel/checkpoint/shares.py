@@ -10,6 +10,7 @@ import torch
 
 from .errors import CheckpointError
 from .files import DTYPES
+from .samples import are_apart, sample_of
 from .state import Captured, parts_of
 
 if TYPE_CHECKING:
@@ -18,14 +19,17 @@ if TYPE_CHECKING:
 __all__ = ["assign", "captured_by", "share_out", "summary_of"]
 
 
-def captured_by(state: Mapping[str, Any], comm: Communicator) -> tuple[Captured, str]:
-    """Return what this rank holds, and what is wrong with it, or no text."""
+def captured_by(
+    state: Mapping[str, Any], comm: Communicator
+) -> tuple[Captured, str, Exception | None]:
+    """Return what this rank holds, what is wrong with it, or no text, and the error behind that."""
     captured = Captured()
     try:
         parts = parts_of(state, comm.rank, comm.size)
     except TypeError as error:
-        return captured, str(error)
-    complaints = []
+        return captured, str(error), error
+    complaints: list[str] = []
+    cause: Exception | None = None
     # To the end in any case: to capture a part may be collective, and others may see no fault.
     for path, part in parts.items():
         try:
@@ -33,6 +37,7 @@ def captured_by(state: Mapping[str, Any], comm: Communicator) -> tuple[Captured,
         except (TypeError, CheckpointError) as error:
             complaints.append(str(error))
         except Exception as error:  # code of the user's
+            cause = cause or error
             complaints.append(f"{path} did not tell its state: {type(error).__name__}: {error}")
     complaints += [
         f"tensor {name}: expected a dense one, got {tensor.layout}"
@@ -41,7 +46,7 @@ def captured_by(state: Mapping[str, Any], comm: Communicator) -> tuple[Captured,
         for name, tensor in captured.tensors.items()
         if tensor.layout != torch.strided or tensor.dtype not in DTYPES
     ]
-    return captured, next(iter(complaints), "")
+    return captured, next(iter(complaints), ""), cause
 
 
 def summary_of(captured: Captured, step: int | None = None) -> str:
@@ -49,7 +54,12 @@ def summary_of(captured: Captured, step: int | None = None) -> str:
     held = {
         name: [t.nbytes, DTYPES[t.dtype], list(t.shape)] for name, t in captured.tensors.items()
     }
-    return json.dumps({"step": step, "tensors": held, "values": captured.values})
+    samples = {}
+    if step is not None:  # what is written, that all ranks are to go on from
+        samples = {name: sample_of(captured.tensors[name]) for name in captured.parameters}
+    return json.dumps(
+        {"step": step, "tensors": held, "values": captured.values, "samples": samples}
+    )
 
 
 def share_out(rows: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, Any], int]:
@@ -61,11 +71,21 @@ def share_out(rows: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, Any
     kinds: dict[str, tuple[int, Any]] = {}
     values: dict[str, tuple[int, Any]] = {}
     steps: dict[str, tuple[int, Any]] = {}
+    samples: dict[str, tuple[int, list[float]]] = {}
     for rank, row in enumerate(rows):
         _same(steps, "step", rank, row["step"], rows)
         for name, (nbytes, *kind) in row["tensors"].items():
             _same(kinds, name, rank, kind, rows)
             holders.setdefault(name, (nbytes, []))[1].append(rank)
+        for name, sample in row["samples"].items():
+            first, expected = samples.setdefault(name, (rank, sample))
+            if are_apart(expected, sample):
+                raise CheckpointError(
+                    f"{name} is another tensor on rank {first} than on rank {rank}: it begins with "
+                    f"{expected[0]:g} and {sample[0]:g}. One of them would be written: average "
+                    "models that ranks train apart, and save layers that are split over ranks "
+                    "under names that tell the part, or over a communicator of equal parts"
+                )
         for path, value in row["values"].items():
             _same(values, path, rank, value, rows)
     chosen = assign(holders, len(rows))

@@ -31,10 +31,14 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Captured:
-    """What one rank holds: tensors by full name (not copied), and JSON values by path."""
+    """What one rank holds: tensors by full name (not copied), and JSON values by path.
+
+    parameters: the full names of those tensors that are parameters, so alike on all ranks.
+    """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+    parameters: list[str] = field(default_factory=list)
 
 
 class Part(Protocol):
@@ -65,10 +69,13 @@ class Model:
         self.path, self.module = path, module
 
     def capture(self, into: Captured) -> None:
+        learned = {name for name, _ in self.module.named_parameters()}
         for name, value in self.module.state_dict().items():
             path = f"{self.path}/{name}"
             if isinstance(value, Tensor):
                 into.tensors[path] = value
+                if name in learned:
+                    into.parameters.append(path)
             else:
                 into.values[path] = encode(value, path, into.tensors)
 

@@ -1,4 +1,4 @@
-"""What is loaded is given to all objects of a state, or to none."""
+"""What is loaded is given to all objects of a state or to none, and what is saved is one thing."""
 
 import pytest
 import torch
@@ -96,3 +96,26 @@ def test_two_values_of_a_weight_that_stages_share_are_refused(tmp_path):
 
     first, last = run_local(2, main)
     assert sorted(first + last) == [2, 2, 3]
+
+
+def test_parts_of_a_layer_under_one_name_are_not_saved_as_one(tmp_path):
+    """As of tensor-parallel layers: that of one rank was written, and all went on from it."""
+
+    def main(comm):
+        model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).bfloat16()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(0.1 + 0.001 * comm.rank)  # replicas that differ in the last bit
+            model[1].running_mean.add_(comm.rank)
+            model[0].weight[0, 0] = -comm.rank  # or in one place
+        ringfold.save(tmp_path, {"m": model}, comm)
+        turned = torch.arange(6.0).view(2, 3).t()
+        model[0].weight = nn.Parameter(turned + 1 + 100 * comm.rank)
+        with pytest.raises(CheckpointError, match=r"m/0.weight is another tensor on rank 0"):
+            ringfold.save(tmp_path, {"m": model}, comm)
+        ringfold.save(tmp_path, {f"m{comm.rank}": model}, comm)
+        before = model[0].weight.clone()
+        ringfold.load(tmp_path, {f"m{comm.rank}": model}, comm)
+        assert torch.equal(model[0].weight, before)
+
+    run_local(2, main)
