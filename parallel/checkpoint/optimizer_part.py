@@ -80,6 +80,8 @@ class OptimizerPart:
                 into.values[f"{self.path}/group_of/{name}"] = home
                 path = f"{self.path}/state/{name}"
                 into.values[path] = encode(found.get(name, {}), path, into.tensors)
+        state = f"{self.path}/state/"
+        into.alike.extend(path for path in into.tensors if path.startswith(state))
 
     def _saved(self, manifest: Manifest) -> list[list[str]]:
         """Return, by group, under which names the checkpoint has the parameters."""

@@ -1,4 +1,4 @@
-"""Notice parameters that are one by name, but not in fact, by a few of their elements.
+"""Notice tensors that are one by name, but not in fact, by a few of their elements.
 
 Layers that are split over ranks by themselves, as tensor-parallel ones, have a part under the same
 name on each, and models that ranks train apart have other values. One of them would be written.

@@ -56,7 +56,7 @@ def summary_of(captured: Captured, step: int | None = None) -> str:
     }
     samples = {}
     if step is not None:  # what is written, that all ranks are to go on from
-        samples = {name: sample_of(captured.tensors[name]) for name in captured.parameters}
+        samples = {name: sample_of(captured.tensors[name]) for name in captured.alike}
     return json.dumps(
         {"step": step, "tensors": held, "values": captured.values, "samples": samples}
     )

@@ -33,12 +33,13 @@ Tensors = Mapping[str, Tensor]
 class Captured:
     """What one rank holds: tensors by full name (not copied), and JSON values by path.
 
-    parameters: the full names of those tensors that are parameters, so alike on all ranks.
+    alike: the full names of those that must be alike on all ranks: parameters, not buffers, and an
+    optimizer's state of them.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
-    parameters: list[str] = field(default_factory=list)
+    alike: list[str] = field(default_factory=list)
 
 
 class Part(Protocol):
@@ -75,7 +76,7 @@ class Model:
             if isinstance(value, Tensor):
                 into.tensors[path] = value
                 if name in learned:
-                    into.parameters.append(path)
+                    into.alike.append(path)
             else:
                 into.values[path] = encode(value, path, into.tensors)
 

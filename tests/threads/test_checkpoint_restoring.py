@@ -113,7 +113,13 @@ def test_parts_of_a_layer_under_one_name_are_not_saved_as_one(tmp_path):
         model[0].weight = nn.Parameter(turned + 1 + 100 * comm.rank)
         with pytest.raises(CheckpointError, match=r"m/0.weight is another tensor on rank 0"):
             ringfold.save(tmp_path, {"m": model}, comm)
-        ringfold.save(tmp_path, {f"m{comm.rank}": model}, comm)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+        model[0].weight.grad = turned + 1 + 100 * comm.rank
+        optimizer.step()
+        state = {f"m{comm.rank}": model, "o": optimizer}
+        with pytest.raises(CheckpointError, match=r"o/state/0\.weight/momentum_buffer is another"):
+            ringfold.save(tmp_path, state, comm)
+        ringfold.save(tmp_path, {f"m{comm.rank}": model, f"o{comm.rank}": optimizer}, comm)
         before = model[0].weight.clone()
         ringfold.load(tmp_path, {f"m{comm.rank}": model}, comm)
         assert torch.equal(model[0].weight, before)
