@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from .replicas import real_view
+
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
 
@@ -62,7 +64,8 @@ class Allreduce:
     op: str
 
     def __call__(self, x: Tensor, comm: Communicator) -> Tensor:
-        result: Tensor = comm.allreduce(_copy(x), op=self.op)
+        result = _copy(x)
+        comm.allreduce(real_view(result), op=self.op)
         return result
 
     @property
@@ -73,7 +76,7 @@ class Allreduce:
 @dataclass(frozen=True)
 class Allgather:
     def __call__(self, x: Tensor, comm: Communicator) -> Tensor:
-        result: Tensor = comm.allgather(x.contiguous())
+        result: Tensor = comm.allgather(_dense(x))
         return result
 
     @property
@@ -84,8 +87,10 @@ class Allgather:
 @dataclass(frozen=True)
 class ReduceScatter:
     def __call__(self, x: Tensor, comm: Communicator) -> Tensor:
-        part: Tensor = comm.reduce_scatter(x.contiguous())  # equal rows are the parts of all
-        return part.reshape(x.shape[1:])
+        rows = real_view(_dense(x))
+        part: Tensor = comm.reduce_scatter(rows)  # equal rows are the parts of all
+        part = part.reshape(rows.shape[1:])
+        return torch.view_as_complex(part) if x.is_complex() else part
 
     @property
     def transposed(self) -> Move:
@@ -95,7 +100,7 @@ class ReduceScatter:
 @dataclass(frozen=True)
 class Alltoall:
     def __call__(self, x: Tensor, comm: Communicator) -> Tensor:
-        result: Tensor = comm.alltoall(x.contiguous())
+        result: Tensor = comm.alltoall(_dense(x))
         return result
 
     @property
@@ -121,7 +126,8 @@ class Reduce:
     root: int
 
     def __call__(self, x: Tensor, comm: Communicator) -> Tensor:
-        result: Tensor = comm.reduce(_copy(x), root=self.root)
+        result = _copy(x)
+        comm.reduce(real_view(result), root=self.root)
         return result if comm.rank == self.root else torch.zeros_like(result)
 
     @property
@@ -170,7 +176,11 @@ def _meet(x: Tensor, comm: Communicator, move: Move) -> Any:
 
 
 def _copy(x: Tensor) -> Tensor:
-    return x.detach().clone(memory_format=torch.contiguous_format)
+    return x.detach().resolve_conj().clone(memory_format=torch.contiguous_format)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.resolve_conj().contiguous()
 
 
 def _require_rows(x: Tensor, comm: Communicator) -> None:

@@ -84,6 +84,33 @@ def test_gradients_of_first_and_second_order(name: str, size: int) -> None:
             torch.testing.assert_close(one, other.detach(), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_complex_values(name: str) -> None:
+    """Of a conjugate, whose memory holds other numbers; gradients of complex sums were refused."""
+    size = 2
+
+    def value(rank: int) -> torch.Tensor:
+        return torch.view_as_complex(own(rank, size, ROWS, 2)).requires_grad_()
+
+    def loss(result: torch.Tensor, rank: int) -> torch.Tensor:
+        return (result * torch.tensor(1 + 2j)).real.sin().sum() * (rank + 1)
+
+    def main(comm):
+        x = value(comm.rank)
+        result = CALLS[name](x.conj(), comm)
+        loss(result, comm.rank).backward()
+        return result.detach(), x.grad
+
+    xs = [value(rank) for rank in range(size)]
+    results = [alone(name, [x.conj() for x in xs], rank) for rank in range(size)]
+    sum(loss(result, rank) for rank, result in enumerate(results)).backward()
+    for rank, (result, gradient) in enumerate(run_local(size, main)):
+        torch.testing.assert_close(result, results[rank].detach())
+        # torch leaves none where nothing depends on it.
+        expected = torch.zeros_like(gradient) if xs[rank].grad is None else xs[rank].grad
+        torch.testing.assert_close(gradient, expected)
+
+
 def test_a_contrastive_loss_beside_data_parallel_is_that_of_the_whole_batch() -> None:
     """Each rank compares its embeddings with those of all, as InfoNCE does."""
     size = 3
