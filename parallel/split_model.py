@@ -35,6 +35,7 @@ class SplitModel:
     Attributes:
         module: all layers of this rank.  stages: what runs them, a stage after the other.
         stage_of: the stage of each parameter of `module`.  device: where inputs are to be.
+        shared_names: all names of every weight that several layers share.
 
     Collective over mesh.comm.
     """
