@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..comm.texts import gather_texts
 from .batch import count_rows
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def agree_on_rows(mesh: Mesh, x: Any, y: Any, meets: bool = False) -> tuple[tupl
     Not all rows are zero; None for x has none. meets: whether layers of this rank meet other
     replicas in their forward. x counts on first stages, y, if it is given, on last ones. Collective
     over mesh.comm. Raises on every rank if a batch is unfit on any: there what is wrong with it,
-    elsewhere a ValueError that names the rank.
+    elsewhere a ValueError that names the rank, and says what.
     """
     is_first = mesh.pipe.rank == 0
     is_last = mesh.pipe.rank == mesh.pipe.size - 1
@@ -38,11 +39,12 @@ def agree_on_rows(mesh: Mesh, x: Any, y: Any, meets: bool = False) -> tuple[tupl
     except (TypeError, ValueError) as caught:
         error, mine[:] = caught, _REFUSED
     table = mesh.comm.allgather(mine)
-    if error is not None:
-        raise error
     if _REFUSED in table:
-        rank = int(np.flatnonzero((table == _REFUSED).any(axis=1))[0])
-        raise ValueError(f"the batch was refused on rank {rank} of the mesh")
+        texts = gather_texts(mesh.comm, _told(error))
+        if error is not None:
+            raise error
+        rank = next(rank for rank, text in enumerate(texts) if text)
+        raise ValueError(f"the batch was refused on rank {rank} of the mesh: {texts[rank]}")
     num_data, num_pipe = mesh.shape
     rows_x = table[[mesh.rank_at(d, 0) for d in range(num_data)], 0].tolist()
     rows_y = table[[mesh.rank_at(d, num_pipe - 1) for d in range(num_data)], 1].tolist()
@@ -73,8 +75,13 @@ def agree_on_rows_of_pipe(pipe: Communicator, x: Any) -> int:
         except (TypeError, ValueError) as caught:
             error, rows[0] = caught, _REFUSED
     pipe.broadcast(rows, root=0)
-    if error is not None:
-        raise error
     if rows[0] == _REFUSED:
-        raise ValueError("the batch was refused on the first stage")
+        text = gather_texts(pipe, _told(error))[0]
+        if error is not None:
+            raise error
+        raise ValueError(f"the batch was refused on the first stage: {text}")
     return int(rows[0])
+
+
+def _told(error: Exception | None) -> str:
+    return "" if error is None else f"{type(error).__name__}: {error}"

@@ -776,8 +776,8 @@ def test_a_plan_that_would_deadlock_is_refused_before_the_first_message():
         (torch.ones(3), torch.ones(4), "replica 0: x has 3 rows on the first stage, y has 4"),
         (None, torch.ones(4), "replica 0: x has 0 rows on the first stage, y has 4"),
         (None, None, "no rows: expected a tensor with rows as x on a first stage"),
-        ((torch.ones(3), torch.ones(2)), None, r"equal numbers of rows, got \[3, 2\]|refused on"),
-        (torch.ones(3), torch.tensor(1.0), "expected a tensor with rows|refused on rank 1"),
+        ((torch.ones(3), torch.ones(2)), None, r"equal numbers of rows, got \[3, 2\]"),
+        (torch.ones(3), torch.tensor(1.0), "y: expected a tensor with rows"),
         (torch.ones(0), None, "the global batch has no rows"),
     ],
 )
@@ -794,7 +794,7 @@ def test_unfit_batches_are_refused_on_every_rank_and_do_no_harm(x, y, message):
 def test_unfit_batch_of_an_evaluation():
     def main(comm):
         engine = Pipeline([Times(2), Times(3)], Mesh(comm, pipe=2))
-        with pytest.raises(ValueError, match=r"at least one row|refused on the first stage"):
+        with pytest.raises(ValueError, match="x: expected at least one row"):
             engine.forward(torch.ones(0))
         return engine.forward(torch.ones(1)).tolist()
 
