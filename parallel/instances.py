@@ -14,7 +14,10 @@ from importlib import import_module
 from types import MemberDescriptorType
 from typing import Any
 
-__all__ = ["attributes_of", "class_at", "is_known", "items_of", "make", "place_of"]
+__all__ = ["ITSELF", "attributes_of", "class_at", "is_known", "items_of", "make", "place_of"]
+
+ITSELF = object()
+"""Stands among the attributes that `make` is given for what it makes."""
 
 
 def is_known(value: Any) -> bool:
@@ -63,7 +66,12 @@ def items_of(value: Any) -> tuple[Any, ...] | dict[Any, Any] | None:
 
 
 def attributes_of(value: Any) -> dict[str, Any]:
-    """Return all attributes that are the instance's own."""
+    """Return all attributes that are the instance's own.
+
+    A dict whose items are its attributes, by `self.__dict__ = self`, has one, `__dict__`.
+    """
+    if getattr(value, "__dict__", None) is value:
+        return {"__dict__": value}
     state: Any = object.__getstate__(value)
     parts = state if isinstance(state, tuple) else (state,)
     return {name: own for part in parts if part for name, own in part.items()}
@@ -86,10 +94,10 @@ def make(
     else:
         made = object.__new__(kind)
     for name, own in attributes.items():
-        if isinstance(getattr(kind, name, None), MemberDescriptorType):  # a slot
-            object.__setattr__(made, name, own)
+        if name == "__dict__" or isinstance(getattr(kind, name, None), MemberDescriptorType):
+            object.__setattr__(made, name, made if own is ITSELF else own)  # a slot
         else:
-            vars(made)[name] = own
+            vars(made)[name] = made if own is ITSELF else own
     return made
 
 

@@ -80,6 +80,7 @@ def shown(value: Any) -> str:
     if isinstance(value, TensorSpec):
         return f"{value.dtype} {value.shape}"
     if is_dataclass(type(value)):
-        own = (f"{key}={shown(child)}" for key, child in attributes_of(value).items())
+        found = attributes_of(value).items()
+        own = (f"{key}={'...' if child is value else shown(child)}" for key, child in found)
         return f"{name}({', '.join(own)})"
     return repr(value)

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .instances import attributes_of, class_at, is_known, items_of, make, place_of
+from .instances import ITSELF, attributes_of, class_at, is_known, items_of, make, place_of
 from .replicas import dtype_name
 
 __all__ = ["Description", "TensorSpec", "put_together", "take_apart"]
 
 # ("tensor", position), ("tuple" | "list", children), ("dict", pairs), ("plain", kind, text),
 # ("instance", place of its class, skeleton of its items, pairs of its attributes), in which
-# ("item", key) stands for what is an item as well
+# ("item", key) stands for what is an item as well, and ("itself",) for the instance
 Skeleton = tuple[Any, ...]
 
 
@@ -114,26 +114,29 @@ def _take_instance(value: Any, where: str, tensors: list[Tensor]) -> Skeleton:
         raise TypeError(f"{where}: a {type(value).__name__} cannot be handed on: {error}") from None
     items = items_of(value)
     named = items if isinstance(items, dict) else {}
-    attributes = [
-        (
-            name,
-            ("item", name)
-            if name in named and named[name] is own
-            else _take(own, f"{where}.{name}", tensors),
-        )
-        for name, own in attributes_of(value).items()
-    ]
-    return ("instance", place, _take(items, where, tensors), tuple(attributes))
+
+    def own(name: str, child: Any) -> Skeleton:
+        if child is value:
+            return ("itself",)
+        if name in named and named[name] is child:
+            return ("item", name)
+        return _take(child, f"{where}.{name}", tensors)
+
+    taken = _take(items, where, tensors)
+    pairs = ((name, own(name, child)) for name, child in attributes_of(value).items())
+    return ("instance", place, taken, tuple(pairs))
 
 
 def _put_instance(skeleton: Skeleton, tensors: Sequence[Any]) -> Any:
     _, place, inner, attributes = skeleton
     items = put_together(inner, tensors)
-    own = {
-        name: items[child[1]] if child[0] == "item" else put_together(child, tensors)
-        for name, child in attributes
-    }
-    return make(class_at(place), items, own)
+
+    def own(child: Skeleton) -> Any:
+        if child[0] == "itself":
+            return ITSELF
+        return items[child[1]] if child[0] == "item" else put_together(child, tensors)
+
+    return make(class_at(place), items, {name: own(child) for name, child in attributes})
 
 
 def _take_sequence(value: Sequence[Any], where: str, tensors: list[Tensor]) -> Skeleton:

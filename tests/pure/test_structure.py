@@ -45,6 +45,11 @@ class Fixed:
     name: str = "n"
 
 
+@dataclass
+class Bare:
+    x: torch.Tensor
+
+
 class Output(OrderedDict):
     """As the outputs of Hugging Face's models: a field is an item, where it is not None."""
 
@@ -70,6 +75,14 @@ class Model(Output):
 
 class Lenient(dict):
     __getattr__ = dict.__getitem__
+
+
+class Open(dict):
+    """Items are attributes, as many a program has it."""
+
+    def __init__(self, **items):
+        super().__init__(items)
+        self.__dict__ = self
 
 
 def marked():
@@ -129,6 +142,19 @@ def test_a_value_comes_out_as_it_went_in(value):
     same(put_together(read.skeleton, tensors), value)
     # An error tells of it without its tensors.
     assert "tensor(" not in shown(put_together(read.skeleton, read.tensors))
+
+
+def test_items_that_are_attributes_stay_so():
+    description, tensors = take_apart(Open(x=X, y=Open(n=1)), "x")
+    found = put_together(Description.from_bytes(description.to_bytes()).skeleton, tensors)
+    assert type(found) is type(found.y) is Open and found.x is X and found.y.n == 1
+    found.y.n = 2
+    assert found["y"] == {"n": 2} and list(found) == ["x", "y"]
+    again = Bare(X)
+    again.me = again
+    description, tensors = take_apart(again, "x")
+    made = put_together(description.skeleton, tensors)
+    assert made.me is made and shown(made) == "Bare(x=float32 (2,), me=...)"
 
 
 def test_a_field_that_is_an_item_stays_one_tensor():
