@@ -12,13 +12,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .device import HANDLE_BYTES, DeviceArray, Event, Peering, Stream
-from .device_wait import passes, reached
+from .device_wait import following, passes, reached
 from .errors import CommError
 from .letters import Words
 from .mailboxes import NOTE_BYTES, Mailboxes
@@ -203,11 +202,11 @@ class DeviceMail:
                     note[_TAKEN] = _words(landing.handle)
                     message.settle(served=True)
                     copied = device.record(stream)
-                    return Behind(array.owner, partial(device.follow, caller, copied), WAY)
+                    return Behind(array.owner, following(device, array, caller, copied), WAY)
             place = lane.staging.take(array.nbytes)
             yield from self._mail.take(message, place.part(0, array.nbytes), src)
             copied = lane.deliver(place, array, ready)
-            return Behind(array.owner, partial(device.follow, caller, copied), self._staged)
+            return Behind(array.owner, following(device, array, caller, copied), self._staged)
 
         return run
 
@@ -235,7 +234,7 @@ class DeviceMail:
         return self._events[handle]
 
 
-def _nothing() -> None:
+def _nothing(_result: object) -> None:
     """Let the caller's stream follow nothing."""
 
 

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 from .device import Device, DeviceArray, renewed
 from .device_mail import DeviceMail
-from .device_wait import wait_here
+from .device_wait import following, wait_here
 from .direct import WAY
 from .transport.base import Channel
 from .transport.base import DeviceMessages as Sender
@@ -87,7 +86,7 @@ class DeviceMessages:
             part = place.part(0, array.nbytes)
             yield from host.recv(typed(part, array, (array.count,)), src, tag).run(0)
             copied = lane.deliver(place, array, ready)
-            return Behind(array.owner, partial(device.follow, caller, copied))
+            return Behind(array.owner, following(device, array, caller, copied))
 
         return run
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .chunks import bounds
 from .device import Device, DeviceArithmetic, DeviceArray, Peering, describe, renewed
+from .device_wait import following
 from .fingerprint import fingerprint
 from .nested_launches import Call, RowsCall, plain
 from .nested_node import NestedNode
@@ -251,7 +252,7 @@ class Nested:
                 for piece in run(into, tag):
                     yield from piece
                 last = device.record(stream)
-            return Behind(result, partial(device.follow, caller, last))
+            return Behind(result, following(device, array, caller, last))
 
         width, nodes = self._node.seats.width, len(self._node.seats.lane)
         receipt = Receipt(

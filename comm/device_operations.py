@@ -10,13 +10,14 @@ ends differs from rank to rank, so they could not keep an order with the host's 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .device import Device, DeviceArray, Like, describe, like
 from .device_messages import REASON, DeviceMessages
+from .device_wait import following
 from .fingerprint import fingerprint
 from .ipc import Ipc
 from .ipc_trial import open_ipc
@@ -201,10 +202,10 @@ class DeviceOperations:
                 if ipc is not None:
                     last = yield from ipc.run(signature, array, into, ready, tag)
                     if last is not None:
-                        return Behind(result, partial(lane.device.follow, caller, last), "ipc")
+                        return Behind(result, following(lane.device, array, caller, last), "ipc")
                 last = yield from run_windows(lane, group.rank, array, into, cut(), exchange, ready)
             way = f"staged, {group.host_operations.way}"
-            return Behind(result, partial(lane.device.follow, caller, last), way)
+            return Behind(result, following(lane.device, array, caller, last), way)
 
         name = "staged" if ipc is None else "ipc"
         return Prepared(

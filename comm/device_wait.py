@@ -1,13 +1,14 @@
-"""Wait for an event of this rank's own device, of which nobody else will tell."""
+"""Wait for an event of this rank's own device: the host, or the streams of who has called."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from .device import Event
+from .device import Device, DeviceArray, Event, Stream, renewed
 from .errors import CommError
 from .transport.base import Request
 
@@ -37,6 +38,38 @@ def reached(
                 return patient
             os.sched_yield()
         patient = yield [Reached(rank, event)]
+
+
+@dataclass(frozen=True)
+class Following:
+    """Lets the caller's streams run behind an event: that of the call, and that of the wait.
+
+    They differ where a program waits under another stream than it called under. Autograd does: it
+    accumulates a gradient on the stream on which the parameter was first seen, and ends a backward
+    on the one that has called it.
+
+    like: what the operation was called with, without the array itself.
+    """
+
+    device: Device
+    event: Event
+    stream: Stream
+    like: DeviceArray
+
+    def __call__(self, result: Any) -> None:
+        """result: of the operation, where its caller waits; None where nobody does."""
+        self.device.follow(self.stream, self.event)
+        if result is None:
+            return
+        array = replace(self.like, owner=result)
+        now = self.device.caller(array if array.stream is None else renewed(array))
+        if now != self.stream:
+            self.device.follow(now, self.event)
+
+
+def following(device: Device, array: DeviceArray, caller: Stream, event: Event) -> Following:
+    """Return what lets the caller of an operation on an array run behind an event."""
+    return Following(device, event, caller, replace(array, owner=None))
 
 
 def passes(event: Event, seconds: float = 30.0) -> bool:

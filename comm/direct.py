@@ -8,14 +8,13 @@ runs behind the last kernel. Sums are made by kernels: half widths in float32, r
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .arithmetic import mean_scales
 from .chunks import bounds
 from .device import Device, DeviceArithmetic, DeviceArray, Like, Stream, describe, renewed
 from .device_executor import Memory, Site, execute_on_device, landing_bytes
-from .device_wait import reached
+from .device_wait import following, reached
 from .dtypes import DTYPES
 from .executor import NETWORK_WINDOW
 from .fingerprint import fingerprint
@@ -213,7 +212,8 @@ class Direct:
             device.follow(self._stream, device.record(caller))
             yield from self._settled()
             result = yield from run(tag, caller)
-            return Behind(result, partial(device.follow, caller, device.record(self._stream)))
+            last = device.record(self._stream)
+            return Behind(result, following(device, array, caller, last))
 
         receipt = Receipt(
             signature.operation,

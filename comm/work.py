@@ -51,25 +51,28 @@ class Behind:
     before the result is let go: who frees memory lets it be used again on that stream.
     """
 
-    def __init__(self, result: Any, follow: Callable[[], None], transport: str = "") -> None:
-        """follow: lets the stream do so; refers to no array.
+    def __init__(self, result: Any, follow: Callable[[Any], None], transport: str = "") -> None:
+        """follow: given the result, or None where nobody looks, lets streams do so; has no array.
 
         transport: that was taken, where the receipt left it open.
         """
         self.result, self.transport = result, transport
-        self._follow: Callable[[], None] | None = follow
+        self._follow: Callable[[Any], None] | None = follow
         self._process = os.getpid()
 
     def settle(self) -> Any:
         """Let the stream follow, once, and return the result."""
+        self._let_follow(self.result)
+        return self.result
+
+    def _let_follow(self, result: Any) -> None:
         follow, self._follow = self._follow, None
         if follow is not None:
-            follow()
-        return self.result
+            follow(result)
 
     def __del__(self) -> None:
         if not sys.is_finalizing() and os.getpid() == self._process:  # streams are no fork's
-            self.settle()
+            self._let_follow(None)
 
 
 @dataclass(frozen=True)

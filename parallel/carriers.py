@@ -129,7 +129,8 @@ class LargeCarrier:
 
     A gradient that autograd has just made is reduced in its own memory, since packing it would
     cost more than shared memory saves; unless another tensor has that memory, too. One that its
-    owner keeps from pass to pass moves to registered memory, and stays.
+    owner keeps from pass to pass moves to registered memory, as any does that is on a GPU: what is
+    not registered there goes by way of the host's memory.
     """
 
     def __init__(self, comm: Communicator, op: str) -> None:
@@ -145,7 +146,8 @@ class LargeCarrier:
         scale, op = (1.0, self._op) if load.share is None else (load.share, "sum")
         known = self._reduced.get(bucket)
         kept = gradient is not None and known is not None and known() is gradient
-        flat = None if kept or scale != 1.0 else in_place(gradient, parameter)
+        away = kept or scale != 1.0 or load.device.type != "cpu"
+        flat = None if away else in_place(gradient, parameter)
         flattened, finite = None, None
         if flat is None:
             flattened = self._homes.flatten(bucket, load)

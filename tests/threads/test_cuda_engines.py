@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from ringfold import Communicator, DataParallel, Mesh, Pipeline, Settings, run_local
 from ringfold.comm import device_nesting
+from ringfold.comm.transport import device
 from ringfold.comm.transport.local import LocalTransport
 from ringfold.parallel import (
     ShardedOptimizer,
     broadcast_optimizer,
+    carriers,
     data_parallel,
     gpu_threads,
     pipeline,
@@ -100,6 +102,33 @@ def test_data_parallel(wire: str | None) -> None:
         return of_model(model)
 
     on_both(2, train)
+
+
+def test_a_large_gradient_goes_by_way_of_registered_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's own memory, which no other rank opens, would be staged through the host's."""
+    given: list[tuple[int, int]] = []
+    empty = device.empty
+
+    def noted(*args: Any) -> Tensor:
+        made: Tensor = empty(*args)
+        given.append((made.data_ptr(), made.data_ptr() + made.nbytes))
+        return made
+
+    monkeypatch.setattr(device, "empty", noted)
+    # Of what pretends, torch counts more uses.
+    monkeypatch.setattr(carriers, "in_place", lambda gradient, _: gradient.detach().view(-1))
+
+    def main(comm: Communicator) -> None:
+        with pretend():
+            model = DataParallel(to_cuda(nn.Linear(513, 512)), comm, bucket_bytes=1 << 20)
+            for scale in (1.0, 2.0):
+                model.zero_grad()
+                model(on_cuda(torch.full((2, 513), scale * (comm.rank + 1)))).sum().backward()
+                gradient = model.module.weight.grad
+                assert bool((gradient == 3 * scale).all())
+                assert any(low <= gradient.data_ptr() < high for low, high in given)
+
+    run_local(2, main, settings=SETTINGS)
 
 
 @pytest.mark.parametrize("wire", [None, "bf16"])

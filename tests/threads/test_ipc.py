@@ -7,10 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 from contract import FOLDS, data, expected, lengths
-from fake_device import FakeArray, FakeGpu, FakeNode, SharedEvent, use_fake
+from fake_device import (
+    AWARE,
+    UNAWARE,
+    FakeArray,
+    FakeGpu,
+    FakeNode,
+    HostMessages,
+    SharedEvent,
+    use_fake,
+)
 
 from ringfold import CommError, Communicator, Settings, run_local
 from ringfold.comm.chunks import bounds
+from ringfold.comm.transport.local import LocalTransport
 
 SETTINGS = Settings(timeout=20)
 
@@ -229,6 +239,37 @@ def test_what_nobody_waits_for_holds_up_no_stream(registered: bool) -> None:
         comm.barrier()
 
     on_node(2, main)
+
+
+@pytest.mark.parametrize("name", ["registered", "staged", "direct", "message"])
+def test_who_waits_under_another_stream_sees_the_result(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where backward ends on another stream than its gradients were reduced on."""
+
+    def main(comm: Communicator) -> None:
+        gpu = use_fake(comm, node=None if name in ("staged", "direct") else node, aware=verdict)
+        comm.allreduce(late(gpu, np.ones(3, np.float32)))
+        x = late(gpu, np.full(100, comm.rank + 1.0, np.float32), registered=name == "registered")
+        if name == "message":
+            comm.isend(x, 1 - comm.rank)
+            x = late(gpu, np.zeros(100, np.float32))
+            work = comm.irecv(x, 1 - comm.rank)
+        else:
+            work = comm.allreduce(x, blocking=False)
+        x.stream = x.__cuda_array_interface__["stream"] = 8
+        assert work.wait() is x
+        follows = {entry[1] for entry in gpu.log if entry[0] == "follow"}
+        assert {7, 8} <= follows
+        gpu.synchronize(8)
+        assert (x.values == (2 - comm.rank if name == "message" else 3)).all()
+        comm.barrier()
+
+    node, verdict = FakeNode(), UNAWARE
+    if name == "direct":
+        verdict = AWARE
+        monkeypatch.setattr(LocalTransport, "device_messages", property(HostMessages))
+    run_local(2, main, settings=SETTINGS)
 
 
 def test_a_stream_follows_what_nobody_has_waited_for_before_its_memory_is_free() -> None:
