@@ -300,6 +300,8 @@ def main() -> int:
         with gloo(comm) if "gloo" in arguments.peers else nullcontext():
             for name in arguments.models:
                 rows += compare(comm, alone, name, arguments, device)
+                if comm.rank == 0 and arguments.json:  # whatever becomes of the next model
+                    write_json(arguments.json, "train_step", rows)
         alone.close()
         rank = comm.rank
     if rank == 0:
@@ -309,8 +311,6 @@ def main() -> int:
             if row.get("buckets"):
                 print(f"\nbuckets of {row['model']}, in the order in which they are reduced")
                 print(table(row["buckets"], BUCKET_COLUMNS))
-        if arguments.json:
-            write_json(arguments.json, "train_step", rows)
         if arguments.plot:
             for row in rows:
                 row["median_ms"] = row["median_us"] / 1e3

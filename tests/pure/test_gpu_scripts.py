@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -57,25 +58,83 @@ def test_a_kernel_that_cannot_be_compiled_is_told_in_one_line(tmp_path: Path) ->
     assert (done.returncode, done.stderr) == (1, "AttributeError: no row_stack\n")
 
 
-STUBS = """
-step() { echo "limit $1"; }
-find_sanitizer() { echo a sanitizer; }
-nvidia-cuda-mps-control() { :; }
-python() { :; }
+def part(begin: str, end: str) -> str:
+    """Return what stands in the script from one line's beginning to another's."""
+    script = (BENCHMARKS / "gpu.sh").read_text()
+    lines = rf"^{re.escape(begin)}.*?^{re.escape(end)}"
+    found = re.search(lines, script, re.MULTILINE | re.DOTALL)
+    assert found is not None, (begin, end)
+    return found[0]
+
+
+STEPS = """
+step 1 sh -c 'echo first; exec sleep 20'
+step 9 sh -c "echo to see > $out/result; seq 60; false"
+step 9 sleep 20
+step 9 true
 """
 
 
-def test_all_limits_together_are_under_ten_minutes(tmp_path: Path) -> None:
-    """With a sanitizer and MPS; what runs them is left out, so that nothing does."""
+def test_a_step_that_hangs_or_fails_leaves_the_others_their_time(tmp_path: Path) -> None:
+    """What has not begun by the end is left out, and all that was said is in one file."""
+    log = tmp_path / "gpu.log"
+    say = part("told() {", "# step")
+    begun = time.monotonic()
+    done = run(
+        "bash",
+        "-euc",
+        f"failed=0 out={tmp_path} log={log} least=1 seconds=2 summary=(); : > $log\n{say}\n"
+        f"{part('step() {', '}')}\n{STEPS}"
+        "printf '%s\\n' \"${summary[@]}\"; exit $failed",
+    )
+    assert done.returncode == 1 and time.monotonic() - begun < 15, done
+    assert (tmp_path / "result").exists() and "first" in log.read_text()
+    assert "\n20\n" not in done.stdout and "\n21\n" in done.stdout and "\n20\n" in log.read_text()
+    ends = [line[8:34].strip() for line in done.stdout.splitlines()[-4:]]
+    assert ends == ["ended after 1 s", "failed with 1", "ended after 1 s", "not begun, time is up"]
+
+
+def test_at_most_eight_files_are_left(tmp_path: Path) -> None:
+    """As many as come back from a machine that is lent for a while."""
     script = (BENCHMARKS / "gpu.sh").read_text()
-    before, marker, steps = script.partition('mkdir -p "$out"')
-    steps, num_replaced = re.subn(r"step\(\) \{.*?\n\}", "", steps, flags=re.DOTALL)
-    assert marker and num_replaced == 1
-    done = run("bash", "-c", f"out={tmp_path}; venv=none\n{STUBS}\nfailed=0{steps}")
-    limits = [int(limit) for limit in re.findall(r"^limit (\d+)$", done.stdout, re.MULTILINE)]
-    compiling = [int(limit) for limit in re.findall(r"timeout (\d+) python", before)]
-    assert done.returncode == 0 and len(limits) == 15 and len(compiling) == 1, done
-    assert sum(limits) + sum(compiling) < 600
+    found = {
+        name.replace("$ranks", n) for name in re.findall(r"\$out/([\w$.-]+)", script) for n in "24"
+    }
+    assert "gpu-train-step-4.json" in found and len(found | {"README.md"}) == 8, found
+
+
+def test_paths_are_those_of_the_callers_folder(tmp_path: Path) -> None:
+    for folder in ("wheels", "repository/benchmarks"):
+        (tmp_path / folder).mkdir(parents=True)
+    script = (BENCHMARKS / "gpu.sh").read_text().partition("# The package as it would")[0]
+    copied = tmp_path / "repository" / "benchmarks" / "gpu.sh"
+    copied.write_text(script + 'echo "$python $wheels $out"')
+    (tmp_path / "python").symlink_to(sys.executable)
+    options = ("--python", "./python", "--wheels", "wheels", "--out", "found")
+    done = run(
+        "bash", "-c", f"cd {tmp_path}; bash repository/benchmarks/gpu.sh {' '.join(options)}"
+    )
+    assert done.stdout == f"{tmp_path}/./python {tmp_path}/wheels {tmp_path}/found\n", done
+    done = run("bash", str(copied), "--python", "python3")
+    assert done.stdout == f"python3  {tmp_path}/repository/benchmarks/results\n", done
+    for option, words in (
+        ("--out", "--out needs a value"),
+        ("--python no/such", "no such program"),
+    ):
+        done = run("bash", "-c", f"bash {copied} {option}")
+        assert done.returncode == 2 and words in done.stderr, done
+
+
+@pytest.mark.parametrize("folder", ["bin", "compute-sanitizer"])
+def test_the_sanitizer_of_a_wheel_is_found_and_can_be_run(folder: str, tmp_path: Path) -> None:
+    """Which pip installs as no program."""
+    where = tmp_path / "lib" / "python3.12" / "site-packages" / "nvidia" / "cu13" / folder
+    where.mkdir(parents=True)
+    found = where / "compute-sanitizer"
+    found.write_text("#!/bin/sh\necho it runs\n")
+    looking = f"command() {{ false; }}\n{part('find_sanitizer() {', '}')}\n"
+    done = run("bash", "-euc", f"venv={tmp_path}\n{looking}\n$(find_sanitizer)")
+    assert done.stdout == "it runs\n" or Path("/usr/local/cuda/bin/compute-sanitizer").exists()
 
 
 def test_a_toolkit_is_found_by_its_compiler(tmp_path: Path) -> None:
