@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from .device import Device, DeviceArray, Event, Stream, renewed
+from .device import Device, DeviceArray, Event, Stream, bare
+from .dtypes import DType
 from .errors import CommError
 from .transport.base import Request
 
@@ -48,28 +49,30 @@ class Following:
     accumulates a gradient on the stream on which the parameter was first seen, and ends a backward
     on the one that has called it.
 
-    like: what the operation was called with, without the array itself.
+    dtype, named: of the array that the operation was called with, and whether that named a stream.
     """
 
     device: Device
     event: Event
     stream: Stream
-    like: DeviceArray
+    dtype: DType
+    named: bool
 
     def __call__(self, result: Any) -> None:
         """result: of the operation, where its caller waits; None where nobody does."""
         self.device.follow(self.stream, self.event)
         if result is None:
             return
-        array = replace(self.like, owner=result)
-        now = self.device.caller(array if array.stream is None else renewed(array))
+        now = bare(result).__cuda_array_interface__.get("stream") if self.named else None
+        if now is None:
+            now = self.device.caller(DeviceArray(result, 0, (), self.dtype, None))
         if now != self.stream:
             self.device.follow(now, self.event)
 
 
 def following(device: Device, array: DeviceArray, caller: Stream, event: Event) -> Following:
     """Return what lets the caller of an operation on an array run behind an event."""
-    return Following(device, event, caller, replace(array, owner=None))
+    return Following(device, event, caller, array.dtype, array.stream is not None)
 
 
 def passes(event: Event, seconds: float = 30.0) -> bool:
