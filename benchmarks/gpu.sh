@@ -47,8 +47,10 @@ venv=build/gpu/venv
 if [ ! -x "$venv/bin/python" ]; then
   "$python" -m venv --system-site-packages --without-pip "$venv"
   # Where PYTHON is one of an environment itself, the new one sees what lies below that, not in it.
+  # CUDA libraries of wheels are looked for where packages are installed, not where they are imported.
   "$python" -c '
 import sys
+print(f"import site; site.PREFIXES.append({sys.prefix!r})")
 for folder in sys.path:
     if folder.endswith(("site-packages", "dist-packages")):
         print(f"import site; site.addsitedir({folder!r})")

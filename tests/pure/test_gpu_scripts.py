@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -43,6 +44,12 @@ def test_the_script_sees_what_lies_in_the_environment_of_its_python(tmp_path: Pa
     )
     assert "has no torch" not in done.stderr, done.stderr
     assert done.returncode == 0 or "has no cupy" in done.stderr, done.stdout + done.stderr
+    made = tmp_path / "build" / "gpu" / "venv" / "bin" / "python"
+    # Where CUDA libraries of wheels are looked for, such as the compiler's.
+    installed = run(
+        str(made), "-c", "import site; print(*site.getsitepackages(), sep='\\n')"
+    ).stdout
+    assert sysconfig.get_path("purelib") in installed.splitlines(), installed
 
 
 def test_a_kernel_that_cannot_be_compiled_is_told_in_one_line(tmp_path: Path) -> None:
