@@ -171,7 +171,7 @@ summary=()
 told() { echo "gpu.sh: $*" | tee -a "$log"; }
 # step LIMIT COMMAND ...: at most so many seconds; the end of what it says is shown.
 step() {
-  local limit=$1 left=$((seconds - SECONDS)) begun=$SECONDS from status=0 lines=12 how=done what
+  local limit=$1 left=$((seconds - SECONDS)) begun=$SECONDS from status=0 lines=${show:-12} how=done what
   shift
   what=${*//"$out"\//}
   if [ "$left" -lt "$limit" ]; then limit=$left; fi
@@ -249,6 +249,6 @@ if [ -n "$(command -v nvidia-cuda-mps-control)" ]; then
 else
   told "there is no nvidia-cuda-mps-control; ranks take turns on a card they share"
 fi
-step 20 python benchmarks/report.py "$out"
+show=60 step 20 python benchmarks/report.py "$out"
 { if [ -n "$no_kernels" ]; then echo "$no_kernels"; fi; printf '%s\n' "${summary[@]}"; } | cut -c -160 | tee -a "$log"
 exit $failed
