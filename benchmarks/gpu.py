@@ -8,12 +8,14 @@ together, as nccl-tests does it. Every result is checked. `registered` is memory
 comm.empty(device="cuda"), which ranks of a node open; the transport says which way was taken. Rows
 named copy are of one rank alone: device to device, and between pinned host memory and the device,
 each byte counted once. `limit` is what the memory of one card allows: as many copies as ranks.
+`host_us` is what rank 0's calls take until they return, without the wait for the device.
 mps: whether NVIDIA's MPS lets ranks on one card run side by side; without it they take turns there.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -31,6 +33,7 @@ COLUMNS = {
     "impl": "",
     "nbytes": "d",
     "microseconds": ".1f",
+    "host_us": ".1f",
     "algbw": ".2f",
     "busbw": ".2f",
     "transport": "",
@@ -59,8 +62,13 @@ def copies(cupy: Any, clock: Clock, nbytes: int) -> dict[str, float]:
     }
 
 
-def contenders(comm: ringfold.Communicator, cupy: Any, count: int, torch: Any) -> list[Contender]:
-    """Return ours, and gloo where there is a torch for it; the sum is exact in float32."""
+def contenders(
+    comm: ringfold.Communicator, cupy: Any, count: int, torch: Any, asked: dict[str, list[float]]
+) -> list[Contender]:
+    """Return ours, and gloo where there is a torch for it; the sum is exact in float32.
+
+    asked: takes, by name, the seconds until a call has returned.
+    """
     index = cupy.arange(count, dtype=cupy.float32) % 251
     wanted = index * comm.size + comm.size * (comm.size - 1) // 2
     wait = cupy.cuda.runtime.deviceSynchronize
@@ -76,8 +84,10 @@ def contenders(comm: ringfold.Communicator, cupy: Any, count: int, torch: Any) -
             wait()
 
         def run() -> None:
+            start = time.perf_counter()
             for _ in range(calls):
                 call()
+            asked.setdefault(impl, []).append((time.perf_counter() - start) / calls)
             wait()
 
         return Contender(
@@ -134,12 +144,14 @@ def main() -> int:
                     for name, seconds in copied.items():
                         rows.append(about | row(comm, name, nbytes, seconds, "-", 0))
                 comm.barrier()
-                found = contenders(comm, cupy, nbytes // 4, torch)
+                asked: dict[str, list[float]] = {}
+                found = contenders(comm, cupy, nbytes // 4, torch, asked)
                 outcomes = contest(comm, found, repeats=options.repeats, budget=options.budget)
                 for outcome in outcomes:
                     one = outcome.contender
                     seconds = outcome.timing.median / (CALLS if one.impl == IN_A_ROW else 1)
                     found_row = row(comm, one.impl, nbytes, seconds, one.transport, outcome.wrong)
+                    found_row["host_us"] = float(np.median(asked[one.impl])) * 1e6
                     rows.append(about | found_row)
                 if comm.rank == 0 and options.json:  # whatever becomes of the next size
                     write_json(options.json, "gpu", rows)
@@ -166,6 +178,7 @@ def row(
         "impl": impl,
         "nbytes": nbytes,
         "microseconds": seconds * 1e6,
+        "host_us": 0.0,
         "algbw": algbw,
         "busbw": algbw if copy else busbw,
         "transport": transport,

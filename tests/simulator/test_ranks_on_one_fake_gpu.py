@@ -65,6 +65,7 @@ def test_the_benchmark_of_allreduce(tmp_path: Path) -> None:
     assert ways["ours"] == "staged, shared", ways
     assert {"copy, on the device", "copy, to the host", "limit"} < ways.keys()
     assert all(row["wrong"] == 0 and row["microseconds"] > 0 for row in rows)
+    assert all(row["host_us"] > 0 for row in rows if row["impl"].startswith("ours"))
 
 
 def test_the_benchmark_of_kernels(tmp_path: Path) -> None:
