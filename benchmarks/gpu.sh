@@ -5,7 +5,7 @@
 #
 # PYTHON has torch, CuPy and mpi4py; what else is missing, an MPI library too, is installed into an
 # environment of its own, from the wheels in DIR where one is named, and then without network.
-# An nvidia-nvvm among them must be of the CUDA that torch and the driver are of (13.0.* for cu130):
+# An nvidia-nvvm among them is taken whatever PYTHON has, and must be of the driver's CUDA (13.0.*):
 # NVVM 13.5 writes PTX 9.5, which a driver of 13.0 refuses ("Unsupported .version 9.5; current version
 # is '9.0'"). A toolkit that has nvcc on PATH needs none: its folder becomes CUDA_HOME.
 # Results go to benchmarks/results (--out), eight files at most: what each benchmark has measured, as
@@ -82,10 +82,10 @@ fi
 
 lacks() { ! "$venv/bin/python" -c "import $1" 2>/dev/null; }
 install() {
-  local name=$1
+  local name=${*: -1}
   echo "gpu.sh: installing $name"
   if [ -n "$wheels" ]; then
-    set -- --no-index --find-links "$wheels" "$name"
+    set -- --no-index --find-links "$wheels" "$@"
   fi
   "$python" -m pip --python "$venv/bin/python" install --quiet --disable-pip-version-check "$@" ||
     refuse "$name cannot be installed; put its wheel into a folder: --wheels DIR"
@@ -106,6 +106,13 @@ import numba.cuda.extending
 assert {"launch_bounds", "lto"} <= signature(cuda.jit).parameters.keys()' 2>/dev/null; then
   try_install numba-cuda
 fi
+# What compiles kernels, where somebody has brought it, whatever PYTHON has: the driver must know it.
+for name in nvidia-nvvm nvidia-cuda-nvrtc; do
+  if [ -n "$wheels" ] && compgen -G "$wheels/${name//-/_}-*.whl" > /dev/null &&
+    ! compgen -G "$venv/lib/python3*/site-packages/${name//-/_}-*.dist-info" > /dev/null; then
+    try_install --ignore-installed --no-deps "$name"
+  fi
+done
 # mpi4py looks for an MPI library in its own environment, not in the one that this sees.
 if lacks mpi4py.MPI; then
   for lib in "$("$python" -c 'import sys; print(sys.prefix)')"/lib/libmpi.so{.40,.12,}; do
