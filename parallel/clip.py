@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .replicas import numbers_of
+
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
 
@@ -36,7 +38,7 @@ def clip_over_stages(
         raise ValueError(f"expected norm_type > 0, got {norm_type}")
     pairs = [(p, p.grad) for p in parameters if p.grad is not None]
     counted = [_values(gradient) for p, gradient in pairs if p not in counted_elsewhere]
-    norms = [float(torch.linalg.vector_norm(g, norm_type, dtype=_wide(g))) for g in counted]
+    norms = numbers_of([torch.linalg.vector_norm(g, norm_type, dtype=_wide(g)) for g in counted])
     if math.isinf(norm_type):
         # Whether the greater of a number and NaN is NaN depends on who compares.
         local = np.array([max(norms, default=0.0), any(map(math.isnan, norms))], np.float64)

@@ -29,7 +29,7 @@ from .plan_check import stage_peaks
 from .random_keys import Samples
 from .reducer import Reducer
 from .reduction import ReductionRecord
-from .replicas import check_equal, check_sendable
+from .replicas import check_equal, check_sendable, numbers_of
 from .rows import agree_on_rows, agree_on_rows_of_pipe
 from .share import counts_of, share_of
 from .sparse import sparse_parameters
@@ -261,7 +261,8 @@ class Pipeline:
         plan = self._plan(len(share.bounds))[self.mesh.pipe.rank]
         with span(self.mesh.comm.timeline, STEP, f"step {self.steps_taken}"):
             self._worker.train(plan, batch)
-        weighed = {m: share.weights[m] * value for m, value in batch.losses.items()}
+        losses = zip(batch.losses, numbers_of(list(batch.losses.values())), strict=True)
+        weighed = {m: share.weights[m] * value for m, value in losses}
         added = self._adding.finish(weighed, self._failed)
         if self._broadcast_buffers:
             self._model.even_buffers(rows)

@@ -28,6 +28,7 @@ __all__ = [
     "dtype_name",
     "flat_bytes",
     "member_of",
+    "numbers_of",
 ]
 
 
@@ -54,6 +55,15 @@ def device_of(module: nn.Module) -> torch.device:
     """Return where a module's first parameter or buffer lies; the host where it has none."""
     first = next(chain(module.parameters(), module.buffers()), None)
     return torch.device("cpu") if first is None else first.device
+
+
+def numbers_of(tensors: Sequence[Tensor]) -> list[float]:
+    """Return tensors of one element as numbers; the host waits for a GPU once for all of them."""
+    if not tensors:
+        return []
+    there = tensors[0].device
+    found: list[float] = torch.stack([t.detach().reshape(()).to(there) for t in tensors]).tolist()
+    return found
 
 
 def flat_bytes(tensor: Tensor) -> Tensor:

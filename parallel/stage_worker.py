@@ -37,7 +37,7 @@ class Batch:
     targets: list[Any] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
     samples: list[Samples] = field(default_factory=list)
-    losses: dict[int, float] = field(default_factory=dict)
+    losses: dict[int, Tensor] = field(default_factory=dict)
     outputs: list[Any] = field(default_factory=list)
 
 
@@ -212,7 +212,7 @@ class StageWorker:
                 "torch.no_grad(), or does loss_fn detach?"
             )
         self._stage.begin_backward_at(microbatch, loss)
-        batch.losses[microbatch] = loss.item()
+        batch.losses[microbatch] = loss.detach().clone()  # its owner may write to it meanwhile
 
     def _backward(self, microbatch: int, batch: Batch) -> None:
         gradients = self._take_gradients(microbatch, batch)

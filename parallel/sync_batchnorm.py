@@ -210,8 +210,9 @@ def _statistics(x: Tensor, channel: Communicator | None) -> tuple[float, Tensor,
         own[1] = rows.mean(1)
         own[2] = (rows - own[1][:, None]).square().sum(1)
     count, mean, squares = 0.0, torch.zeros_like(own[1]), torch.zeros_like(own[2])
-    for part in own[None] if channel is None else channel.allgather(own):
-        added = float(part[0, 0]) if part.shape[1] else 0.0
+    parts = own[None] if channel is None else channel.allgather(own)
+    counts = parts[:, 0, :1].flatten().tolist()  # none without channels
+    for part, added in zip(parts, counts, strict=False):
         if added:
             distance = part[1] - mean
             squares = squares + part[2] + distance.square() * (count * added / (count + added))

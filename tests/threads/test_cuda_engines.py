@@ -10,6 +10,7 @@ import torch
 from fake_cuda import CUDA, CudaTensor, find_anywhere, on_cuda, pretend, to_cuda
 from fake_device import FakeNode
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ringfold import Communicator, DataParallel, Mesh, Pipeline, Settings, run_local
 from ringfold.comm import device_nesting
@@ -17,6 +18,7 @@ from ringfold.comm.transport import device
 from ringfold.comm.transport.local import LocalTransport
 from ringfold.parallel import (
     ShardedOptimizer,
+    SyncBatchNorm,
     broadcast_optimizer,
     carriers,
     data_parallel,
@@ -102,6 +104,54 @@ def test_data_parallel(wire: str | None) -> None:
         return of_model(model)
 
     on_both(2, train)
+
+
+class Waits(TorchFunctionMode):
+    """Counts how often the host reads what a GPU has computed, for which it waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("item", "tolist", "cpu", "__float__", "__int__", "__bool__"):
+            self.count += isinstance(args[0], CudaTensor)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_does_not_wait_for_each_micro_batch_or_gradient() -> None:
+    def train(comm: Communicator, depth: int) -> tuple[int, int]:
+        made = to_cuda(nn.Sequential(*[nn.Linear(6, 6) for _ in range(depth)]))
+        mesh = Mesh(comm, data=1, pipe=1)
+        engine = Pipeline(made, mesh, loss_fn=nn.functional.mse_loss, microbatches=depth)
+        x = on_cuda(torch.randn(12, 6))
+        waits = Waits()
+        with waits:
+            loss = engine.step(x, x * 0)
+        stepped = waits.count
+        assert loss > 0
+        with waits:
+            assert engine.clip_grad_norm_(1e-3) > 1e-3
+        return stepped, waits.count - stepped
+
+    def main(comm: Communicator) -> None:
+        with pretend():
+            assert train(comm, 2) == train(comm, 6)
+
+    run_local(1, main, settings=SETTINGS)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_statistics_of_all_ranks_are_waited_for_once(size: int) -> None:
+    def main(comm: Communicator) -> None:
+        layer = SyncBatchNorm(4, comm)
+        rows = torch.arange(40.0).reshape(10, 4) * (comm.rank + 1)
+        with pretend(), Waits() as waits:
+            out = to_cuda(layer)(on_cuda(rows))
+        assert waits.count == 1 and isinstance(out, CudaTensor)
+
+    run_local(size, main, settings=SETTINGS)
 
 
 def test_a_large_gradient_goes_by_way_of_registered_memory(monkeypatch: pytest.MonkeyPatch) -> None:
