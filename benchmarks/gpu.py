@@ -134,9 +134,10 @@ def main() -> int:
         card = cupy.cuda.runtime.getDeviceProperties(ordinal)["name"].decode()
         about = {"card": card, "mps": bool(has_mps(cupy.cuda.runtime, ordinal))}
         with cupy.cuda.Device(ordinal), nullcontext() if torch is None else gloo(comm):
-            clock = Clock(cupy)
+            # Of one rank, while the others leave the card to it.
+            clock = Clock(cupy) if comm.rank == 0 else None
             for nbytes in options.sizes:
-                if comm.rank == 0:
+                if clock is not None:
                     copied = copies(cupy, clock, nbytes)
                     if comm.size > 1 and cupy.cuda.runtime.getDeviceCount() == 1:
                         # Every rank's bytes are read once and written once, on the one card.
