@@ -169,6 +169,7 @@ fi
 
 # -- what is run ---------------------------------------------------------------------------------
 
+ulimit -c 0 # of processes with a GPU's memory
 mkdir -p "$out"
 log=$out/gpu.log
 echo "gpu.sh: all that is said goes to $log"

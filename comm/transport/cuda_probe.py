@@ -20,6 +20,12 @@ SECONDS = 60.0
 NBYTES = (64, 1 << 20)
 """A message that goes at once, and one that is announced first: MPI treats them differently."""
 
+NO_CORE = """
+import resource
+resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+"""
+"""Who may crash leaves no image of a process with a GPU's memory in the user's folder."""
+
 CHILD = """
 import sys
 import cupy
@@ -48,7 +54,7 @@ def probe(environ: Mapping[str, str], child: str = CHILD, seconds: float = SECON
 
     environ: of the child, without what the launcher tells its ranks (`settings.beside_the_job`).
     """
-    command = [sys.executable, "-c", child, *map(str, NBYTES)]
+    command = [sys.executable, "-c", NO_CORE + child, *map(str, NBYTES)]
     try:
         done = subprocess.run(
             command, env=dict(environ), capture_output=True, text=True, timeout=seconds

@@ -1,6 +1,7 @@
 """Whether MPI sends device memory is tried by a process that may die of it, once per library."""
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,18 @@ def test_only_a_child_that_sent_says_yes(child: str, words: str) -> None:
 
 def test_a_child_that_sent() -> None:
     assert probe(os.environ, FINE).aware
+
+
+def test_a_child_that_crashes_leaves_no_core() -> None:
+    """Of a process with a GPU's memory, in the folder where somebody has asked doctor."""
+    child = "import sys; sys.exit(f'core {resource.getrlimit(resource.RLIMIT_CORE)[0]}')"
+    soft, hard = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
+    try:
+        verdict = probe(os.environ, child)
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
+    assert verdict.reason.endswith("status 1: core 0"), verdict
 
 
 def test_a_child_that_hangs_is_ended() -> None:
