@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .hooks import GradientBucket, Rounds, narrowed
+from .replicas import numbers_of
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -123,27 +124,31 @@ class PowerSGD:
         loss_scale: float,
     ) -> Generator[Work, Any, None]:
         # The products are equal on all ranks, so all take the same branch.
-        finite = [bool(product.isfinite().all()) for product in products]
+        finite = numbers_of([product.isfinite().all() for product in products])
         bases = [_orthonormal(p) if ok else p for p, ok in zip(products, finite, strict=True)]
         own = [matrix.T @ basis for matrix, basis in zip(matrices, bases, strict=True)]
         second = _join(own, own[0])
         yield comm.allreduce(second, op="mean", blocking=False)
         factors = _cut(second, [q.shape for q in own])
+        results = [basis @ factor.T for basis, factor in zip(bases, factors, strict=True)]
+        fine = numbers_of([result.isfinite().all() for result in results])
+        narrows = list(results)
+        for i, target in enumerate(targets):
+            if finite[i] and fine[i]:
+                narrows[i] = narrowed(results[i], target.dtype, loss_scale)
+            target.copy_(narrows[i].view(target.shape))
+        kept = numbers_of([target.isfinite().all() for target in targets])
+        alive = numbers_of([factor.any() for factor in factors])
         for i, name in enumerate(names):
-            result = bases[i] @ factors[i].T
-            narrow = result
-            if finite[i] and bool(result.isfinite().all()):
-                narrow = narrowed(result, targets[i].dtype, loss_scale)
-            targets[i].copy_(narrow.view(targets[i].shape))
-            if not bool(targets[i].isfinite().all()):
+            if not kept[i]:
                 continue
-            memory = self._memory[name]
+            memory, result, narrow = self._memory[name], results[i], narrows[i]
             if present[i]:
                 memory.error = (matrices[i] - bases[i] @ own[i].T).div_(loss_scale)
             if narrow.dtype != result.dtype:
                 # What the gradients' dtype does not hold, which is alike on all ranks.
                 memory.error = memory.error + (result - narrow).div_(loss_scale)
-            if factors[i].any():  # from zeros the iteration would never come back
+            if alive[i]:  # from zeros the iteration would never come back
                 memory.factor = factors[i].clone()
 
     def _is_low(self, name: str, shape: tuple[int, ...]) -> bool:

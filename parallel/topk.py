@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .hooks import GradientBucket, Rounds, narrowed
+from .replicas import numbers_of
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -71,9 +72,11 @@ class TopK:
             places = row[:cut].clone().view(_INDEX).long()
             total[places] += row[cut:].clone().view(values.dtype).to(wide)
         bucket.flat.copy_(total.div_(comm.size))
-        for name, tensor in zip(bucket.names, bucket.tensors(), strict=True):
-            # Where any rank's gradient is not finite the step is lost, but not what waited for it.
-            if name in rests and bool(tensor.isfinite().all()):
+        # Where any rank's gradient is not finite the step is lost, but not what waited for it.
+        tensors = dict(zip(bucket.names, bucket.tensors(), strict=True))
+        fine = numbers_of([tensors[name].isfinite().all() for name in rests])
+        for name, ok in zip(rests, fine, strict=True):
+            if ok:
                 self._errors[name] = rests[name]
 
     def _choose(self, bucket: GradientBucket) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -86,18 +89,22 @@ class TopK:
         places = [torch.empty(0, dtype=_INDEX, device=bucket.flat.device)]
         chosen = [bucket.flat[:0]]
         rests = {}
-        columns = zip(bucket.names, bucket.tensors(), bucket.offsets, bucket.present, strict=True)
-        for name, tensor, offset, present in columns:
-            wanted = num_kept(tensor.numel(), self.ratio)
-            gradient = tensor.reshape(-1).to(torch.promote_types(tensor.dtype, torch.float32))
+        wholes = []
+        for name, tensor, present in zip(
+            bucket.names, bucket.tensors(), bucket.present, strict=True
+        ):
+            whole = tensor.reshape(-1).to(torch.promote_types(tensor.dtype, torch.float32))
             error = self._errors.get(name)
             # Where there is no gradient the error waits for one.
-            whole = gradient
             if error is not None and present:
-                whole = gradient.add(error, alpha=bucket.loss_scale)
-            where = whole.abs().topk(wanted, sorted=False).indices
+                whole = whole.add(error, alpha=bucket.loss_scale)
+            wholes.append(whole)
+        fine = numbers_of([whole.isfinite().all() for whole in wholes])
+        for i, (whole, tensor) in enumerate(zip(wholes, bucket.tensors(), strict=True)):
+            name, offset = bucket.names[i], bucket.offsets[i]
+            where = whole.abs().topk(num_kept(whole.numel(), self.ratio), sorted=False).indices
             sent = whole[where]
-            if present and bool(whole.isfinite().all()):
+            if bucket.present[i] and fine[i]:
                 # The error is wider, and may have grown beyond what the gradients' dtype holds.
                 sent = narrowed(sent, tensor.dtype, bucket.loss_scale)
                 rest = whole.clone()

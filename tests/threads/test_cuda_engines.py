@@ -142,6 +142,25 @@ def test_the_host_does_not_wait_for_each_micro_batch_or_gradient() -> None:
     run_local(1, main, settings=SETTINGS)
 
 
+@pytest.mark.parametrize("wire", ["powersgd:2", "topk:0.3"])
+def test_the_host_does_not_wait_for_each_gradient_of_a_wire(wire: str) -> None:
+    def train(comm: Communicator, depth: int) -> int:
+        made = to_cuda(nn.Sequential(*[nn.Linear(6, 6, bias=False) for _ in range(depth)]))
+        model = DataParallel(made, comm, wire=wire)
+        if wire == "powersgd:2":
+            model._reducer.wire.hook.start_step = 0  # type: ignore[union-attr]
+        model(on_cuda(torch.ones(2, 6))).sum().backward()
+        with Waits() as waits:
+            model.reduce_gradients()
+        return waits.count
+
+    def main(comm: Communicator) -> None:
+        with pretend():
+            assert 0 < train(comm, 2) == train(comm, 6)
+
+    run_local(2, main, settings=SETTINGS)
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_statistics_of_all_ranks_are_waited_for_once(size: int) -> None:
     def main(comm: Communicator) -> None:
