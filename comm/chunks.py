@@ -1,4 +1,4 @@
-"""Split a flat buffer into chunks whose sizes differ by at most one element."""
+"""Split a flat buffer into chunks that differ by one element at most, and a message into pieces."""
 
 from __future__ import annotations
 
@@ -52,3 +52,13 @@ def ranges(first: int, length: int, num_chunks: int) -> tuple[tuple[int, int], .
     if end <= num_chunks:
         return ((first, end),)
     return ((first, num_chunks), (0, end - num_chunks))
+
+
+def pieces(nbytes: int, limit: int) -> list[tuple[int, int]]:
+    """Return (low, high) of the pieces of a message: full ones of `limit` bytes, and a shorter one.
+
+    The last one is always shorter, empty at need, so that the pieces of two lengths differ in one
+    that both have: who expects another length never takes a part for the whole.
+    """
+    full = nbytes // limit
+    return [(k * limit, (k + 1) * limit) for k in range(full)] + [(full * limit, nbytes)]

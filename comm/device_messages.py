@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from .chunks import pieces
 from .device import Device, DeviceArray, renewed
 from .device_mail import DeviceMail
 from .device_wait import following, wait_here
@@ -132,8 +133,8 @@ def gpu_aware(
             return array.owner
         wait_here(device.record(device.caller(renewed(array))))
         pending = [
-            start(array.address + low, min(limit, array.nbytes - low), peer, tag, channel)
-            for low in range(0, array.nbytes, limit)
+            start(array.address + low, high - low, peer, tag, channel)
+            for low, high in pieces(array.nbytes, limit)
         ]
         while pending := [request for request in pending if not request.done()]:
             yield pending

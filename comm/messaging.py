@@ -14,8 +14,9 @@ from . import header
 from .arithmetic import reduction
 from .buffer import Buffer, allocate, wrap
 from .choice import Choice, Chosen
-from .chunks import bounds
+from .chunks import bounds, pieces
 from .dtypes import DTYPES, DType
+from .errors import MismatchError
 from .executor import MOVE, NETWORK_MOVING, NETWORK_WINDOW, WINDOW, Arithmetic, Lane, execute
 from .fingerprint import fingerprint, shares_of, tag_of
 from .program import Op, Program
@@ -215,13 +216,18 @@ class Messaging:
         def run(_: int) -> Steps:
             buffer.stage()
             # All pieces at once, in the caller's order: the pieces of two messages with the same
-            # tag must not interleave. A message of no bytes is a message.
+            # tag must not interleave.
             pending = [
-                start(data[low : low + limit], peer, tag, Channel.POINT_TO_POINT)
-                for low in range(0, max(data.size, 1), limit)
+                start(data[low:high], peer, tag, Channel.POINT_TO_POINT)
+                for low, high in pieces(data.size, limit)
             ]
-            while pending := [request for request in pending if not request.done()]:
-                yield pending
+            try:
+                while pending := [request for request in pending if not request.done()]:
+                    yield pending
+            except MismatchError as error:
+                self._in_flight.abandoned.append((pending, buffer))
+                told = f"; a {name} of {data.size} bytes, in pieces of {limit}"
+                raise MismatchError(f"{error}{told if data.size >= limit else ''}") from None
             if op is Op.RECV:
                 buffer.commit()
             return buffer.owner

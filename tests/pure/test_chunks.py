@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfold.comm.chunks import bounds, nested_begin, ranges
+from ringfold.comm.chunks import bounds, nested_begin, pieces, ranges
 
 
 @given(st.integers(0, 10_000), st.integers(1, 300))
@@ -36,3 +36,11 @@ def test_nested_chunks_join_to_the_owners_parts(count: int, owners: int, per_own
 )
 def test_cyclic_runs(first: int, length: int, expected: tuple[tuple[int, int], ...]) -> None:
     assert ranges(first, length, 5) == expected
+
+
+def test_pieces_of_two_lengths_differ_in_one_that_both_have() -> None:
+    split = {n: [high - low for low, high in pieces(n, 4)] for n in range(20)}
+    for n, sizes in split.items():
+        assert sum(sizes) == n and max(sizes) <= 4
+        for other in split.values():
+            assert sizes == other or any(a != b for a, b in zip(sizes, other, strict=False))

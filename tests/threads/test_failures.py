@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -215,6 +216,22 @@ def test_a_message_of_another_length_is_refused_at_both_ends() -> None:
                 comm.recv(np.ones(3), 0)
 
     run_local(2, main)
+
+
+@pytest.mark.parametrize("sent, expected", [(16, 8), (8, 16), (20, 16), (16, 20), (24, 7)])
+def test_a_message_in_pieces_of_another_length_is_refused(sent: int, expected: int) -> None:
+    """Whole pieces were taken for the message, and what was left of it for the next one."""
+
+    def main(comm: Communicator) -> None:
+        if comm.rank == 0:
+            with suppress(MismatchError):  # where the piece that differs has met its receive
+                comm.isend(np.arange(sent, dtype=np.uint8), 1).done()
+            return
+        told = rf"rank 0 sends \d bytes where .*; a recv of {expected} bytes, in pieces of 8"
+        with pytest.raises(MismatchError, match=told if expected >= 8 else "rank 0 sends 8 bytes"):
+            comm.recv(np.zeros(expected, np.uint8), 0)
+
+    run_local(2, main, settings=Settings(timeout=20, max_message_bytes=8))
 
 
 def test_an_error_of_a_work_is_raised_by_each_wait() -> None:
