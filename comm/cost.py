@@ -15,6 +15,9 @@ import numpy.typing as npt
 from .schedule import Chunks, Moves, Peers, Round, Schedule, moves, require_hashable
 from .topology import Cluster, Link
 
+_MOST_BYTES = 1 << 60
+"""Of a buffer: what a message has is counted in 64 bits."""
+
 
 @dataclass(frozen=True)
 class Price:
@@ -38,11 +41,15 @@ def price(schedule: Schedule, nbytes: int, cluster: Cluster, itemsize: int = 4) 
     one, for alltoall all rows of all ranks). A chunk is priced at its largest size,
     ceil(count / num_chunks) elements of itemsize bytes.
 
-    Raises: ValueError for a negative nbytes, or an itemsize below 1; ScheduleError for rules that
-    cannot be hashed, or evaluated at an array of ranks.
+    Raises: ValueError for an nbytes that is negative or beyond what is counted here, or an itemsize
+    below 1; ScheduleError for rules that cannot be hashed, or evaluated at an array of ranks.
     """
     if nbytes < 0 or itemsize < 1:
         raise ValueError(f"expected nbytes >= 0 and itemsize >= 1, got {nbytes} and {itemsize}")
+    if max(nbytes, itemsize) > _MOST_BYTES:
+        raise ValueError(
+            f"expected nbytes and itemsize of {_MOST_BYTES} at most, got {nbytes} and {itemsize}"
+        )
     try:
         different = kinds(schedule, cluster)
     except TypeError:
@@ -52,14 +59,14 @@ def price(schedule: Schedule, nbytes: int, cluster: Cluster, itemsize: int = 4) 
     chunk_bytes = -(-count // schedule.num_chunks) * itemsize
     seconds = 0.0
     rounds = 0
-    sent = np.zeros(schedule.size, dtype=np.int64)
+    sent = np.zeros(schedule.size)  # exact up to 2**53, where integers would go round
     for round, (index, repeat) in different.items():
         step = moves(round, schedule.size, schedule.num_chunks, index)
         message = np.minimum(step.length * chunk_bytes, nbytes)
         slowest = _seconds(step, message, round.reduce, cluster)
         seconds += repeat * slowest
         rounds += repeat * bool(message.any() or slowest > 0)
-        sent[step.src] += repeat * message
+        sent[step.src] += float(repeat) * message
     return Price(seconds, rounds, int(sent.max(initial=0)), len(different))
 
 

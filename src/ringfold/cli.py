@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -23,6 +24,8 @@ REFUSED, MISUSED = 1, 2
 
 CUT_OFF = 141
 """Exit status where the output was read to no end: a shell's for SIGPIPE."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 LONG_SECONDS, RANK_SECONDS = 5.0, 20e-9
 """A price that takes longer is announced; a round takes so long for every rank."""
@@ -46,15 +49,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = _parser().parse_args(argv)
             status: int = arguments.run(arguments)
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:  # which a shell's >&- has closed
+                sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read has enough, as `head` does: what is still in the buffer goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _write_no_more()  # whoever read has enough, as `head` does
         return CUT_OFF
+    except OSError as error:
+        if error.errno not in _FULL or error.filename is not None:
+            raise
+        _write_no_more()
+        print(f"ringfold: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return REFUSED
     except (Misuse, ValueError) as error:
         print(f"ringfold: {error}", file=sys.stderr)
         return MISUSED
     return status
+
+
+def _write_no_more() -> None:
+    """Let what is still in the buffer of the output go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for option, default, what in (
         ("--ranks", 8, "how many there are"),
-        ("--nbytes", "64MiB", "the whole buffer: 4, 64KiB, 1GiB"),
+        ("--nbytes", "64MiB", "the whole buffer, of an alltoall one rank's: 4, 64KiB, 1GiB"),
         ("--itemsize", 4, "bytes of an element"),
         ("--latency", "5us", "of a message between nodes"),
         ("--bandwidth", "25GB/s", "of a network card"),
@@ -175,7 +189,8 @@ def _simulate(arguments: argparse.Namespace) -> int:
         if schedule.collective.name == "barrier":
             nbytes = 0  # tokens alone travel, whatever a buffer would be
         _warn_of_a_long_wait(schedule, cluster)
-        cost = price(schedule, nbytes, cluster, arguments.itemsize)
+        buffers = schedule.size if schedule.collective.name == "alltoall" else 1
+        cost = price(schedule, nbytes * buffers, cluster, arguments.itemsize)
     except ScheduleError as error:
         print(f"refused: size {arguments.ranks}: {error}")
         return REFUSED

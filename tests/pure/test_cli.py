@@ -1,6 +1,7 @@
 """The command line judges a user's algorithm."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,22 @@ def test_a_reader_that_has_enough_ends_it_quietly(command: str) -> None:
     assert (ended.returncode, ended.stderr) == (CUT_OFF, b"")
 
 
+@pytest.mark.parametrize(
+    "output, status, told",
+    [
+        ("/dev/full", 1, "ringfold: the output cannot be written: No space left on device\n"),
+        ("&-", 0, ""),
+    ],
+)
+def test_output_that_cannot_be_written_ends_it_in_a_line(
+    output: str, status: int, told: str
+) -> None:
+    """A traceback."""
+    command = f'"{sys.executable}" -m ringfold simulate allreduce:ring >{output}'
+    ended = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (status, told)
+
+
 def test_rounds_are_drawn(capsys: pytest.CaptureFixture[str]) -> None:
     main(["verify", "allreduce:ring", "--sizes", "3", "--draw"])
     assert "0: 0>1:0+ 1>2:1+ 2>0:2+" in capsys.readouterr().out
@@ -178,6 +195,7 @@ def test_where_a_table_cannot_be_written_is_known_before_it_is_measured(tmp_path
         ("simulate allreduce:ring --latency 5parsec", "expected a time"),
         ("simulate allreduce:ring --bandwidth 5", "expected a bandwidth"),
         ("simulate allreduce:ring --nbytes many", "expected a size"),
+        ("simulate allreduce:ring --nbytes 1e30GB", "expected nbytes and itemsize of 11529"),
     ],
 )
 def test_misuse_is_told(
@@ -185,6 +203,20 @@ def test_misuse_is_told(
 ) -> None:
     assert main(command.replace("OWN", own).split()) == 2
     assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "algorithm", ["allreduce:ring", "allgather:ring", "reduce_scatter:ring", "alltoall:pairwise"]
+)
+def test_algorithms_that_fill_the_links_have_their_bus_bandwidth(
+    algorithm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An alltoall had that of all ranks' buffers together, eight times as much."""
+    assert main(f"simulate {algorithm} --latency 0 --bandwidth 25GB/s".split()) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"busbw \(simulated\): +25 GB/s\n", out)
+    times = 2 if algorithm.startswith("allreduce") else 1
+    assert re.search(rf"bytes sent per rank, at most: +{times * (7 << 23)}\n", out)
 
 
 def test_bus_bandwidth_is_that_of_nccl_tests() -> None:

@@ -54,6 +54,13 @@ def test_chunks_are_priced_at_their_largest() -> None:
     assert price(build("allreduce", "ring", 4), 0, FLAT).seconds == pytest.approx(6 * LATENCY)
 
 
+def test_bytes_beyond_64_bits_do_not_go_round() -> None:
+    found = price(build("broadcast", "tree", 1024), 1 << 60, FLAT)
+    assert found.bytes_sent == 10 << 60
+    with pytest.raises(ValueError, match="of 1152921504606846976 at most"):
+        price(build("broadcast", "tree", 4), (1 << 60) + 1, FLAT)
+
+
 def test_ranks_of_a_node_share_its_card() -> None:
     """Four ranks a node, shift by four: all four messages of a node leave through one card."""
     schedule = build("alltoall", "pairwise", 8)
