@@ -104,8 +104,18 @@ def allocate(family: str, shape: tuple[int, ...], dtype: DType) -> Any:
     """
     module = importlib.import_module(family) if family not in ("numpy", "builtins") else np
     if not hasattr(module, "empty") or not hasattr(module, dtype.name):
-        return np.empty(shape, dtype.storage)
+        return np.empty(shape, _of_numpy(dtype))
     return module.empty(shape, dtype=getattr(module, dtype.name))
+
+
+def _of_numpy(dtype: DType) -> Any:
+    """Return NumPy's type, or its extension's that a rank passes bfloat16 in; else the bits."""
+    if dtype.name == dtype.storage.name:
+        return dtype.storage
+    try:
+        return getattr(importlib.import_module("ml_dtypes"), dtype.name)
+    except (ImportError, AttributeError):
+        return dtype.storage
 
 
 def ordinary(shape: tuple[int, ...], dtype: Any) -> Any:

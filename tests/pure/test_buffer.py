@@ -2,6 +2,8 @@
 
 import array
 import mmap
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -137,6 +139,18 @@ def test_allocate_by_family() -> None:
     assert isinstance(made, torch.Tensor) and made.dtype == torch.bfloat16
     assert allocate("numpy", (2,), dtype_named("int16")).dtype == np.int16
     assert allocate("array", (2,), dtype_named("float64")).dtype == np.float64
+
+
+def test_bfloat16_of_numpy_is_allocated_as_the_extension_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a scatter's root has passed so was an array of uint16 on the other ranks."""
+    extension = np.dtype([("bits", np.uint16)])  # stands for the type that it adds
+    monkeypatch.setitem(sys.modules, "ml_dtypes", SimpleNamespace(bfloat16=extension))
+    assert allocate("numpy", (2,), dtype_named("bfloat16")).dtype == extension
+    assert allocate("numpy", (2,), dtype_named("float16")).dtype == np.float16
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    assert allocate("numpy", (2,), dtype_named("bfloat16")).dtype == np.uint16
 
 
 def test_ops_and_types_are_refused_by_name() -> None:
