@@ -39,7 +39,10 @@ class GroupCalls:
 
         op: sum, mean (over the ranks; floats only), min, max or prod; bool allows min and max.
         """
-        known = self._memo.find((id(x), op))
+        try:
+            known = self._memo.find((id(x), op))
+        except TypeError:  # an op that is no name, such as a second array; refused below
+            known = None
         if (  # here and not in a function, which a small call would notice
             known is None
             or algorithm is not None

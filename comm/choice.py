@@ -66,6 +66,10 @@ class Choice:
     ) -> Chosen:
         if isinstance(algorithm, Schedule):
             return self._lower_given(name, count, algorithm, root)
+        if algorithm is not None and not isinstance(algorithm, str):
+            raise TypeError(
+                f"algorithm: expected a name, a Schedule or None, got {type(algorithm).__name__}"
+            )
         collective = COLLECTIVES[name]
         reason = "named by the caller"
         if algorithm is None:

@@ -32,8 +32,11 @@ class DType:
     def require(self, op: str) -> None:
         """Refuse a reduction that this type does not allow.
 
-        Raises: ValueError for an unknown op; TypeError for one that does not fit the type.
+        Raises: ValueError for an unknown op; TypeError for one that does not fit the type, or that
+        is no name.
         """
+        if not isinstance(op, str):
+            raise TypeError(f"op: expected one of {', '.join(OPS)}, got {type(op).__name__}")
         if op not in OPS:
             raise ValueError(f"unknown op {op!r}; there is: {', '.join(OPS)}")
         if op not in self.ops:

@@ -48,7 +48,7 @@ class Memo:
         """Return what is known of a tensor over the same elements."""
         try:
             known = self._tensors.get((x.data_ptr(), x.numel(), x.dtype, op))
-        except (AttributeError, RuntimeError):  # no tensor, or one without memory
+        except (AttributeError, RuntimeError, TypeError):  # no tensor with memory, or no op
             return None
         if known is None or not (x.is_contiguous() and x.is_cpu) or x.is_neg():
             return None

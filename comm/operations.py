@@ -179,12 +179,12 @@ class Operations:
         return "shared" if self._meetings else self._transport.name
 
     def root(self, root: int) -> int:
-        """Return a rank of this group, or raise ValueError."""
+        """Return a rank of this group, or raise an error."""
         return self.peer(root, "root")
 
     def peer(self, rank: int, what: str) -> int:
-        """Return a rank of this group, or raise ValueError that calls it what it is."""
-        rank = operator.index(rank)
+        """Return a rank of this group, or raise an error that calls it what it is."""
+        rank = _whole(rank, what)
         if not 0 <= rank < self._size:
             raise ValueError(
                 f"{what} {rank} is outside 0..{self._size - 1}, the ranks of this group"
@@ -192,8 +192,8 @@ class Operations:
         return rank
 
     def tag(self, tag: int) -> int:
-        """Return a tag that every message can have, or raise ValueError."""
-        tag = operator.index(tag)
+        """Return a tag that every message can have, or raise an error."""
+        tag = _whole(tag, "tag")
         if not 0 <= tag <= self._transport.max_tag:
             raise ValueError(f"tag {tag} is outside 0..{self._transport.max_tag}")
         return tag
@@ -207,3 +207,10 @@ class Operations:
                 f"{buffer.shape}"
             )
         return buffer
+
+
+def _whole(number: int, what: str) -> int:
+    try:
+        return operator.index(number)
+    except TypeError:
+        raise TypeError(f"{what}: expected a whole number, got {number!r:.80}") from None

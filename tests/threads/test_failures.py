@@ -295,6 +295,13 @@ def test_bad_arguments_are_refused_before_anything_is_sent() -> None:
         for call, error, text in (
             (lambda: comm.allreduce(x, "avg"), ValueError, "unknown op 'avg'"),
             (lambda: comm.allreduce(x, algorithm="foo"), ValueError, "there is: ring"),
+            (lambda: comm.allreduce(x, x), TypeError, "op: expected one of sum.*, got ndarray"),
+            (lambda: comm.allreduce(torch.ones(2), []), TypeError, "op: .*got list"),
+            (lambda: comm.reduce_scatter(x, len), TypeError, "got builtin_function"),
+            (lambda: comm.allreduce(x, algorithm=["ring"]), TypeError, "a Schedule or None, got l"),
+            (lambda: comm.reduce(x, "sum"), TypeError, "root: expected a whole number, got 'sum'"),
+            (lambda: comm.isend(x, None), TypeError, "dst: expected a whole number, got None"),
+            (lambda: comm.recv(x, 0, 1.0), TypeError, "tag: expected a whole number, got 1.0"),
             (lambda: comm.send(x, 5), ValueError, r"dst 5 is outside 0\.\.1"),
             (lambda: comm.recv(x, -1), ValueError, r"src -1 is outside"),
             (lambda: comm.send(x, 0, tag=-1), ValueError, "tag -1 is outside"),
