@@ -65,7 +65,8 @@ class Inquiry:
         self._reports: dict[int, dict[int, str]] = {}
         self._asked = 0
         self._heard_ask = -math.inf
-        self.answer: Callable[[], str] = lambda: state(ring)
+        thread = threading.get_ident()
+        self.answer: Callable[[], str] = lambda: state(ring, thread)
         self.force: Callable[[int], str | None] = lambda rank: None
 
     def rows(self, group: str) -> tuple[Row, ...]:

@@ -127,6 +127,21 @@ def test_waiting_too_long_names_the_ranks_and_the_operation() -> None:
     run_local(2, main, settings=Settings(timeout=0.2))
 
 
+def test_each_rank_says_where_its_own_thread_is() -> None:
+    """All of them were told to be where the main thread waits for them."""
+
+    def left(comm: Communicator) -> None:
+        place = r"now at \S*test_failures.py:\d+ in"
+        with pytest.raises(CommTimeout, match=rf"rank 0: .*{place} left.*rank 1: .*{place} right"):
+            comm.recv(np.empty(1), 1)
+        comm.isend(np.ones(1), 1)
+
+    def right(comm: Communicator) -> None:
+        comm.irecv(np.empty(1), 0).wait(timeout=20)
+
+    run_local(2, lambda comm: (left, right)[comm.rank](comm), settings=Settings(timeout=0.3))
+
+
 def test_time_in_which_a_rank_was_stopped_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """A job that had been suspended ended with CommTimeout as soon as it went on."""
     gone, now = [0.0], time.monotonic
