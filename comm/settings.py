@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 from .texts import shown_ranks
 
@@ -49,10 +49,14 @@ class Settings:
     watch: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.timeout, SupportsFloat):
+            raise TypeError(f"timeout: expected seconds, got {self.timeout!r}")
         if not self.timeout > 0:
             raise ValueError(f"timeout must be above 0 s, got {self.timeout}")
         for field in ("segment_bytes", "max_message_bytes"):
             nbytes = getattr(self, field)
+            if not hasattr(nbytes, "__index__"):
+                raise TypeError(f"{field}: expected a whole number, got {nbytes!r}")
             if not 1 <= nbytes < 1 << 31:
                 raise ValueError(f"{field} must be in 1..{(1 << 31) - 1}, got {nbytes}")
 

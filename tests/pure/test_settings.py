@@ -1,6 +1,7 @@
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,6 +71,13 @@ def test_settings_that_ranks_must_share_are_compared() -> None:
 )
 def test_impossible_settings_are_refused(changes: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(changes))):
+        Settings(**changes)
+
+
+@pytest.mark.parametrize("changes", [{"timeout": "60"}, {"segment_bytes": 1e6}])
+def test_settings_of_another_type_are_refused_at_once(changes: dict[str, Any]) -> None:
+    """A float opened a communicator, and broke its first large message off."""
+    with pytest.raises(TypeError, match=f"{next(iter(changes))}: expected .*, got "):
         Settings(**changes)
 
 
