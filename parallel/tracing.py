@@ -1,4 +1,4 @@
-"""Trace all ranks of a communicator into one file."""
+"""Trace all ranks of a communicator into one file; needs no torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from torch.optim.optimizer import (
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
 
 from ..comm.clock import measure_offset
 from ..comm.text_file import why_unwritable
@@ -78,7 +73,14 @@ def trace(comm: Communicator, path: Path | str | None = None) -> Iterator[Trace]
 
 @contextmanager
 def _optimizers(timeline: Timeline) -> Iterator[None]:
-    """Record the steps of all optimizers of this thread."""
+    """Record the steps of all optimizers of this thread; without torch there are none."""
+    try:
+        from torch.optim import optimizer
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        yield
+        return
     started: list[int] = []
 
     def before(*_: Any) -> None:
@@ -90,8 +92,8 @@ def _optimizers(timeline: Timeline) -> Iterator[None]:
             timeline.add(COMPUTE, "optimizer", started.pop())
 
     handles = (
-        register_optimizer_step_pre_hook(before),
-        register_optimizer_step_post_hook(after),
+        optimizer.register_optimizer_step_pre_hook(before),
+        optimizer.register_optimizer_step_post_hook(after),
     )
     try:
         yield

@@ -90,7 +90,7 @@ _HOMES = {
 }
 """name -> the module that has it, imported when the name is first used: torch only for engines."""
 
-_WITHOUT_TORCH = ("comm.", "parallel.mesh", "parallel.checkpoint.errors")
+_WITHOUT_TORCH = ("comm.", "parallel.mesh", "parallel.checkpoint.errors", "parallel.tracing")
 """What the homes begin with that need no torch."""
 
 __version__ = "0.1.0"

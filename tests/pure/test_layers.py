@@ -226,6 +226,15 @@ for package in map(importlib.import_module, ("ringfold", "ringfold.parallel")):
     assert dict(inspect.getmembers(package)).keys() >= set(package.__all__)
     assert "Mesh" in pydoc.plain(pydoc.render_doc(package))
     assert not hasattr(package, "bogus")
+
+import ringfold, numpy
+
+def main(comm):
+    with ringfold.trace(comm) as found:
+        comm.allreduce(numpy.ones(1000))
+    return [row.wire_bytes for row in found.rows]
+
+assert ringfold.run_local(2, main) == [[8000.0, 8000.0], []]
 """
 
 
