@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels.mailbox_words import ANSWERS, BOX_BYTES, SLOT_BYTES, SLOTS, Kind, Letter, Slot
+from ..kernels.mailbox_words import ANSWERS, BOX_BYTES, Kind, Letter, Slot
 from ..kernels.records import Status
 from .buffer import Buffer, address_of
 from .lending import Pool
 from .letters import Message, Words
 from .memory import Block, Returned
 from .node_memory import NodeMemory, patience, yielding
+from .outbox import Outbox
 from .trace import Signature
 from .transport.base import Request
 from .work import Prepared, Receipt, Steps
@@ -44,7 +45,8 @@ NOTE_BYTES = 512
 class Box:
     """The messages of one ordered pair of ranks, as one of them sees it.
 
-    address: of the slots.  base: where the sender's memory begins, in this process.
+    address: of the words that tell where slots lie.  base: where the sender's memory begins, in
+        this process.
     bell: address of the other side's bell.
     low: a word below which a receiver has finished with every message; low_at: its address.
     """
@@ -52,7 +54,6 @@ class Box:
     address: int
     base: int
     bell: int
-    sent: int = 0
 
     def __post_init__(self) -> None:
         self.low = np.ones(1, np.int64)
@@ -72,6 +73,7 @@ class Mailboxes:
         self._pool = Pool(nodes.memory)
         self._inboxes: dict[int, Box] = {}
         self._outboxes: dict[int, Box] = {}
+        self._slots: dict[int, Outbox] = {}
         own_base = nodes.addresses[nodes.rank]
         for peer, (token, node_rank, offset) in enumerate(members.tolist()):
             if token == nodes.token:
@@ -81,6 +83,7 @@ class Mailboxes:
                 self._inboxes[peer] = Box(slots, base, bell)
                 slots = own_base + block.offset + peer * BOX_BYTES
                 self._outboxes[peer] = Box(slots, own_base, bell)
+                self._slots[peer] = Outbox(slots, nodes.memory)
         self._bell = nodes.bell
         self._ordinals: Counter[tuple[bool, int, int]] = Counter()
         self._blank = np.zeros(Letter.WORDS, np.int64)
@@ -105,6 +108,8 @@ class Mailboxes:
     def close(self) -> None:
         """Give the memory back, which no rank of the group may use any more."""
         self._pool.forget()
+        for slots in self._slots.values():
+            slots.close()
         self._memory.release(self._block)
 
     def send(self, buffer: Buffer, dst: int, tag: int) -> Prepared:
@@ -202,10 +207,10 @@ class Mailboxes:
         return self._message(words, src, tag, (bytes_, box))
 
     def _addressed(self, bytes_: _Bytes, dst: int, tag: int, ordinal: int = 0) -> tuple[Words, Box]:
-        box = self._outboxes[dst]
+        box, slots = self._outboxes[dst], self._slots[dst]
+        slot = slots.take()
         words = self._words(box, True, dst, tag, bytes_, ordinal)
-        box.sent += 1
-        words[Letter.SEQUENCE] = box.sent
+        words[Letter.BOX], words[Letter.SEQUENCE] = slot, slots.sent
         return words, box
 
     def _post(
@@ -224,10 +229,13 @@ class Mailboxes:
             room = min(PIECE_BYTES, nbytes)
         window = self._pool.take(room)
         address = address_of(window)
-        words[Letter.PLACE] = address - box.base
-        words[Letter.WINDOW_AT], words[Letter.WINDOW] = address, max(room, 1)
-        words[Letter.PIECE] = min(PIECE_BYTES, max(room, 1))
-        self._pool.lend(window, _returned(box, box.sent))
+        words[Letter.PLACE], words[Letter.WINDOW] = address - box.base, max(room, 1)
+        if room == nbytes and self._slots[dst].far_ahead:
+            # As if the receiver read it in place: it can, and the sender waits until it has.
+            ctypes.memmove(address, bytes_.address, nbytes)
+        else:
+            words[Letter.WINDOW_AT], words[Letter.PIECE] = address, min(PIECE_BYTES, max(room, 1))
+        self._pool.lend(window, _returned(words))
         return self._message(words, dst, tag, (bytes_, window))
 
     def _message(self, words: Words, peer: int, tag: int, keeps: object) -> Message:
@@ -265,7 +273,7 @@ def _signature(name: str, buffer: Buffer, peer: int) -> Signature:
     return Signature(name, "", buffer.dtype.name, buffer.flat.size, peer)
 
 
-def _returned(box: Box, sequence: int) -> Returned:
-    address = box.address + sequence % SLOTS * SLOT_BYTES + 8 * Slot.DONE
-    done = ctypes.c_int64.from_address(address)
+def _returned(words: Words) -> Returned:
+    sequence = int(words[Letter.SEQUENCE])
+    done = ctypes.c_int64.from_address(int(words[Letter.BOX]) + 8 * Slot.DONE)
     return lambda: done.value >= sequence

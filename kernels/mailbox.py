@@ -16,7 +16,7 @@ from numba import types
 
 from .bell import ring_bell
 from .compiled import Kernel, compile_callback, compile_kernel
-from .mailbox_words import ASKED, SLOT_BYTES, SLOTS, Kind, Letter, Slot
+from .mailbox_words import ASKED, RUNS, SLOT_BYTES, SLOTS, Kind, Letter, Slot
 from .native import call, copy_bytes, fence, load, relax, store, try_lock, words_at
 from .records import Status
 from .scalars import compiled
@@ -42,7 +42,13 @@ _BELL, _PEER_BELL, _KIND = int(Letter.BELL), int(Letter.PEER_BELL), int(Letter.K
 
 @compiled
 def _slot_of(letter: Any, sequence: Any) -> Any:
-    return letter[_BOX] + (sequence % SLOTS) * SLOT_BYTES
+    """Return the address of a message's slot; 0 where the sender has not come to it."""
+    if letter[_SENDS] != 0:
+        return letter[_BOX]
+    run = load(letter[_BOX] + sequence // SLOTS % RUNS * 8)
+    if run == 0:
+        return np.int64(0)
+    return letter[_BASE] + run + sequence % SLOTS * SLOT_BYTES
 
 
 @compiled
@@ -102,10 +108,6 @@ def _send(letter: Any) -> Any:
     at = _slot_of(letter, letter[_SEQUENCE])
     looks = 0
     if letter[_PUBLISHED] == 0:
-        while load(at + _S_DONE) < letter[_SEQUENCE] - SLOTS:
-            looks += 1
-            if not _pause(letter, looks):
-                return _RUNNING
         _publish(letter, at)
     if letter[_WINDOW_AT] == 0:
         while load(at + _S_DONE) < letter[_SEQUENCE]:
@@ -138,6 +140,8 @@ def _find(letter: Any) -> Any:
     sequence = low
     while True:
         at = _slot_of(letter, sequence)
+        if at == 0:
+            break
         published = load(at)
         if published < sequence:
             break

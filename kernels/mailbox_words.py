@@ -10,10 +10,16 @@ from enum import IntEnum
 from .records import LINE_BYTES
 
 SLOTS = 256
-"""Messages between two ranks that may be under way; the next waits for the oldest."""
+"""Messages of a box that have a run of slots in common."""
 
 SLOT_BYTES = 3 * LINE_BYTES
-BOX_BYTES = SLOTS * SLOT_BYTES
+RUN_BYTES = SLOTS * SLOT_BYTES
+
+RUNS = 1024
+"""Runs of slots between the oldest and the newest message that may be under way in a box."""
+
+BOX_BYTES = 8 * RUNS
+"""Of a word for each run, modulo RUNS: where its slots begin in the sender's memory, 0 before."""
 
 ASKED = -(1 << 62)
 """In CONSUMED: the receiver of a note asks for the bytes themselves."""
@@ -43,7 +49,8 @@ class Slot(IntEnum):
     KIND: of `Kind`. NBYTES are those of the message, also of one that is only noted.
     PRODUCED, CONSUMED: bytes that are there, and that were copied; CONSUMED is -1 - n where the
     receiver refuses the message, since it wants n bytes.
-    DONE: SEQUENCE of the last message here that the receiver has finished with.
+    DONE: SEQUENCE of the last message here that the receiver has finished with. Once it is that of
+    every slot of a run, the run's memory serves a later one: sequences in a slot only grow.
     """
 
     SEQUENCE = 0
@@ -62,6 +69,7 @@ class Letter(IntEnum):
     """Words of a rank's record of one message.
 
     SEQUENCE: as in the slot; for a receiver 0 until it has found it.
+    BOX: address of the box at the receiver, of the slot at the sender.
     ADDRESS: of the user's bytes.  BASE: where the sender's memory is mapped at the receiver.
     WINDOW_AT: address of the sender's window, 0 where its buffer is read in place.
     PIECE: bytes that it copies at once; WINDOW is a multiple, or as large as the message.

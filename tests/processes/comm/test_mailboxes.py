@@ -88,6 +88,31 @@ def test_more_messages_than_slots(comm: Communicator) -> None:
         work.wait()
 
 
+def test_more_messages_than_slots_in_any_order(comm: Communicator) -> None:
+    """A message waited for the slot of one that was to be received after it."""
+    ahead, behind = neighbours(comm)
+    last, count = comm.isend(np.array([-1]), ahead, 9), 2 * SLOTS + 7
+    works = [comm.isend(np.array([tag]), ahead, tag) for tag in range(10, 10 + count)]
+    for tag in reversed(range(10, 10 + count)):
+        assert comm.recv(np.zeros(1, np.int64), behind, tag)[0] == tag
+    for k in range(SLOTS + 9):
+        comm.send(np.array([k]), ahead, 5)
+        assert comm.recv(np.zeros(1, np.int64), behind, 5)[0] == k
+    assert comm.recv(np.zeros(1, np.int64), behind, 9)[0] == -1
+    for work in (*works, last):
+        work.wait()
+
+
+def test_a_sender_of_small_messages_waits_where_it_is_far_ahead(comm: Communicator) -> None:
+    ahead, behind = neighbours(comm)
+    works = [comm.isend(np.array([k]), ahead) for k in range(SLOTS + 40)]
+    assert works[SLOTS // 2].done() and not works[-1].done()
+    comm.barrier()
+    for k in range(SLOTS + 40):
+        assert comm.recv(np.zeros(1, np.int64), behind)[0] == k
+    works[-1].wait()
+
+
 def test_small_messages_let_the_sender_go_on(comm: Communicator) -> None:
     ahead, behind = neighbours(comm)
     x = data(comm.rank, BUFFERED_BYTES // 8, np.float64)

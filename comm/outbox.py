@@ -1,0 +1,107 @@
+"""The slots of what one rank sends another through memory: as many as there are messages under way.
+
+A message that nobody receives yet must not stand in the way of later ones, which may be received
+before it. So slots come in runs, and a run is used again once all of its messages are done.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..kernels.mailbox_words import RUN_BYTES, RUNS, SLOT_BYTES, SLOTS, Slot
+from .errors import CommError
+from .memory import Block, Memory
+
+_FEW = 8
+"""Runs that are looked at for each message of a sender that is far ahead; more now and then."""
+
+
+@dataclass
+class Run:
+    """SLOTS slots, of messages number * SLOTS and those behind it.
+
+    words: a row per slot.
+    """
+
+    number: int
+    block: Block
+    words: npt.NDArray[np.int64]
+
+    @property
+    def sequences(self) -> npt.NDArray[np.int64]:
+        """Return the messages' numbers."""
+        return np.arange(self.number * SLOTS, (self.number + 1) * SLOTS)
+
+    def under_way(self, sent: int) -> int:
+        """Return how many of its messages up to `sent` the receiver has not finished with."""
+        sequences = self.sequences
+        return int(((self.words[:, Slot.DONE] < sequences) & (sequences <= sent)).sum())
+
+    def done(self) -> bool:
+        """Tell whether all SLOTS messages were sent, and the receiver has finished with them."""
+        return not self.under_way((self.number + 1) * SLOTS)
+
+
+class Outbox:
+    """The slots of one ordered pair of ranks, as the sender sees them.
+
+    sent: messages so far.
+    """
+
+    def __init__(self, address: int, memory: Memory) -> None:
+        """address: of the words that tell the receiver where runs begin."""
+        self._address, self._memory = address, memory
+        self._runs: list[Run] = []
+        self.sent = self._finished = self._look = 0
+
+    def take(self) -> int:
+        """Count another message; return the address of its slot.
+
+        Raises: CommError where more are under way than can be told apart.
+        """
+        number, place = divmod(self.sent + 1, SLOTS)
+        if not self._runs or self._runs[-1].number != number:
+            self._begin(number)
+        self.sent += 1
+        run = self._runs[-1]
+        return self._memory.address + run.block.offset + place * SLOT_BYTES
+
+    def _begin(self, number: int) -> None:
+        oldest = next((run.number for run in self._runs if not run.done()), number)
+        if number - oldest >= RUNS:
+            raise CommError(
+                f"{self.sent} messages were sent to a rank that has not received number "
+                f"{max(oldest * SLOTS, 1)}, or one soon behind it; {RUNS * SLOTS} is the most"
+            )
+        run = next((run for run in self._runs if run.done()), None)
+        if run is None:
+            block = self._memory.allocate(RUN_BYTES)
+            run = Run(number, block, np.asarray(block).view(np.int64).reshape(SLOTS, -1))
+            # Where a receiver still looks for messages long done, they are not yet to come.
+            run.words[:, Slot.SEQUENCE] = run.sequences - 1
+        else:
+            self._runs.remove(run)
+            run.number = number
+        self._runs.append(run)
+        word = ctypes.c_int64.from_address(self._address + number % RUNS * 8)
+        word.value = run.block.offset
+
+    @property
+    def far_ahead(self) -> bool:
+        """Tell whether about SLOTS messages or more are under way: senders are to wait then."""
+        if self.sent - self._finished > SLOTS and (
+            len(self._runs) <= _FEW or self.sent >= self._look
+        ):
+            self._finished = self.sent - sum(run.under_way(self.sent) for run in self._runs)
+            self._look = self.sent + SLOTS
+        return self.sent - self._finished > SLOTS
+
+    def close(self) -> None:
+        """Give the memory back, which nobody looks at any more."""
+        for run in self._runs:
+            self._memory.release(run.block)
+        self._runs.clear()

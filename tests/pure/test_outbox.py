@@ -1,0 +1,80 @@
+"""The slots of messages between two ranks: as many as are under way, and used again."""
+
+import numpy as np
+import pytest
+
+from ringfold import CommError
+from ringfold.comm import outbox
+from ringfold.comm.memory import Memory
+from ringfold.comm.outbox import Outbox
+from ringfold.kernels.mailbox_words import BOX_BYTES, RUNS, SLOT_BYTES, SLOTS, Slot
+
+
+class Pair:
+    """An outbox, and what its receiver sees: the words of slots by the number of the message."""
+
+    def __init__(self) -> None:
+        self.memory = Memory(0, 1)
+        block = self.memory.allocate(BOX_BYTES)
+        self.directory = np.asarray(block).view(np.int64)
+        self.slots = Outbox(self.memory.address + block.offset, self.memory)
+        self.addresses = [0]
+
+    def send(self, count: int) -> None:
+        for _ in range(count):
+            self.addresses.append(self.slots.take())
+            self.words(self.slots.sent)[Slot.SEQUENCE] = self.slots.sent
+
+    def words(self, sequence: int) -> np.ndarray:
+        run = int(self.directory[sequence // SLOTS % RUNS])
+        at = run + sequence % SLOTS * SLOT_BYTES
+        return self.memory._mapped.bytes[at : at + SLOT_BYTES].view(np.int64)
+
+    def finish(self, *sequences: int) -> None:
+        for sequence in sequences:
+            self.words(sequence)[Slot.DONE] = sequence
+
+
+def test_a_message_has_a_slot_of_its_own_until_it_is_done() -> None:
+    pair = Pair()
+    pair.send(3 * SLOTS)
+    assert len(set(pair.addresses)) == 3 * SLOTS + 1
+    assert [int(pair.words(k)[Slot.SEQUENCE]) for k in (1, 300, 700)] == [1, 300, 700]
+    assert pair.words(3 * SLOTS + 1)[Slot.SEQUENCE] < 3 * SLOTS + 1  # is yet to come
+
+
+def test_a_run_of_slots_is_used_again_once_all_of_it_is_done() -> None:
+    pair = Pair()
+    for round in range(4):  # all but message 5 are received at once
+        pair.send(SLOTS)
+        sequences = range(round * SLOTS + 1, round * SLOTS + SLOTS + 1)
+        pair.finish(*(sequence for sequence in sequences if sequence != 5))
+    runs = pair.directory[:5].tolist()
+    assert runs[0] not in runs[1:] and len(set(runs)) == 3
+    pair.finish(5)
+    pair.send(SLOTS)
+    assert pair.directory[5] == runs[0]
+
+
+def test_a_sender_is_far_ahead_of_messages_that_wait_not_of_one_that_does() -> None:
+    pair = Pair()
+    pair.send(SLOTS)
+    assert not pair.slots.far_ahead
+    pair.send(1)
+    assert pair.slots.far_ahead
+    pair.finish(*range(2, SLOTS + 2))
+    assert not pair.slots.far_ahead
+    pair.send(1)
+    pair.finish(SLOTS + 2)
+    assert not pair.slots.far_ahead
+
+
+def test_more_messages_than_can_be_told_apart_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbox, "RUNS", 2)
+    pair = Pair()
+    pair.send(1)
+    pair.send(2 * SLOTS - 2)
+    with pytest.raises(CommError, match=f"{2 * SLOTS - 1} messages .*; {2 * SLOTS} is the"):
+        pair.send(1)
+    pair.finish(*range(1, SLOTS))
+    pair.send(1)
