@@ -16,6 +16,8 @@ HOST_DEVICES = (1, 3)
 """kDLCPU and kDLCUDAHost (pinned memory)."""
 
 _CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
+_FLOAT8 = ("e3m4", "e4m3", "e4m3b11fnuz", "e4m3fn", "e4m3fnuz", "e5m2", "e5m2fnuz", "e8m0fnu")
+"""From code 7 on."""
 
 
 class _Tensor(ctypes.Structure):
@@ -89,6 +91,11 @@ def _get_pointer() -> Any:
 
 
 def _dtype(tensor: _Tensor) -> DType:
+    if 0 <= tensor.code - 7 < len(_FLOAT8):
+        name = f"float8_{_FLOAT8[tensor.code - 7]}"
+        raise TypeError(
+            f"dtype {name} is not supported; its bytes can be moved: view them as uint8"
+        )
     code = _CODES.get(tensor.code, f"code{tensor.code}_")
     if tensor.lanes != 1:
         raise TypeError(f"DLPack elements of {tensor.lanes} lanes are not supported")

@@ -40,7 +40,9 @@ class DType:
         if op not in OPS:
             raise ValueError(f"unknown op {op!r}; there is: {', '.join(OPS)}")
         if op not in self.ops:
-            allowed = ", ".join(self.ops) or "none (it can be moved, not reduced)"
+            allowed = ", ".join(self.ops) or (
+                "none (it can be moved, not reduced; pass a view of its real and imaginary parts)"
+            )
             raise TypeError(f"op {op!r} is not defined for {self.name}; allowed: {allowed}")
 
 
