@@ -16,7 +16,10 @@ from ..kernels.mailbox_words import RUN_BYTES, RUNS, SLOT_BYTES, SLOTS, Slot
 from .errors import CommError
 from .memory import Block, Memory
 
-_FEW = 8
+AHEAD = 16 * SLOTS
+"""Messages under way from which on a sender waits until its next one is received."""
+
+_FEW = 32
 """Runs that are looked at for each message of a sender that is far ahead; more now and then."""
 
 
@@ -92,13 +95,12 @@ class Outbox:
 
     @property
     def far_ahead(self) -> bool:
-        """Tell whether about SLOTS messages or more are under way: senders are to wait then."""
-        if self.sent - self._finished > SLOTS and (
-            len(self._runs) <= _FEW or self.sent >= self._look
-        ):
+        """Tell whether more than AHEAD messages are under way, or have been a while ago."""
+        few = len(self._runs) <= _FEW
+        if self.sent - self._finished > AHEAD and (few or self.sent >= self._look):
             self._finished = self.sent - sum(run.under_way(self.sent) for run in self._runs)
             self._look = self.sent + SLOTS
-        return self.sent - self._finished > SLOTS
+        return self.sent - self._finished > AHEAD
 
     def close(self) -> None:
         """Give the memory back, which nobody looks at any more."""

@@ -56,7 +56,10 @@ def test_a_run_of_slots_is_used_again_once_all_of_it_is_done() -> None:
     assert pair.directory[5] == runs[0]
 
 
-def test_a_sender_is_far_ahead_of_messages_that_wait_not_of_one_that_does() -> None:
+def test_a_sender_is_far_ahead_of_messages_that_wait_not_of_one_that_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(outbox, "AHEAD", SLOTS)
     pair = Pair()
     pair.send(SLOTS)
     assert not pair.slots.far_ahead

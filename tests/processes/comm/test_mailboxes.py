@@ -8,7 +8,7 @@ import pytest
 from contract import data
 
 from ringfold import CommTimeout, Communicator, MismatchError
-from ringfold.comm import lending
+from ringfold.comm import lending, outbox
 from ringfold.comm.mailboxes import (
     BUFFERED_BYTES,
     IN_PLACE_BYTES,
@@ -103,7 +103,10 @@ def test_more_messages_than_slots_in_any_order(comm: Communicator) -> None:
         work.wait()
 
 
-def test_a_sender_of_small_messages_waits_where_it_is_far_ahead(comm: Communicator) -> None:
+def test_a_sender_of_small_messages_waits_where_it_is_far_ahead(
+    comm: Communicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "AHEAD", SLOTS)
     ahead, behind = neighbours(comm)
     works = [comm.isend(np.array([k]), ahead) for k in range(SLOTS + 40)]
     assert works[SLOTS // 2].done() and not works[-1].done()
