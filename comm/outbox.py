@@ -88,10 +88,14 @@ class Outbox:
             run.words[:, Slot.SEQUENCE] = run.sequences - 1
         else:
             self._runs.remove(run)
+            if (word := self._word(run.number)).value == run.block.offset:
+                word.value = -1 - run.number
             run.number = number
         self._runs.append(run)
-        word = ctypes.c_int64.from_address(self._address + number % RUNS * 8)
-        word.value = run.block.offset
+        self._word(number).value = run.block.offset
+
+    def _word(self, number: int) -> ctypes.c_int64:
+        return ctypes.c_int64.from_address(self._address + number % RUNS * 8)
 
     @property
     def far_ahead(self) -> bool:

@@ -41,14 +41,16 @@ _BELL, _PEER_BELL, _KIND = int(Letter.BELL), int(Letter.PEER_BELL), int(Letter.K
 
 
 @compiled
+def _run_of(letter: Any, sequence: Any) -> Any:
+    """Return a receiver's word of the run of slots that a message lies in; see BOX_BYTES."""
+    return load(letter[_BOX] + sequence // SLOTS % RUNS * 8)
+
+
+@compiled
 def _slot_of(letter: Any, sequence: Any) -> Any:
-    """Return the address of a message's slot; 0 where the sender has not come to it."""
     if letter[_SENDS] != 0:
         return letter[_BOX]
-    run = load(letter[_BOX] + sequence // SLOTS % RUNS * 8)
-    if run == 0:
-        return np.int64(0)
-    return letter[_BASE] + run + sequence % SLOTS * SLOT_BYTES
+    return letter[_BASE] + _run_of(letter, sequence) + sequence % SLOTS * SLOT_BYTES
 
 
 @compiled
@@ -139,9 +141,17 @@ def _find(letter: Any) -> Any:
     low = load(letter[_LOW])
     sequence = low
     while True:
-        at = _slot_of(letter, sequence)
-        if at == 0:
+        run = _run_of(letter, sequence)
+        if run == -1 - sequence // SLOTS:
+            following = (sequence // SLOTS + 1) * SLOTS
+            if sequence == low:
+                low = following
+                store(letter[_LOW], low)
+            sequence = following
+            continue
+        if run <= 0:  # the sender has not come to it
             break
+        at = letter[_BASE] + run + sequence % SLOTS * SLOT_BYTES
         published = load(at)
         if published < sequence:
             break

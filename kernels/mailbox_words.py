@@ -15,11 +15,12 @@ SLOTS = 256
 SLOT_BYTES = 3 * LINE_BYTES
 RUN_BYTES = SLOTS * SLOT_BYTES
 
-RUNS = 1024
+RUNS = 8192
 """Runs of slots between the oldest and the newest message that may be under way in a box."""
 
 BOX_BYTES = 8 * RUNS
-"""Of a word for each run, modulo RUNS: where its slots begin in the sender's memory, 0 before."""
+"""Of a word for each run, modulo RUNS: where its slots begin in the sender's memory, 0 before;
+-1 - run once all of them are done and their memory serves a later run."""
 
 ASKED = -(1 << 62)
 """In CONSUMED: the receiver of a note asks for the bytes themselves."""

@@ -18,7 +18,7 @@ class Pair:
         block = self.memory.allocate(BOX_BYTES)
         self.directory = np.asarray(block).view(np.int64)
         self.slots = Outbox(self.memory.address + block.offset, self.memory)
-        self.addresses = [0]
+        self.addresses = [0]  # of each message
 
     def send(self, count: int) -> None:
         for _ in range(count):
@@ -49,11 +49,11 @@ def test_a_run_of_slots_is_used_again_once_all_of_it_is_done() -> None:
         pair.send(SLOTS)
         sequences = range(round * SLOTS + 1, round * SLOTS + SLOTS + 1)
         pair.finish(*(sequence for sequence in sequences if sequence != 5))
-    runs = pair.directory[:5].tolist()
-    assert runs[0] not in runs[1:] and len(set(runs)) == 3
+    first, *runs = pair.directory[:5].tolist()
+    assert runs[:2] == [-2, -3] and len({first, *runs[2:]}) == 3  # two are done as a whole
     pair.finish(5)
     pair.send(SLOTS)
-    assert pair.directory[5] == runs[0]
+    assert pair.directory[5] == first and pair.directory[0] == -1
 
 
 def test_a_sender_is_far_ahead_of_messages_that_wait_not_of_one_that_does(
