@@ -17,7 +17,8 @@ def write_whole(path: Path, text: str) -> None:
         path.write_text(text)
         return
     end = path.resolve()
-    beside = end.with_name(f".{end.name}.{os.getpid()}.{threading.get_ident()}")
+    # Without its name, which may be as long as a name can be.
+    beside = end.with_name(f".ringfold-{os.getpid()}-{threading.get_ident()}")
     try:
         beside.write_text(text)
         beside.replace(end)
@@ -28,13 +29,15 @@ def write_whole(path: Path, text: str) -> None:
 
 def why_unwritable(path: Path) -> str:
     """Return why no file can be written, without making one; "" where it can."""
-    if path.is_dir():
-        return f"{path} is a folder"
-    if path.exists():
-        return "" if os.access(path, os.W_OK) else f"{path} may not be written"
     try:
+        if path.is_dir():
+            return f"{path} is a folder"
+        if path.exists():
+            return "" if os.access(path, os.W_OK) else f"{path} may not be written"
         folder = path.resolve().parent
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a ring, before Python 3.13
+    except OSError as error:  # such as a name that is too long
+        return f"{path}: {error.strerror}"
+    except RuntimeError as error:  # links in a ring, before Python 3.13
         return f"{path}: {error}"
     if not folder.is_dir():
         return f"{path}: there is no folder {folder}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os.path
 import sys
 import traceback
 from collections.abc import Callable
@@ -89,7 +90,7 @@ def _takes_root(function: Callable[..., object]) -> bool:
 
 
 def _load(path: Path, function: str) -> Callable[..., object]:
-    if not path.is_file():
+    if not os.path.isfile(path):  # False, too, where a name is too long
         raise Misuse(f"no file {path}, and no collective of that name")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:

@@ -186,6 +186,7 @@ def test_where_a_table_cannot_be_written_is_known_before_it_is_measured(tmp_path
         ("verify ring", "expected FILE.py:FUNCTION or COLLECTIVE:NAME, got 'ring'"),
         ("verify allreduce:foo", "there is: ring"),
         ("verify nowhere.py:f", "no file nowhere.py"),
+        (f"verify {'x' * 300}.py:f", "no file xxx"),
         ("verify OWN:missing", "has no function 'missing'"),
         ("verify OWN:variable", "has no function 'variable'"),
         ("verify OWN:number", "returned int, expected a Schedule"),

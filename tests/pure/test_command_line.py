@@ -24,6 +24,7 @@ from ringfold.workloads.report import check_writable
         ("--balance time", "--balance time has no effect without --pipe P"),
         ("--checkpoint=", "--checkpoint: expected a path, got ''"),
         ("--report=", "--report: expected a path, got ''"),
+        ("--schedule " + "x" * 300, "--schedule: expected a file, or one of: 1f1b"),
     ],
 )
 def test_refused_by_itself(options: str, told: str) -> None:

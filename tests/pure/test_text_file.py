@@ -56,3 +56,12 @@ def test_what_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_whole(path, "new \ud800")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["report"]
+
+
+def test_names_as_long_as_they_may_be_and_longer(tmp_path: Path) -> None:
+    """A report under a name of 240 letters was lost when training had ended."""
+    path = tmp_path / ("x" * 255)
+    assert why_unwritable(path) == ""
+    write_whole(path, "new")
+    assert path.read_text() == "new" and os.listdir(tmp_path) == [path.name]
+    assert why_unwritable(tmp_path / ("x" * 256)).endswith("x: File name too long")

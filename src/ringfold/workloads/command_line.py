@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from os.path import isfile
 from pathlib import Path
 from typing import NoReturn
 
@@ -271,7 +272,7 @@ def _path(text: str) -> Path:
 
 
 def _schedule(text: str) -> str:
-    if text not in PLANS and not Path(text).is_file():
+    if text not in PLANS and not isfile(text):
         known = ", ".join(sorted(PLANS))
         raise argparse.ArgumentTypeError(f"expected a file, or one of: {known}; got {text!r}")
     try:
