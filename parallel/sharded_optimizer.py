@@ -28,7 +28,7 @@ from torch.optim import (
     Rprop,
 )
 
-from .clip import clip_over_stages
+from .clip import clip_over_stages, refuse_one_stage
 from .replicas import check_equal, check_sendable, describe
 from .shard import Shard, shards_of
 from .shard_state import gather_state, own_state
@@ -143,8 +143,10 @@ class ShardedOptimizer(Optimizer):
 
         Returns the norm before, the same on every rank. Call it between backward and `step`; the
         `.grad` of the parameters stay as they are. Where these change before `step`, as by another
-        backward, `step` uses what they are then, not clipped: clip again.
+        backward, `step` uses what they are then, not clipped: clip again. ValueError, before
+        anything is changed, in a pipeline, whose own `clip_grad_norm_` counts all stages.
         """
+        refuse_one_stage(self._comm)
         if not self._are_brought():
             self._bring_gradients()
             self._brought = [_see(gradient) for gradient in self._gradients()]

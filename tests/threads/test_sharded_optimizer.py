@@ -431,6 +431,8 @@ def test_beside_a_pipeline_over_its_replicas_also_on_a_stage_without_parameters(
                 ),
             )
             assert whole.keys() == sharded.keys() == optimizer.state_dict()["state"].keys()
+            with pytest.raises(ValueError, match="clip_grad_norm_ of the Pipeline instead"):
+                optimizer.clip_grad_norm_(0.1)  # by a norm of this stage alone
             return mesh.pipe.rank, whole, sharded
 
     for stage, whole, sharded in run_local(6, main):
