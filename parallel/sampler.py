@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -48,31 +49,57 @@ def _pad(order: Order, multiple: int) -> Order:
 TAILS: Mapping[str, Callable[[Order, int], Order]] = {"keep": _keep, "drop": _drop, "pad": _pad}
 
 
+def _whole(name: str, value: Any, least: int) -> int:
+    """Return a whole number, or raise TypeError for what is none, ValueError for less."""
+    try:
+        number = index(value)
+    except TypeError:
+        hint = ", such as len(dataset)" if name == "num_samples" else ""
+        raise TypeError(
+            f"expected a whole number for {name}{hint}, got {type(value).__name__}"
+        ) from None
+    if number < least:
+        raise ValueError(f"expected {name} >= {least}, got {number}")
+    return number
+
+
 class _Epochs:
-    """Hold what both samplers share: checked arguments, the epoch and its order."""
+    """Hold what both samplers share: checked arguments, the epoch, its order, and what is done."""
 
     def __init__(
         self, num_samples: int, rank: int, size: int, tail: str, shuffle: bool, seed: int
     ) -> None:
-        if num_samples < 0:
-            raise ValueError(f"expected num_samples >= 0, got {num_samples}")
+        self.num_samples = _whole("num_samples", num_samples, 0)
         if size < 1 or not 0 <= rank < size:
             raise ValueError(f"expected 0 <= rank < size, got rank {rank} of {size}")
         if tail not in TAILS:
             raise ValueError(f"unknown tail {tail!r}, expected one of: {', '.join(TAILS)}")
-        self.num_samples = num_samples
         self.rank = rank
         self.size = size
         self.tail = tail
         self.shuffle = shuffle
-        self.seed = seed
+        self.seed = _whole("seed", seed, 0)
         self.epoch = 0
+        self.done = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration deals; the same on every rank."""
-        if epoch < 0:
-            raise ValueError(f"expected epoch >= 0, got {epoch}")
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, done: int = 0) -> None:
+        """Choose the epoch whose order iterations deal from now on; the same on every rank.
+
+        done: how much of what this rank is dealt in it they leave out, batches of a
+            GlobalBatchSampler, samples of a ShardSampler: what has been trained on before a run
+            that goes on in the middle of an epoch. Batches are the same for any number of ranks.
+        """
+        epoch, done = _whole("epoch", epoch, 0), _whole("done", done, 0)
+        if done > self._count():
+            raise ValueError(f"expected done <= {self._count()}, all of an epoch, got {done}")
+        self.epoch, self.done = epoch, done
+
+    def _count(self) -> int:
+        """Return how much this rank is dealt in a whole epoch."""
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        return self._count() - self.done
 
     def _dealt(self, multiple: int) -> Order:
         order = epoch_order(self.num_samples, self.epoch, self.seed, self.shuffle)
@@ -114,9 +141,9 @@ class ShardSampler(_Epochs):
     def __iter__(self) -> Iterator[int]:
         order = self._dealt(self.size)
         first, end = part_bounds(len(order), self.rank, self.size)
-        return iter(order[first:end].tolist())
+        return iter(order[first + self.done : end].tolist())
 
-    def __len__(self) -> int:
+    def _count(self) -> int:
         total = len(TAILS[self.tail](np.arange(self.num_samples, dtype=np.int64), self.size))
         first, end = part_bounds(total, self.rank, self.size)
         return end - first
@@ -150,20 +177,19 @@ class GlobalBatchSampler(_Epochs):
         uneven: bool = False,
     ) -> None:
         super().__init__(num_samples, rank, size, tail, shuffle, seed)
-        if batch_size < 1:
-            raise ValueError(f"expected batch_size >= 1, got {batch_size}")
+        batch_size = _whole("batch_size", batch_size, 1)
         if batch_size % size and not uneven:
             raise ValueError(f"global batch of {batch_size} is not divisible by {size} ranks")
         self.batch_size = batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self._dealt(self.batch_size)
-        for start in range(0, len(order), self.batch_size):
+        for start in range(self.done * self.batch_size, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
             first, end = part_bounds(len(batch), self.rank, self.size)
             yield batch[first:end].tolist()
 
-    def __len__(self) -> int:
+    def _count(self) -> int:
         whole, rest = divmod(self.num_samples, self.batch_size)
         return whole + (rest > 0 and self.tail != "drop")
 

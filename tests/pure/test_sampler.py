@@ -92,6 +92,26 @@ def test_global_batches_cover_the_epoch_once():
     assert [len(batch) for batch in batches] == [5, 5, 5, 5, 3]
 
 
+@pytest.mark.parametrize("tail", ["keep", "drop", "pad"])
+def test_an_epoch_goes_on_in_the_middle_on_another_number_of_ranks(tail):
+    alone = GlobalBatchSampler(23, 6, 0, 1, tail=tail, seed=5)
+    alone.set_epoch(3)
+    batches = list(alone)
+    for done in range(len(batches) + 1):
+        parts = []
+        for rank in range(3):
+            sampler = GlobalBatchSampler(23, 6, rank, 3, tail=tail, seed=5)
+            sampler.set_epoch(3, done=done)
+            parts.append(list(sampler))
+            assert len(sampler) == len(parts[-1]) == len(list(sampler)) == len(batches) - done
+        assert [list(chain(*row)) for row in zip(*parts, strict=True)] == batches[done:]
+        shard, whole = (ShardSampler(23, 1, 3, tail=tail, seed=5) for _ in range(2))
+        shard.set_epoch(0, done=done)
+        assert list(shard) == list(whole)[done:] and len(shard) == len(whole) - done
+        shard.set_epoch(0)
+        assert list(shard) == list(whole)
+
+
 def test_uneven_parts_only_when_asked_for():
     with pytest.raises(ValueError, match="global batch of 10 is not divisible by 4 ranks"):
         GlobalBatchSampler(100, 10, 0, 4)
@@ -127,6 +147,21 @@ def test_bad_arguments(arguments, message):
         ShardSampler(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: ShardSampler([1, 2], 0, 1), r"for num_samples, such as len\(dataset\), got list"),
+        (lambda: ShardSampler(5, 0, 1, seed=0.5), "for seed, got float"),
+        (lambda: GlobalBatchSampler(5, 2.0, 0, 1), "for batch_size, got float"),
+        (lambda: ShardSampler(5, 0, 1).set_epoch(1.5), "for epoch, got float"),
+    ],
+)
+def test_what_is_no_whole_number_is_refused_at_once(make, told):
+    """It was an error of NumPy's in the first iteration."""
+    with pytest.raises(TypeError, match=f"expected a whole number {told}"):
+        make()
+
+
 def test_unknown_tail():
     with pytest.raises(ValueError, match="unknown tail 'wrap', expected one of: keep, drop, pad"):
         ShardSampler(5, 0, 1, tail="wrap")
@@ -137,3 +172,7 @@ def test_bad_batch_size_and_epoch():
         GlobalBatchSampler(5, 0, 0, 1)
     with pytest.raises(ValueError, match="epoch >= 0, got -1"):
         ShardSampler(5, 0, 1).set_epoch(-1)
+    with pytest.raises(ValueError, match="seed >= 0, got -1"):
+        ShardSampler(5, 0, 1, seed=-1)
+    with pytest.raises(ValueError, match="done <= 3, all of an epoch, got 4"):
+        GlobalBatchSampler(7, 2, 0, 1).set_epoch(0, done=4)
