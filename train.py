@@ -20,13 +20,21 @@ from ringfold.workloads.command_line import parse
 from ringfold.workloads.crew import Crew, loaded, muster
 from ringfold.workloads.history import History
 from ringfold.workloads.losses import check_metric
-from ringfold.workloads.options import Options, UsageError, check_membership, grid_of
-from ringfold.workloads.training import Training, go_on, join
+from ringfold.workloads.options import (
+    Options,
+    UsageError,
+    check_membership,
+    grid_of,
+    grid_of_some,
+)
+from ringfold.workloads.training import Training, go_on, join, team_of
 from ringfold.workloads.worlds import NOT_BEGUN, Left, open_world
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ringfold.comm.communicator import Communicator
+    from ringfold.workloads.options import Grid
     from ringfold.workloads.report import Report
     from ringfold.workloads.worlds import World
 
@@ -76,26 +84,30 @@ def attempt(parse: Callable[[], Options]) -> tuple[Callable[[], Options], Option
 
 def begin_with_the_living(world: World, parsed: Callable[[], Options]) -> Training:
     """Begin, and begin anew where a rank dies before all have; see `begin`.  Collective."""
+    fewer = world.newcomers > 0
     while True:
         try:
-            training = begin(world, parsed)
+            training = begin(world, parsed, fewer)
             world.commit()
         except ringfold.PeerLost:
             if not world.survives:
                 raise
         else:
             return training
-        size = world.recover(NOT_BEGUN).size
+        size, fewer = world.recover(NOT_BEGUN).size, True
         if world.comm.rank == 0:
             print(f"a rank has died before the first step: beginning on {size}", file=sys.stderr)
 
 
-def begin(world: World, parsed: Callable[[], Options]) -> Training:
-    """Check and build all there is to.  Collective.  UsageError on every rank alike."""
+def begin(world: World, parsed: Callable[[], Options], fewer: bool) -> Training:
+    """Check and build all there is to.  Collective.  UsageError on every rank alike.
+
+    fewer: ranks have died, so that the options need not fit those that there are.
+    """
     comm = world.comm
     options = settle(comm, parsed)
     check_equal(comm, repr(options), "the options of train.py")
-    grid = settle(comm, lambda: grid_of(options, comm.size))
+    grid = settle(comm, lambda: (grid_of_some if fewer else grid_of)(options, comm.size))
     settle(comm, lambda: check_membership(options, comm.size))
     settle(comm, lambda: loaded(options.workload))
     from ringfold.workloads import report
@@ -103,14 +115,29 @@ def begin(world: World, parsed: Callable[[], Options]) -> Training:
     files = {"--report": options.report, "--trace": options.trace}
     # Rank 0 writes them, and other hosts need not have the folder.
     settle(comm, lambda: comm.rank == 0 and report.check_writable(files))
-    crew = muster(comm, options, grid, again=False)
+    team = team_of(comm, grid)
+    crew, first = settle(comm, lambda: crew_and_step(team, options, grid))
+    first = int(comm.allgather(np.array([first])).max())
+    return Training(options, grid, History.begin(comm), crew, first, first)
+
+
+def crew_and_step(
+    team: Communicator | None, options: Options, grid: Grid
+) -> tuple[Crew | None, int]:
+    """Build what a rank of the team trains with, and return how many steps are done.  Collective.
+
+    Nothing for a spare rank, which is in no team.
+    """
+    if team is None:
+        return None, 0
+    crew = muster(team, options, grid, again=False)
     first = crew.keeper.resume()
     if first > crew.num_steps:
         raise UsageError(
             f"--resume: the newest checkpoint in {options.checkpoint} is of step {first}, but this "
             f"run is to have {crew.num_steps} steps"
         )
-    return Training(options, grid, History.begin(comm), crew, first, first)
+    return crew, first
 
 
 def run(world: World, training: Training) -> None:

@@ -340,7 +340,9 @@ def test_what_a_recovery_has_dealt_out_is_not_lost_with_a_rank_that_dies_before_
 def test_the_report_is_written_whoever_dies_in_the_end(
     killed: Callable[..., dict[str, Any]], place: str, told: list[Any]
 ) -> None:
-    found = killed(f"0:end:{place}", "--elastic")
+    """Of three ranks that had begun, since one has died before, and of which a tree takes two."""
+    found = killed(f"3:start:made,0:end:{place}", "--elastic", "--reduction", "tree")
+    assert (found["data"], found["pipe"]) == (2, 1)
     assert [(event["event"], event["rank"], event["step"]) for event in found["events"]] == told
 
 

@@ -41,6 +41,12 @@ class Training:
     origin: Training | None = None
 
 
+def team_of(comm: Communicator, grid: Grid) -> Communicator | None:
+    """Return the ranks that train, as many as the grid has; None on those to spare.  Collective."""
+    busy = grid.data * grid.pipe
+    return comm if busy == comm.size else comm.split(0 if comm.rank < busy else None, comm.rank)
+
+
 def go_on(world: World, before: Training) -> Training:
     """Go on after PeerLost with the ranks that there are then.  Collective."""
     since = time.perf_counter()
@@ -76,13 +82,12 @@ def assemble(world: World, before: Training, joined: int) -> Training:
 
     comm, options, old, history = world.comm, before.options, before.crew, before.history
     grid = settle(comm, lambda: grid_of_some(options, comm.size))
-    busy = grid.data * grid.pipe
     done = int(comm.allgather(np.array([before.done])).max())
     history.share(comm, done, joined)
     if comm.rank == 0:
         news = "; ".join(history.news())
         print(f"{news}: going on as data {grid.data} x pipe {grid.pipe}", file=sys.stderr)
-    team = comm if busy == comm.size else comm.split(0 if comm.rank < busy else None, comm.rank)
+    team = team_of(comm, grid)
     new: dict[str, Any] = {}
     crew = None
     if team is not None:
