@@ -21,12 +21,12 @@ def fit(manifest: Manifest, path: str, tensor: Tensor) -> None:
     """Raise CheckpointError unless the checkpoint has a tensor of this name, dtype and shape."""
     entry = manifest.tensors.get(path)
     if entry is None:
-        raise CheckpointError(f"tensor {path}: the checkpoint of step {manifest.step} has none")
+        raise CheckpointError(f"tensor {path}: {manifest.title} has none")
     expected = DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
     if (entry.dtype, entry.shape) != expected:
         raise CheckpointError(
-            f"tensor {path}: expected {expected[0]} {expected[1]}, the checkpoint of step "
-            f"{manifest.step} has {entry.dtype} {entry.shape}"
+            f"tensor {path}: expected {expected[0]} {expected[1]}, {manifest.title} has "
+            f"{entry.dtype} {entry.shape}"
         )
 
 
@@ -41,14 +41,14 @@ def fit_shared(manifest: Manifest, path: str, names: Iterable[Sequence[str]]) ->
         first = next(iter(sums), "")
         for other in (full for full in sums if sums[full] != sums[first]):
             raise CheckpointError(
-                f"tensors {first} and {other} are one weight, which layers share, but the "
-                f"checkpoint of step {manifest.step} has another value for each: is it of a model "
-                "that does not share it?"
+                f"tensors {first} and {other} are one weight, which layers share, but "
+                f"{manifest.title} has another value for each: is it of a model that does not "
+                "share it?"
             )
 
 
 def value_at(manifest: Manifest, path: str) -> Any:
     """Return an encoded value; CheckpointError if the checkpoint has none."""
     if path not in manifest.values:
-        raise CheckpointError(f"{path}: the checkpoint of step {manifest.step} has no such value")
+        raise CheckpointError(f"{path}: {manifest.title} has no such value")
     return manifest.values[path]

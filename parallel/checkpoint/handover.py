@@ -20,7 +20,7 @@ from ..sharded_optimizer import ShardedOptimizer
 from .agreement import agree
 from .errors import CheckpointError
 from .files import DTYPES
-from .manifest import Entry, Manifest
+from .manifest import HANDED_OVER, Entry, Manifest
 from .restoring import restored
 from .shares import captured_by, share_out, summary_of
 from .state import parts_of
@@ -53,7 +53,7 @@ def hand_over(comm: Communicator, old: Mapping[str, Any], new: Mapping[str, Any]
     owners, values, _ = share_out(rows)
     kinds = {name: kind for row in rows for name, kind in row["tensors"].items()}
     entries = {n: Entry("", dtype, tuple(shape), "") for n, (_, dtype, shape) in kinds.items()}
-    manifest = Manifest(0, comm.size, {}, entries, values)
+    manifest = Manifest(HANDED_OVER, comm.size, {}, entries, values)
     parts = parts_of(new, comm.rank, comm.size)
     wanted: set[str] = set()
     complaint = ""

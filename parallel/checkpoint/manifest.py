@@ -10,10 +10,11 @@ from typing import Any
 
 from .errors import Damaged
 
-__all__ = ["KIND", "Entry", "Manifest", "from_text", "to_text"]
+__all__ = ["HANDED_OVER", "KIND", "Entry", "Manifest", "from_text", "to_text"]
 
 KIND = "ringfold checkpoint"
 FORMAT = f"{KIND} 1"
+HANDED_OVER = -1
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Entry:
 class Manifest:
     """Describe one whole checkpoint.
 
-    step: training steps done when it was taken.  ranks: how many wrote it.
+    step: training steps done when it was taken; HANDED_OVER for what ranks hold, and no checkpoint.
+    ranks: how many wrote it.
     files: name -> bytes.  tensors: full name -> entry.  values: path -> JSON of `values`.
     """
 
@@ -39,6 +41,12 @@ class Manifest:
     files: Mapping[str, int]
     tensors: Mapping[str, Entry]
     values: Mapping[str, Any]
+
+    @property
+    def title(self) -> str:
+        """Return what an error calls it."""
+        handed = self.step == HANDED_OVER
+        return "the state that ranks hold" if handed else f"the checkpoint of step {self.step}"
 
 
 def to_text(manifest: Manifest) -> str:

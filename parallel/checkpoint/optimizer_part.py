@@ -92,7 +92,7 @@ class OptimizerPart:
             for saved, (names, _) in zip(found[-1], members, strict=True):
                 if of.setdefault(saved, names[0]) != names[0]:
                     raise CheckpointError(
-                        f"{self.path}/state/{saved}: the checkpoint of step {manifest.step} does "
+                        f"{self.path}/state/{saved}: {manifest.title} does "
                         f"not tell whether it is of {of[saved]} or of {names[0]}"
                     )
         return found
@@ -125,7 +125,7 @@ class OptimizerPart:
             keys = _differing(value_at(manifest, first), value_at(manifest, second))
             raise CheckpointError(
                 f"{self.path}: parameter group {index} holds {homes[first]} and {homes[second]}, "
-                f"which differ in {', '.join(keys)} in the checkpoint of step {manifest.step}"
+                f"which differ in {', '.join(keys)} in {manifest.title}"
             )
         return next(iter(contents.values())) if len(contents) == 1 else None
 
@@ -149,8 +149,8 @@ class OptimizerPart:
         own = self._kind()
         if saved is not None and misfit(saved, own):
             raise CheckpointError(
-                f"{self.path}: expected the state of {_told(own)}, the checkpoint of step "
-                f"{manifest.step} has that of {_told(saved)}"
+                f"{self.path}: expected the state of {_told(own)}, {manifest.title} has "
+                f"that of {_told(saved)}"
             )
 
     def wanted(self, manifest: Manifest) -> list[str]:

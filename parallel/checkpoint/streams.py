@@ -116,14 +116,12 @@ class StreamsPart:
             where = f"{source}/generators/{key}"
             if key not in kept:
                 raise CheckpointError(
-                    f"{where}: the checkpoint of step {manifest.step} has no such stream, "
-                    f"only {sorted(kept)}"
+                    f"{where}: {manifest.title} has no such stream, only {sorted(kept)}"
                 )
             expected, found = _kind(generator), _kind_of_state(kept[key])
             if found != expected:
                 raise CheckpointError(
-                    f"{where}: expected a state of {expected}, the checkpoint of step "
-                    f"{manifest.step} has one of {found}"
+                    f"{where}: expected a state of {expected}, {manifest.title} has one of {found}"
                 )
             if isinstance(generator, torch.Generator):  # on another device it has another size
                 fit(manifest, kept[key].path, generator.get_state())
