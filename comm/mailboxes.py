@@ -208,16 +208,16 @@ class Mailboxes:
 
     def _addressed(self, bytes_: _Bytes, dst: int, tag: int, ordinal: int = 0) -> tuple[Words, Box]:
         box, slots = self._outboxes[dst], self._slots[dst]
-        slot = slots.take()
+        slots.take()
         words = self._words(box, True, dst, tag, bytes_, ordinal)
-        words[Letter.BOX], words[Letter.SEQUENCE] = slot, slots.sent
+        words[Letter.BOX], words[Letter.SEQUENCE] = slots.slot, slots.sent
         return words, box
 
     def _post(
         self, bytes_: _Bytes, dst: int, tag: int, place: int | None, ordinal: int = 0
     ) -> Message:
         words, box = self._addressed(bytes_, dst, tag, ordinal)
-        nbytes = bytes_.nbytes
+        slots, nbytes = self._slots[dst], bytes_.nbytes
         if place is not None:
             words[Letter.PLACE], words[Letter.WINDOW] = place, nbytes
             return self._message(words, dst, tag, bytes_)
@@ -230,12 +230,12 @@ class Mailboxes:
         window = self._pool.take(room)
         address = address_of(window)
         words[Letter.PLACE], words[Letter.WINDOW] = address - box.base, max(room, 1)
-        if room == nbytes and self._slots[dst].far_ahead:
+        if room == nbytes and slots.far_ahead:
             # As if the receiver read it in place: it can, and the sender waits until it has.
             ctypes.memmove(address, bytes_.address, nbytes)
         else:
             words[Letter.WINDOW_AT], words[Letter.PIECE] = address, min(PIECE_BYTES, max(room, 1))
-        self._pool.lend(window, _returned(words))
+        self._pool.lend(window, _returned(slots))
         return self._message(words, dst, tag, (bytes_, window))
 
     def _message(self, words: Words, peer: int, tag: int, keeps: object) -> Message:
@@ -273,7 +273,6 @@ def _signature(name: str, buffer: Buffer, peer: int) -> Signature:
     return Signature(name, "", buffer.dtype.name, buffer.flat.size, peer)
 
 
-def _returned(words: Words) -> Returned:
-    sequence = int(words[Letter.SEQUENCE])
-    done = ctypes.c_int64.from_address(int(words[Letter.BOX]) + 8 * Slot.DONE)
+def _returned(slots: Outbox) -> Returned:
+    sequence, done = slots.sent, ctypes.c_int64.from_address(slots.slot + 8 * Slot.DONE)
     return lambda: done.value >= sequence

@@ -52,26 +52,25 @@ class Run:
 class Outbox:
     """The slots of one ordered pair of ranks, as the sender sees them.
 
-    sent: messages so far.
+    sent: messages so far.  slot: the address of the last one's.
     """
 
     def __init__(self, address: int, memory: Memory) -> None:
         """address: of the words that tell the receiver where runs begin."""
         self._address, self._memory = address, memory
         self._runs: list[Run] = []
-        self.sent = self._finished = self._look = 0
+        self.sent = self.slot = self._finished = self._look = 0
+        self._slots = 0  # address of the newest run's
 
-    def take(self) -> int:
-        """Count another message; return the address of its slot.
+    def take(self) -> None:
+        """Count another message, and find its slot.
 
         Raises: CommError where more are under way than can be told apart.
         """
-        number, place = divmod(self.sent + 1, SLOTS)
-        if not self._runs or self._runs[-1].number != number:
-            self._begin(number)
-        self.sent += 1
-        run = self._runs[-1]
-        return self._memory.address + run.block.offset + place * SLOT_BYTES
+        sent = self.sent + 1
+        if sent % SLOTS == 0 or not self._slots:
+            self._begin(sent // SLOTS)
+        self.sent, self.slot = sent, self._slots + sent % SLOTS * SLOT_BYTES
 
     def _begin(self, number: int) -> None:
         oldest = next((run.number for run in self._runs if not run.done()), number)
@@ -93,6 +92,7 @@ class Outbox:
             run.number = number
         self._runs.append(run)
         self._word(number).value = run.block.offset
+        self._slots = self._memory.address + run.block.offset
 
     def _word(self, number: int) -> ctypes.c_int64:
         return ctypes.c_int64.from_address(self._address + number % RUNS * 8)
@@ -100,8 +100,9 @@ class Outbox:
     @property
     def far_ahead(self) -> bool:
         """Tell whether more than AHEAD messages are under way, or have been a while ago."""
-        few = len(self._runs) <= _FEW
-        if self.sent - self._finished > AHEAD and (few or self.sent >= self._look):
+        if self.sent - self._finished <= AHEAD:
+            return False
+        if len(self._runs) <= _FEW or self.sent >= self._look:
             self._finished = self.sent - sum(run.under_way(self.sent) for run in self._runs)
             self._look = self.sent + SLOTS
         return self.sent - self._finished > AHEAD

@@ -22,7 +22,8 @@ class Pair:
 
     def send(self, count: int) -> None:
         for _ in range(count):
-            self.addresses.append(self.slots.take())
+            self.slots.take()
+            self.addresses.append(self.slots.slot)
             self.words(self.slots.sent)[Slot.SEQUENCE] = self.slots.sent
 
     def words(self, sequence: int) -> np.ndarray:
