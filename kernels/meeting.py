@@ -156,8 +156,8 @@ def _advance(record: Any, awaited: Any) -> Any:
     if load(work[_ON_BOARD] + 8 * _TURN) != work[_TICKET]:
         return _RUNNING
     while work[_ROW] < work[_NUM_ROWS]:
-        row = words_at(work[_ROWS] + work[_ROW] * (8 * ROW_WORDS), ROW_WORDS)
-        if row[0] == _MEET:
+        row = work[_ROWS] + work[_ROW] * (8 * ROW_WORDS)
+        if words_at(row, 1)[0] == _MEET:
             if not _meet(work, board, awaited):
                 return _RUNNING
             if work[_NOTED] == 0:
@@ -169,7 +169,7 @@ def _advance(record: Any, awaited: Any) -> Any:
                     work[_STATUS] = verdict
                     return verdict
         else:
-            unreached = perform(record, work, board, row)
+            unreached = perform(record, row)
             if unreached != NOBODY:
                 # Its process ends, or has ended: whoever waits for it will be told.
                 work[_WAITING_FOR] = unreached
