@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterable
 from typing import TYPE_CHECKING
-from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -16,26 +15,26 @@ from .replicas import numbers_of
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
 
-__all__ = ["clip_over_stages", "note_stages", "refuse_one_stage"]
+__all__ = ["clip_over_stages", "note_stage", "refuse_one_stage"]
 
 # As torch.nn.utils.clip_grad_norm_ has it, so that clipping is that of the unsplit model.
 _EPSILON = 1e-6
-
-_OF_STAGES: WeakSet[Communicator] = WeakSet()
-
-
-def note_stages(replicas: Communicator) -> None:
-    """Note that these ranks hold replicas of one stage among several."""
-    _OF_STAGES.add(replicas)
+_OF_ONE_STAGE = "_ringfold_of_one_stage"
 
 
-def refuse_one_stage(comm: Communicator) -> None:
-    """Raise ValueError where a norm over these ranks would be that of one stage alone."""
-    if comm in _OF_STAGES:
+def note_stage(parameters: Iterable[nn.Parameter]) -> None:
+    """Note that other stages than that of these parameters are on other ranks."""
+    for parameter in parameters:
+        setattr(parameter, _OF_ONE_STAGE, True)
+
+
+def refuse_one_stage(parameters: Iterable[nn.Parameter]) -> None:
+    """Raise ValueError where a norm over these parameters would be that of one stage alone."""
+    if any(hasattr(parameter, _OF_ONE_STAGE) for parameter in parameters):
         raise ValueError(
-            "the ranks of this optimizer hold one stage of a pipeline, and each stage would be "
-            "clipped by a norm of its own: call clip_grad_norm_ of the Pipeline instead, before "
-            "step, which counts all stages"
+            "this optimizer has one stage of a pipeline, and each stage would be clipped by a norm "
+            "of its own: call clip_grad_norm_ of the Pipeline instead, before step, which counts "
+            "all stages"
         )
 
 

@@ -146,7 +146,7 @@ class ShardedOptimizer(Optimizer):
         backward, `step` uses what they are then, not clipped: clip again. ValueError, before
         anything is changed, in a pipeline, whose own `clip_grad_norm_` counts all stages.
         """
-        refuse_one_stage(self._comm)
+        refuse_one_stage(p for group in self.param_groups for p in group["params"])
         if not self._are_brought():
             self._bring_gradients()
             self._brought = [_see(gradient) for gradient in self._gradients()]

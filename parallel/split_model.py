@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .clip import clip_over_stages, note_stages
+from .clip import clip_over_stages, note_stage
 from .constants import Constants
 from .layers import Named, RankLayers
 from .random_keys import name_layers
@@ -77,7 +77,7 @@ class SplitModel:
         for layers in self._layers.stages.values():
             constants.watch(layers)
         if pipe.size > 1:
-            note_stages(mesh.data)
+            note_stage(self._layers.or_placeholder(list(self.module.parameters())))
         self.ties = TiedGradients(ties, ranks, pipe)
         self.ties.equalize()
 
