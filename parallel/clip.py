@@ -29,8 +29,12 @@ def note_stage(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def refuse_one_stage(parameters: Iterable[nn.Parameter]) -> None:
-    """Raise ValueError where a norm over these parameters would be that of one stage alone."""
-    if any(hasattr(parameter, _OF_ONE_STAGE) for parameter in parameters):
+    """Raise ValueError where a norm over these parameters would be that of one stage alone.
+
+    No parameters are those of a stage that has none: nothing else has an optimizer of nothing.
+    """
+    given = list(parameters)
+    if not given or any(hasattr(parameter, _OF_ONE_STAGE) for parameter in given):
         raise ValueError(
             "this optimizer has one stage of a pipeline, and each stage would be clipped by a norm "
             "of its own: call clip_grad_norm_ of the Pipeline instead, before step, which counts "

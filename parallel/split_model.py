@@ -77,7 +77,7 @@ class SplitModel:
         for layers in self._layers.stages.values():
             constants.watch(layers)
         if pipe.size > 1:
-            note_stage(self._layers.or_placeholder(list(self.module.parameters())))
+            note_stage(self.module.parameters())
         self.ties = TiedGradients(ties, ranks, pipe)
         self.ties.equalize()
 
