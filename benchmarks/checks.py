@@ -28,6 +28,7 @@ from ringfold.comm.trace import Ring
 from ringfold.kernels import meeting as meetings
 from ringfold.kernels.compiled import compile_kernel
 from ringfold.kernels.message_words import Word
+from ringfold.kernels.native import words_at
 from ringfold.kernels.ring import note_end, note_start
 
 LOOPS = 20_000
@@ -36,7 +37,7 @@ ROUNDS = 15
 
 def meeting_checks() -> Callable[[int, int], int]:
     """Return the compiled (work record, repetitions) of what a meeting does for the checks."""
-    words, start, end = meetings._words, meetings._note_start, meetings._note_end
+    words, start, end = words_at, meetings._note_start, meetings._note_end
     compare, on_board = meetings._compare, meetings._ON_BOARD
     work_words, board_words = meetings._WORK_WORDS, meetings._BOARD_WORDS
 
