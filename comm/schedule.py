@@ -219,15 +219,32 @@ class Moves:
 def moves(round: Round, size: int, num_chunks: int, index: int | None = None) -> Moves:
     """Evaluate a round at its members; ranks that send nothing are left out.
 
-    Raises: ScheduleError, with the round's index, for a rule that does not work on arrays.
+    Raises: ScheduleError, with the round's index, for a rule that does not work on arrays, or whose
+    members are no ranks in order.
     """
-    ranks = round.peers.members(size)
+    ranks = members_of(round.peers, size, index)
     (dst,) = on_ranks(round.peers, lambda: (round.peers.dst(ranks, size),), ranks.size, index)
     first, length = on_ranks(
         round.chunks, lambda: round.chunks.span(ranks, size, num_chunks), ranks.size, index
     )
     active = (dst != NOBODY) & (length > 0)
     return Moves(ranks[active], dst[active], first[active], length[active])
+
+
+def members_of(peers: Peers, size: int, index: int | None = None) -> npt.NDArray[np.int64]:
+    """Return the ranks that a rule says take part; ScheduleError for what are none, in order."""
+    found = peers.members(size)
+    ranks = np.asarray(found)
+    proper = ranks.ndim == 1 and (ranks.dtype.kind in "iu" or not ranks.size)
+    if proper and ranks.size:
+        proper = bool(ranks[0] >= 0 and ranks[-1] < size and (ranks[1:] > ranks[:-1]).all())
+    if not proper:
+        raise ScheduleError(
+            f"the members of {type(peers).__name__} are {found!r}: expected ranks of {size}, in "
+            "order, each once",
+            round=index,
+        )
+    return ranks.astype(np.int64, copy=False)
 
 
 def on_ranks(

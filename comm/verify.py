@@ -22,6 +22,7 @@ from .schedule import (
     Moves,
     Round,
     Schedule,
+    members_of,
     moves,
     on_ranks,
     require_hashable,
@@ -142,7 +143,7 @@ def _matched(schedule: Schedule, round: Round, index: int) -> Moves:
                     round=index,
                     rank=rank,
                 )
-    members = set(peers.members(size).tolist())
+    members = set(members_of(peers, size, index).tolist())
     for rank in range(size):
         if (dst[rank], src[rank]) != (NOBODY, NOBODY) and rank not in members:
             raise ScheduleError(

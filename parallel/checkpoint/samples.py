@@ -6,31 +6,41 @@ name on each, and models that ranks train apart have other values. One of them w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
 
-__all__ = ["are_apart", "sample_of"]
+__all__ = ["are_apart", "samples_of"]
 
 _COUNT = 8
 # More than replicas of other processors may differ, which round otherwise: half-width ones, too.
 _APART = 1 / 16
 
 
-def sample_of(tensor: Tensor) -> list[float]:
-    """Return some elements, evenly spaced; none of what is no dense tensor of floats."""
+def samples_of(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Return some elements of each, evenly spaced; none of what is no dense tensor of floats.
+
+    The host waits for a GPU once for all of them.
+    """
+    few = {name: _few(tensor) for name, tensor in tensors.items()}
+    if not few:
+        return {}
+    there = next(iter(few.values())).device
+    values = iter(torch.cat([part.to(there, torch.float64) for part in few.values()]).tolist())
+    return {name: list(islice(values, part.numel())) for name, part in few.items()}
+
+
+def _few(tensor: Tensor) -> Tensor:
     if tensor.layout != torch.strided or not tensor.is_floating_point() or not tensor.numel():
-        return []
+        return torch.empty(0, device=tensor.device)
     step = max(1, tensor.numel() // _COUNT)
     own = tensor.detach()
     if own.is_contiguous():
-        few = own.view(-1)[::step][:_COUNT]
-    else:
-        places = torch.arange(0, tensor.numel(), step, device=own.device)[:_COUNT]
-        few = own[torch.unravel_index(places, own.shape)]
-    found: list[float] = few.double().tolist()
-    return found
+        return own.view(-1)[::step][:_COUNT]
+    places = torch.arange(0, tensor.numel(), step, device=own.device)[:_COUNT]
+    return own[torch.unravel_index(places, own.shape)]
 
 
 def are_apart(left: Sequence[float], right: Sequence[float]) -> bool:

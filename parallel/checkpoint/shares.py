@@ -10,7 +10,7 @@ import torch
 
 from .errors import CheckpointError
 from .files import DTYPES
-from .samples import are_apart, sample_of
+from .samples import are_apart, samples_of
 from .state import Captured, parts_of
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def summary_of(captured: Captured, step: int | None = None) -> str:
     }
     samples = {}
     if step is not None:  # what is written, that all ranks are to go on from
-        samples = {name: sample_of(captured.tensors[name]) for name in captured.alike}
+        samples = samples_of({name: captured.tensors[name] for name in captured.alike})
     return json.dumps(
         {"step": step, "tensors": held, "values": captured.values, "samples": samples}
     )

@@ -14,7 +14,7 @@ from . import __version__, units
 from .builders import ALL_ROOTS, Misuse, find_builder
 from .comm.cost import kinds, price
 from .comm.errors import ScheduleError
-from .comm.schedule import Schedule, draw
+from .comm.schedule import Schedule, draw, members_of
 from .comm.text_file import prepare_file, write_whole
 from .comm.topology import Cluster, Link
 from .comm.verify import verify
@@ -221,7 +221,7 @@ def _warn_of_a_long_wait(schedule: Schedule, cluster: Cluster) -> None:
         different = kinds(schedule, cluster)
     except TypeError:  # not hashable, which price() explains
         return
-    evaluated = sum(len(round.peers.members(schedule.size)) for round in different)
+    evaluated = sum(len(members_of(round.peers, schedule.size)) for round in different)
     seconds = evaluated * RANK_SECONDS
     if seconds >= LONG_SECONDS:
         print(

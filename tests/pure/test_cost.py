@@ -149,10 +149,12 @@ def test_rules_that_cannot_be_remembered_or_evaluated_are_named() -> None:
 
 @dataclass(frozen=True)
 class Shy(Spoke):
-    """Leave the receiver out."""
+    """Say of a few ranks alone that they take part."""
+
+    told: tuple[int, ...] = (0,)
 
     def members(self, size: int) -> npt.NDArray[np.int64]:
-        return np.array([self.root])
+        return self.told  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,10 @@ def test_members_are_all_that_take_part() -> None:
     with pytest.raises(ScheduleError, match="takes part, and is none of the members of Shy") as no:
         verify(replace(star, rounds=rounds))
     assert (no.value.round, no.value.rank) == (0, 1)
+    for told in ((0, 4), (1, 0), (0, 0), (0.5,), ((0, 1),)):
+        worse = replace(star.rounds[0], peers=Shy(1, 0, told))  # type: ignore[arg-type]
+        with pytest.raises(ScheduleError, match=r"round 0: the members of Shy are .* in order"):
+            verify(replace(star, rounds=(worse, *star.rounds[1:])))
 
 
 @pytest.mark.parametrize("name, sent", [("reduce", 400_000), ("gather", 40)])
