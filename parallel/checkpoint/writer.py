@@ -90,7 +90,7 @@ class Writing:
                 rows = [done, *(self._result_of(rank) for rank in range(1, job.num_ranks))]
                 self.path = commit(job.made, self._manifest(rows), job.keep)
         except Exception as error:  # the waiter reports it, on all ranks
-            self.error = f"{type(error).__name__}: {error}"
+            self.error = f"{type(error).__name__}: {self._cause(error)}"
             if not self._own_done.is_set():
                 self._own_error = self.error
             if job.made is not None:
@@ -100,6 +100,14 @@ class Writing:
                     self._tell({"error": self.error})
         self.seconds = time.perf_counter() - start
         self._own_done.set()
+
+    def _cause(self, error: Exception) -> str:
+        """Say what is missing: the folder itself, whichever of its files was looked for."""
+        folder = self.job.folder
+        missing = error.filename if isinstance(error, FileNotFoundError) else None
+        if missing and Path(missing).is_relative_to(folder) and not folder.exists():
+            return f"{folder} has been removed"
+        return str(error)
 
     def _write_own(self) -> dict[str, Any]:
         job = self.job
@@ -123,8 +131,7 @@ class Writing:
         while not path.exists():
             if self._given_up.is_set():
                 raise InterruptedError("the checkpoint was given up")
-            if not self.job.folder.is_dir():
-                raise FileNotFoundError(f"{self.job.folder} has been removed")
+            self.job.folder.stat()  # FileNotFoundError where somebody has removed it
             if time.monotonic() > end:
                 raise TimeoutError(
                     f"rank {rank} has not written its part within {self.job.patience:g} s"

@@ -189,24 +189,31 @@ def test_a_checkpoint_under_another_name_is_loaded_by_its_path_and_not_written_i
     run_local(2, main)
 
 
-@pytest.mark.parametrize("what", ["result", "folder", "memory"])
+@pytest.mark.parametrize("what", ["result", "folder early", "folder late", "memory"])
 def test_what_keeps_one_rank_from_writing_is_told_at_once(tmp_path, monkeypatch, what):
-    """As where the disk is full by the very last file, or somebody removes the folder."""
+    """As where the disk is full by the very last file, or somebody removes the folder.
+
+    It goes before rank 0 has begun to write its part, or after that is on the disk.
+    """
     write, take = writer.write_text, Snapshot.take
-    held = threading.Event()
+    written, removed = threading.Event(), threading.Event()
 
     def full(path, text):
         if what == "result" and path.name == "rank-00001.json":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, text)
-        if what == "folder" and path.name == "rank-00001.json":
+        if what.startswith("folder") and path.name == "rank-00001.json":
+            assert what == "folder early" or written.wait(60)
             shutil.rmtree(tmp_path)
-            held.set()
+            removed.set()
 
     def slow(path, tensors):
+        first = path.name.startswith("rank-00000")
+        assert not (first and what == "folder early") or removed.wait(60)
         found = write_tensors(path, tensors)
-        if what == "folder" and path.name.startswith("rank-00000"):
-            assert held.wait(60)
+        if first and what == "folder late":
+            written.set()
+            assert removed.wait(60)
         return found
 
     def short(self, tensors):
@@ -222,7 +229,7 @@ def test_what_keeps_one_rank_from_writing_is_told_at_once(tmp_path, monkeypatch,
         "result": "rank 1: OSError: .* No space left on device",
         "folder": "rank 0: FileNotFoundError: .* has been removed",
         "memory": "rank 1: no memory for copies of the state",
-    }[what]
+    }[what.split()[0]]
 
     def main(comm):
         model = torch.nn.ParameterDict({f"p{comm.rank}": torch.zeros(4)})  # each rank has its own
