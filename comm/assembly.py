@@ -3,8 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from .work import Steps
+
+
+class Lasting:
+    """Steps that one work begins and another goes on with, where the first was broken off."""
+
+    def __init__(self, make: Callable[[], Steps]) -> None:
+        self._make = make
+        self._going: Steps | None = None
+
+    def run(self) -> Steps:
+        """Take the steps, or what is left of them; to be broken off, and called anew, any time."""
+        going = self._going = self._going or self._make()
+        patient: bool | None = None
+        while True:
+            try:
+                pending = going.send(patient)
+            except StopIteration:
+                return
+            except BaseException:
+                self._going = None
+                raise
+            # Broken off here, what goes on is kept.
+            patient = yield pending
 
 
 class Assembly:
@@ -23,7 +47,7 @@ class Assembly:
         """
         self._step, self._check = step, check
         self._taken = 0
-        self._going: Steps | None = None
+        self._going: Lasting | None = None
 
     def come(self) -> Steps:
         """Take both steps, or what is left of them; to be broken off, and called anew, any time."""
@@ -34,16 +58,6 @@ class Assembly:
             self._check()
 
     def _take(self) -> Steps:
-        going = self._going = self._going or self._step(self._taken)
-        patient: bool | None = None
-        while True:
-            try:
-                pending = going.send(patient)
-            except StopIteration:
-                self._taken, self._going = self._taken + 1, None
-                return
-            except BaseException:
-                self._going = None
-                raise
-            # Broken off here, what goes on is kept.
-            patient = yield pending
+        going = self._going = self._going or Lasting(partial(self._step, self._taken))
+        yield from going.run()
+        self._taken, self._going = self._taken + 1, None

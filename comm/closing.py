@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 from ..kernels.say import say
-from .errors import CommError, CommTimeout
+from .assembly import Lasting
+from .errors import CommError, CommTimeout, MismatchError
 from .progress import Progress
 from .transport.base import Request, Transport
-from .work import Work
+from .work import Steps, Work
 
 _LEAST = 1.0
 """Seconds that a rank waits for the others, also when it has spent its time on what was in flight;
@@ -19,7 +21,8 @@ and that a message may be on its way which was sent before all ranks came."""
 class Closing:
     """One rank's part in closing a group.
 
-    come: starts to wait for all ranks of the group, for the first time, or the second.
+    coming: what waits for all ranks of the group, for the first time, or the second.
+    start: starts a work of such steps.
     """
 
     def __init__(
@@ -28,14 +31,16 @@ class Closing:
         progress: Progress,
         timeout: float,
         name: str,
-        come: Callable[[int], Work],
+        coming: Callable[[int], Steps],
+        start: Callable[[Callable[[], Steps]], Work],
     ) -> None:
         self._transport, self._progress, self._name = transport, progress, name
-        self._come = come
+        self._coming, self._start = coming, start
         self._timeout = timeout
         self._end = 0.0
         self._together = transport.together
-        self._met: dict[int, Work] = {}
+        self._steps: dict[int, Lasting] = {}
+        self._works: dict[int, Work] = {}
 
     def finish(self) -> list[Request]:
         """Finish the group's works; those that cannot end, end with an error.
@@ -64,13 +69,32 @@ class Closing:
         """
         if self._transport.size == 1 or not self._together:
             return False
-        try:
-            if number not in self._met:
-                self._met[number] = self._come(number)
-            self._met[number].wait(max(self._end - time.monotonic(), _LEAST))
-        except CommTimeout as error:
-            say(f"closing {self._name} without the others: {error}")
-            self._together = False
-        except CommError:  # a rank is gone, or has called something else and is told so
-            self._together = False
+        while self._together and not self._meet(number):
+            pass
         return self._together
+
+    def _meet(self, number: int) -> bool:
+        """Wait for all ranks; tell whether that is over, or to be gone on with.
+
+        Ranks that have called something else are told, and may come then. This one waits for them
+        in another call than the one that they were told of: what they call next is seen, too.
+        """
+        steps = self._steps.setdefault(number, Lasting(partial(self._coming, number)))
+        try:
+            if number not in self._works:
+                self._works[number] = self._start(steps.run)
+            self._works[number].wait(max(self._end - time.monotonic(), _LEAST))
+        except MismatchError as error:
+            del self._works[number]
+            if time.monotonic() < self._end:
+                return False
+            self._leave(error)
+        except CommTimeout as error:
+            self._leave(error)
+        except CommError:  # a rank is gone
+            self._together = False
+        return True
+
+    def _leave(self, error: CommError) -> None:
+        say(f"closing {self._name} without the others: {error}")
+        self._together = False

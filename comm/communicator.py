@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from .topology import Nodes
 from .trace import Entry, group_within
 from .transport.base import Transport
 from .tune import Tuning, load
-from .work import Work
+from .work import Steps, Work
 
 if TYPE_CHECKING:
     from .device_ways import DeviceWays
@@ -322,8 +322,9 @@ class Communicator(GroupCalls, Scope):
         if self._runner.closed:
             return
         self._progress.require_uninterrupted()
+        coming, timeout = self._operations.coming("close"), self._settings.timeout
         closing = self._closing = self._closing or Closing(
-            self._transport, self._progress, self._settings.timeout, self.name, self._come
+            self._transport, self._progress, timeout, self.name, coming, self._come
         )
         self._job.kept += closing.finish()
         kept = [] if self._device_operations is None else self._device_operations.close()
@@ -338,8 +339,7 @@ class Communicator(GroupCalls, Scope):
             self._job.leave_when_idle()
         self._transport.close()
 
-    def _come(self, number: int) -> Work:
-        steps = partial(self._operations.coming("close"), number)
+    def _come(self, steps: Callable[[], Steps]) -> Work:
         work: Work = self._start(self._operations.come("close", steps), False)
         return work
 

@@ -29,7 +29,7 @@ from .fused_pulls import shown_bytes
 from .fused_rows import INPUT, OUTPUT, Rows, Shape
 from .notices import DIFFER, Row, table
 from .serving import Waiting
-from .trace import Entry
+from .trace import Entry, Ring
 from .transport.base import Request
 from .work import Steps
 
@@ -120,6 +120,12 @@ class Meeting:
     def called(self, call: int) -> None:
         """Let the ring of operations refer to a call, see trace.Ring.intern."""
         self._record[WorkWord.CALLED] = call
+
+    def place(self, ring: Ring, site: str) -> None:
+        """Correct where the present run is called, and those that follow."""
+        call = ring.place(int(self._record[WorkWord.ENTRY]), site)
+        if call:
+            self.called(call)
 
     @property
     def flying(self) -> bool:

@@ -22,7 +22,7 @@ from .work import Prepared, Receipt, Steps, Work
 if TYPE_CHECKING:
     from .meeting import Meeting
 
-_DONE = int(Status.DONE)
+_DONE, _REFUSED = int(Status.DONE), int(Status.REFUSED)
 
 
 class Runner:
@@ -76,7 +76,7 @@ class Runner:
         if not self._progress.works:
             status = meeting.launch()
             if status != _DONE:
-                steps = meeting.steps(status, owner)
+                steps = self._steps(meeting, status, owner)
                 self._advance(lambda: steps, receipt, background=False).wait()
         else:
             self.fly(meeting, receipt, owner).wait()
@@ -88,11 +88,19 @@ class Runner:
         """Start a meeting behind what is in flight; it may have ended when this returns."""
         self.require_open()
         if self._progress.works:
-            return self._advance(lambda: meeting.steps(meeting.launch(), owner), receipt, True)
+            return self._advance(
+                lambda: self._steps(meeting, meeting.launch(), owner), receipt, True
+            )
         status = meeting.launch()
         if status == _DONE:
             return Work(None, receipt, self._transport, self._progress, self.name, owner)
-        return self._advance(lambda: meeting.steps(status, owner), receipt, True)
+        return self._advance(lambda: self._steps(meeting, status, owner), receipt, True)
+
+    def _steps(self, meeting: Meeting, status: int, owner: Any) -> Steps:
+        """Return the steps of a known meeting that waits, which may be called from a new place."""
+        if status != _REFUSED:
+            meeting.place(self._ring, self._sites.here())
+        return meeting.steps(status, owner)
 
     def start(self, prepared: Prepared, blocking: bool) -> Any:
         """Note a call and begin it."""

@@ -86,7 +86,8 @@ class Entry:
     number: of the rank's operations, from 1.
     sequence: of the group's collectives, from 1, equal on all of its ranks; messages count apart.
     group, size: by what was split from what: "world", "world.node", "world.1", ...; its ranks.
-    site: file:line of the first caller outside ringfold and torch; of a plan, where it was made.
+    site: file:line of the first caller outside ringfold and torch; of a plan, where it was made;
+        of a call that did not wait, where its like was called before on the same array.
     start, end: nanoseconds of CLOCK_MONOTONIC, which all processes of a node share; end is 0 while
         it runs, and up to 10 ms too early (never before start) unless a timeline is recorded.
     way: of a collective over messages, the algorithm, or another name for how they go; else "".
@@ -169,6 +170,19 @@ class Ring:
         low = _CALLS_AT + place * _CALL_BYTES
         self.memory[low : low + 8].view(np.int64)[0] = call
         self.memory[low + 8 : low + _CALL_BYTES] = np.frombuffer(_encoded(key), np.uint8)
+        return call
+
+    def place(self, number: int, site: str) -> int:
+        """Correct where an operation is called; return the number of its call, 0 if unknown."""
+        words = self._words
+        at = _HEAD + (number & _MASK) * _ENTRY_WORDS
+        call = words[at + 1]
+        key = self._keys[call % RING_CALLS]
+        if words[at] != number or key is None or self._calls[key] != call:
+            return 0
+        signature, group, size, known, way = key
+        if known != site:
+            words[at + 1] = call = self.intern(signature, group, size, site, way)
         return call
 
     def begin(self, call: int, sequence: int) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from contract import data, reopened
 
-from ringfold import CommError, Communicator
+from ringfold import CommError, Communicator, MismatchError
 from ringfold.comm.serving import Waiting
 
 pytestmark = pytest.mark.usefixtures("several")
@@ -107,6 +107,25 @@ def test_what_was_sent_before_the_close_arrives_and_other_receives_end(
     text = rf"rank {part.rank}: {part.name} was closed .* recv .* for ranks \[{behind}\]"
     with pytest.raises(CommError, match=text):
         gets[1].wait()
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "messages"])
+def test_ranks_that_reduce_meanwhile_are_told_and_are_waited_for(
+    comm: Communicator, capfd: pytest.CaptureFixture[str], *, shared: bool
+) -> None:
+    """Who had closed went on to close its node, and they waited for each other."""
+    for calls in (1, 2):  # whoever goes on after the error is told again
+        with reopened(comm, shared=shared) as group:
+            start = time.monotonic()
+            x = np.ones(1000)
+            group.allreduce(x)
+            if group.rank != 1:
+                for _ in range(calls):
+                    with pytest.raises(MismatchError, match=r"rank 1: close\(\)"):
+                        group.allreduce(x)
+            group.close()
+            assert time.monotonic() - start < 10
+    assert "without the others" not in capfd.readouterr().err
 
 
 def mapped() -> int:

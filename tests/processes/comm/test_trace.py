@@ -1,5 +1,8 @@
 """The ring of last operations where ranks are processes: compiled code notes, and peers read."""
 
+import time
+from inspect import currentframe
+
 import numpy as np
 import pytest
 
@@ -18,6 +21,23 @@ def test_peers_on_the_node_read_what_a_rank_did_last(comm: ringfold.Communicator
         assert (found.group, found.state) == ("world", State.DONE)
         assert found.site.startswith(__file__)
     comm.barrier()
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_a_call_that_waits_is_where_it_is_called_now(comm: ringfold.Communicator, blocking: bool):
+    """What is known of an array brought the place with it where that was passed first."""
+    if comm.size == 1:
+        pytest.skip("one rank waits for nobody")
+    x = np.zeros(9)
+    comm.allreduce(x)
+    comm.barrier()
+    if comm.rank == 0:
+        time.sleep(0.1)
+    here = currentframe().f_lineno + 1
+    work = comm.allreduce(x, blocking=blocking)
+    if not blocking:
+        work.wait()
+    assert comm.rank == 0 or comm.recent(1)[0].site == f"{__file__}:{here}"
 
 
 @pytest.mark.parametrize("count", [1, 3000, 100_001])
