@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
+from .cycles import Cycles, needs, told
 from .errors import MismatchError
 from .notices import (
     ASSEMBLING,
@@ -21,6 +22,7 @@ from .notices import (
     Ask,
     Called,
     Notice,
+    Probe,
     Report,
     Row,
     Verdict,
@@ -51,10 +53,23 @@ _EVERYBODY = 64
 class Inquiry:
     """What one rank has told, and been told, over all of its groups."""
 
-    def __init__(self, transport: Transport, ring: Ring) -> None:
-        """transport: of the group that all others are split from."""
+    def __init__(
+        self,
+        transport: Transport,
+        ring: Ring,
+        begun: Callable[[str], int | None],
+        alone: Callable[[], bool],
+    ) -> None:
+        """transport: of the group that all others are split from.
+
+        begun: how many collectives of a group this rank has begun; see `Cycles`.
+        alone: whether no other thread of this rank calls collectives.
+        """
         self._transport = transport
         self._ring = ring
+        self._alone = alone
+        self._cycles = Cycles(transport.rank, self._tell_all, begun)
+        self._standing: Work | None = None
         # The watchdog listens while the rank waits; a signal's handler may wait in between.
         self._lock = threading.RLock()
         self._told: dict[tuple[str, int], tuple[Row, ...]] = {}
@@ -106,16 +121,21 @@ class Inquiry:
         elif isinstance(notice, Ask):
             self._heard_ask = time.monotonic()
             self._transport.tell([src], encode(Report(notice.number, self.answer())))
+        elif isinstance(notice, Probe):
+            self._cycles.hear(notice)
         elif notice.number in self._reports:
             self._reports[notice.number][src] = notice.text
 
-    def look(self, work: Work, waited: float) -> None:
+    def look(self, work: Work, waited: float, patient: bool) -> None:
         """Listen, and tell what a work waits in where it has waited for long.
 
         Ranks that split or close a group may have called different things before, and given these
         up. So a rank that waits there does not judge: those do that wait in something else.
 
-        Raises: MismatchError where the ranks of its group have called different things.
+        patient: this rank does nothing else until the work has ended, or all is over.
+
+        Raises: MismatchError where the ranks of its group have called different things, or wait
+        for each other in calls of different groups.
         """
         self.listen()
         group = work.group
@@ -124,7 +144,51 @@ class Inquiry:
         if waited >= ASK_SECONDS and not work.told:
             work.told = True
             self._tell(work, Called(group, self.rows(group)[-_ROWS:]))
-        self._judge(group, work.transport.world, heeds=work.receipt.operation in ASSEMBLING)
+        assembling = work.receipt.operation in ASSEMBLING
+        self._judge(group, work.transport.world, heeds=assembling)
+        if waited >= ASK_SECONDS and (patient or assembling):
+            self._chase(work, waited)
+
+    def _chase(self, work: Work, waited: float) -> None:
+        """Find out whether this rank waits for one that waits for it in another group.
+
+        What was judged before makes ranks lose count; a thread beside this one may call what others
+        wait for.
+        """
+        group, transport = work.group, work.transport
+        with self._lock:
+            row = next((row for row in self.rows(group) if row.sequence == work.sequence), None)
+            if row is None or transport.soiled or not self._alone():
+                return
+            if work is not self._standing:
+                self._standing = work
+                members = transport.world if transport.size <= _EVERYBODY else ()
+                self._cycles.wait(group, row, members, waited)
+            cycle = self._cycles.look(lambda: self._behind(work, row))
+            if not cycle:
+                return
+            text = told(cycle)
+            for one in cycle:
+                # All at once: this rank may leave before those of the cycle have told the others.
+                others = {one.rank, *one.members} - {self._transport.rank}
+                self._tell_all(others, Verdict(one.group, one.row.sequence, text))
+            self._verdicts[group] = Verdict(group, row.sequence, text)
+        self._judge(group, transport.world, heeds=True)
+
+    def _behind(self, work: Work, row: Row) -> list[int]:
+        """Return the ranks of the world whose call a work needs, and that may not have made it."""
+        transport = work.transport
+        near = {request.peer for request in work.pending}
+        found = []
+        for place in needs(row.signature, transport.rank, transport.size):
+            rows = self._told.get((work.group, transport.world[place]))
+            late = place in near if rows is None else _last(rows) < row.sequence
+            if late:
+                found.append(transport.world[place])
+        return found[:_EVERYBODY]
+
+    def _tell_all(self, ranks: Iterable[int], notice: Notice) -> None:
+        self._transport.tell(list(ranks), encode(notice))
 
     def heed(self, group: str, members: tuple[int, ...]) -> None:
         """Listen, in a call that all have come to; raise MismatchError where one has found it.
@@ -134,7 +198,7 @@ class Inquiry:
         with self._lock:
             self.listen()
             self._judge(group, members, heeds=True)
-            called = max((row.sequence for row in self.rows(group)), default=0)
+            called = _last(self.rows(group))
             self._settled[group] = max(self._settled.get(group, 0), called)
 
     def settle(self, group: str, sequence: int) -> None:
@@ -234,3 +298,7 @@ class Inquiry:
         told[self._transport.rank] = self.answer()
         rows = {place: told.get(rank, "does not answer") for place, rank in enumerate(members)}
         return table("where the ranks are", rows)
+
+
+def _last(rows: tuple[Row, ...]) -> int:
+    return max((row.sequence for row in rows), default=0)

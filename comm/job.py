@@ -41,7 +41,8 @@ class Job:
         self.transport = transport
         self.settings = settings
         self.progress = Progress(settings.timeout, transport.threads)
-        self.progress.inquiry = Inquiry(transport, self.progress.ring)
+        progress = self.progress
+        progress.inquiry = Inquiry(transport, progress.ring, progress.begun, progress.alone)
         self.guard: Guard | None = None
         self.watchdog: Watchdog | None = None
         self.progress.owner = self

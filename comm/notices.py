@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from .fingerprint import agreed
 from .trace import Entry, Signature
@@ -79,10 +80,32 @@ class Report:
     text: str
 
 
-Notice = Called | Verdict | Ask | Report
+@dataclass(frozen=True)
+class Standing:
+    """A rank whose program waits in a collective, until others have called that, too.
 
-_KINDS: dict[str, type[Called | Verdict | Ask | Report]] = {
-    kind.__name__: kind for kind in (Called, Verdict, Ask, Report)
+    rank: of the world.  wait: counts its waits.
+    members: the ranks of the world in its group; of a large one, none.
+    """
+
+    rank: int
+    wait: int
+    group: str
+    row: Row
+    members: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Ranks each of which waits for the next; the last, for the rank that hears this."""
+
+    chain: tuple[Standing, ...]
+
+
+Notice = Called | Verdict | Ask | Report | Probe
+
+_KINDS: dict[str, type[Notice]] = {
+    kind.__name__: kind for kind in (Called, Verdict, Ask, Report, Probe)
 }
 
 
@@ -95,11 +118,19 @@ def decode(data: bytes) -> Notice:
     """Return the notice of `encode`d bytes."""
     kind, fields = json.loads(data)
     if "rows" in fields:
-        fields["rows"] = tuple(
-            Row(row["sequence"], Signature(*row["signature"]), row["site"], row["way"])
-            for row in fields["rows"]
+        fields["rows"] = tuple(map(_row, fields["rows"]))
+    if "chain" in fields:
+        fields["chain"] = tuple(
+            Standing(
+                one["rank"], one["wait"], one["group"], _row(one["row"]), tuple(one["members"])
+            )
+            for one in fields["chain"]
         )
     return _KINDS[kind](**fields)
+
+
+def _row(fields: dict[str, Any]) -> Row:
+    return Row(**{**fields, "signature": Signature(*fields["signature"])})
 
 
 def table(title: str, rows: dict[int, str]) -> str:

@@ -66,13 +66,17 @@ class Watch:
         inquiry: Inquiry | None,
         deaths: Deaths | None,
         asks: bool,
+        patient: bool,
     ) -> None:
-        """timeout: seconds.  asks: when time is up, the others are asked where they are."""
+        """timeout: seconds.  asks: when time is up, the others are asked where they are.
+
+        patient: the rank waits until all is over; else it may do something else behind.
+        """
         self._work = work
         self._doubts = Doubts(deaths)
         self._inquiry = inquiry
         self._timeout = timeout
-        self._asks = asks
+        self._asks, self._patient = asks, patient
         self._waited = Waited()
         self._checked = time.monotonic()
         self._spins = 0
@@ -80,7 +84,7 @@ class Watch:
     def pause(self) -> None:
         """Let others run.
 
-        Raises: PeerLost, CommTimeout.
+        Raises: PeerLost, CommTimeout, MismatchError.
         """
         transport = self._work.transport
         self._spins += 1
@@ -92,11 +96,11 @@ class Watch:
             return
         self._checked = now
         waited = self._waited.look()
+        if self._inquiry is not None:  # first: a rank that leaves may have said why
+            self._inquiry.look(self._work, waited, self._patient)
         if self._doubts.arise(self._work, whole=True):
             return
         peers = peers_of(self._work)
-        if self._inquiry is not None:
-            self._inquiry.look(self._work, waited)
         if waited >= self._timeout:
             receipt, around = self._work.receipt, ""
             if self._inquiry is not None and self._asks:

@@ -6,6 +6,7 @@ for one, or a background thread that looks now and then while nobody waits.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 import weakref
@@ -60,6 +61,7 @@ class Progress:
         self.timeline: Timeline | None = None
         self.groups: weakref.WeakSet[Runner] = weakref.WeakSet()
         self._lock = threading.RLock()
+        self._callers: set[int] = set()
         self._advancing = False
         self._forked = False
         self._rested = 0.0
@@ -99,6 +101,16 @@ class Progress:
         if self.inquiry is not None:
             self.inquiry.forget(group)
 
+    def begun(self, group: str) -> int | None:
+        """Return how many collectives of a group were begun; None where ranks may count apart."""
+        return next((one.begun for one in tuple(self.groups) if one.name == group), None)
+
+    def alone(self) -> bool:
+        """Tell whether no thread but this one has called anything, of those that live."""
+        with self._lock:
+            self._callers &= sys._current_frames().keys()
+            return self._callers <= {threading.get_ident()}
+
     def start(self, make: Callable[[], Work], background: bool) -> Work:
         """Make a work, which starts it, and look after it until it has ended.
 
@@ -107,6 +119,7 @@ class Progress:
         with self._lock:
             self._require_uninterrupted()
             self._advance_in_passing()
+            self._callers.add(threading.get_ident())
             try:
                 self._advancing = True
                 work = make()
@@ -197,7 +210,7 @@ class Progress:
         patience = self.timeout if timeout is None else timeout
         asks = timeout is None or timeout >= _ASKS
         try:
-            watch = Watch(work, patience, self.inquiry, self.deaths, asks)
+            watch = Watch(work, patience, self.inquiry, self.deaths, asks, timeout is None)
             while True:
                 with self._lock:
                     self._advance_all(work)

@@ -59,6 +59,11 @@ class Runner:
         self.closed, self._why = True, why
         self.attend()
 
+    @property
+    def begun(self) -> int | None:
+        """Return how many collectives were begun; None after an error, or where it is closed."""
+        return None if self.closed or self._transport.soiled else self._counts[0]
+
     def require_open(self) -> None:
         """Raise CommError where the group is closed, or this process is a fork of the rank's."""
         rank = self._transport.rank
@@ -148,6 +153,8 @@ class Runner:
         def make() -> Work:
             if self.closed:  # by another thread, which ends MPI, since this call looked
                 self.require_open()
-            return Work(begin(), receipt, self._transport, self._progress, name)
+            work = Work(begin(), receipt, self._transport, self._progress, name)
+            work.sequence = self._counts[0]
+            return work
 
         return self._progress.start(make, background)

@@ -125,6 +125,7 @@ class Work:
         self.background = False
         self.told = False
         self.overdue = False  # somebody has waited for it in vain
+        self.sequence = 0  # of the group's collectives
         self._steps = steps
         self._progress = progress
         self._result = result

@@ -15,7 +15,7 @@ from ringfold.comm.transport.local import LocalTransport, World
 def two_ranks() -> tuple[LocalTransport, LocalTransport, Inquiry]:
     world = World(2)
     here, there = (LocalTransport(world, (0, 1), rank) for rank in (0, 1))
-    return here, there, Inquiry(here, Ring())
+    return here, there, Inquiry(here, Ring(), lambda group: None, lambda: True)
 
 
 def test_the_watchdog_may_hear_of_groups_while_the_rank_looks_at_what_it_has_heard() -> None:
@@ -39,7 +39,7 @@ def test_the_watchdog_may_hear_of_groups_while_the_rank_looks_at_what_it_has_hea
     work: Any = SimpleNamespace(
         group="world", pending=[], transport=here, told=True, receipt=receipt
     )
-    inquiry.look(work, 0.0)
+    inquiry.look(work, 0.0, True)
     assert len(heard) == 1
     heard[0].join()
     assert ("world.9", 1) in inquiry._told
