@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +18,7 @@ from .lending import Pool
 from .letters import Message, Words
 from .memory import Block, Returned
 from .node_memory import NodeMemory, patience, yielding
+from .ordinals import Ordinals
 from .outbox import Outbox
 from .trace import Signature
 from .transport.base import Request
@@ -85,7 +86,7 @@ class Mailboxes:
                 self._outboxes[peer] = Box(slots, own_base, bell)
                 self._slots[peer] = Outbox(slots, nodes.memory)
         self._bell = nodes.bell
-        self._ordinals: Counter[tuple[bool, int, int]] = Counter()
+        self._ordinals: defaultdict[tuple[bool, int], Ordinals] = defaultdict(Ordinals)
         self._blank = np.zeros(Letter.WORDS, np.int64)
         self._blank[Letter.YIELD], self._blank[Letter.BELL] = yielding(), address_of(nodes.bell)
         self._patience = patience(len(nodes.addresses))
@@ -246,8 +247,7 @@ class Mailboxes:
         self, box: Box, sends: bool, peer: int, tag: int, bytes_: _Bytes, ordinal: int
     ) -> Words:
         if not ordinal:
-            self._ordinals[sends, peer, tag] += 1
-            ordinal = self._ordinals[sends, peer, tag]
+            ordinal = self._ordinals[sends, peer].next(tag)
         words = self._blank.copy()
         words[Letter.SENDS], words[Letter.BOX] = sends, box.address
         words[Letter.TAG] = tag
