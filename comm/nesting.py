@@ -1,12 +1,13 @@
 """Lift a schedule of a few ranks into groups of many: inside nodes, or across them.
 
-Where all nodes hold equally many neighbouring ranks, the lifted rules are formulas again, for any
-number of ranks; otherwise they are tables, evaluated from the flat rules.
+Where all nodes hold equally many neighbouring ranks, or a schedule runs among some of the ranks,
+the lifted rules are formulas again, for any number of ranks; otherwise they are tables, evaluated
+from the flat rules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import lcm
@@ -187,42 +188,93 @@ def nest_broadcast(between: Schedule, within: Schedule) -> Schedule:
 
 
 @dataclass(frozen=True)
-class Renumbered(Peers):
-    """Let rank order[i] do what rank i does under another rule."""
+class Places:
+    """Some of a group's ranks, by the place that each has among them; one for many rounds."""
 
-    of: Peers
-    order: tuple[int, ...]
+    ranks: tuple[int, ...]
 
-    def dst(self, rank: Ranks, size: int) -> Ranks:
-        return self._real(self.of.dst(self._played[rank], size))
-
-    def src(self, rank: Ranks, size: int) -> Ranks:
-        return self._real(self.of.src(self._played[rank], size))
-
-    def _real(self, played: Ranks) -> Ranks:
-        return np.where(played == NOBODY, NOBODY, np.asarray(self.order)[played])
+    def __hash__(self) -> int:
+        return self._hash
 
     @cached_property
-    def _played(self) -> Integers:
-        return np.argsort(np.asarray(self.order, dtype=np.int64))
+    def _hash(self) -> int:
+        return hash(self.ranks)
+
+    @cached_property
+    def table(self) -> Integers:
+        """Return them in order of their places."""
+        return np.asarray(self.ranks, dtype=np.int64)
+
+    @cached_property
+    def _order(self) -> Integers:
+        return np.argsort(self.table)
+
+    @cached_property
+    def members(self) -> Integers:
+        """Return them in rising order."""
+        return self.table[self._order]
+
+    def of(self, rank: Ranks) -> tuple[Ranks, Ranks]:
+        """Return (whether a rank is one of them, its place; 0 for one that is none)."""
+        at = np.minimum(np.searchsorted(self.members, rank), len(self.ranks) - 1)
+        inside = self.members[at] == rank
+        return inside, np.where(inside, self._order[at], 0)
 
 
 @dataclass(frozen=True)
-class RenumberedChunks(Chunks):
-    """Let rank order[i] send what rank i sends under another rule."""
+class Among(Peers):
+    """Run a rule for a few ranks among some of a group; the others sit it out."""
 
-    of: Chunks
-    order: tuple[int, ...]
+    rule: Peers
+    places: Places
+
+    def dst(self, rank: Ranks, size: int) -> Ranks:
+        return self._rank(rank, self.rule.dst)
+
+    def src(self, rank: Ranks, size: int) -> Ranks:
+        return self._rank(rank, self.rule.src)
+
+    def _rank(self, rank: Ranks, rule: Callable[[Ranks, int], Ranks]) -> Ranks:
+        inside, place = self.places.of(rank)
+        peer = rule(place, len(self.places.ranks))
+        return np.where(inside & (peer != NOBODY), self.places.table[peer], NOBODY)
+
+    def alike(self) -> Peers:
+        return replace(self, rule=self.rule.alike())
+
+    def members(self, size: int) -> Integers:
+        return self.places.members
+
+
+@dataclass(frozen=True)
+class AmongChunks(Chunks):
+    """Send what a rule says for a few ranks and `num_flat` chunks, of `scale` chunks each."""
+
+    rule: Chunks
+    places: Places
+    num_flat: int
+    scale: int
 
     def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
-        return self.of.span(self._played[rank], size, num_chunks)
+        inside, place = self.places.of(rank)
+        first, length = self.rule.span(place, len(self.places.ranks), self.num_flat)
+        return first * self.scale, np.where(inside, length * self.scale, 0)
 
     def alike(self) -> Chunks:
-        return replace(self, of=self.of.alike())
+        return replace(self, rule=self.rule.alike())
 
-    @cached_property
-    def _played(self) -> Integers:
-        return np.argsort(np.asarray(self.order, dtype=np.int64))
+
+def among(ranks: Sequence[int], flat: Schedule, num_chunks: int) -> tuple[Round, ...]:
+    """Lift a schedule to some of a group's ranks, which play its ranks 0, 1, ..., on all chunks."""
+    places, scale = Places(tuple(ranks)), _scale(flat, num_chunks)
+    return tuple(
+        Round(
+            Among(round.peers, places),
+            AmongChunks(round.chunks, places, flat.num_chunks, scale),
+            round.reduce,
+        )
+        for round in flat.rounds
+    )
 
 
 def renumber(schedule: Schedule, order: Sequence[int]) -> Schedule:
@@ -235,10 +287,7 @@ def renumber(schedule: Schedule, order: Sequence[int]) -> Schedule:
     order = tuple(order)
     if order == tuple(range(schedule.size)):
         return schedule
-    rounds = tuple(
-        Round(Renumbered(round.peers, order), RenumberedChunks(round.chunks, order), round.reduce)
-        for round in schedule.rounds
-    )
+    rounds = among(order, schedule, schedule.num_chunks)
     return replace(schedule, rounds=rounds, root=order[schedule.root])
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from math import lcm
 
 from ..collective import ALLREDUCE, BROADCAST
-from ..nesting import nest, nest_broadcast, renumber, side_by_side
+from ..nesting import among, nest, nest_broadcast, renumber, side_by_side
 from ..schedule import Schedule
 from ..topology import Nodes
 from ..transform import reverse
@@ -85,8 +85,12 @@ def _led_allreduce(size: int, nodes: Nodes) -> Schedule:
     chunks = ring.num_chunks
     up = [(node, tree_reduce(len(node))) for node in nodes.members]
     down = [(node, tree_broadcast(len(node))) for node in nodes.members]
-    rounds = [side_by_side(ALLREDUCE, size, part, chunks) for part in (up, [(leaders, ring)], down)]
-    return Schedule(ALLREDUCE, size, chunks, sum(rounds, ()))
+    rounds = (
+        *side_by_side(ALLREDUCE, size, up, chunks),
+        *among(leaders, ring, chunks),
+        *side_by_side(ALLREDUCE, size, down, chunks),
+    )
+    return Schedule(ALLREDUCE, size, chunks, rounds)
 
 
 def _led_broadcast(size: int, root: int, nodes: Nodes) -> Schedule:
@@ -96,7 +100,7 @@ def _led_broadcast(size: int, root: int, nodes: Nodes) -> Schedule:
     trees = [tree_broadcast(len(node), at) for node, at in zip(nodes.members, places, strict=True)]
     chunks = lcm(chain.num_chunks, *(tree.num_chunks for tree in trees))
     rounds = (
-        *side_by_side(BROADCAST, size, [(leaders, chain)], chunks),
+        *among(leaders, chain, chunks),
         *side_by_side(BROADCAST, size, list(zip(nodes.members, trees, strict=True)), chunks),
     )
     return Schedule(BROADCAST, size, chunks, rounds, root=root)

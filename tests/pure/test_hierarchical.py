@@ -105,6 +105,22 @@ def test_a_hundred_thousand_ranks_are_priced_from_four_rounds() -> None:
     assert (found.rounds, found.priced) == (2 * 7 + 2 * 12_499, 4)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "priced"),
+    [
+        (Nodes.blocks(100_000, 7), 2 * 3 + 2),  # the last one holds five
+        (Nodes.labelled([rank % 12_500 for rank in range(100_000)]), 4),
+    ],
+    ids=["unequal", "interleaved"],
+)
+def test_they_are_priced_as_soon_where_ranks_are_not_neighbours_or_nodes_unequal(
+    nodes: Nodes, priced: int
+) -> None:
+    """Tables of all ranks for each of 28,576 rounds filled the memory."""
+    schedule = build("allreduce", "hierarchical", nodes.size, nodes=nodes)
+    assert price(schedule, 1 << 30, Cluster(Link(5e-6, 25e9), ranks_per_node=8)).priced == priced
+
+
 def test_two_nodes_of_two_are_as_drawn() -> None:
     lines = [line.strip() for line in (hierarchical_allreduce.__doc__ or "").splitlines()]
     drawn = "\n".join(line for line in lines if ">" in line)
