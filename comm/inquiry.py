@@ -12,28 +12,34 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
-from .cycles import Cycles, needs, told
+from .cycles import needs
+from .deadlocks import Deadlocks
 from .errors import MismatchError
 from .notices import (
     ASSEMBLING,
     DIFFER,
-    MESSAGES,
     Ask,
     Called,
     Notice,
     Probe,
     Report,
     Row,
+    Stuck,
     Verdict,
     decode,
     encode,
+    rows_of,
     table,
 )
 from .trace import Ring
 from .transport.base import Transport
 from .where import state
 from .work import Work
+
+if TYPE_CHECKING:
+    from .runner import Runner
 
 ASK_SECONDS = 0.3
 """A rank waits for so long before it tells what it waits in."""
@@ -45,7 +51,6 @@ _LATE = 64
 """So many closed groups are remembered: what others tell of one may come a moment later."""
 
 _ROWS = 6
-_LOOK_BACK = 64
 _EVERYBODY = 64
 """In larger groups, a rank that waits tells those it waits for, and some others."""
 
@@ -57,19 +62,16 @@ class Inquiry:
         self,
         transport: Transport,
         ring: Ring,
-        begun: Callable[[str], int | None],
+        group: Callable[[str], Runner | None],
         alone: Callable[[], bool],
     ) -> None:
         """transport: of the group that all others are split from.
 
-        begun: how many collectives of a group this rank has begun; see `Cycles`.
-        alone: whether no other thread of this rank calls collectives.
+        group, alone: see `Deadlocks`.
         """
         self._transport = transport
         self._ring = ring
-        self._alone = alone
-        self._cycles = Cycles(transport.rank, self._tell_all, begun)
-        self._standing: Work | None = None
+        self._deadlocks = Deadlocks(transport, ring, group, alone)
         # The watchdog listens while the rank waits; a signal's handler may wait in between.
         self._lock = threading.RLock()
         self._told: dict[tuple[str, int], tuple[Row, ...]] = {}
@@ -86,12 +88,7 @@ class Inquiry:
 
     def rows(self, group: str) -> tuple[Row, ...]:
         """Return this rank's last collectives in a group, the oldest first."""
-        entries = self._ring.entries(_LOOK_BACK)
-        return tuple(
-            Row.of(entry)
-            for entry in entries
-            if entry.group == group and entry.signature.operation not in MESSAGES
-        )
+        return rows_of(self._ring, group, messages=False)
 
     def listen(self) -> None:
         """Read what others have told; any thread may."""
@@ -121,8 +118,8 @@ class Inquiry:
         elif isinstance(notice, Ask):
             self._heard_ask = time.monotonic()
             self._transport.tell([src], encode(Report(notice.number, self.answer())))
-        elif isinstance(notice, Probe):
-            self._cycles.hear(notice)
+        elif isinstance(notice, Probe | Stuck):
+            self._deadlocks.hear(notice)
         elif notice.number in self._reports:
             self._reports[notice.number][src] = notice.text
 
@@ -134,46 +131,31 @@ class Inquiry:
 
         patient: this rank does nothing else until the work has ended, or all is over.
 
-        Raises: MismatchError where the ranks of its group have called different things, or wait
-        for each other in calls of different groups.
+        Raises: MismatchError where the ranks of its group have called different things, or ranks
+        wait for each other in different calls.
         """
         self.listen()
         group = work.group
-        if not group:
-            return
-        if waited >= ASK_SECONDS and not work.told:
-            work.told = True
-            self._tell(work, Called(group, self.rows(group)[-_ROWS:]))
         assembling = work.receipt.operation in ASSEMBLING
-        self._judge(group, work.transport.world, heeds=assembling)
+        if group:
+            if waited >= ASK_SECONDS and not work.told:
+                work.told = True
+                self._tell(work, Called(group, self.rows(group)[-_ROWS:]))
+            self._judge(group, work.transport.world, heeds=assembling)
         if waited >= ASK_SECONDS and (patient or assembling):
             self._chase(work, waited)
 
     def _chase(self, work: Work, waited: float) -> None:
-        """Find out whether this rank waits for one that waits for it in another group.
-
-        What was judged before makes ranks lose count; a thread beside this one may call what others
-        wait for.
-        """
-        group, transport = work.group, work.transport
+        """Raise MismatchError where this rank waits for one that waits for it in another call."""
         with self._lock:
-            row = next((row for row in self.rows(group) if row.sequence == work.sequence), None)
-            if row is None or transport.soiled or not self._alone():
+            text = self._deadlocks.look(work, waited, lambda row: self._behind(work, row))
+            if not text:
                 return
-            if work is not self._standing:
-                self._standing = work
-                members = transport.world if transport.size <= _EVERYBODY else ()
-                self._cycles.wait(group, row, members, waited)
-            cycle = self._cycles.look(lambda: self._behind(work, row))
-            if not cycle:
-                return
-            text = told(cycle)
-            for one in cycle:
-                # All at once: this rank may leave before those of the cycle have told the others.
-                others = {one.rank, *one.members} - {self._transport.rank}
-                self._tell_all(others, Verdict(one.group, one.row.sequence, text))
-            self._verdicts[group] = Verdict(group, row.sequence, text)
-        self._judge(group, transport.world, heeds=True)
+            if work.group:
+                self._verdicts[work.group] = Verdict(work.group, work.sequence, text)
+        if work.group:
+            self._judge(work.group, work.transport.world, heeds=True)
+        raise MismatchError(text)
 
     def _behind(self, work: Work, row: Row) -> list[int]:
         """Return the ranks of the world whose call a work needs, and that may not have made it."""
@@ -186,9 +168,6 @@ class Inquiry:
             if late:
                 found.append(transport.world[place])
         return found[:_EVERYBODY]
-
-    def _tell_all(self, ranks: Iterable[int], notice: Notice) -> None:
-        self._transport.tell(list(ranks), encode(notice))
 
     def heed(self, group: str, members: tuple[int, ...]) -> None:
         """Listen, in a call that all have come to; raise MismatchError where one has found it.

@@ -42,7 +42,7 @@ class Job:
         self.settings = settings
         self.progress = Progress(settings.timeout, transport.threads)
         progress = self.progress
-        progress.inquiry = Inquiry(transport, progress.ring, progress.begun, progress.alone)
+        progress.inquiry = Inquiry(transport, progress.ring, progress.group, progress.alone)
         self.guard: Guard | None = None
         self.watchdog: Watchdog | None = None
         self.progress.owner = self

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .fingerprint import agreed
-from .trace import Entry, Signature
+from .trace import Entry, Ring, Signature
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Row:
     def told(self, way: bool) -> str:
         """Return it as text.  way: also how its messages go."""
         sig = self.signature
-        root = f", root {sig.peer}" if sig.peer >= 0 else ""
+        end = _ENDS.get(sig.operation, "root")
+        root = f", {end} {sig.peer}" if sig.peer >= 0 else ""
         by = f", algorithm {self.way or 'None'}" if way else ""
         return f"{sig}, {sig.elements} elements{root}{by}, at {self.site} (#{self.sequence})"
 
@@ -82,30 +83,46 @@ class Report:
 
 @dataclass(frozen=True)
 class Standing:
-    """A rank whose program waits in a collective, until others have called that, too.
+    """A rank whose program waits in a call, until others have made one that fits.
 
-    rank: of the world.  wait: counts its waits.
-    members: the ranks of the world in its group; of a large one, none.
+    rank: of the world.  place: in the group.  wait: counts its waits.
+    count: of a recv, how many messages from that rank have been received; of a send, how many to
+        it were begun, up to this one.
+    members: of a collective's group, in the world; of a large one, none.
     """
 
     rank: int
+    place: int
     wait: int
     group: str
     row: Row
+    count: int = 0
     members: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Ranks each of which waits for the next; the last, for the rank that hears this."""
+    """Ranks each of which waits for the next; the last, for the rank that hears this.
 
+    number: counts the probes that the first one has sent.
+    """
+
+    number: int
     chain: tuple[Standing, ...]
 
 
-Notice = Called | Verdict | Ask | Report | Probe
+@dataclass(frozen=True)
+class Stuck:
+    """The rank that hears this waits for ever, if it still is in its wait of this number."""
+
+    wait: int
+    text: str
+
+
+Notice = Called | Verdict | Ask | Report | Probe | Stuck
 
 _KINDS: dict[str, type[Notice]] = {
-    kind.__name__: kind for kind in (Called, Verdict, Ask, Report, Probe)
+    kind.__name__: kind for kind in (Called, Verdict, Ask, Report, Probe, Stuck)
 }
 
 
@@ -121,9 +138,7 @@ def decode(data: bytes) -> Notice:
         fields["rows"] = tuple(map(_row, fields["rows"]))
     if "chain" in fields:
         fields["chain"] = tuple(
-            Standing(
-                one["rank"], one["wait"], one["group"], _row(one["row"]), tuple(one["members"])
-            )
+            Standing(**{**one, "row": _row(one["row"]), "members": tuple(one["members"])})
             for one in fields["chain"]
         )
     return _KINDS[kind](**fields)
@@ -139,9 +154,22 @@ def table(title: str, rows: dict[int, str]) -> str:
     return f"{title}: " + "; ".join(shown)
 
 
+def rows_of(ring: Ring, group: str, *, messages: bool) -> tuple[Row, ...]:
+    """Return a rank's last collectives in a group, or its last messages, the oldest first."""
+    return tuple(
+        Row.of(entry)
+        for entry in ring.entries(_LOOK_BACK)
+        if entry.group == group and (entry.signature.operation in MESSAGES) is messages
+    )
+
+
 DIFFER = "the ranks' calls differ"
 
-MESSAGES = ("send", "recv")
+_LOOK_BACK = 64
+
+_ENDS = {"send": "to rank", "recv": "from rank"}
+
+MESSAGES = tuple(_ENDS)
 """Operations between two ranks, which the ring counts apart."""
 
 ASSEMBLING = ("split", "close")

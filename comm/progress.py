@@ -101,9 +101,10 @@ class Progress:
         if self.inquiry is not None:
             self.inquiry.forget(group)
 
-    def begun(self, group: str) -> int | None:
-        """Return how many collectives of a group were begun; None where ranks may count apart."""
-        return next((one.begun for one in tuple(self.groups) if one.name == group), None)
+    def group(self, name: str) -> Runner | None:
+        """Return a group that is open, by its name."""
+        groups = (one for one in tuple(self.groups) if one.name == name and not one.closed)
+        return next(groups, None)
 
     def alone(self) -> bool:
         """Tell whether no thread but this one has called anything, of those that live."""
@@ -226,7 +227,11 @@ class Progress:
             work.overdue = overdue or asks  # a look alone is not in vain
             raise
         except MismatchError as error:
-            self.disagree(work.group, error)
+            if work.group:
+                self.disagree(work.group, error)
+            else:
+                with self._lock:
+                    work.fail(error)
             raise
         finally:
             with self._lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +16,15 @@ from .fingerprint import shares_of, tag_of
 from .forks import in_fork
 from .progress import Progress
 from .timeline import WAIT
-from .trace import Sites
+from .trace import Signature, Sites
 from .transport.base import Channel, Transport
 from .work import Prepared, Receipt, Steps, Work
 
 if TYPE_CHECKING:
     from .meeting import Meeting
+    from .notices import Standing
 
+_COLLECTIVES, _MESSAGES = 0, 1
 _DONE, _REFUSED = int(Status.DONE), int(Status.REFUSED)
 
 
@@ -30,6 +33,7 @@ class Runner:
 
     name: what the group is called.
     counter: how many collectives, and messages, the group has begun.
+    messages: how many sends and receives were begun, by (operation, peer).
     closed: whether the group takes no more calls.
     attentive: whether a call has to look at more than the group's own state: it is closed, this
         rank records what it does, or this is a fork of the rank's process.
@@ -39,6 +43,7 @@ class Runner:
         self.name = name
         self.counter = np.zeros(2, np.int64)
         self._counts = self.counter.data
+        self.messages: Counter[tuple[str, int]] = Counter()
         self._shares = shares_of(transport.max_tag)
         self.closed, self._why = False, ""
         self._transport = transport
@@ -59,10 +64,30 @@ class Runner:
         self.closed, self._why = True, why
         self.attend()
 
-    @property
-    def begun(self) -> int | None:
-        """Return how many collectives were begun; None after an error, or where it is closed."""
-        return None if self.closed or self._transport.soiled else self._counts[0]
+    def lacks(self, other: Standing) -> bool:
+        """Tell whether another rank of the group waits for a call that this one has not made.
+
+        After an error ranks may count apart, so that nothing is certain any more.
+        """
+        if self._transport.soiled:
+            return False
+        operation, peer = other.row.signature.operation, other.place
+        if operation == "recv":
+            return self.messages["send", peer] <= other.count
+        if operation == "send":
+            flying = self._receiving(peer)
+            return not flying and self.messages["recv", peer] < other.count
+        return bool(self._counts[0] < other.row.sequence)
+
+    def count(self, work: Work) -> int:
+        """Return what `Standing.count` says of a work of this group's."""
+        if work.receipt.operation == "recv":
+            return self.messages["recv", work.peer] - self._receiving(work.peer)
+        return work.count
+
+    def _receiving(self, peer: int) -> int:
+        works = (work for work in tuple(self._progress.works) if work.transport is self._transport)
+        return sum(work.receipt.operation == "recv" and work.peer == peer for work in works)
 
     def require_open(self) -> None:
         """Raise CommError where the group is closed, or this process is a fork of the rank's."""
@@ -117,19 +142,22 @@ class Runner:
         if prepared.meeting is not None:  # it notes itself
             work = self._advance(lambda: prepared.run(0), prepared.receipt, not blocking)
             return work.wait() if blocking else work
-        of_messages = prepared.channel is not Channel.COLLECTIVE
+        message = None if prepared.channel is Channel.COLLECTIVE else prepared.signature
 
         def begin() -> Steps:
-            self._counts[of_messages] = sequence = self._counts[of_messages] + 1
+            counter = _COLLECTIVES
+            if message is not None:
+                counter = _MESSAGES
+                self.messages[message.operation, message.peer] += 1
+            self._counts[counter] = sequence = self._counts[counter] + 1
             tag = tag_of(sequence, prepared.mark, self._shares)
             if prepared.note is not None:
                 prepared.note(self._ring, call, sequence)
                 return prepared.run(tag)
             return self._ring.noted(prepared.run(tag), self._ring.begin(call, sequence))
 
-        group = "" if of_messages else self.name
         background = prepared.background and not blocking
-        work = self._advance(begin, prepared.receipt, background, group)
+        work = self._advance(begin, prepared.receipt, background, message)
         return work.wait() if blocking else work
 
     def note(self, prepared: Prepared) -> int:
@@ -146,15 +174,21 @@ class Runner:
         begin: Callable[[], Steps],
         receipt: Receipt,
         background: bool,
-        group: str | None = None,
+        message: Signature | None = None,
     ) -> Work:
-        name = self.name if group is None else group
+        """message: what was asked for, of one between two ranks."""
+        group = self.name if message is None else ""
 
         def make() -> Work:
             if self.closed:  # by another thread, which ends MPI, since this call looked
                 self.require_open()
-            work = Work(begin(), receipt, self._transport, self._progress, name)
-            work.sequence = self._counts[0]
+            work = Work(begin(), receipt, self._transport, self._progress, group)
+            work.home = self.name
+            if message is None:
+                work.sequence = self._counts[_COLLECTIVES]
+            else:
+                work.sequence, work.peer = self._counts[_MESSAGES], message.peer
+                work.count = self.messages[message.operation, message.peer]
             return work
 
         return self._progress.start(make, background)

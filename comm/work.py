@@ -125,7 +125,8 @@ class Work:
         self.background = False
         self.told = False
         self.overdue = False  # somebody has waited for it in vain
-        self.sequence = 0  # of the group's collectives
+        # Where it stands among the group's calls: see notices.Standing.
+        self.home, self.sequence, self.peer, self.count = group, 0, -1, 0
         self._steps = steps
         self._progress = progress
         self._result = result

@@ -1,4 +1,4 @@
-"""Ranks that wait for each other in calls of different groups, and those that only seem to."""
+"""Ranks that wait for each other in different calls, and those that only seem to."""
 
 import re
 import threading
@@ -53,14 +53,19 @@ def part(group: Communicator) -> None:
 CALLS = [reduce, wait, by_ring, gather, Communicator.barrier, part]
 
 
-@pytest.mark.parametrize("first", CALLS, ids=lambda call: call.__name__)
-@pytest.mark.parametrize("second", [reduce, part], ids=lambda call: call.__name__)
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [*((call, reduce) for call in CALLS), (reduce, part), (part, part)],
+    ids=lambda call: call.__name__,
+)
 def test_groups_in_another_order(
     first: Callable[[Communicator], None], second: Callable[[Communicator], None]
 ) -> None:
     def main(one: Communicator, two: Communicator) -> None:
         start = time.monotonic()
-        with pytest.raises(MismatchError, match="ranks wait for each other, in calls of") as caught:
+        with pytest.raises(
+            MismatchError, match="ranks wait for each other, in different"
+        ) as caught:
             if one.rank == 0:
                 first(one)
             second(two)
@@ -71,6 +76,52 @@ def test_groups_in_another_order(
             name = re.escape(group.name)
             row = rf"rank \d for rank \d in {name}, in [^;]* at [^;]*{HERE}:\d+ \(#"
             assert re.search(row, text), text
+
+    on_two_groups(main)
+
+
+def receive(one: Communicator, two: Communicator) -> None:
+    ahead, behind = (one.rank + 1) % one.size, (one.rank - 1) % one.size
+    one.recv(np.ones(9), behind)
+    one.send(np.ones(9), ahead)
+
+
+def receive_and_reduce(one: Communicator, two: Communicator) -> None:
+    if one.rank == 0:
+        one.recv(np.ones(9), 1)
+    two.allreduce(np.ones(9))
+    if one.rank == 1:
+        one.send(np.ones(9), 0)
+
+
+@pytest.mark.parametrize("calls", [receive, receive_and_reduce], ids=lambda c: c.__name__)
+def test_messages(calls: Callable[[Communicator, Communicator], None]) -> None:
+    def main(one: Communicator, two: Communicator) -> None:
+        for tag in (0, 1):  # messages that came are none that may come
+            work = one.isend(np.ones(9), (one.rank + 1) % one.size, tag)
+            one.recv(np.ones(9), (one.rank - 1) % one.size, tag)
+            work.wait()
+        start = time.monotonic()
+        with pytest.raises(MismatchError, match=r"wait for each other.* recv\(float64\)"):
+            calls(one, two)
+        assert time.monotonic() - start < SECONDS
+
+    on_two_groups(main)
+
+
+def test_messages_under_way_may_be_what_is_waited_for() -> None:
+    """Here they are not, for their tag; but nobody has counted tags."""
+
+    def main(one: Communicator, two: Communicator) -> None:
+        if one.rank == 2:
+            return
+        work = one.isend(np.ones(9), 1 - one.rank, tag=1)
+        start = time.monotonic()
+        with pytest.raises(CommTimeout):
+            one._progress.timeout = LONG
+            one.recv(np.ones(9), 1 - one.rank)
+        assert time.monotonic() - start >= LONG
+        del work
 
     on_two_groups(main)
 
@@ -144,50 +195,72 @@ def row(sequence: int) -> Row:
 
 
 def waiting(rank: int, group: str, sequence: int, wait: int = 1) -> Standing:
-    return Standing(rank, wait, group, row(sequence))
+    return Standing(rank, rank, wait, group, row(sequence), members=(0, 1, 2))
 
 
 def test_a_probe_is_sent_on_by_who_waits_and_has_not_made_the_call() -> None:
     sent: list[tuple[list[int], Probe]] = []
-    begun = {"a": 3, "b": 7, "closed": None}
-    cycles = Cycles(2, lambda ranks, probe: sent.append((list(ranks), probe)), begun.get)
-    cycles.wait("b", row(7), (1, 2), 0.0)
-    own = Standing(2, 1, "b", row(7), (1, 2))
-    for first, expected in [
-        (waiting(0, "a", 4), True),  # which this rank has not made
-        (waiting(0, "a", 3, wait=2), False),  # which it has
-        (waiting(1, "closed", 9), False),  # of which it knows nothing
-        (waiting(3, "a", 4), False),  # whose own probe comes round to it from this rank
-        (waiting(0, "a", 4), False),  # as just now
-        (waiting(0, "a", 4, wait=3), True),  # another wait
+    begun = {"a": 3, "b": 6}
+    cycles = Cycles(
+        2,
+        lambda ranks, probe: sent.append((list(ranks), probe)),
+        lambda one: begun[one.group] < one.row.sequence,
+    )
+    own = waiting(2, "b", 7)
+    for number, first, expected in [
+        (1, waiting(0, "a", 4), True),  # which this rank has not made
+        (2, waiting(0, "a", 3), False),  # which it has
+        (3, waiting(3, "a", 4), False),  # whose own probe comes round to it from this rank
+        (4, waiting(0, "a", 4), True),
+        (4, waiting(0, "a", 4), False),  # by another way
     ]:
         sent.clear()
-        probe = decode(encode(Probe((first,))))
+        probe = decode(encode(Probe(number, (first,))))
         assert isinstance(probe, Probe)
         cycles.hear(probe)
-        assert cycles.look(lambda: [5, 6]) == ()
-        assert sent == ([([5, 6], Probe((first, own)))] if expected else [])
+        assert cycles.look(own, 0.0, lambda: [5, 6]) == ()
+        assert sent == ([([5, 6], Probe(number, (first, own)))] if expected else [])
 
 
-def test_a_probe_that_comes_back_has_found_a_cycle_while_the_wait_is_the_same() -> None:
-    cycles = Cycles(0, lambda ranks, probe: None, {"a": 4, "b": 6}.get)
-    cycles.wait("a", row(4), (0, 1), 0.0)
-    for last, found in [(waiting(1, "b", 6), False), (waiting(1, "b", 7), True)]:
-        chain = waiting(0, "a", 4), last
-        cycles.hear(Probe(chain))
-        assert cycles.look(lambda: []) == (chain if found else ())
-    cycles.hear(Probe(chain))
-    cycles.wait("a", row(4), (0, 1), 0.0)
-    assert cycles.look(lambda: []) == ()
+def test_a_second_probe_that_comes_back_has_found_a_cycle_while_the_waits_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent: list[Probe] = []
+    cycles = Cycles(0, lambda ranks, probe: sent.append(probe), lambda one: one.row.sequence > 6)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    def back(number: int, last: Standing, wait: int = 1) -> bool:
+        """Tell what this rank finds by its probe of that number, which it sends where it is due."""
+        nonlocal now
+        own = waiting(0, "a", 4, wait)
+        now += 0.6
+        cycles.look(own, 0.0, lambda: [1])
+        cycles.hear(Probe(number, (own, last)))
+        found = cycles.look(own, 0.0, lambda: [1])
+        assert found in ((), (own, last))
+        return bool(found)
+
+    assert not back(0, waiting(1, "b", 6)) and not back(1, waiting(1, "b", 6))  # it has called
+    assert not back(1, waiting(1, "b", 7))
+    assert not back(2, waiting(1, "b", 7, wait=2))  # another wait
+    assert not back(2, waiting(1, "b", 7, wait=2))  # by another way
+    assert back(3, waiting(1, "b", 7, wait=2))
+    assert not back(4, waiting(1, "b", 7, wait=2), wait=2)  # of this rank
+    numbers = [probe.number for probe in sent]
+    assert numbers == list(range(1, len(sent) + 1)) and len(sent) >= 4
 
 
 def test_a_probe_that_came_long_before_is_of_no_use(monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.monotonic()
-    cycles = Cycles(0, lambda ranks, probe: None, {"b": 6}.get)
-    cycles.wait("a", row(4), (0, 1), 0.0)
-    cycles.hear(Probe((waiting(0, "a", 4), waiting(1, "b", 7))))
-    monkeypatch.setattr(time, "monotonic", lambda: now + 2)
-    assert cycles.look(lambda: []) == ()
+    sent: list[Probe] = []
+    cycles = Cycles(1, lambda ranks, probe: sent.append(probe), lambda one: True)
+    for number, later in enumerate((0.0, 0.5, 2.0), 1):
+        monkeypatch.setattr(time, "monotonic", lambda: now)
+        cycles.hear(Probe(number, (waiting(0, "b", 7),)))
+        monkeypatch.setattr(time, "monotonic", lambda later=later: now + later)
+        cycles.look(waiting(1, "a", 4), 0.0, lambda: [])
+    assert [probe.number for probe in sent if len(probe.chain) == 2] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +277,8 @@ def test_a_probe_that_came_long_before_is_of_no_use(monkeypatch: pytest.MonkeyPa
         ("gather", 5, 1, [0, 2]),
         ("gather", 5, 2, []),
         ("scatter", 0, 0, [0]),
-        ("send", 5, 2, []),
+        ("send", 5, 2, [2]),
+        ("recv", 0, 1, []),  # from itself
     ],
 )
 def test_whose_call_a_rank_needs(

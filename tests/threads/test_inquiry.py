@@ -37,7 +37,7 @@ def test_the_watchdog_may_hear_of_groups_while_the_rank_looks_at_what_it_has_hea
     inquiry._told = Slow({("world.1", 1): ()})
     receipt = SimpleNamespace(operation="allreduce")
     work: Any = SimpleNamespace(
-        group="world", pending=[], transport=here, told=True, receipt=receipt
+        group="world", home="world", pending=[], transport=here, told=True, receipt=receipt
     )
     inquiry.look(work, 0.0, True)
     assert len(heard) == 1

@@ -1,7 +1,8 @@
-"""Ranks that wait for each other in calls of different groups are told so at once."""
+"""Ranks that wait for each other in different calls are told so at once."""
 
 import re
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -27,7 +28,9 @@ def test_groups_in_another_order(comm: Communicator, *, shared: bool) -> None:
         for group in (one, two):
             group.allreduce(np.ones(100))
         start = time.monotonic()
-        with pytest.raises(MismatchError, match="ranks wait for each other, in calls of") as caught:
+        with pytest.raises(
+            MismatchError, match="ranks wait for each other, in different"
+        ) as caught:
             if one.rank == 0:
                 one.allreduce(np.ones(100))
             two.allreduce(np.ones(100))
@@ -37,6 +40,44 @@ def test_groups_in_another_order(comm: Communicator, *, shared: bool) -> None:
     for group in (one, two):
         row = rf"rank \d for rank \d in {re.escape(group.name)}, in [^;]* at [^;]*{HERE}:\d+ \(#"
         assert re.search(row, text), text
+
+
+def receive_first(group: Communicator, ahead: int, behind: int) -> None:
+    group.recv(np.ones(9), behind)
+    group.send(np.ones(9), ahead)
+
+
+def send_first(group: Communicator, ahead: int, behind: int) -> None:
+    large = np.ones(3_000_000)
+    group.send(large, ahead)
+    group.recv(large, behind)
+
+
+def reduce_first(group: Communicator, ahead: int, behind: int) -> None:
+    if group.rank == 0:
+        group.recv(np.ones(9), 1)
+    group.allreduce(np.ones(9))
+    if group.rank == 1:
+        group.send(np.ones(9), 0)
+
+
+@pytest.mark.parametrize(
+    ("calls", "shared"),
+    [(receive_first, True), (send_first, True), (send_first, False), (reduce_first, False)],
+)
+def test_messages(
+    comm: Communicator, calls: Callable[[Communicator, int, int], None], *, shared: bool
+) -> None:
+    with reopened(comm, shared=shared) as group:
+        ahead, behind = (group.rank + 1) % group.size, (group.rank - 1) % group.size
+        for tag in (0, 1):  # messages that came are none that may come
+            work = group.isend(np.ones(9), ahead, tag)
+            group.recv(np.ones(9), behind, tag)
+            work.wait()
+        start = time.monotonic()
+        with pytest.raises(MismatchError, match=rf"wait for each other, .*{HERE}:\d+ \(#5\)"):
+            calls(group, ahead, behind)
+        assert time.monotonic() - start < SECONDS
 
 
 def test_a_cycle_of_three(comm: Communicator) -> None:
