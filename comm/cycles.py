@@ -47,7 +47,8 @@ def needs(signature: Signature, rank: int, size: int) -> list[int]:
     None where a rank may be at its end without some of them, as with fewer elements than ranks.
     """
     name = signature.operation
-    if signature.elements < (size if name in _PARTS else name not in _EMPTY):
+    least = size if name in _PARTS else 0 if name in _EMPTY else 1
+    if signature.elements < least:
         return []
     if name in _OF_ALL or (name in _TO_ROOT and signature.peer == rank):
         return [other for other in range(size) if other != rank]

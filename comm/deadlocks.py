@@ -69,8 +69,11 @@ class Deadlocks:
 
         After an error in a group its ranks may count its calls apart.
         """
-        transport, group, last = work.transport, self._group(work.home), self._cycles.own
-        if group is None or transport.soiled or not self._alone():
+        transport, last = work.transport, self._cycles.own
+        if transport.soiled or not self._alone():  # first: another thread may be making groups
+            return None
+        group = self._group(work.home)
+        if group is None:
             return None
         count = group.count(work)
         if work is self._work():

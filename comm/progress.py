@@ -107,10 +107,13 @@ class Progress:
         return next(groups, None)
 
     def alone(self) -> bool:
-        """Tell whether no thread but this one has called anything, of those that live."""
-        with self._lock:
-            self._callers &= sys._current_frames().keys()
-            return self._callers <= {threading.get_ident()}
+        """Tell whether no thread but this one has called anything, of those that live.
+
+        Without the lock: who asks may hold one that a work wants as it advances.
+        """
+        living = sys._current_frames()
+        callers = tuple(self._callers)
+        return all(one not in living for one in callers if one != threading.get_ident())
 
     def start(self, make: Callable[[], Work], background: bool) -> Work:
         """Make a work, which starts it, and look after it until it has ended.

@@ -15,9 +15,9 @@ from ringfold.comm.cycles import Cycles, needs
 from ringfold.comm.notices import Probe, Row, Standing, decode, encode
 from ringfold.comm.trace import Signature
 
-SECONDS = 5.0
+SECONDS = 20.0
 HERE = Path(__file__).name
-LONG = 1.3
+LONG = 2.0
 """Seconds in which a cycle would have been found."""
 
 

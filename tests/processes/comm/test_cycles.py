@@ -12,7 +12,7 @@ from contract import reopened
 
 from ringfold import Communicator, MismatchError
 
-SECONDS = 5.0
+SECONDS = 20.0
 HERE = Path(__file__).name
 
 
