@@ -263,6 +263,36 @@ def test_a_probe_that_came_long_before_is_of_no_use(monkeypatch: pytest.MonkeyPa
     assert [probe.number for probe in sent if len(probe.chain) == 2] == [1, 2]
 
 
+def test_what_a_rank_has_yet_to_call() -> None:
+    def main(comm: Communicator) -> None:
+        runner, other = comm._runner, 1 - comm.rank
+
+        def lacks(operation: str, sequence: int, count: int = 0) -> bool:
+            called = Row(sequence, Signature(operation, "", "float32", 5), "train.py:1", "")
+            return runner.lacks(Standing(other, other, 1, comm.name, called, count))
+
+        begun = int(runner.counter[0])
+        work = comm.allreduce(np.ones(3), blocking=False)
+        assert not lacks("allreduce", begun + 1) and lacks("barrier", begun + 2)
+        work.wait()
+        assert lacks("recv", 1, 0)  # it has sent nothing
+        comm.isend(np.ones(3), other)
+        assert not lacks("recv", 1, 0) and lacks("recv", 1, 1)
+        comm.barrier()
+        assert lacks("send", 1, 1)  # it receives nothing
+        get = comm.irecv(np.ones(3), other, tag=1)
+        assert not lacks("send", 1, 1)
+        comm.recv(np.ones(3), other)
+        comm.isend(np.ones(3), other, tag=1)
+        get.wait()
+        assert not lacks("send", 2, 2) and lacks("send", 3, 3)
+        comm.barrier()
+        comm._transport.soiled = True  # as after an error
+        assert not lacks("barrier", 99)
+
+    run_local(2, main)
+
+
 @pytest.mark.parametrize(
     ("operation", "elements", "root", "expected"),
     [
