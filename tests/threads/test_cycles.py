@@ -282,6 +282,7 @@ def test_what_a_rank_has_yet_to_call() -> None:
         assert lacks("send", 1, 1)  # it receives nothing
         get = comm.irecv(np.ones(3), other, tag=1)
         assert not lacks("send", 1, 1) and not lacks("send", 2, 2)
+        comm.barrier()
         comm.recv(np.ones(3), other)
         comm.isend(np.ones(3), other, tag=1)
         get.wait()
