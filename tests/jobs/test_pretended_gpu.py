@@ -13,8 +13,7 @@ TESTS = Path(__file__).parent.parent
 @pytest.mark.parametrize(
     "options",
     [
-        ("--workload", "digits", "--wire", "bf16", "--check-finite"),
-        ("--workload", "digits", "--pipe", "2", "--recompute"),
+        ("--workload", "digits", "--pipe", "2", "--recompute", "--wire", "bf16", "--check-finite"),
     ],
     ids=" ".join,
 )

@@ -1,4 +1,4 @@
-"""Device kernels compiled to PTX for four generations of GPUs, none of which need be here.
+"""Device kernels compiled to PTX for three generations of GPUs, none of which need be here.
 
 In a process of its own: Numba asks the driver which GPU it compiles inner functions for, and NVRTC,
 a large library that is needed for nothing else, for the names of architectures; both answers are
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-TARGETS = ((7, 5), (8, 0), (9, 0), (10, 0))
+TARGETS = ((7, 5), (9, 0), (10, 0))
 MISSING = [name for name in ("numba_cuda", "nvidia") if importlib.util.find_spec(name) is None]
 pytestmark = [
     pytest.mark.skipif(

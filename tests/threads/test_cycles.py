@@ -50,12 +50,12 @@ def part(group: Communicator) -> None:
     group.split(0)
 
 
-CALLS = [reduce, wait, by_ring, gather, Communicator.barrier, part]
+CALLS = [wait, by_ring, gather, Communicator.barrier, part]
 
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [*((call, reduce) for call in CALLS), (reduce, part), (part, part)],
+    [*((call, reduce) for call in CALLS), (part, part)],
     ids=lambda call: call.__name__,
 )
 def test_groups_in_another_order(
