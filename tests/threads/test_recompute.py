@@ -1,6 +1,7 @@
 """Recomputation gives the same bits, with random layers and running statistics too."""
 
 import threading
+import time
 import weakref
 from functools import partial
 
@@ -240,6 +241,9 @@ def test_live_activations_are_as_many_as_the_plan_says(schedule, microbatches, r
         )
         engine.step(torch.ones(microbatches, 1))
         per_stage = 6 // num_stages
+        end = time.monotonic() + 20
+        while any(layer.live for layer in layers) and time.monotonic() < end:
+            time.sleep(0.01)  # what is on its way to a rank that is late lives a little longer
         assert all(layer.live == 0 for layer in layers)
         return [layers[stage * per_stage].peak for stage in engine.own_stages]
 
