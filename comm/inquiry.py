@@ -39,7 +39,7 @@ from .where import state
 from .work import Work
 
 if TYPE_CHECKING:
-    from .runner import Runner
+    pass
 
 ASK_SECONDS = 0.3
 """A rank waits for so long before it tells what it waits in."""
@@ -58,20 +58,11 @@ _EVERYBODY = 64
 class Inquiry:
     """What one rank has told, and been told, over all of its groups."""
 
-    def __init__(
-        self,
-        transport: Transport,
-        ring: Ring,
-        group: Callable[[str], Runner | None],
-        alone: Callable[[], bool],
-    ) -> None:
-        """transport: of the group that all others are split from.
-
-        group, alone: see `Deadlocks`.
-        """
+    def __init__(self, transport: Transport, ring: Ring, deadlocks: Deadlocks) -> None:
+        """transport: of the group that all others are split from."""
         self._transport = transport
         self._ring = ring
-        self._deadlocks = Deadlocks(transport, ring, group, alone)
+        self._deadlocks = deadlocks
         # The watchdog listens while the rank waits; a signal's handler may wait in between.
         self._lock = threading.RLock()
         self._told: dict[tuple[str, int], tuple[Row, ...]] = {}

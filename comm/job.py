@@ -12,6 +12,7 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from .deadlocks import Deadlocks
 from .deaths import Deaths, Process
 from .errors import CommError
 from .guard import Guard
@@ -41,8 +42,9 @@ class Job:
         self.transport = transport
         self.settings = settings
         self.progress = Progress(settings.timeout, transport.threads)
-        progress = self.progress
-        progress.inquiry = Inquiry(transport, progress.ring, progress.group, progress.alone)
+        progress, ring = self.progress, self.progress.ring
+        deadlocks = Deadlocks(transport, ring, progress.group, progress.alone)
+        progress.inquiry = Inquiry(transport, ring, deadlocks)
         self.guard: Guard | None = None
         self.watchdog: Watchdog | None = None
         self.progress.owner = self

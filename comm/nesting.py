@@ -1,25 +1,21 @@
 """Lift a schedule of a few ranks into groups of many: inside nodes, or across them.
 
-Where all nodes hold equally many neighbouring ranks, or a schedule runs among some of the ranks,
-the lifted rules are formulas again, for any number of ranks; otherwise they are tables, evaluated
-from the flat rules.
+Where all nodes hold equally many neighbouring ranks, the lifted rules are formulas again, for any
+number of ranks; otherwise they are tables, evaluated from the flat rules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import lcm
 
 import numpy as np
-import numpy.typing as npt
 
 from .collective import Collective
 from .errors import ScheduleError
+from .places import scale_of
 from .schedule import NOBODY, Chunks, Peers, Ranks, Round, Schedule
-
-Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -108,7 +104,7 @@ class AcrossChunks(Chunks):
 
 def inside(flat: Schedule, num_chunks: int) -> tuple[Round, ...]:
     """Lift a schedule for one node into all nodes of flat.size neighbouring ranks."""
-    scale = _scale(flat, num_chunks)
+    scale = scale_of(flat, num_chunks)
     return tuple(
         Round(
             Inside(round.peers, flat.size),
@@ -128,7 +124,7 @@ def across(
     where a lane is named, that lane alone runs it on all chunks.
     """
     stride = num_chunks // width if lane is None else 0
-    scale = _scale(flat, num_chunks if lane is not None else stride)
+    scale = scale_of(flat, num_chunks if lane is not None else stride)
     return tuple(
         Round(
             Across(round.peers, width, lane),
@@ -137,13 +133,6 @@ def across(
         )
         for round in flat.rounds
     )
-
-
-def _scale(flat: Schedule, num_chunks: int) -> int:
-    scale, rest = divmod(num_chunks, flat.num_chunks)
-    if rest:
-        raise ScheduleError(f"{num_chunks} chunks do not divide into {flat.num_chunks}")
-    return scale
 
 
 def nest(reduce_part: Schedule, between: Schedule, gather_part: Schedule) -> Schedule:
@@ -185,110 +174,6 @@ def nest_broadcast(between: Schedule, within: Schedule) -> Schedule:
         (*across(between, width, num_chunks, lane), *inside(within, num_chunks)),
         root=between.root * width + lane,
     )
-
-
-@dataclass(frozen=True)
-class Places:
-    """Some of a group's ranks, by the place that each has among them; one for many rounds."""
-
-    ranks: tuple[int, ...]
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash(self.ranks)
-
-    @cached_property
-    def table(self) -> Integers:
-        """Return them in order of their places."""
-        return np.asarray(self.ranks, dtype=np.int64)
-
-    @cached_property
-    def _order(self) -> Integers:
-        return np.argsort(self.table)
-
-    @cached_property
-    def members(self) -> Integers:
-        """Return them in rising order."""
-        return self.table[self._order]
-
-    def of(self, rank: Ranks) -> tuple[Ranks, Ranks]:
-        """Return (whether a rank is one of them, its place; 0 for one that is none)."""
-        at = np.minimum(np.searchsorted(self.members, rank), len(self.ranks) - 1)
-        inside = self.members[at] == rank
-        return inside, np.where(inside, self._order[at], 0)
-
-
-@dataclass(frozen=True)
-class Among(Peers):
-    """Run a rule for a few ranks among some of a group; the others sit it out."""
-
-    rule: Peers
-    places: Places
-
-    def dst(self, rank: Ranks, size: int) -> Ranks:
-        return self._rank(rank, self.rule.dst)
-
-    def src(self, rank: Ranks, size: int) -> Ranks:
-        return self._rank(rank, self.rule.src)
-
-    def _rank(self, rank: Ranks, rule: Callable[[Ranks, int], Ranks]) -> Ranks:
-        inside, place = self.places.of(rank)
-        peer = rule(place, len(self.places.ranks))
-        return np.where(inside & (peer != NOBODY), self.places.table[peer], NOBODY)
-
-    def alike(self) -> Peers:
-        return replace(self, rule=self.rule.alike())
-
-    def members(self, size: int) -> Integers:
-        return self.places.members
-
-
-@dataclass(frozen=True)
-class AmongChunks(Chunks):
-    """Send what a rule says for a few ranks and `num_flat` chunks, of `scale` chunks each."""
-
-    rule: Chunks
-    places: Places
-    num_flat: int
-    scale: int
-
-    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
-        inside, place = self.places.of(rank)
-        first, length = self.rule.span(place, len(self.places.ranks), self.num_flat)
-        return first * self.scale, np.where(inside, length * self.scale, 0)
-
-    def alike(self) -> Chunks:
-        return replace(self, rule=self.rule.alike())
-
-
-def among(ranks: Sequence[int], flat: Schedule, num_chunks: int) -> tuple[Round, ...]:
-    """Lift a schedule to some of a group's ranks, which play its ranks 0, 1, ..., on all chunks."""
-    places, scale = Places(tuple(ranks)), _scale(flat, num_chunks)
-    return tuple(
-        Round(
-            Among(round.peers, places),
-            AmongChunks(round.chunks, places, flat.num_chunks, scale),
-            round.reduce,
-        )
-        for round in flat.rounds
-    )
-
-
-def renumber(schedule: Schedule, order: Sequence[int]) -> Schedule:
-    """Let rank order[i] do what rank i does in `schedule`; order is a permutation of the ranks.
-
-    Raises: ScheduleError where chunks belong to ranks, which this does not move.
-    """
-    if schedule.collective.owned:
-        raise ScheduleError(f"cannot renumber a {schedule.collective.name}: chunks belong to ranks")
-    order = tuple(order)
-    if order == tuple(range(schedule.size)):
-        return schedule
-    rounds = among(order, schedule, schedule.num_chunks)
-    return replace(schedule, rounds=rounds, root=order[schedule.root])
 
 
 @dataclass(frozen=True)
@@ -344,8 +229,8 @@ def side_by_side(
                 peer = np.asarray(rule(own, flat.size))
                 there[table] = np.where(peer == NOBODY, NOBODY, table[peer])
             start, run = round.chunks.span(own, flat.size, flat.num_chunks)
-            first[table] = start * _scale(flat, num_chunks)
-            length[table] = run * _scale(flat, num_chunks)
+            first[table] = start * scale_of(flat, num_chunks)
+            length[table] = run * scale_of(flat, num_chunks)
         tables = [tuple(found.tolist()) for found in (to, origin, first, length)]
         rounds.append(Round(Listed(*tables[:2]), ListedChunks(*tables[2:]), reduce=kinds.pop()))
     return tuple(rounds)

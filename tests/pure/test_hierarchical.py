@@ -12,7 +12,8 @@ from ringfold.comm.algorithms.tree import tree_broadcast, tree_reduce
 from ringfold.comm.collective import ALLREDUCE
 from ringfold.comm.cost import price
 from ringfold.comm.errors import ScheduleError
-from ringfold.comm.nesting import nest, renumber, side_by_side
+from ringfold.comm.nesting import nest, side_by_side
+from ringfold.comm.places import renumber
 from ringfold.comm.schedule import Schedule, draw, moves
 from ringfold.comm.topology import Cluster, Link, Nodes
 from ringfold.comm.verify import verify

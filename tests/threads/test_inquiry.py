@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ringfold import Communicator, run_local
+from ringfold.comm.deadlocks import Deadlocks
 from ringfold.comm.inquiry import Inquiry
 from ringfold.comm.notices import Called, Verdict, decode, encode
 from ringfold.comm.trace import Ring
@@ -15,7 +16,8 @@ from ringfold.comm.transport.local import LocalTransport, World
 def two_ranks() -> tuple[LocalTransport, LocalTransport, Inquiry]:
     world = World(2)
     here, there = (LocalTransport(world, (0, 1), rank) for rank in (0, 1))
-    return here, there, Inquiry(here, Ring(), lambda group: None, lambda: True)
+    deadlocks = Deadlocks(here, Ring(), lambda group: None, lambda: True)
+    return here, there, Inquiry(here, Ring(), deadlocks)
 
 
 def test_the_watchdog_may_hear_of_groups_while_the_rank_looks_at_what_it_has_heard() -> None:

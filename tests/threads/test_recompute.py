@@ -185,22 +185,15 @@ def test_stages_that_are_not_there_are_refused():
 
 
 class Kept:
-    """What one forward has saved; counts those that live."""
-
-    live = 0
+    """What one forward has saved."""
 
 
 class Save(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.kept = Kept()
-        layer.live += 1
-        layer.peak = max(layer.peak, layer.live)
-
-        def gone():
-            layer.live -= 1
-
-        weakref.finalize(ctx.kept, gone)
+        layer.kept.add(ctx.kept)
+        layer.peak = max(layer.peak, len(layer.kept))
         return x.clone()
 
     @staticmethod
@@ -209,12 +202,16 @@ class Save(torch.autograd.Function):
 
 
 class Counts(nn.Module):
-    """Count the graphs that hold what this layer has saved."""
+    """Keep the graphs that hold what this layer has saved, as long as these live.
+
+    In a set, not a number: the collector, and with it what counts down, runs in any rank's thread.
+    """
 
     def __init__(self):
         super().__init__()
         self.w = nn.Parameter(torch.ones(()))
-        self.live = self.peak = 0
+        self.kept = weakref.WeakSet()
+        self.peak = 0
 
     def forward(self, x):
         return Save.apply(x * self.w, self)
@@ -242,9 +239,9 @@ def test_live_activations_are_as_many_as_the_plan_says(schedule, microbatches, r
         engine.step(torch.ones(microbatches, 1))
         per_stage = 6 // num_stages
         end = time.monotonic() + 20
-        while any(layer.live for layer in layers) and time.monotonic() < end:
+        while any(layer.kept for layer in layers) and time.monotonic() < end:
             time.sleep(0.01)  # what is on its way to a rank that is late lives a little longer
-        assert all(layer.live == 0 for layer in layers)
+        assert not any(layer.kept for layer in layers)
         return [layers[stage * per_stage].peak for stage in engine.own_stages]
 
     rows = whole_plan(plan_function(schedule), ranks, microbatches)
