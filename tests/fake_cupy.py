@@ -445,9 +445,18 @@ def module(runtime: Runtime) -> Any:
             return self.host.copy()
 
         def set(self, values: np.ndarray) -> None:
-            self[...] = values
+            if (values.dtype, values.shape) != (self.dtype, self.shape):
+                raise ValueError(
+                    f"{values.dtype}, {values.shape} set in {self.dtype}, {self.shape}"
+                )
+            self._put(..., values)
 
         def __setitem__(self, where: Any, values: Any) -> None:
+            if isinstance(values, np.ndarray) and values.ndim:
+                raise ValueError("non-scalar numpy.ndarray cannot be used for fill")
+            self._put(where, values)
+
+        def _put(self, where: Any, values: Any) -> None:
             source = values.host if isinstance(values, ndarray) else np.array(values)
             target = self.host[where]
 
@@ -509,7 +518,7 @@ def module(runtime: Runtime) -> Any:
     def asarray(values: Any, dtype: Any = None) -> ndarray:
         source = np.asarray(values, dtype)
         made = empty(source.shape, source.dtype)
-        made[...] = source
+        made.set(source)
         return made
 
     def alloc_pinned_memory(nbytes: int) -> SimpleNamespace:

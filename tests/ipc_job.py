@@ -28,7 +28,7 @@ def messages(comm: ringfold.Communicator) -> None:
         wanted = numbers(behind, count)
         for turn in range(5):
             x, y = cupy.zeros(count, np.float32), cupy.zeros(count, np.float32)
-            x[...] = numbers(comm.rank, count)
+            x[...] = cupy.asarray(numbers(comm.rank, count))
             receiving = comm.irecv(y, behind, tag=turn)
             sending = comm.isend(x, ahead, tag=turn)
             x[...] = -1  # what is launched behind isend does not change what was sent

@@ -1,15 +1,11 @@
 """Device memory of a real GPU, staged; ranks are threads that share one card, but for training."""
 
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from contract import FOLDS, data, expected, lengths
+from gpu_job import run_ranks
 
 from ringfold import Communicator, Settings, run_local
 from ringfold.comm.chunks import bounds
@@ -17,7 +13,6 @@ from ringfold.comm.chunks import bounds
 pytestmark = pytest.mark.gpu
 
 SIZES = (1, 2, 3)
-TESTS = Path(__file__).parent.parent
 
 
 def run(size: int, main: Any) -> None:
@@ -130,14 +125,4 @@ def test_gradients_are_those_of_the_host() -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("torch is built without CUDA")
-    mpirun = shutil.which("mpirun")
-    if mpirun is None:
-        pytest.skip("there is no mpirun on PATH")
-    done = subprocess.run(
-        [mpirun, "-n", "2", sys.executable, str(TESTS / "gradients_job.py")],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        env=os.environ | {"NVIDIA_TF32_OVERRIDE": "0"},
-    )
-    assert done.returncode == 0 and done.stdout.count("right") == 2, done.stdout + done.stderr
+    run_ranks(2, "gradients", NVIDIA_TF32_OVERRIDE="0")
