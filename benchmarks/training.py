@@ -130,11 +130,3 @@ def repeated(step: Callable[[], object], times: int) -> Callable[[], None]:
             step()
 
     return run
-
-
-def median_row(rows: Sequence[dict[str, Any]], impl: str, **where: Any) -> dict[str, Any] | None:
-    """Find the row of an impl, None where there is none."""
-    for row in rows:
-        if row["impl"] == impl and all(row[key] == value for key, value in where.items()):
-            return row
-    return None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 
 from . import fused
-from .dtypes import DTYPES
+from .dtypes import DTYPES, OPS
 
-_OPS = ("", "sum", "mean", "min", "max", "prod")
+_OPS = ("", *OPS)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ rank, proven over all ranks, and priced at a hundred thousand.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,6 +215,11 @@ class Moves:
     first: npt.NDArray[np.int64]
     length: npt.NDArray[np.int64]
 
+    def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
+        """Yield each message as plain numbers: (src, dst, first, length)."""
+        columns = (self.src, self.dst, self.first, self.length)
+        return zip(*(column.tolist() for column in columns), strict=True)
+
 
 def moves(round: Round, size: int, num_chunks: int, index: int | None = None) -> Moves:
     """Evaluate a round at its members; ranks that send nothing are left out.
@@ -289,13 +294,7 @@ def draw(schedule: Schedule) -> str:
         sign = "+" if round.reduce else ""
         words = [
             f"{src}>{dst}:{shown_run(first, length, schedule.num_chunks)}{sign}"
-            for src, dst, first, length in zip(
-                step.src.tolist(),
-                step.dst.tolist(),
-                step.first.tolist(),
-                step.length.tolist(),
-                strict=True,
-            )
+            for src, dst, first, length in step
         ]
         lines.append(f"{index}: " + " ".join(words))
     return "\n".join(lines)

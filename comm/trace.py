@@ -35,7 +35,6 @@ Bytes = npt.NDArray[np.uint8]
 
 _CALL_BYTES = 256
 _TEXT_BYTES = _CALL_BYTES - 8
-_CALLS_AT = 8 * (RingWord.WORDS + RING_ENTRIES * EntryWord.WORDS)
 TRACE_BYTES = RING_BYTES + RING_CALLS * _CALL_BYTES
 """Of a rank's ring with its table of calls."""
 
@@ -167,7 +166,7 @@ class Ring:
         if old is not None:
             del self._calls[old]
         self._keys[place], self._calls[key] = key, call
-        low = _CALLS_AT + place * _CALL_BYTES
+        low = RING_BYTES + place * _CALL_BYTES
         self.memory[low : low + 8].view(np.int64)[0] = call
         self.memory[low + 8 : low + _CALL_BYTES] = np.frombuffer(_encoded(key), np.uint8)
         return call
@@ -274,7 +273,7 @@ def entries_in(memory: Bytes, last: int = RING_ENTRIES) -> tuple[Entry, ...]:
 def _read(memory: Bytes, words: npt.NDArray[np.int64], number: int) -> Entry | None:
     at = RingWord.WORDS + (number & _MASK) * EntryWord.WORDS
     found, call, sequence, start, end, outcome, *_ = words[at : at + EntryWord.WORDS].tolist()
-    low = _CALLS_AT + call % RING_CALLS * _CALL_BYTES
+    low = RING_BYTES + call % RING_CALLS * _CALL_BYTES
     known = int(memory[low : low + 8].view(np.int64)[0])
     if found != number or known != call:
         return None

@@ -152,9 +152,7 @@ def _matched(schedule: Schedule, round: Round, index: int) -> Moves:
                 rank=rank,
             )
     step = moves(round, size, schedule.num_chunks, index)
-    for rank, first, length in zip(
-        step.src.tolist(), step.first.tolist(), step.length.tolist(), strict=True
-    ):
+    for rank, _, first, length in step:
         if not 0 <= first < schedule.num_chunks or length > schedule.num_chunks:
             raise ScheduleError(
                 f"sends {length} chunks from {first} of {schedule.num_chunks}",
@@ -172,9 +170,7 @@ def _chunks(first: int, length: int, num_chunks: int) -> list[int]:
 def _sent(schedule: Schedule, step: Moves, held: Cell, index: int) -> Cell:
     """Return what arrives: (receiver, chunk) -> the value as it was at the start of the round."""
     arriving: Cell = {}
-    for src, dst, first, length in zip(
-        step.src.tolist(), step.dst.tolist(), step.first.tolist(), step.length.tolist(), strict=True
-    ):
+    for src, dst, first, length in step:
         for chunk in _chunks(first, length, schedule.num_chunks):
             value = held.get((src, chunk))
             if value is None:
@@ -239,9 +235,7 @@ def _adds_raw(schedule: Schedule, round: Round, step: Moves, held: Cell, summed:
     def own(rank: int, chunk: int) -> bool:
         return (rank, chunk) in held and held[rank, chunk].contributors.bit_count() == 1
 
-    for src, dst, first, length in zip(
-        step.src.tolist(), step.dst.tolist(), step.first.tolist(), step.length.tolist(), strict=True
-    ):
+    for src, dst, first, length in step:
         run = (first, length)
         for chunk in _chunks(*run, num_chunks):
             if round.reduce:
@@ -258,7 +252,7 @@ def _adds_raw(schedule: Schedule, round: Round, step: Moves, held: Cell, summed:
 
 def _refuse_forwarding(schedule: Schedule, arriving: Cell, step: Moves, index: int) -> None:
     """Refuse what is not sent straight from its row to its column: there is no other memory."""
-    sources = dict(zip(step.dst.tolist(), step.src.tolist(), strict=True))
+    sources = {dst: src for src, dst, _, _ in step}
     for rank, cell in arriving:
         if divmod(cell, schedule.size) != (sources[rank], rank):
             raise ScheduleError(

@@ -1,7 +1,7 @@
 """What one pipeline stage does with one micro-batch.
 
-A plan is a tuple of actions. The engine executes it, `plan.check_plan` simulates it and
-`plan.draw` prints it, all from the same values.
+A plan is a tuple of actions. The engine executes it, `plan_check.check_plan` simulates it
+and `plan_check.draw` prints it, all from the same values.
 """
 
 from __future__ import annotations

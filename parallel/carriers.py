@@ -35,20 +35,20 @@ _ROWS = 64
 """How many patterns of flags a carrier remembers."""
 
 
-def carrier_of(wire: Wire, comm: Communicator, op: str) -> Carrier:
-    """Return the carrier of a wire format; op: "mean" or "sum" over the ranks."""
+def carrier_of(wire: Wire, comm: Communicator) -> Carrier:
+    """Return the carrier of a wire format."""
     if wire.hook is None:
-        return PlainCarrier(comm, op, wire.dtype)
-    return HookCarrier(comm, op, wire.hook)
+        return PlainCarrier(comm, wire.dtype)
+    return HookCarrier(comm, wire.hook)
 
 
 class PlainCarrier:
     """Carry each bucket in the way that fits its contents, which all ranks see alike."""
 
-    def __init__(self, comm: Communicator, op: str, dtype: str | None) -> None:
+    def __init__(self, comm: Communicator, dtype: str | None) -> None:
         self._dtype = dtype
-        self._dense = DenseCarrier(comm, op, dtype)
-        self._large = LargeCarrier(comm, op)
+        self._dense = DenseCarrier(comm, dtype)
+        self._large = LargeCarrier(comm)
 
     def start(self, bucket: Bucket, load: Load, *, last: bool) -> Flight:
         large = (
@@ -66,9 +66,8 @@ class PlainCarrier:
 class DenseCarrier:
     """Send a bucket in one allreduce, its flags behind its elements."""
 
-    def __init__(self, comm: Communicator, op: str, dtype: str | None) -> None:
+    def __init__(self, comm: Communicator, dtype: str | None) -> None:
         self._comm = comm
-        self._op = op
         self._homes = Homes(comm, dtype)
         self._rows: dict[tuple[tuple[bool, ...], torch.dtype, torch.device], Tensor] = {}
         # By their memory, as long as that is a bucket's.
@@ -77,7 +76,7 @@ class DenseCarrier:
 
     def start(self, bucket: Bucket, load: Load, *, last: bool) -> Flight:
         flags = load.flags
-        scale, op = (1.0, self._op) if load.share is None else (load.share, "sum")
+        scale, op = (1.0, "mean") if load.share is None else (load.share, "sum")
         flattened = self._homes.flatten(bucket, load, len(flags))
         home, finite = flattened.home, flattened.pack(scale)
         if home.left != flags:
@@ -133,9 +132,8 @@ class LargeCarrier:
     not registered there goes by way of the host's memory.
     """
 
-    def __init__(self, comm: Communicator, op: str) -> None:
+    def __init__(self, comm: Communicator) -> None:
         self._comm = comm
-        self._op = op
         self._homes = Homes(comm)
         self._counters = Counters()
         self._reduced: dict[Bucket, weakref.ref[Tensor]] = {}
@@ -143,7 +141,7 @@ class LargeCarrier:
     def start(self, bucket: Bucket, load: Load, *, last: bool) -> Flight:
         flags = self._counters.fill(bucket, load)
         (gradient,), (parameter,) = load.gradients, load.parameters
-        scale, op = (1.0, self._op) if load.share is None else (load.share, "sum")
+        scale, op = (1.0, "mean") if load.share is None else (load.share, "sum")
         known = self._reduced.get(bucket)
         kept = gradient is not None and known is not None and known() is gradient
         away = kept or scale != 1.0 or load.device.type != "cpu"
@@ -168,16 +166,14 @@ class LargeCarrier:
 class HookCarrier:
     """Hand a bucket to a wire hook; its flags are added in a small message of their own."""
 
-    def __init__(self, comm: Communicator, op: str, hook: WireHook) -> None:
+    def __init__(self, comm: Communicator, hook: WireHook) -> None:
         self._comm = comm
         self._hook = hook
-        # A hook computes means; the mean of gradients times their number is the sum.
-        self._plain = float(comm.size) if op == "sum" else 1.0
         self._counters = Counters()
         self._homes = Homes(comm)
 
     def start(self, bucket: Bucket, load: Load, *, last: bool) -> Flight:
-        scale = self._plain if load.share is None else load.share * self._comm.size
+        scale = 1.0 if load.share is None else load.share * self._comm.size
         flattened = self._homes.flatten(bucket, load)
         finite = flattened.pack(scale)
         flags = self._counters.fill(bucket, load)

@@ -125,7 +125,6 @@ class DataParallel(Transparent):
         self._reducer: Reducer | None = Reducer(
             named,
             channel,
-            op="mean",
             bucket_bytes=None if bucket_bytes == "auto" else bucket_bytes,
             wire=wire or wire_dtype,
             sparse=sparse_parameters(module),

@@ -136,13 +136,10 @@ class Pipeline:
         self.steps_taken = 0
         self._loss_scaler = loss_scaler
         last = mesh.pipe.size - 1
-        self._has_loss = bool(mesh.pipe.broadcast(np.array([loss_fn is not None]), root=last)[0])
-        self._loss_reduction = loss_reduction
-        self._microbatches = microbatches
-        self._broadcast_buffers = broadcast_buffers
-        choices = Choices(
+        has_loss = bool(mesh.pipe.broadcast(np.array([loss_fn is not None]), root=last)[0])
+        self._choices = choices = Choices(
             microbatches=microbatches,
-            has_loss=self._has_loss,
+            has_loss=has_loss,
             loss_reduction=loss_reduction,
             reduction=reduction,
             boundaries=boundaries,
@@ -183,7 +180,6 @@ class Pipeline:
         self._reducer = Reducer(
             list(module.named_parameters()),
             mesh.data,
-            op="mean",
             bucket_bytes=bucket_bytes,
             wire=wire_dtype,
             sparse=sparse_parameters(module),
@@ -231,19 +227,19 @@ class Pipeline:
         as Ctrl-C or a CommTimeout, is raised as it is, and later steps are refused.
         """
         self._worker.require_whole()
-        if not self._has_loss:
+        if not self._choices.has_loss:
             raise ValueError(
                 "a pipeline without loss_fn on its last stage cannot train, only evaluate"
             )
         rows, meeting = agree_on_rows(self.mesh, x, y, self._model.meets_replicas)
         # On all ranks before anything is sent, as a plan may refuse what one replica has.
-        for count in counts_of(rows, self._microbatches, in_tree=self._adding.in_tree):
+        for count in counts_of(rows, self._choices.microbatches, in_tree=self._adding.in_tree):
             self._plan(count)
         share = share_of(
             rows,
             self.mesh.data.rank,
-            self._microbatches,
-            is_mean=self._loss_reduction == "mean",
+            self._choices.microbatches,
+            is_mean=self._choices.loss_reduction == "mean",
             in_tree=self._adding.in_tree,
             meeting=meeting,
         )
@@ -264,7 +260,7 @@ class Pipeline:
         losses = zip(batch.losses, numbers_of(list(batch.losses.values())), strict=True)
         weighed = {m: share.weights[m] * value for m, value in losses}
         added = self._adding.finish(weighed, self._failed)
-        if self._broadcast_buffers:
+        if self._choices.broadcast_buffers:
             self._model.even_buffers(rows)
         self._model.ties.finish()
         if added.failed:
@@ -287,7 +283,7 @@ class Pipeline:
         `steps_taken`. The outputs of the micro-batches are joined along their first dimension.
         """
         self._worker.require_whole()
-        bounds = row_bounds(agree_on_rows_of_pipe(self.mesh.pipe, x), self._microbatches)
+        bounds = row_bounds(agree_on_rows_of_pipe(self.mesh.pipe, x), self._choices.microbatches)
         batch = Batch(
             inputs=split_rows(x, bounds) if self._is_first else [],
             samples=[Samples(self.steps_taken, first, end - first) for first, end in bounds],

@@ -55,7 +55,7 @@ def parse_plan(text: str) -> WrittenPlan:
     """Read a plan; empty lines, and what follows a "#", are skipped.
 
     ValueError names the line that is no stage or rank, or that is missing or out of order.
-    Whether the plan can run is for `plan.check_plan` to say.
+    Whether the plan can run is for `plan_check.check_plan` to say.
     """
     rows: list[tuple[Action, ...]] = []
     for number, line in enumerate(text.splitlines(), start=1):

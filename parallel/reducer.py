@@ -56,7 +56,6 @@ def _may_be_trained(parameter: Tensor) -> bool:
 class Reducer:
     """Reduce the gradients of named parameters over a communicator.
 
-    op: "mean", or "sum" for gradients that are already scaled.
     bucket_bytes: how much is reduced at once, in bytes of the gradients themselves; None to plan
         it by when the gradients arrived in the first passes, and what reductions cost then.
     wire: how gradients travel, as `hooks.wire_format` reads it.
@@ -71,7 +70,6 @@ class Reducer:
         named: Sequence[tuple[str, nn.Parameter]],
         comm: Communicator,
         *,
-        op: str,
         bucket_bytes: int | None,
         wire: str | WireHook | None,
         sparse: Iterable[nn.Parameter] = (),
@@ -82,7 +80,7 @@ class Reducer:
         self._finite = finite
         self._loss_scaler = loss_scaler
         self.wire = wire_format(wire)
-        self._carrier = carrier_of(self.wire, comm, op)
+        self._carrier = carrier_of(self.wire, comm)
         self._gradients = known = Gradients(named, sparse)
         self._digest = digest_of(known.names)
         self.plan = BucketPlan(comm, known.describe, known.trainable(), bucket_bytes)
@@ -128,8 +126,8 @@ class Reducer:
     def begin(self, weight: float | None = None, elsewhere: frozenset[int] = frozenset()) -> None:
         """Begin a pass; collective, as all of a pass is.
 
-        weight: the result is sum(weight * gradient) / sum(weight) over the ranks instead of the op;
-            a rank of weight 0 adds nothing, whatever its gradients hold.
+        weight: the result is sum(weight * gradient) / sum(weight) over the ranks, not the mean; a
+            rank of weight 0 adds nothing, whatever its gradients hold.
         elsewhere: the indices of parameters that another reducer has in its pass.
         """
         assert self._pass is None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..comm.dtypes import DTYPES
-from ..comm.texts import shown_ranks
+from ..comm.texts import gather_texts, shown_ranks
 from .buckets import Member, plan_buckets
 
 if TYPE_CHECKING:
@@ -144,10 +144,7 @@ def check_equal(
     failed, digests = table[:, 0].nonzero()[0].tolist(), table[:, 1:]
     if not failed and (digests == digests[0]).all():
         return
-    padded = np.zeros(int(digests[:, 0].max()), dtype=np.uint8)
-    padded[: len(text)] = np.frombuffer(text, dtype=np.uint8)
-    rows = comm.allgather(padded)
-    texts = [bytes(row[: int(n)]).decode() for row, n in zip(rows, digests[:, 0], strict=True)]
+    texts = gather_texts(comm, text.decode())
     if failed:
         alike = [rank for rank in failed if texts[rank] == texts[failed[0]]]
         if error is not None and len(alike) == comm.size:
