@@ -1,15 +1,19 @@
 """Read a DLPack capsule: the memory of any array library, without importing that library.
 
-Source: DLPack, dlpack.h, structures DLTensor and DLManagedTensor (ABI version 0).
+Source: DLPack, dlpack.h, structures DLTensor, DLManagedTensor (ABI version 0) and
+DLManagedTensorVersioned (version 1).
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from .device import library_of
 from .dtypes import DType, dtype_named
 
 HOST_DEVICES = (1, 3)
@@ -35,6 +39,24 @@ class _Tensor(ctypes.Structure):
     )
 
 
+class _Versioned(ctypes.Structure):
+    _fields_ = (
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _Tensor),
+    )
+
+
+_READ_ONLY = 1
+"""Of a versioned one's flags."""
+
+_WRITABLE = ("torch",)
+"""Libraries whose arrays may all be written to, also those that a capsule of version 0 tells of."""
+
+
 class _Memory:
     """Publish an address to NumPy and keep the capsule that owns it alive."""
 
@@ -47,6 +69,7 @@ def read_host(x: Any) -> tuple[np.ndarray[Any, np.dtype[Any]], DType]:
     """Return a strided NumPy view of x's host memory, and its element type.
 
     x has `__dlpack__` and `__dlpack_device__`. Nothing is copied; the view keeps the memory alive.
+    It is read-only where x says so, or cannot say, before version 1, and is not known to be else.
 
     Raises: TypeError for memory of a device, or an element type that the table lacks.
     """
@@ -60,11 +83,12 @@ def read_host(x: Any) -> tuple[np.ndarray[Any, np.dtype[Any]], DType]:
             "only host memory can be moved here"
         )
     try:
-        capsule = x.__dlpack__()
+        capsule = _export(x)
     except (BufferError, ValueError, RuntimeError) as error:
         raise TypeError(f"{type(x).__name__} does not export its memory: {error}") from None
-    pointer = _get_pointer()(capsule, b"dltensor")
-    tensor = ctypes.cast(pointer, ctypes.POINTER(_Tensor)).contents
+    tensor, read_only = _tensor_of(capsule)
+    if read_only is None:
+        read_only = library_of(x) not in _WRITABLE
     dtype = _dtype(tensor)
     shape = tuple(tensor.shape[axis] for axis in range(tensor.ndim))
     if 0 in shape:
@@ -78,16 +102,39 @@ def read_host(x: Any) -> tuple[np.ndarray[Any, np.dtype[Any]], DType]:
         "shape": shape,
         "strides": strides,
         "typestr": dtype.storage.str,
-        "data": (tensor.data + tensor.byte_offset, False),
+        "data": (tensor.data + tensor.byte_offset, read_only),
     }
     return np.asarray(_Memory(capsule, interface)), dtype
 
 
-def _get_pointer() -> Any:
-    function = ctypes.pythonapi.PyCapsule_GetPointer
-    function.restype = ctypes.c_void_p
-    function.argtypes = [ctypes.py_object, ctypes.c_char_p]
-    return function
+def _export(x: Any) -> Any:
+    try:
+        return x.__dlpack__(max_version=(1, 0))
+    except TypeError:  # of a library that knows version 0 alone
+        return x.__dlpack__()
+
+
+def _tensor_of(capsule: Any) -> tuple[_Tensor, bool | None]:
+    """Return what a capsule tells of, and whether that is read-only; None where it cannot say."""
+    get_name, get_pointer = _accessors()
+    name = get_name(capsule)
+    address = get_pointer(capsule, name)
+    if name == b"dltensor":
+        return _Tensor.from_address(address), None
+    versioned = _Versioned.from_address(address)
+    return versioned.tensor, bool(versioned.flags & _READ_ONLY)
+
+
+@functools.cache
+def _accessors() -> tuple[Callable[..., bytes], Callable[..., int]]:
+    """Return what reads a capsule's name, and its pointer.
+
+    Functions of our own, as those of `pythonapi` are shared, with their types, by all who use them.
+    """
+    named = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)
+    pointing = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+    api = ctypes.pythonapi
+    return named(("PyCapsule_GetName", api)), pointing(("PyCapsule_GetPointer", api))
 
 
 def _dtype(tensor: _Tensor) -> DType:

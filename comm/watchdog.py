@@ -155,8 +155,8 @@ _ALIVE: list[Watchdog] = []
 
 _CATCHING: list[object] = []
 
-_HANDLERS: list[int] = []
-"""The address of faulthandler's, where no other is called behind it."""
+_REGISTERED: list[tuple[int, bool]] = []
+"""faulthandler's handler: its address, and whether no other is called behind it."""
 
 _ALONE, _SHARED = b"1", b"0"
 
@@ -166,18 +166,19 @@ def catch(holder: object) -> None:
     if not _CATCHING:
         chain = callable(signal.getsignal(_SIGNAL))
         faulthandler.register(_SIGNAL, file=_stacks_file(), all_threads=True, chain=chain)
-        if not chain:
-            _HANDLERS.append(_handler())
+        _REGISTERED.append((_action()[0], not chain))
         _publish()
     _CATCHING.append(holder)
 
 
 def let_go(holder: object) -> None:
-    """Give the signal back once nobody holds it any more."""
+    """Give the signal back once nobody holds it any more; who has taken it meanwhile keeps it."""
     _CATCHING.remove(holder)
     if not _CATCHING:
-        faulthandler.unregister(_SIGNAL)
-        _HANDLERS.clear()
+        (registered, _), now = _REGISTERED.pop(), _action()
+        faulthandler.unregister(_SIGNAL)  # puts back what was there before it
+        if now[0] != registered:
+            _sigaction()(int(_SIGNAL), now, None)
         _publish()
 
 
@@ -194,18 +195,15 @@ def _publish() -> None:
     The program may take it at any time, for a notice of its scheduler's, say: a peer's question
     must not pass for that.
     """
-    os.pwrite(_stacks_file(), _ALONE if _handler() in _HANDLERS else _SHARED, 0)
+    alone = (_action()[0], True) in _REGISTERED
+    os.pwrite(_stacks_file(), _ALONE if alone else _SHARED, 0)
 
 
-_Action = ctypes.c_size_t * 32
-"""A struct sigaction, which begins with the handler (glibc, musl)."""
-
-
-def _handler() -> int:
-    """Return the address of the function that handles the signal; 0 for the default."""
-    action = _Action()
+def _action() -> ctypes.Array[ctypes.c_size_t]:
+    """Return a struct sigaction, which begins with the handler's address (glibc, musl)."""
+    action = (ctypes.c_size_t * 32)()
     _sigaction()(int(_SIGNAL), None, action)
-    return int(action[0])
+    return action
 
 
 @functools.cache

@@ -69,6 +69,7 @@ comm.barrier()
 
 
 def test_sigusr1_tells_where_all_ranks_are_and_the_job_goes_on(job: Callable[..., Any]) -> None:
+    """From a program that took the signal later close() took it: the next one ended the rank."""
     script = (
         START.format(timeout=60, shared=True)
         + """
@@ -82,6 +83,13 @@ else:
 assert comm.allreduce(np.ones(1))[0] == comm.size
 comm.close()
 assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+taken = []
+for turn in (1, 2, 3):  # a handler that came after the communicator outlives it
+    with ringfold.Communicator():
+        if turn == 1:
+            signal.signal(signal.SIGUSR1, lambda number, frame: taken.append(number))
+    ask()
+    assert len(taken) == turn
 """
     )
     done = job(3, script, timeout=60)

@@ -4,6 +4,7 @@ import array
 import mmap
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,6 +121,50 @@ def test_what_cannot_be_a_target_is_refused(
 ) -> None:
     with pytest.raises(error, match=text):
         wrap(x, writable=True)
+
+
+class Exporter:
+    """An array of another library, which speaks DLPack: of version 1, or of version 0 alone."""
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+    def __dlpack_device__(self) -> Any:
+        return self.array.__dlpack_device__()
+
+    def __dlpack__(self, **asked: Any) -> Any:
+        return self.array.__dlpack__(**asked)
+
+
+class OldExporter(Exporter):
+    def __dlpack__(self, stream: Any = None) -> Any:
+        return self.array.__dlpack__()
+
+
+def test_immutable_arrays_of_other_libraries_are_no_targets() -> None:
+    """Arrays of JAX and Arrow changed under all who held them; a mapped file's ended the process.
+
+    Before version 1 DLPack does not tell; torch's tensors may be written to all the same.
+    """
+    fixed = np.arange(3.0)
+    fixed.flags.writeable = False
+    assert wrap(Exporter(fixed), writable=False).flat.tolist() == [0, 1, 2]
+    old = OldExporter(np.arange(3.0))
+    assert wrap(old, writable=False).flat.tolist() == [0, 1, 2]
+    for x in (Exporter(fixed), old):
+        with pytest.raises(ValueError, match="read-only"):
+            wrap(x, writable=True)
+    fine = np.zeros(3)
+    wrap(Exporter(fine), writable=True).flat[:] = 5
+    assert fine.tolist() == [5, 5, 5]
+
+    class OldTensor(torch.Tensor):
+        def __dlpack__(self, stream: Any = None) -> Any:
+            return self.as_subclass(torch.Tensor).__dlpack__()
+
+    tensor = torch.zeros(3).as_subclass(OldTensor)
+    wrap(tensor, writable=True).flat[:] = 5
+    assert tensor.tolist() == [5, 5, 5]
 
 
 def test_gpu_memory_is_refused_by_name() -> None:
