@@ -17,17 +17,8 @@ import numpy as np
 from .chunks import ranges
 from .collective import ALLTOALL
 from .errors import ScheduleError
-from .schedule import (
-    NOBODY,
-    Moves,
-    Round,
-    Schedule,
-    members_of,
-    moves,
-    on_ranks,
-    require_hashable,
-    shown_run,
-)
+from .runnable import matched, refuse_forwarding, refuse_overwritten_sends
+from .schedule import Moves, Round, Schedule, require_hashable
 from .texts import shown_ranks
 
 
@@ -84,11 +75,11 @@ def verify(schedule: Schedule) -> Proof:
     raw_reduce = True
     summed: Summed = {}
     for index, round in enumerate(schedule.rounds):
-        step = _matched(schedule, round, index)
+        step = matched(schedule, round, index)
         arriving = _sent(schedule, step, held, index)
-        _refuse_overwritten_sends(schedule, round, step, index)
+        refuse_overwritten_sends(schedule, round, step, index)
         if schedule.collective is ALLTOALL:
-            _refuse_forwarding(schedule, arriving, step, index)
+            refuse_forwarding(schedule, arriving, step, index)
         raw_reduce = raw_reduce and _adds_raw(schedule, round, step, held, summed)
         for (rank, chunk), value in arriving.items():
             held[rank, chunk] = _received(
@@ -114,55 +105,6 @@ def _start(schedule: Schedule, orders: _Orders) -> Cell:
     }
 
 
-def _matched(schedule: Schedule, round: Round, index: int) -> Moves:
-    """Return the round's moves, every send having the receive that its receiver expects."""
-    size = schedule.size
-    ranks = np.arange(size, dtype=np.int64)
-    peers = round.peers
-    dst, src = (
-        told.tolist()
-        for told in on_ranks(
-            peers, lambda: (peers.dst(ranks, size), peers.src(ranks, size)), size, index
-        )
-    )
-    for rank in range(size):
-        for peer, back, does, answers in (
-            (dst[rank], src, "sends to", "receives from"),
-            (src[rank], dst, "receives from", "sends to"),
-        ):
-            if peer == NOBODY:
-                continue
-            if not 0 <= peer < size:
-                raise ScheduleError(f"{does} rank {peer} of {size}", round=index, rank=rank)
-            if peer == rank:
-                raise ScheduleError(f"{does} itself", round=index, rank=rank)
-            if back[peer] != rank:
-                other = "nobody" if back[peer] == NOBODY else f"rank {back[peer]}"
-                raise ScheduleError(
-                    f"{does} rank {peer}, which {answers} {other}: one of them would wait for ever",
-                    round=index,
-                    rank=rank,
-                )
-    members = set(members_of(peers, size, index).tolist())
-    for rank in range(size):
-        if (dst[rank], src[rank]) != (NOBODY, NOBODY) and rank not in members:
-            raise ScheduleError(
-                f"takes part, and is none of the members of {type(peers).__name__}",
-                round=index,
-                rank=rank,
-            )
-    step = moves(round, size, schedule.num_chunks, index)
-    for rank, _, first, length in step:
-        if not 0 <= first < schedule.num_chunks or length > schedule.num_chunks:
-            raise ScheduleError(
-                f"sends {length} chunks from {first} of {schedule.num_chunks}",
-                round=index,
-                rank=rank,
-                chunk=first,
-            )
-    return step
-
-
 def _chunks(first: int, length: int, num_chunks: int) -> list[int]:
     return [chunk for low, high in ranges(first, length, num_chunks) for chunk in range(low, high)]
 
@@ -182,40 +124,6 @@ def _sent(schedule: Schedule, step: Moves, held: Cell, index: int) -> Cell:
                 )
             arriving[dst, chunk] = value
     return arriving
-
-
-def _refuse_overwritten_sends(schedule: Schedule, round: Round, step: Moves, index: int) -> None:
-    """Refuse what changes a chunk before it has been sent in the same round.
-
-    A copy has no memory of its own to arrive in. What is added has, a segment at a time: segment k
-    is added once segment k has been sent (`executor`), so that a run that begins with the sent one,
-    or before it, meets only what has left.
-    """
-    num_chunks = schedule.num_chunks
-    sent_first, sent_length = np.zeros((2, schedule.size), dtype=np.int64)
-    sent_first[step.src], sent_length[step.src] = step.first, step.length
-    first, length = sent_first[step.dst], sent_length[step.dst]
-    ahead = (step.first - first) % num_chunks
-    inside = ahead < length
-    covers = (length > 0) & ((first - step.first) % num_chunks < step.length)
-    wrong = np.flatnonzero(inside & (ahead > 0) if round.reduce else inside | covers)
-    if not wrong.size:
-        return
-    at = wrong[0]
-    rank, src = int(step.dst[at]), int(step.src[at])
-    problem = f"receives from rank {src} a copy of a chunk that it sends in the same round"
-    if round.reduce:
-        come, leave = (
-            shown_run(int(start[at]), int(run[at]), num_chunks)
-            for start, run in ((step.first, step.length), (first, length))
-        )
-        problem = (
-            f"receives chunks {come} from rank {src}, to be added, while it sends {leave}: it "
-            "would add to chunks that it has yet to send; let both begin with the same chunk, or "
-            "send in a round before"
-        )
-    chunk = int(step.first[at] if inside[at] else first[at])
-    raise ScheduleError(problem, round=index, rank=rank, chunk=chunk)
 
 
 Summed = dict[tuple[int, int], tuple[int, int] | None]
@@ -248,20 +156,6 @@ def _adds_raw(schedule: Schedule, round: Round, step: Moves, held: Cell, summed:
                 used = summed.get((rank, chunk)) or (0, 0)
                 summed.update(((rank, other), None) for other in _chunks(*used, num_chunks))
     return True
-
-
-def _refuse_forwarding(schedule: Schedule, arriving: Cell, step: Moves, index: int) -> None:
-    """Refuse what is not sent straight from its row to its column: there is no other memory."""
-    sources = {dst: src for src, dst, _, _ in step}
-    for rank, cell in arriving:
-        if divmod(cell, schedule.size) != (sources[rank], rank):
-            raise ScheduleError(
-                f"forwards a chunk to rank {rank}; an alltoall can be run only where chunks go "
-                "straight to their place",
-                round=index,
-                rank=sources[rank],
-                chunk=cell,
-            )
 
 
 def _received(

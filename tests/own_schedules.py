@@ -13,7 +13,7 @@ from contract import data, expected, reopened
 from ringfold import Communicator
 from ringfold.comm.collective import ALLREDUCE
 from ringfold.comm.errors import ScheduleError
-from ringfold.comm.nesting import Listed, ListedChunks
+from ringfold.comm.listed import Listed, ListedChunks
 from ringfold.comm.schedule import NOBODY, Round, Schedule, draw
 from ringfold.comm.verify import verify
 

@@ -88,6 +88,7 @@ def main() -> int:
                 nothing = replace(made, digest="", extras=frozenset())
                 nothing.write(venv / f"{arguments.stamp}.stamp")
             install(venv, [f".[{','.join(sorted(made.extras))}]"], editable=True)
+            find_before_folders(venv)
             say(f"MPI library: {provide_mpi(venv, made.mpi)}")
             say(f"{venv} is ready")
         made.write(venv / f"{arguments.stamp}.stamp")
@@ -182,6 +183,15 @@ def install(venv: Path, requirements: list[str], *, editable: bool = False) -> N
     say(f"installing {' '.join(requirements)} into {venv.name}")
     if subprocess.run(command, cwd=ROOT).returncode:
         raise SystemExit(f"ringfold setup: pip could not install {' '.join(requirements)}")
+
+
+def find_before_folders(venv: Path) -> None:
+    """Let scripts beside the checkout import the package: its folder has the same name.
+
+    The path comes before what an editable install finds, and on it that folder is a package.
+    """
+    for packages in venv.glob("lib/python*/site-packages"):
+        (packages / "ringfold-before-folders.pth").write_text(f"{ROOT / 'src'}\n")
 
 
 def provide_mpi(venv: Path, choice: str) -> str:

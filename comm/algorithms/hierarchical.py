@@ -12,7 +12,8 @@ from __future__ import annotations
 from math import lcm
 
 from ..collective import ALLREDUCE, BROADCAST
-from ..nesting import nest, nest_broadcast, side_by_side
+from ..listed import side_by_side
+from ..nesting import nest, nest_broadcast
 from ..places import among, renumber
 from ..schedule import Schedule
 from ..topology import Nodes

@@ -201,13 +201,6 @@ class Compiled:
         return self._calls.refused(code, peer, None if wanted < 0 else wanted)
 
 
-def execute_compiled(
-    program: Program, lane: Lane, source: Array, target: Array, arithmetic: Arithmetic = MOVE
-) -> Steps:
-    """Run a program as `execute` does, in compiled code, where `can_run` says so."""
-    return Compiled(program, lane, source, target, arithmetic).run(lane.tag)
-
-
 def _address(array: Array) -> int:
     assert array.flags.c_contiguous
     address: int = array.__array_interface__["data"][0]

@@ -48,6 +48,21 @@ def test_no_pin_is_of_a_package_that_a_build_of_torch_pins() -> None:
     assert libraries <= tools  # those of the extra gpu-test, which no torch needs
 
 
+def test_a_script_beside_the_checkout_imports_the_package(tmp_path: Path) -> None:
+    """It got the folder: "module 'ringfold' has no attribute 'Communicator'"."""
+    (tmp_path / "ringfold" / "docs").mkdir(parents=True)
+    script = tmp_path / "script.py"
+    script.write_text("import ringfold; print(ringfold.Communicator)")
+    packages = tmp_path / "venv" / "lib" / "python3" / "site-packages"
+    packages.mkdir(parents=True)
+    setup.find_before_folders(tmp_path / "venv")
+    (line,) = packages.glob("*.pth")
+    environment = os.environ | {"PYTHONPATH": line.read_text().strip()}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "communicator.Communicator" in done.stdout, done.stderr
+
+
 class Made:
     """An environment that setups make, with the steps that install left out."""
 

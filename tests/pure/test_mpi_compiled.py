@@ -14,7 +14,7 @@ from ringfold.comm.program import Op, Program
 from ringfold.comm.trace import Ring, Signature, State
 from ringfold.comm.transport.base import Calls, Channel
 from ringfold.comm.transport.mpi_abi import find_calls, handle_value
-from ringfold.comm.transport.mpi_compiled import Compiled, can_run, execute_compiled
+from ringfold.comm.transport.mpi_compiled import Compiled, can_run
 
 POST = ctypes.CFUNCTYPE(
     ctypes.c_int,
@@ -102,6 +102,10 @@ def lane(mpi: Loopback, segment_bytes: int = 64, window: int = 4, moving: int = 
     return Lane(mpi, Channel.COLLECTIVE, 7, segment_bytes, window, moving)  # type: ignore[arg-type]
 
 
+def run_compiled(program: Program, lane: Lane, x: Any, target: Any, *arithmetic: Arithmetic) -> Any:
+    return Compiled(program, lane, x, target, *arithmetic).run(lane.tag)
+
+
 def finish(steps: Any) -> int:
     """Run to the end; return how often it had to wait, somebody waiting for it."""
     waits = 0
@@ -127,7 +131,7 @@ SWAP = program((0, Op.SEND, 0, 50), (0, Op.RECV, 50, 50))
 def test_segments_travel_in_order_and_a_window_at_a_time(window: int) -> None:
     mpi = Loopback(patience=2)
     x = np.arange(100, dtype=np.int32)
-    finish(execute_compiled(SWAP, lane(mpi, 64, window), x, x))
+    finish(run_compiled(SWAP, lane(mpi, 64, window), x, x))
     assert (x[50:] == np.arange(50)).all()
     sizes = [64, 64, 64, 8]
     assert mpi.log == [(kind, 0, 7, n) for n in sizes for kind in ("recv", "send")]
@@ -172,10 +176,10 @@ def test_more_segments_fly_where_nothing_is_added() -> None:
     mpi = Loopback(patience=3)
     x = np.arange(100, dtype=np.int32)
     add = program((0, Op.SEND, 0, 50), (0, Op.RECV_REDUCE, 50, 50))
-    finish(execute_compiled(add, lane(mpi, 64, 2, moving=3), x, x, adding()))
+    finish(run_compiled(add, lane(mpi, 64, 2, moving=3), x, x, adding()))
     assert mpi.most_in_flight == 4
     assert (x[50:] == np.arange(50, 100) + np.arange(50)).all()
-    finish(execute_compiled(SWAP, lane(mpi, 64, 2, moving=3), x, x))
+    finish(run_compiled(SWAP, lane(mpi, 64, 2, moving=3), x, x))
     assert mpi.most_in_flight == 6
     assert (x[50:] == np.arange(50)).all()
 
@@ -191,7 +195,7 @@ def test_rounds_run_one_after_the_other_and_empty_rows_send_nothing() -> None:
         (4, Op.RECV, 6, 3),
         (4, Op.RECV, 0, 0),
     )
-    finish(execute_compiled(rows, lane(mpi), x, x, adding()))
+    finish(run_compiled(rows, lane(mpi), x, x, adding()))
     assert x.tolist() == [0, 1, 2, 3, 5, 7, 3, 5, 7]
     assert [n for _, _, _, n in mpi.log] == [12] * 4
 
@@ -199,7 +203,7 @@ def test_rounds_run_one_after_the_other_and_empty_rows_send_nothing() -> None:
 def test_a_program_without_rows_ends_at_once() -> None:
     mpi = Loopback()
     x = np.zeros(0, np.int32)
-    assert finish(execute_compiled(program(), lane(mpi), x, x)) == 0
+    assert finish(run_compiled(program(), lane(mpi), x, x)) == 0
     assert not mpi.log
 
 
@@ -207,7 +211,7 @@ def test_more_to_receive_than_to_send_uses_slots_of_one_kind() -> None:
     mpi = Loopback()
     mpi.box.extend(bytes([k] * 64) for k in range(5))
     x = np.zeros(5 * 64, np.uint8)
-    finish(execute_compiled(program((0, Op.RECV, 0, 320)), lane(mpi, 64, 2), x, x))
+    finish(run_compiled(program((0, Op.RECV, 0, 320)), lane(mpi, 64, 2), x, x))
     assert x.tolist() == [k for k in range(5) for _ in range(64)]
     assert mpi.most_in_flight == 2
 
@@ -215,7 +219,7 @@ def test_more_to_receive_than_to_send_uses_slots_of_one_kind() -> None:
 def test_a_message_of_another_size_is_an_error() -> None:
     x = np.arange(100, dtype=np.int32)
     with pytest.raises(ValueError, match="0: 63 for 64"):
-        finish(execute_compiled(SWAP, lane(Loopback(cut=1)), x, x))
+        finish(run_compiled(SWAP, lane(Loopback(cut=1)), x, x))
 
 
 def test_what_mpi_refuses_is_an_error_and_its_memory_is_kept() -> None:
@@ -229,7 +233,7 @@ def test_what_mpi_refuses_is_an_error_and_its_memory_is_kept() -> None:
 def test_it_yields_the_rank_it_waits_for_and_is_taken_up_again() -> None:
     mpi = Loopback(patience=2000)
     x = np.arange(100, dtype=np.int32)
-    steps = execute_compiled(SWAP, lane(mpi), x, x)
+    steps = run_compiled(SWAP, lane(mpi), x, x)
     assert [request.peer for request in steps.send(None)] == [0, 0]
     before = mpi.requests[0][1]
     steps.send(None)
