@@ -88,9 +88,9 @@ def main() -> int:
                 nothing = replace(made, digest="", extras=frozenset())
                 nothing.write(venv / f"{arguments.stamp}.stamp")
             install(venv, [f".[{','.join(sorted(made.extras))}]"], editable=True)
-            find_before_folders(venv)
             say(f"MPI library: {provide_mpi(venv, made.mpi)}")
             say(f"{venv} is ready")
+        find_before_folders(venv)
         made.write(venv / f"{arguments.stamp}.stamp")
     return 0
 
