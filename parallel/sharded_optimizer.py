@@ -29,6 +29,7 @@ from torch.optim import (
 )
 
 from .clip import clip_over_stages, refuse_one_stage
+from .optimizer_dict import has_hooks, has_own_dict, hooked_load, hooked_state_dict
 from .replicas import check_equal, check_sendable, describe
 from .shard import Shard, shards_of
 from .shard_state import gather_state, own_state
@@ -73,7 +74,8 @@ class ShardedOptimizer(Optimizer):
     bucket. Collective over `comm`: the constructor, `add_param_group`, `step`,
     `state_dict` and `clip_grad_norm_`.
 
-    TypeError for another optimizer or parameters without names; ValueError on every rank if names,
+    TypeError for another optimizer, one with a state_dict or state_dict hooks of its own, or
+    parameters without names; ValueError on every rank if names,
     shapes or dtypes differ between ranks.
     """
 
@@ -109,6 +111,11 @@ class ShardedOptimizer(Optimizer):
         self._bucket_bytes = bucket_bytes
         self._shards: list[list[Shard]] = []
         self._inner = optimizer(self._shared_out(groups), **hyper)
+        if has_own_dict(self._inner) or has_hooks(self._inner):
+            raise TypeError(
+                f"{optimizer.__name__} cannot be sharded: it has a state_dict, or hooks of one, of "
+                "its own, and what is told here is the state of parts of parameters"
+            )
         whole = list(map(_whole, self._inner.param_groups, groups))
         super().__init__(whole, dict(self._inner.defaults))
 
@@ -177,18 +184,25 @@ class ShardedOptimizer(Optimizer):
         "params". The same whatever the number of ranks.
         root: the only rank that is to get the state, on the others it is empty; all ranks if None.
         """
-        state = gather_state(self._all_shards(), self._inner.state, self._comm, root)
-        groups = [
-            {**_hyper(group), "params": list(names)}
-            for group, names in zip(self.param_groups, self._names, strict=True)
-        ]
-        return {"state": state, "param_groups": groups}
+
+        def tell() -> dict[str, Any]:
+            state = gather_state(self._all_shards(), self._inner.state, self._comm, root)
+            groups = [
+                {**_hyper(group), "params": list(names)}
+                for group, names in zip(self.param_groups, self._names, strict=True)
+            ]
+            return {"state": state, "param_groups": groups}
+
+        return hooked_state_dict(self, tell)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take this rank's part of a whole state, from any number of ranks; no communication.
 
         Give every rank the same state. ValueError unless groups, names and shapes fit.
         """
+        hooked_load(self, state_dict, self._load)
+
+    def _load(self, state_dict: Mapping[str, Any]) -> None:
         groups = state_dict["param_groups"]
         names = [list(group["params"]) for group in groups]
         if names != self._names:

@@ -1,9 +1,12 @@
 """A little network, trained, for the tests of checkpoints, and what tells two states apart."""
 
 import threading
+from dataclasses import replace
 
 import torch
 from torch import nn
+
+from ringfold.parallel.checkpoint.manifest import from_text, to_text
 
 LOCK = threading.Lock()  # torch's and Python's global random streams are one for all threads
 
@@ -56,3 +59,10 @@ def groups(model):
         {"params": [*model[2].parameters(), *model[4].parameters()], "lr": 0.005},
     ]
     return torch.optim.Adam(rows, lr=0.1)
+
+
+def rewrite(folder, change):
+    """Replace the values of the only checkpoint's manifest, as if another version had written."""
+    (path,) = folder.glob("*/manifest.json")
+    manifest = from_text(path.read_text())
+    path.write_text(to_text(replace(manifest, values=change(manifest))))

@@ -1,13 +1,25 @@
-"""An optimizer in a checkpoint: hyper-parameters by group, state by the parameters' names."""
+"""An optimizer in a checkpoint: hyper-parameters by group, state by the parameters' names.
+
+Both are what its state_dict tells. What that has beside them is kept as it is.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..optimizer_dict import (
+    beside_of,
+    has_hooks,
+    has_own_dict,
+    ids_of,
+    load_into,
+    state_dict_of,
+)
 from ..strides import laid_out_like
 from .errors import CheckpointError
 from .files import raw_bytes
@@ -18,12 +30,11 @@ from .values import decode, encode, references
 if TYPE_CHECKING:
     import torch
 
-    from ..sharded_optimizer import ShardedOptimizer
     from .manifest import Manifest
     from .names import Names
     from .state import Captured, Tensors
 
-__all__ = ["OptimizerPart", "ShardedPart"]
+__all__ = ["Member", "OptimizerPart"]
 
 _NOT_HYPER = ("params", "param_names")
 
@@ -42,13 +53,31 @@ class OptimizerPart:
     def _kind(self) -> dict[str, Any]:
         return kind_of(self.optimizer, type(self.optimizer))
 
-    def _state(self) -> dict[str, dict[str, Any]]:
-        """Return the state of every parameter by name; collective where it is shared out."""
-        members = (member for _, members in self._groups() for member in members)
-        return {names[0]: dict(self.optimizer.state.get(p, {})) for names, p in members}
+    @property
+    def foreign(self) -> bool:
+        """Whether code of the user's runs in `restore`, which may fail."""
+        return has_own_dict(self.optimizer) or has_hooks(self.optimizer)
 
-    def _groups(self) -> list[tuple[dict[str, Any], list[Member]]]:
-        """Return every group with its named parameters."""
+    def held(self) -> dict[str, Any]:
+        """Return what `put_back` takes; its tensors are no copies: a load puts others there."""
+        told = self._state_dict()
+        state = {key: copy(entry) for key, entry in told["state"].items()}
+        return {**told, "state": state, "param_groups": [*map(dict, told["param_groups"])]}
+
+    def put_back(self, held: dict[str, Any]) -> None:
+        """Give the optimizer again what it held."""
+        load_into(self.optimizer, held)
+
+    def _state_dict(self) -> dict[str, Any]:
+        """Return the optimizer's state_dict; collective where the state is shared out."""
+        return state_dict_of(self.optimizer)
+
+    def _frame(self) -> dict[str, Any]:
+        """Return a state_dict to put state into; not collective."""
+        return self._state_dict()
+
+    def _groups(self) -> list[list[Member]]:
+        """Return the named parameters of every group."""
         found = []
         for group in self.optimizer.param_groups:
             members = []
@@ -61,14 +90,18 @@ class OptimizerPart:
                         f"{self.path}: a parameter of shape {tuple(parameter.shape)} is in no "
                         "module of the state, so it has no name"
                     )
-            found.append((group, members))
+            found.append(members)
         return found
 
     def capture(self, into: Captured) -> None:
-        found = self._state()
-        path = f"{self.path}/kind"
-        into.values[path] = encode(self._kind(), path, into.tensors)
-        for index, (group, members) in enumerate(self._groups()):
+        told = self._state_dict()
+        ids = self._ids(told)
+        for path, value in (("kind", self._kind()), ("beside", beside_of(told, ids))):
+            path = f"{self.path}/{path}"
+            into.values[path] = encode(value, path, into.tensors)
+        for index, (group, members) in enumerate(
+            zip(told["param_groups"], self._groups(), strict=True)
+        ):
             hyper = {key: value for key, value in group.items() if key not in _NOT_HYPER}
             # By contents: ranks of a pipeline may have other groups under the same number.
             digest = _digest(hyper, f"{self.path}/groups")
@@ -76,18 +109,19 @@ class OptimizerPart:
             if home not in into.values:
                 into.values[home] = encode(hyper, home, into.tensors)
             into.values[f"{self.path}/group_at/{index}/{digest}"] = home
-            for (name, *_), _ in members:
+            for (name, *_), parameter in members:
                 into.values[f"{self.path}/group_of/{name}"] = home
                 path = f"{self.path}/state/{name}"
-                into.values[path] = encode(found.get(name, {}), path, into.tensors)
-        state = f"{self.path}/state/"
+                entry = told["state"].get(ids[parameter], {})
+                into.values[path] = encode(entry, path, into.tensors)
+        state = (f"{self.path}/state/", f"{self.path}/beside/")
         into.alike.extend(path for path in into.tensors if path.startswith(state))
 
     def _saved(self, manifest: Manifest) -> list[list[str]]:
         """Return, by group, under which names the checkpoint has the parameters."""
         of: dict[str, str] = {}
         found = []
-        for _, members in self._groups():
+        for members in self._groups():
             found.append([self._saved_name(manifest, names) for names, _ in members])
             for saved, (names, _) in zip(found[-1], members, strict=True):
                 if of.setdefault(saved, names[0]) != names[0]:
@@ -153,9 +187,25 @@ class OptimizerPart:
                 f"that of {_told(saved)}"
             )
 
+    def _ids(self, state_dict: dict[str, Any]) -> dict[Tensor, Any]:
+        try:
+            return ids_of(self.optimizer, state_dict)
+        except TypeError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
+
+    def _fit_dict(self) -> None:
+        """Raise CheckpointError if the optimizer does not tell what its parameters are called."""
+        try:
+            frame = self._frame()
+        except Exception as error:  # code of the user's
+            told = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{self.path} did not tell its state: {told}") from error
+        self._ids(frame)
+
     def wanted(self, manifest: Manifest) -> list[str]:
         self._fit_kind(manifest)
-        found = []
+        self._fit_dict()
+        found = references(manifest.values.get(f"{self.path}/beside"))
         for index, names in enumerate(self._saved(manifest)):
             home = self._saved_group(manifest, index, names)
             found += [] if home is None else references(value_at(manifest, home))
@@ -164,57 +214,31 @@ class OptimizerPart:
         return found
 
     def restore(self, manifest: Manifest, tensors: Tensors) -> None:
-        saved = self._saved(manifest)
-        for index, ((group, members), names) in enumerate(zip(self._groups(), saved, strict=True)):
-            group.update(self._hyper(manifest, index, names, tensors))
+        frame = self._frame()
+        ids = self._ids(frame)
+        beside = decode(manifest.values.get(f"{self.path}/beside"), tensors.__getitem__)
+        # Old checkpoints have nothing beside: what the optimizer has stays.
+        beside = beside or beside_of(frame, ids)
+        known = set(ids.values())
+        state = {key: entry for key, entry in frame["state"].items() if key in known}
+        state.update(beside["state"])
+        groups = []
+        for index, (own, members, names) in enumerate(
+            zip(frame["param_groups"], self._groups(), self._saved(manifest), strict=True)
+        ):
+            group = {**own, **self._hyper(manifest, index, names, tensors)}
+            groups.append(group)
             on_device = bool(group.get("capturable") or group.get("fused"))
             for name, (_, parameter) in zip(names, members, strict=True):
-                state = decode(manifest.values[f"{self.path}/state/{name}"], tensors.__getitem__)
-                if not state:  # it has had no gradient yet, and must look so
-                    self.optimizer.state.pop(parameter, None)
-                    continue
-                self.optimizer.state[parameter] = {
-                    key: _placed(value, parameter, on_device) for key, value in state.items()
-                }
+                entry = decode(manifest.values[f"{self.path}/state/{name}"], tensors.__getitem__)
+                state.pop(ids[parameter], None)
+                if entry:  # or it has had no gradient yet, and must look so
+                    state[ids[parameter]] = self._place(entry, parameter, on_device)
+        given = {**frame, **beside["more"], "state": state, "param_groups": groups}
+        load_into(self.optimizer, given)
 
-
-class ShardedPart(OptimizerPart):
-    """A ShardedOptimizer: kept as the whole optimizer would be, so that either goes on from it."""
-
-    optimizer: ShardedOptimizer
-
-    def _kind(self) -> dict[str, Any]:
-        return kind_of(self.optimizer, self.optimizer.kind)
-
-    def _state(self) -> dict[str, dict[str, Any]]:
-        state: dict[str, dict[str, Any]] = self.optimizer.state_dict()["state"]
-        return state
-
-    def _groups(self) -> list[tuple[dict[str, Any], list[Member]]]:
-        return [
-            (
-                group,
-                [
-                    ((name, *self.names.get(parameter, ())), parameter)
-                    for name, parameter in zip(names, group["params"], strict=True)
-                ],
-            )
-            for group, names in zip(self.optimizer.param_groups, self.optimizer.names, strict=True)
-        ]
-
-    def restore(self, manifest: Manifest, tensors: Tensors) -> None:
-        groups = []
-        whole = {}
-        for index, (own, names) in enumerate(
-            zip(self.optimizer.names, self._saved(manifest), strict=True)
-        ):
-            hyper = self._hyper(manifest, index, names, tensors)
-            groups.append({**hyper, "params": list(own)})
-            for name, saved in zip(own, names, strict=True):
-                state = decode(manifest.values[f"{self.path}/state/{saved}"], tensors.__getitem__)
-                if state:
-                    whole[name] = state
-        self.optimizer.load_state_dict({"state": whole, "param_groups": groups})
+    def _place(self, entry: dict[str, Any], parameter: Tensor, on_device: bool) -> dict[str, Any]:
+        return {key: _placed(value, parameter, on_device) for key, value in entry.items()}
 
 
 def _placed(value: Any, parameter: Tensor, on_device: bool) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from .agreement import agree
 from .errors import CheckpointError
+from .optimizer_part import OptimizerPart
 from .state import Part, Value
 
 if TYPE_CHECKING:
@@ -32,11 +32,16 @@ def restored(
     """Restore all parts, and return the plain values among them, None as well.  Collective.
 
     what: is restored, for the CheckpointError on every rank where an object of the user's takes its
-    state on some rank not. Such objects come first, and get back what they held; what comes then,
-    models and optimizers, fits. A module with such code of its own may still fail, which leaves
-    others restored; the error says so.
+    state on some rank not. Such objects come first, then optimizers with code of the user's, and
+    get back what they held; what comes then, models and other optimizers, fits. A module with such
+    code of its own may still fail, which leaves others restored; the error says so.
     """
-    users = {p: v for p, v in parts.items() if isinstance(v, Value) and v.stateful}
+    users: dict[str, Value | OptimizerPart] = {
+        path: part
+        for kind in (Value, OptimizerPart)
+        for path, part in parts.items()
+        if isinstance(part, kind) and part.foreign
+    }
     others = {path: part for path, part in parts.items() if path not in users}
     before = _held(users)
     failure, _ = _restore(users, manifest, tensors)
@@ -45,19 +50,19 @@ def restored(
     except CheckpointError:
         for path, held in before.items():
             with suppress(Exception):  # of the one that has failed, again
-                users[path].value.load_state_dict(held)
+                users[path].put_back(held)
         raise
     failure, found = _restore(others, manifest, tensors)
     _agree(comm, failure, "other parts of the state are restored", what)
     return {path: value for path, value in found.items() if isinstance(parts[path], Value)}
 
 
-def _held(users: Mapping[str, Value]) -> dict[str, Any]:
-    """Return copies of what objects hold, of those that can tell."""
+def _held(users: Mapping[str, Value | OptimizerPart]) -> dict[str, Any]:
+    """Return what objects hold, of those that can tell."""
     found = {}
     for path, part in users.items():
         with suppress(Exception):  # code of the user's
-            found[path] = copy.deepcopy(part.value.state_dict())
+            found[path] = part.held()
     return found
 
 

@@ -6,6 +6,7 @@ state OPTIMIZER/state/full.name/key (`names`). That is why a checkpoint fits any
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,7 +21,8 @@ from .carried_part import CarriedPart
 from .fitting import fit, fit_shared, value_at
 from .manifest import Manifest
 from .names import names_of
-from .optimizer_part import OptimizerPart, ShardedPart
+from .optimizer_part import OptimizerPart
+from .sharded_part import ShardedPart
 from .streams import RandomStreams, StreamsPart
 from .values import decode, encode, references
 
@@ -111,10 +113,18 @@ class Value:
 
     def __init__(self, path: str, value: Any) -> None:
         self.path, self.value = path, value
-        self.stateful = hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
+        self.foreign = hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
+
+    def held(self) -> Any:
+        """Return a copy of what the object holds, for `put_back`."""
+        return copy.deepcopy(self.value.state_dict())
+
+    def put_back(self, held: Any) -> None:
+        """Give the object again what it held."""
+        self.value.load_state_dict(held)
 
     def capture(self, into: Captured) -> None:
-        value = self.value.state_dict() if self.stateful else self.value
+        value = self.value.state_dict() if self.foreign else self.value
         into.values[self.path] = encode(value, self.path, into.tensors)
 
     def wanted(self, manifest: Manifest) -> list[str]:
@@ -122,7 +132,7 @@ class Value:
 
     def restore(self, manifest: Manifest, tensors: Tensors) -> Any:
         value = decode(manifest.values[self.path], tensors.__getitem__)
-        if not self.stateful:
+        if not self.foreign:
             return value
         self.value.load_state_dict(value)
         return None

@@ -1,17 +1,15 @@
 """Optimizers in checkpoints: of several models, in groups of any kind, and of another kind."""
 
 import re
-from dataclasses import replace
 
 import pytest
 import torch
-from checkpointed import groups, network, same, trained
+from checkpointed import groups, network, rewrite, same, trained
 from torch import nn
 
 import ringfold
 from ringfold import CheckpointError, Mesh, Pipeline, run_local
 from ringfold.parallel.checkpoint.handover import hand_over
-from ringfold.parallel.checkpoint.manifest import from_text, to_text
 
 
 def two_models(comm, seed, pipe):
@@ -62,13 +60,6 @@ def test_one_optimizer_of_two_models_with_the_same_names(tmp_path, before, after
 
     run_local(max(before, 1), write)
     run_local(max(after, 1), read)
-
-
-def rewrite(folder, change):
-    """Replace the values of the only checkpoint's manifest, as if another version had written."""
-    (path,) = folder.glob("*/manifest.json")
-    manifest = from_text(path.read_text())
-    path.write_text(to_text(replace(manifest, values=change(manifest))))
 
 
 def without_module_names(manifest):
