@@ -4,25 +4,31 @@ Qi et al., "Zero Bubble Pipeline Parallelism", 2023, section 3. The graph of a s
 lead to its input, and some of those have edges to weights as well, such as the product of a linear
 layer. The first half runs the nodes on the way to the input and notes the gradient that each such
 *fork* gets. The second half runs the forks alone, from the gradients noted, towards their weights:
-nothing is computed twice.
+nothing is computed twice. A Python `autograd.Function` computes the gradients of all its arguments
+at once, so those of its weights are noted in the first half.
 
-Where a fork's edge to the weights ends where another's does, as where two operations in one layer
-share a bias, they cannot be told apart, and the second half runs the graph from its end again. A
-Python `autograd.Function` computes the gradients of all its arguments in both halves.
+In the second half forks are called, not run by autograd, which would call the hooks on their
+outputs a second time; and what they return goes on as the start of a backward of its own, so that
+the hooks on weights are called when all that is added up to a weight's gradient is there.
+
+Where autograd would add gradients in another order for this, the second half runs the graph from
+its end again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 __all__ = ["SplitBackward"]
 
 Edge = tuple[Node, int]
+Gradients = tuple[Tensor | None, ...]
 
 
 class SplitBackward:
@@ -38,24 +44,23 @@ class SplitBackward:
         self._gradients = list(gradients)
         self._anchor = anchor
         self._starts = [get_gradient_edge(root) for root in roots]
-        graph = _Graph([start.node for start in self._starts], door)
-        self._forks = graph.forks()
-        self._separate = graph.are_separate(self._forks)
+        graph = _Graph(self._starts, door)
+        self._separate = graph.adds_in_order()
+        self._forks = graph.forks if self._separate else {}
         self._leaves = [] if self._separate else graph.leaves()
         self._leads = [graph.leads[start.node] for start in self._starts]
-        self._noted: dict[Node, tuple[Tensor | None, ...]] = {}
+        self._noted: dict[Node, Gradients] = {}
 
     @property
     def computes_again(self) -> bool:
-        """Tell whether the second half repeats the first, since forks cannot be told apart."""
+        """Tell whether the second half repeats the first, for the order of a sum."""
         return not self._separate
 
     def to_input(self) -> None:
         """Run the nodes on the way to the input."""
         if not any(self._leads):
             return
-        forks = self._forks if self._separate else {}
-        handles = [node.register_prehook(self._note(node)) for node in forks]
+        handles = [self._watch(node, edges) for node, edges in self._forks.items()]
         try:
             torch.autograd.backward(
                 self._roots, self._gradients, retain_graph=True, inputs=[self._anchor]
@@ -75,37 +80,54 @@ class SplitBackward:
             return
         columns = zip(self._starts, self._gradients, self._leads, strict=True)
         ends = [(start, gradient) for start, gradient, leads in columns if not leads]
-        for node, edges in self._forks.items():
-            noted = [(i, g) for i, g in enumerate(self._noted.pop(node, ())) if g is not None]
-            if not noted:
-                continue
-            targets = [GradientEdge(*edge) for edge in edges]
-            found = torch.autograd.grad(
-                [GradientEdge(node, i) for i, _ in noted],
-                targets,
-                [gradient for _, gradient in noted],
-                allow_unused=True,
-            )
-            ends += [(e, g) for e, g in zip(targets, found, strict=True) if g is not None]
+        ends += self._run_forks()
         if ends:
             starts, gradients = zip(*ends, strict=True)
             torch.autograd.backward(starts, gradients)
 
-    def _note(self, node: Node) -> Callable[[tuple[Tensor | None, ...]], None]:
-        def note(gradients: tuple[Tensor | None, ...]) -> None:
+    def _watch(self, node: Node, edges: Mapping[int, Edge]) -> Any:
+        def note(gradients: Gradients) -> None:
             self._noted[node] = gradients
 
-        return note
+        def note_found(found: Gradients, _: Gradients) -> None:
+            self._noted[node] = tuple(g if i in edges else None for i, g in enumerate(found))
+
+        if _computes_all(node):
+            return node.register_hook(note_found)
+        return node.register_prehook(note)
+
+    def _run_forks(self) -> list[tuple[GradientEdge, Tensor]]:
+        """Return what the forks add to where their edges to weights end, in autograd's order."""
+        ends: list[tuple[GradientEdge, Tensor]] = []
+
+        def run() -> None:
+            for node in list(self._noted):
+                found = self._noted.pop(node)
+                if not _computes_all(node):
+                    found = _call(node, found)
+                for place, edge in self._forks[node].items():
+                    if (gradient := found[place]) is not None:
+                        ends.append((GradientEdge(*edge), gradient))
+
+        edges = (edge for node in self._noted for edge in self._forks[node].values())
+        _run_as_one_task(run, dict.fromkeys(edges))
+        return ends
 
 
 class _Graph:
-    """What is reachable from some nodes, and which of it leads to the door."""
+    """What is reachable from some edges, and which of it leads to the door.
 
-    def __init__(self, starts: Sequence[Node], door: Node) -> None:
+    forks: the nodes that lead there and elsewhere, with their edges elsewhere and their places.
+    uses: for every edge, the nodes that have it, as often as they have it.
+    """
+
+    def __init__(self, starts: Sequence[GradientEdge], door: Node) -> None:
+        self._starts: list[Edge] = [(start.node, start.output_nr) for start in starts]
         self.leads: dict[Node, bool] = {door: True}
-        self.before: dict[Edge, set[Node]] = {}
-        for start in starts:
+        self.uses: dict[Edge, list[Node]] = {}
+        for start, _ in self._starts:
             self._explore(start)
+        self.forks = {n: edges for n in self.leads if (edges := self._edges_elsewhere(n))}
 
     def _explore(self, start: Node) -> None:
         # Not recursive: a graph is as deep as the stage has operations.
@@ -120,27 +142,81 @@ class _Graph:
             pending.append((node, True))
             for edge in _edges(node):
                 after = edge[0]
-                self.before.setdefault(edge, set()).add(node)
+                self.uses.setdefault(edge, []).append(node)
                 if after not in self.leads:
                     pending.append((after, False))
 
-    def forks(self) -> dict[Node, list[Edge]]:
-        """Return the nodes that lead to the door and elsewhere, with their edges elsewhere."""
-        found: dict[Node, list[Edge]] = {}
-        for node, leads in self.leads.items():
-            edges = [edge for edge in _edges(node) if not self.leads.get(edge[0], True)]
-            if leads and edges:
-                found[node] = list(dict.fromkeys(edges))
-        return found
+    def _edges_elsewhere(self, node: Any) -> dict[int, Edge]:
+        if not self.leads[node]:
+            return {}
+        edges = enumerate(node.next_functions)
+        return {i: e for i, e in edges if e[0] is not None and not self.leads.get(e[0], True)}
 
     def leaves(self) -> list[Tensor]:
         """Return the tensors whose gradients are accumulated, without what is behind the door."""
         return [n.variable for n in self.leads if n.name().endswith("::AccumulateGrad")]  # type: ignore[attr-defined]
 
-    def are_separate(self, forks: dict[Node, list[Edge]]) -> bool:
-        """Tell whether no other node has an edge to where a fork's edges to the weights end."""
-        return all(self.before[edge] == {n} for n, edges in forks.items() for edge in edges)
+    def adds_in_order(self) -> bool:
+        """Tell whether the two halves add up gradients as a whole backward does.
+
+        Where edges of forks end, gradients of starts are added first and those of forks then, and
+        those of other nodes when these have run. A whole backward runs what was made last first,
+        whether a fork or not. Of the first two the order makes no difference.
+        """
+        for edge in {edge for edges in self.forks.values() for edge in edges.values()}:
+            whole = sorted(self.uses[edge], key=_time, reverse=True)
+            halves = sorted(whole, key=lambda node: node not in self.forks)
+            first = max(2 - self._starts.count(edge), 0)
+            if whole[first:] != halves[first:]:
+                return False
+        return True
 
 
 def _edges(node: Node) -> list[Any]:
     return [edge for edge in node.next_functions if edge[0] is not None]
+
+
+def _time(node: Any) -> int:
+    number: int = node._sequence_nr()
+    return number
+
+
+def _computes_all(node: Node) -> bool:
+    """Tell whether a node is a Python `autograd.Function`, which computes what nobody asks for."""
+    return isinstance(node, BackwardCFunction)
+
+
+def _run_as_one_task(run: Callable[[], None], edges: Iterable[Edge]) -> None:
+    """Call `run` within a task of autograd in which nodes compute gradients for `edges` alone.
+
+    In one: `torch.utils.checkpoint` computes again what it has not kept once for every task.
+    """
+    # On the CPU whatever the default, so that `run` is called in this thread, on its streams.
+    leaf: Any = torch.empty(0, device="cpu", requires_grad=True)
+    leaf.register_hook(lambda _: run())
+    wanted: list[Any] = [leaf, *(GradientEdge(*edge) for edge in edges)]
+    torch.autograd.grad(leaf, wanted, leaf.detach(), allow_unused=True)
+
+
+def _call(node: Any, gradients: Gradients) -> Gradients:
+    """Return what a node computes, and makes of it by hooks of its own, from what it was given."""
+    found: Gradients = node(*gradients)
+    edges = zip(found, node.next_functions, strict=True)
+    found = tuple(None if g is None or e[0] is None else _fitted(g, *e) for g, e in edges)
+    for hook in _hooks_of(node):
+        changed = hook(found, gradients)
+        found = found if changed is None else tuple(changed)
+    return found
+
+
+def _fitted(gradient: Tensor, node: Any, output: int) -> Tensor:
+    """Sum over what was broadcast, which autograd leaves to the way from node to node."""
+    shape = torch.Size(node._input_metadata[output].shape)
+    return gradient if gradient.shape == shape else gradient.sum_to_size(shape)
+
+
+def _hooks_of(node: Node) -> list[Callable[[Gradients, Gradients], Gradients | None]]:
+    handle: Any = node.register_hook(lambda *_: None)
+    hooks = list(handle.hooks_dict_ref().values())
+    handle.remove()
+    return hooks[:-1]

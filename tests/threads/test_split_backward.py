@@ -58,6 +58,35 @@ def weights_alone(x, a, b):
     return x * 0.5 + (a @ b).sum(0)
 
 
+def in_place_on_a_view(x, a, b):
+    x = x * 1
+    x[:, :2].mul_(a)
+    x[:, 1:].add_(b)
+    return x
+
+
+def parts_of_one_weight(x, w):
+    a, b = w.unbind(0)
+    return torch.addcmul(x, a, b.tanh())
+
+
+def elastic_net(x, w):
+    return (torch.tanh(x * w) * w).sum() + w.abs().sum() + w.square().sum()
+
+
+def penalty_made_first(x, w):
+    penalty = w.abs().sum() + w.square().sum()
+    return (torch.tanh(x * w) * w).sum() + penalty
+
+
+def cells(x, w, b):
+    """A recurrent layer whose first state is zeros."""
+    state = torch.zeros(1, 4)
+    for row in x.split(1):
+        state = torch.tanh(row + torch.addmm(b, state, w))
+    return state
+
+
 MODELS = {
     "linear": lambda: nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3)),
     "norms": lambda: nn.Sequential(
@@ -72,11 +101,19 @@ MODELS = {
     "weights alone": lambda: Bare(weights_alone, (4, 4), (4, 4)),
     "shared weight": lambda: Bare(lambda x, w: ((x @ w.t()).tanh() @ w.t()).tanh() @ w.t(), (4, 4)),
     "shared bias": lambda: Bare(lambda x, w, b: (x @ w + b).tanh() @ w + b, (4, 4), (4,)),
+    "in place on a view": lambda: Bare(in_place_on_a_view, (2,), (3,)),
+    "parts of one weight": lambda: Bare(parts_of_one_weight, (2, 4)),
+    "broadcast": lambda: Bare(lambda x, a, b: x * a + b, (1,), (1, 1)),
+    "wider weight": lambda: Bare(lambda x, w: x * w, (1,)).double(),
+    "real weight": lambda: Bare(lambda x, w: (x * 1j * w + w).abs(), (4,)),
+    "elastic net": lambda: Bare(elastic_net, (4,)),
+    "penalty made first": lambda: Bare(penalty_made_first, (4,)),
+    "recurrent": lambda: Bare(cells, (4, 4), (4,)),
     "no weights": lambda: nn.Tanh(),
     "convolution": lambda: nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Conv1d(2, 3, 1)),
     "not used": lambda: Bare(lambda x, w, v: x @ w, (4, 2), (3,)),
 }
-AGAIN = {"shared bias"}
+AGAIN = {"elastic net"}
 
 
 def run(module, backward):
@@ -134,13 +171,13 @@ def test_leaves_of_the_loss_get_gradients(again):
     w, temperature = (nn.Parameter(torch.tensor([value])) for value in (2.0, 5.0))
     leaf = torch.ones(1, requires_grad=True)
     entered = leaf * 1
-    loss = (entered + w) * temperature + (w if again else 0)
+    loss = (entered + w) * temperature + ((w + w * 2) if again else w * 3)
     split = SplitBackward([loss], [torch.ones(1)], entered.grad_fn, leaf)
     assert split.computes_again == again
     split.to_input()
     assert w.grad is None and temperature.grad is None
     split.to_weights()
-    assert (leaf.grad.item(), w.grad.item(), temperature.grad.item()) == (5.0, 5.0 + again, 3.0)
+    assert (leaf.grad.item(), w.grad.item(), temperature.grad.item()) == (5.0, 5.0 + 3.0, 3.0)
 
 
 class Watched(torch.autograd.Function):
@@ -174,6 +211,26 @@ def test_what_lies_between_the_weights_is_not_computed_again():
         assert Watched.calls == 2
 
     run(module, halves)
+
+
+def test_a_custom_function_runs_once():
+    """It computes all its gradients in the first half; it did so in both."""
+
+    class Count(Scale):
+        calls = 0
+
+        @staticmethod
+        def backward(ctx, gradient):
+            Count.calls += 1
+            return Scale.backward(ctx, gradient)
+
+    def halves(output, gradient, door, leaf):
+        split = SplitBackward([output], [gradient], door, leaf)
+        split.to_input()
+        split.to_weights()
+
+    run(Bare(lambda x, w, v: Count.apply(Count.apply(x, w), v), (4,), (4,)), halves)
+    assert Count.calls == 2
 
 
 def test_hooks_on_parameters_run_once():
