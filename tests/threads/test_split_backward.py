@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ringfold.parallel.split_backward import SplitBackward
 
@@ -231,6 +232,31 @@ def test_a_custom_function_runs_once():
 
     run(Bare(lambda x, w, v: Count.apply(Count.apply(x, w), v), (4,), (4,)), halves)
     assert Count.calls == 2
+
+
+@pytest.mark.parametrize("weights", [1, 5])
+def test_what_is_checkpointed_runs_again_once_for_each_half(weights):
+    """It ran once for every operation with weights: each was a task of autograd by itself."""
+    layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(weights)), nn.LayerNorm(4))
+    module = Bare(lambda x, *_: checkpoint(body, x, use_reentrant=False))
+    module.layers = layers
+    calls = []
+
+    def body(x):
+        calls.append(1)
+        return layers(torch.tanh(x))
+
+    def halves(output, gradient, door, leaf):
+        split = SplitBackward([output], [gradient], door, leaf)
+        for half, runs in ((split.to_input, 2), (split.to_weights, 3)):
+            half()
+            assert len(calls) == runs
+
+    found = run(module, halves)
+    module.zero_grad()
+    expected = run(module, lambda output, gradient, door, leaf: output.backward(gradient))
+    for got, want in zip(found, expected, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_hooks_on_parameters_run_once():
