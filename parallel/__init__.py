@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .plan import PLANS, PlanError
     from .powersgd import PowerSGD
-    from .random_keys import Dropout, name_layers, show_samples
+    from .random_keys import Dropout, name_layers, same_masks, show_samples
     from .sampler import GlobalBatchSampler, NoneIfEmpty, ShardSampler
     from .sharded_optimizer import ShardedOptimizer
     from .stage_error import StageError
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         "convert_sync_batchnorm",
         "even_batches",
         "name_layers",
+        "same_masks",
         "show_samples",
     ]
 
@@ -72,6 +73,7 @@ _HOMES = {
     "convert_sync_batchnorm": "sync_batchnorm",
     "even_batches": "join",
     "name_layers": "random_keys",
+    "same_masks": "random_keys",
     "show_samples": "random_keys",
 }
 

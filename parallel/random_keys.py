@@ -8,8 +8,9 @@ micro-batches, so the mask of a sample is the same however the work is split, an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,17 +19,18 @@ from torch import Tensor, nn
 
 from ..kernels.masks import mask, random_words
 from .device_masks import mask_on_device
+from .draws import Draws, Samples
 
-__all__ = ["Dropout", "Samples", "name_layers", "random_bits", "show_samples"]
-
-
-@dataclass(frozen=True, slots=True)
-class Samples:
-    """Say which samples are going through: rows [first, first + rows) of a step's global batch."""
-
-    step: int
-    first: int
-    rows: int
+__all__ = [
+    "Dropout",
+    "Samples",
+    "Shown",
+    "name_layers",
+    "random_bits",
+    "same_masks",
+    "show_again",
+    "show_samples",
+]
 
 
 def key_of(seed: int, layer: str, call: int, step: int) -> tuple[int, int]:
@@ -60,7 +62,9 @@ class Dropout(nn.Module):
 
     As nn.Dropout, but with masks keyed by (seed, layer, call, step, sample, element). The first
     dimension of the input is the samples. The engine says which ones they are; elsewhere call
-    `show_samples` before a forward in training mode, else RuntimeError.
+    `show_samples` before a forward in training mode, else RuntimeError. Within
+    torch.utils.checkpoint the repetition has the mask of the first run; RuntimeError where it was
+    called several times in a forward, and the checkpoint has no `same_masks`.
     """
 
     def __init__(self, p: float = 0.5, *, seed: int = 0) -> None:
@@ -70,25 +74,24 @@ class Dropout(nn.Module):
         self.p = p
         self.seed = seed
         self.layer = ""
-        self.samples: Samples | None = None
-        self.calls = 0
+        self.draws: Draws | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0.0:
             return x
-        samples = self.samples
-        if samples is None:
+        draws = self.draws
+        if draws is None:
             raise RuntimeError(
                 f"dropout {self.layer!r} does not know its samples: train it in a ringfold.Pipeline"
                 ", or call show_samples before the forward"
             )
+        samples = draws.samples
         if x.dim() == 0 or x.shape[0] != samples.rows:
             raise ValueError(
                 f"dropout {self.layer!r}: expected a first dimension of {samples.rows} samples, "
                 f"got shape {tuple(x.shape)}"
             )
-        call, self.calls = self.calls, self.calls + 1
-        key = key_of(self.seed, self.layer, call, samples.step)
+        key = key_of(self.seed, self.layer, draws.next_call(self.layer), samples.step)
         count = x[0].numel() if samples.rows else 0
         # The greatest p, 1, drops all: 2**32 is above every word.
         least = round(self.p * 2**32)
@@ -109,9 +112,61 @@ def name_layers(model: nn.Module) -> None:
             module.layer = name
 
 
-def show_samples(model: nn.Module, samples: Samples | None) -> None:
+Shown = Sequence[tuple[Dropout, Draws]]
+"""What the Dropouts of a model were shown for one forward, and have drawn in it."""
+
+
+def show_samples(model: nn.Module, samples: Samples | None) -> Shown:
     """Tell every Dropout which samples come next, and count its calls from 0 again."""
-    for module in model.modules():
-        if isinstance(module, Dropout):
-            module.samples = samples
-            module.calls = 0
+    layers = [module for module in model.modules() if isinstance(module, Dropout)]
+    for layer in layers:
+        layer.draws = None if samples is None else Draws.begin(samples)
+    return [(layer, layer.draws) for layer in layers if layer.draws is not None]
+
+
+def show_again(shown: Shown) -> None:
+    """Tell Dropouts that the backward of an earlier forward begins.
+
+    A part of that forward may run again within, by torch.utils.checkpoint.
+    """
+    for layer, draws in shown:
+        draws.since = 0
+        layer.draws = draws
+
+
+def same_masks(
+    module: nn.Module,
+) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
+    """Return a context_fn for torch.utils.checkpoint of what calls Dropouts within `module`.
+
+    By it the repetition draws what the first run drew, however often each of them is called, and
+    whatever is shown meanwhile:
+
+        checkpoint(block, x, use_reentrant=False, context_fn=same_masks(block))
+    """
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _Repetition(module)
+
+    return contexts
+
+
+class _Repetition(AbstractContextManager[None]):
+    """Let Dropouts draw from where they are when this is made; as often as it is entered."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._places = [
+            (layer, replace(layer.draws, knows_place=True))
+            for layer in module.modules()
+            if isinstance(layer, Dropout) and layer.draws is not None
+        ]
+        self._before: list[Draws | None] = []
+
+    def __enter__(self) -> None:
+        self._before = [layer.draws for layer, _ in self._places]
+        for layer, place in self._places:
+            layer.draws = replace(place)
+
+    def __exit__(self, *_: object) -> None:
+        for (layer, _place), draws in zip(self._places, self._before, strict=True):
+            layer.draws = draws

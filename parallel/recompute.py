@@ -14,7 +14,7 @@ from .random_keys import show_samples
 from .structure import Description
 
 if TYPE_CHECKING:
-    from .random_keys import Samples
+    from .random_keys import Samples, Shown
 
 __all__ = ["Replay"]
 
@@ -33,7 +33,7 @@ class Replay:
         module: nn.Module,
         description: Description,
         tensors: list[Tensor],
-        samples: Samples | None,
+        samples: Samples,
         before: Replay | None = None,
     ) -> None:
         self.description = description
@@ -49,17 +49,18 @@ class Replay:
         self._buffers.look()
 
     @contextmanager
-    def again(self) -> Iterator[None]:
+    def again(self) -> Iterator[Shown]:
         """Let a forward within this context be the same, and leave no trace on state.
 
-        Buffers change on copies, so that running statistics count a micro-batch once.
+        It gives what keyed layers are shown for it. Buffers change on copies, so that running
+        statistics count a micro-batch once.
         """
         generators = self._states()
-        show_samples(self._module, self._samples)
+        shown = show_samples(self._module, self._samples)
         self._generators.restore()
         try:
             with self._buffers.in_place():
-                yield
+                yield shown
         finally:
             generators.restore()
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .random_keys import Shown, show_again, show_samples
 from .recompute import Replay
 from .shared_weights import SharedWeights
 from .split_backward import SplitBackward
@@ -73,11 +74,13 @@ class _Door:
 class _InFlight:
     """What a micro-batch leaves behind between its forward and its backward.
 
+    shown: what random layers were shown, and have drawn.
     replay: how to make the graph again, and until then there is none.
     after: where the outputs entered the graph of the loss, which is then one of its own.
     """
 
     door: _Door
+    shown: Shown
     roots: list[Tensor]
     specs: tuple[TensorSpec, ...]
     replay: Replay | None = None
@@ -115,15 +118,15 @@ class Stage:
         microbatch: int,
         description: Description,
         tensors: Sequence[Tensor],
-        samples: Samples | None = None,
+        samples: Samples,
         *,
         hands_on: bool = True,
     ) -> tuple[Any, Description, list[Tensor]]:
         """Run the layers, keeping what backward needs; return the output, whole and taken apart.
 
-        Gradients will be kept for the tensors of `description` that need one. samples: what random
-        layers were shown. hands_on: whether another stage gets the output; a loss may take what
-        cannot be taken apart.
+        Gradients will be kept for the tensors of `description` that need one. samples: for random
+        layers. hands_on: whether another stage gets the output; a loss may take what cannot be
+        taken apart.
         """
         replay = None
         if self.recompute:
@@ -131,16 +134,17 @@ class Stage:
             before = next(filter(None, held), None)
             replay = Replay(self.module, description, list(tensors), samples, before)
             tensors = [tensor.clone() for tensor in tensors]  # layers may change them in place
+        shown = show_samples(self.module, samples)
         output, door = self._run(description, tensors)
         if replay is not None:
             replay.look()
         if replay is None and not hands_on:
-            self._in_flight[microbatch] = _InFlight(door, [], ())
+            self._in_flight[microbatch] = _InFlight(door, shown, [], ())
             return output, Description((), ()), []
         out, outputs = take_apart(output, f"output of stage {self.index}")
         roots = [tensor for tensor in outputs if tensor.requires_grad]
         needed = tuple(spec for spec in out.tensors if spec.needs_grad)
-        flight = _InFlight(door, roots, needed, replay)
+        flight = _InFlight(door, shown, roots, needed, replay)
         if replay is not None:
             outputs = [tensor.detach() for tensor in outputs]
             flight.door, flight.roots = _Door([]), []
@@ -151,8 +155,11 @@ class Stage:
         self._in_flight[microbatch] = flight
         return output, out, outputs
 
-    def evaluate(self, description: Description, tensors: Sequence[Tensor]) -> Any:
+    def evaluate(
+        self, description: Description, tensors: Sequence[Tensor], samples: Samples
+    ) -> Any:
         """Run the layers and keep nothing."""
+        show_samples(self.module, samples)
         return self.module(put_together(description.skeleton, tensors))
 
     def needs_gradients(self, description: Description) -> bool:
@@ -188,6 +195,7 @@ class Stage:
     def backward(self, microbatch: int, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Accumulate the parameters' gradients and return those of the tensors that came in."""
         flight = self._in_flight.pop(microbatch)
+        show_again(flight.shown)
         with self._shared.backward():
             roots, gradients = self._graph(flight, list(gradients))
             if roots:
@@ -197,6 +205,7 @@ class Stage:
     def backward_input(self, microbatch: int, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients of the tensors that came in; what the weights need is kept."""
         flight = self._in_flight[microbatch]
+        show_again(flight.shown)
         with self._shared.backward():
             roots, gradients = self._graph(flight, list(gradients))
             if roots and flight.door.anchor is not None:
@@ -209,6 +218,7 @@ class Stage:
     def backward_weight(self, microbatch: int) -> None:
         """Accumulate the parameters' gradients, after `backward_input`."""
         flight = self._in_flight.pop(microbatch)
+        show_again(flight.shown)
         with self._shared.backward():
             if flight.split is not None:
                 flight.split.to_weights()
@@ -241,7 +251,7 @@ class Stage:
             if flight.roots:
                 torch.autograd.backward(flight.roots, gradients)
             found = flight.after.gradients
-        with replay.again():
+        with replay.again() as flight.shown:
             output, flight.door = self._run(replay.description, replay.tensors)
         _, outputs = take_apart(output, f"output of stage {self.index}")
         roots = [tensor for tensor in outputs if tensor.requires_grad]

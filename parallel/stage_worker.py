@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .actions import Action, Kind
 from .messages import Edge, HeaderWriter, Inbox, Outbox, Received, flatten, start_receive
-from .random_keys import show_samples
 from .stage import Stage
 from .stage_error import shown
 from .structure import Description, put_together, take_apart
@@ -168,8 +167,8 @@ class StageWorker:
     def evaluate(self, action: Action, batch: Batch) -> None:
         """Run a forward that keeps nothing for a backward."""
         microbatch = action.microbatch
-        show_samples(self._stage.module, batch.samples[microbatch])
-        output = self._stage.evaluate(*self._take_input(microbatch, batch))
+        description, tensors = self._take_input(microbatch, batch)
+        output = self._stage.evaluate(description, tensors, batch.samples[microbatch])
         if self._is_last:
             batch.outputs.append(output)
         else:
@@ -193,10 +192,12 @@ class StageWorker:
 
     def _forward(self, microbatch: int, batch: Batch) -> None:
         description, tensors = self._take_input(microbatch, batch)
-        samples = batch.samples[microbatch]
-        show_samples(self._stage.module, samples)
         output, out, outputs = self._stage.forward(
-            microbatch, description, tensors, samples, hands_on=not self._is_last
+            microbatch,
+            description,
+            tensors,
+            batch.samples[microbatch],
+            hands_on=not self._is_last,
         )
         if not self._is_last:
             self._stage.end_at_outputs(microbatch)

@@ -94,7 +94,7 @@ def test_measuring_leaves_nothing_behind():
     for n, layer in layers:
         for k, v in layer.state_dict().items():
             assert torch.equal(v, before[f"{n}.{k}"])
-    assert layers[3][1].samples is None
+    assert layers[3][1].draws is None
 
 
 def test_kept_bytes_count_what_is_kept_once():

@@ -15,6 +15,7 @@ from ringfold.parallel.buffer_copies import BufferCopies
 from ringfold.parallel.plan import PLANS, plan_function, whole_plan
 from ringfold.parallel.plan_check import check_plan, stage_peaks
 from ringfold.parallel.plan_text import parse_plan
+from ringfold.parallel.random_keys import Samples
 from ringfold.parallel.recompute import Replay
 from ringfold.parallel.structure import take_apart
 
@@ -271,7 +272,7 @@ def test_a_gpus_generator_is_where_it_was(monkeypatch):
         return int(states[CUDA])
 
     x = on_cuda(torch.ones(2))
-    replay = Replay(nn.ReLU(), take_apart(x, "x")[0], [x], None)
+    replay = Replay(nn.ReLU(), take_apart(x, "x")[0], [x], Samples(0, 0, 2))
     first = draw(), draw()
     with replay.again():
         assert (draw(), draw()) == first
