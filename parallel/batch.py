@@ -73,9 +73,9 @@ def split_rows(value: Any, bounds: Sequence[tuple[int, int]]) -> list[Any]:
     ]
 
 
-def clone_tensors(value: Any) -> Any:
+def clone_tensors(value: Any, where: str = "batch") -> Any:
     """Return the nested value with tensors in memory of their own."""
-    description, tensors = take_apart(value, "batch")
+    description, tensors = take_apart(value, where)
     return put_together(description.skeleton, [tensor.clone() for tensor in tensors])
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .actions import Action, Kind
+from .batch import clone_tensors
 from .messages import Edge, HeaderWriter, Inbox, Outbox, Received, flatten, start_receive
 from .stage import Stage
 from .stage_error import shown
@@ -169,11 +170,13 @@ class StageWorker:
         microbatch = action.microbatch
         description, tensors = self._take_input(microbatch, batch)
         output = self._stage.evaluate(description, tensors, batch.samples[microbatch])
-        if self._is_last:
-            batch.outputs.append(output)
-        else:
-            where = f"output of stage {self._index}"
-            self._send_on(microbatch, *take_apart(output, where))
+        if not self._is_last:
+            self._send_on(microbatch, *take_apart(output, f"output of stage {self._index}"))
+            return
+        if len(batch.outputs) < len(batch.samples) - 1:
+            # It may be memory of its layer's own, that the next micro-batch is written to.
+            output = clone_tensors(output, "output of the last stage")
+        batch.outputs.append(output)
 
     def _take_input(self, microbatch: int, batch: Batch) -> tuple[Description, list[Tensor]]:
         if self._inbox is not None:

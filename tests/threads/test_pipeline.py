@@ -447,6 +447,20 @@ def test_a_layer_may_hand_on_its_own_memory(training):
     assert run_local(2, main)[1] == [[1.0], [2.0], [3.0], [4.0]]
 
 
+@pytest.mark.parametrize("pipe", [1, 2])
+@pytest.mark.parametrize("last", [lambda x: x, lambda x: {"x": x, "none": None}])
+def test_the_last_layer_may_hand_on_its_own_memory(pipe, last):
+    """All micro-batches had what the last one had written there."""
+
+    def main(comm):
+        layers = [Cache(), nn.Sequential(Cache(), Call(last))]
+        engine = Pipeline(layers, Mesh(comm, pipe=pipe), microbatches=3)
+        found = engine.forward(torch.arange(1.0, 4.0).view(3, 1).expand(3, 50_000))
+        return (found["x"] if isinstance(found, dict) else found)[:, 0].tolist()
+
+    assert run_local(pipe, main) == [[1.0, 2.0, 3.0]] * pipe
+
+
 def test_shapes_change_from_step_to_step_and_between_microbatches():
     def main(comm):
         pool = Call(lambda x: x[:, : int(x[0, 0].detach())])  # as wide as the data say
