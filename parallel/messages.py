@@ -2,8 +2,8 @@
 
 The tensors of a value travel as one flat payload. A short header goes ahead of it, on a stream of
 its own, and with it the value's description if the receiver does not know that yet: shapes may
-change from one micro-batch to the next. Gradients need no header, since their receiver has sent the
-tensors that they belong to.
+change from one micro-batch to the next. Gradients need no header (`gradient_messages`), since their
+receiver has sent the tensors that they belong to.
 
 Payloads are tagged by (micro-batch, edge, direction); a buffer lives until its request is done.
 """
@@ -55,7 +55,11 @@ class Edge:
 
     def payload_tag(self, microbatch: int, *, backward: bool) -> int:
         """Return the tag of one payload."""
-        return self.num_edges * (1 + 2 * microbatch + backward) + self.index
+        return self.num_edges * (1 + 3 * microbatch + backward) + self.index
+
+    def word_tag(self, microbatch: int) -> int:
+        """Return the tag of the word which gradients there are."""
+        return self.num_edges * (3 + 3 * microbatch) + self.index
 
 
 class Outbox:

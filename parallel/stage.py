@@ -44,13 +44,15 @@ class _Entry(torch.autograd.Function):
 
 
 class _Door:
-    """What came in for one micro-batch and needs gradients, and the gradients once they are in."""
+    """What came in for one micro-batch and needs gradients, and the gradients once they are in.
+
+    One for every tensor; None where it was not used.
+    """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.tensors = list(tensors)
         self.anchor: Tensor | None = None
         self.node: Any = None
-        self.specs = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
         self.gradients: list[Tensor | None] = [None] * len(self.tensors)
 
     def enter(self) -> list[Tensor]:
@@ -63,11 +65,6 @@ class _Door:
         # Noted now: layers may change an entered tensor in place, which gives it another node.
         self.node = entered[0].grad_fn
         return list(entered)
-
-    def leave(self) -> list[Tensor]:
-        """Return one gradient for every tensor that came in; zeros where it was not used."""
-        pairs = zip(self.gradients, self.specs, strict=True)
-        return [torch.zeros(s, dtype=d, device=v) if g is None else g for g, (s, d, v) in pairs]
 
 
 @dataclass
@@ -192,28 +189,30 @@ class Stage:
         """Describe the gradients that the next stage sends back."""
         return self._in_flight[microbatch].specs
 
-    def backward(self, microbatch: int, gradients: Sequence[Tensor]) -> list[Tensor]:
+    def backward(self, microbatch: int, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Accumulate the parameters' gradients and return those of the tensors that came in."""
         flight = self._in_flight.pop(microbatch)
         show_again(flight.shown)
         with self._shared.backward():
-            roots, gradients = self._graph(flight, list(gradients))
+            roots, ends = self._graph(flight, gradients)
             if roots:
-                torch.autograd.backward(roots, gradients)
-        return flight.door.leave()
+                torch.autograd.backward(roots, ends)
+        return flight.door.gradients
 
-    def backward_input(self, microbatch: int, gradients: Sequence[Tensor]) -> list[Tensor]:
+    def backward_input(
+        self, microbatch: int, gradients: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
         """Return the gradients of the tensors that came in; what the weights need is kept."""
         flight = self._in_flight[microbatch]
         show_again(flight.shown)
         with self._shared.backward():
-            roots, gradients = self._graph(flight, list(gradients))
+            roots, ends = self._graph(flight, gradients)
             if roots and flight.door.anchor is not None:
-                flight.split = SplitBackward(roots, gradients, flight.door.node, flight.door.anchor)
+                flight.split = SplitBackward(roots, ends, flight.door.node, flight.door.anchor)
                 flight.split.to_input()
             else:
-                flight.rest = roots, gradients
-        return flight.door.leave()
+                flight.rest = roots, ends
+        return flight.door.gradients
 
     def backward_weight(self, microbatch: int) -> None:
         """Accumulate the parameters' gradients, after `backward_input`."""
@@ -240,22 +239,21 @@ class Stage:
         return self.module(put_together(description.skeleton, inputs)), door
 
     def _graph(
-        self, flight: _InFlight, gradients: list[Tensor]
+        self, flight: _InFlight, gradients: Sequence[Tensor | None]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Return where backward begins in the graph of the layers, made again if need be."""
         replay, flight.replay = flight.replay, None
-        if replay is None:
-            return flight.roots, gradients
-        found: list[Tensor | None] = [*gradients]
-        if flight.after is not None:
-            if flight.roots:
-                torch.autograd.backward(flight.roots, gradients)
-            found = flight.after.gradients
-        with replay.again() as flight.shown:
-            output, flight.door = self._run(replay.description, replay.tensors)
-        _, outputs = take_apart(output, f"output of stage {self.index}")
-        roots = [tensor for tensor in outputs if tensor.requires_grad]
-        pairs = [(r, g) for r, g in zip(roots, found, strict=True) if g is not None]
+        roots = flight.roots
+        if replay is not None:
+            if flight.after is not None:
+                if roots:
+                    torch.autograd.backward(roots, gradients)
+                gradients = flight.after.gradients
+            with replay.again() as flight.shown:
+                output, flight.door = self._run(replay.description, replay.tensors)
+            _, outputs = take_apart(output, f"output of stage {self.index}")
+            roots = [tensor for tensor in outputs if tensor.requires_grad]
+        pairs = [(r, g) for r, g in zip(roots, gradients, strict=True) if g is not None]
         return [root for root, _ in pairs], [gradient for _, gradient in pairs]
 
 

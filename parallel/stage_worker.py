@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .actions import Action, Kind
 from .batch import clone_tensors
-from .messages import Edge, HeaderWriter, Inbox, Outbox, Received, flatten, start_receive
+from .gradient_messages import Returning, await_gradients, send_gradients
+from .messages import Edge, HeaderWriter, Inbox, Outbox, flatten
 from .stage import Stage
 from .stage_error import shown
 from .structure import Description, put_together, take_apart
@@ -74,7 +75,7 @@ class StageWorker:
         self._inbox = None
         if index > 0:
             self._inbox = Inbox(channel, self._source, self._before, device=self._device)
-        self._gradients: dict[int, Received] = {}
+        self._gradients: dict[int, Returning] = {}
         self._came: dict[int, Description] = {}
         self._inputs: dict[int, list[Tensor]] = {}
         self.lost: set[int] = set()
@@ -115,11 +116,12 @@ class StageWorker:
         if self._is_last or coming.kind not in (Kind.BACKWARD, Kind.INPUT):
             return
         if self._stage.holds(microbatch) and microbatch not in self._gradients:
-            self._gradients[microbatch] = start_receive(
+            self._gradients[microbatch] = await_gradients(
                 self._channel,
-                Description((), self._stage.expected_gradients(microbatch)),
+                self._stage.expected_gradients(microbatch),
                 self._target,
-                self._after.payload_tag(microbatch, backward=True),
+                self._after,
+                microbatch,
                 self._device,
             )
 
@@ -148,10 +150,7 @@ class StageWorker:
                 self._gradients.pop(microbatch).wait()
             came = self._came.get(microbatch)
             if came is not None:
-                specs = [spec for spec in came.tensors if spec.needs_grad]
-                self._send_back(
-                    microbatch, [torch.zeros(s.shape, dtype=s.torch_dtype) for s in specs]
-                )
+                self._send_back(microbatch, [None for s in came.tensors if s.needs_grad])
         self._stage.drop(microbatch)
 
     def given(self, microbatch: int, batch: Batch) -> str:
@@ -229,18 +228,18 @@ class StageWorker:
     def _backward_weight(self, microbatch: int, batch: Batch) -> None:
         self._stage.backward_weight(microbatch)
 
-    def _take_gradients(self, microbatch: int, batch: Batch) -> list[Tensor]:
+    def _take_gradients(self, microbatch: int, batch: Batch) -> Sequence[Tensor | None]:
         if self._is_last:
             scale = batch.scales[microbatch]
             return [torch.full_like(root, scale) for root in self._stage.roots(microbatch)]
         return self._gradients.pop(microbatch).wait()
 
-    def _send_back(self, microbatch: int, gradients: Sequence[Tensor]) -> None:
-        flat = flatten(gradients, self._device)
+    def _send_back(self, microbatch: int, gradients: Sequence[Tensor | None]) -> None:
+        specs = [spec for spec in self._came[microbatch].tensors if spec.needs_grad]
+        send_gradients(
+            self._outbox, gradients, specs, self._source, self._before, microbatch, self._device
+        )
         del self._came[microbatch]
-        if flat.numel():
-            tag = self._before.payload_tag(microbatch, backward=True)
-            self._outbox.post(flat, self._source, tag)
 
 
 def _steady(outputs: Sequence[Tensor], out: Description) -> Sequence[Tensor]:

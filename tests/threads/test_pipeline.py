@@ -536,7 +536,7 @@ def test_output_that_needs_no_gradient_gets_none_back():
     assert run_local(2, main) == [(12.0, {}, 2.0), (12.0, {"1.w": 4.0}, 1.0)]
 
 
-def test_received_value_that_is_not_used_gets_zeros():
+def test_received_value_that_is_not_used():
     def main(comm):
         layers = [Times(2), Call(lambda x: (x, x * 5)), Call(lambda pair: pair[0]), Times(3)]
         engine = Pipeline(layers, Mesh(comm, pipe=2), loss_fn=mean_output, boundaries=[2])
