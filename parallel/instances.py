@@ -1,13 +1,13 @@
 """Take instances of classes apart, and make equal ones, where that needs no code of the class.
 
-That is so for tuples and dicts of other classes, such as named tuples, and for dataclasses: what
-such a one is lies in its items and attributes. As with pickle, `__init__` does not run again, and
-the class is found by its name.
+That is so for tuples and dicts of other classes, such as named tuples, for dataclasses, and for
+UserDicts, as tokenizers return: what such a one is lies in its items and attributes. As with
+pickle, `__init__` does not run again, and the class is found by its name.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, UserDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from importlib import import_module
@@ -28,7 +28,8 @@ def is_known(value: Any) -> bool:
     if isinstance(value, dict):
         # The function of a defaultdict is nowhere to be seen.
         return not isinstance(value, defaultdict)
-    return is_dataclass(kind) and _holds_no_more_than(object, kind)
+    # A UserDict has its items in an attribute.
+    return (is_dataclass(kind) or isinstance(value, UserDict)) and _holds_no_more_than(object, kind)
 
 
 def place_of(kind: type) -> str:

@@ -7,6 +7,7 @@ step has ended all ranks learn of it together.
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ def shown(value: Any) -> str:
     if isinstance(value, tuple | list):
         inner = ", ".join(map(shown, value))
         return f"{name}({inner})" if isinstance(value, tuple) else f"{name}[{inner}]"
-    if isinstance(value, dict):
+    if isinstance(value, dict | UserDict):
         pairs = (f"{key!r}: {shown(child)}" for key, child in value.items())
         return f"{name}{{{', '.join(pairs)}}}"
     if isinstance(value, Tensor):

@@ -1,6 +1,6 @@
 """Nested values come out of their description as they went in, in their own classes."""
 
-from collections import Counter, OrderedDict, defaultdict, namedtuple
+from collections import Counter, OrderedDict, UserDict, defaultdict, namedtuple
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
@@ -85,6 +85,20 @@ class Open(dict):
         self.__dict__ = self
 
 
+class Encoding(UserDict):
+    """As what Hugging Face's tokenizers return: with attributes beside, and items as attributes."""
+
+    def __init__(self, data, sequences):
+        super().__init__(data)
+        self._sequences = sequences
+
+    def __getattr__(self, name):
+        try:
+            return self.data[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
 def marked():
     made = Marked(X, 1)
     made.note = {"y": Y}
@@ -109,6 +123,8 @@ VALUES = [
     Whole(X, [Y, Fixed(Y, "m")]),
     Model(logits=X, hidden=(Y, X)),
     [Fixed(X)],
+    UserDict(x=X, y=[Y]),
+    Encoding({"x": X}, 2),
 ]
 
 
@@ -165,6 +181,16 @@ def test_a_field_that_is_an_item_stays_one_tensor():
     assert shown(Fixed(X)) == "Fixed(x=float32 (2,), name='n')" and shown(Plain(1, X)).startswith(
         "Plain(1, float32"
     )
+
+
+def test_a_tokenizers_batch_is_taken():
+    """A UserDict was refused, and with it every batch that a tokenizer pads."""
+    description, tensors = take_apart(Encoding({"x": X}, 2), "x")
+    found = put_together(Description.from_bytes(description.to_bytes()).skeleton, tensors)
+    assert found.x is X and found._sequences == 2 and list(found) == ["x"]
+    assert shown(found) == "Encoding{'x': float32 (2,)}"
+    with pytest.raises(TypeError, match=r"^x._sequences\[0\]: a object cannot be handed on"):
+        take_apart(Encoding({"x": X}, [object()]), "x")
 
 
 def test_what_cannot_be_made_again_is_refused_by_name():
