@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from .memory import Memory
 from .staging import Typed
 
 Array = npt.NDArray[Any]
+
+_ON_HOST: Mapping[str, Mapping[str, str]] = MappingProxyType({"torch": {"device": "cpu"}})
+"""Array library -> what its `empty` takes so that no default device of the program counts."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +102,14 @@ def _is_flat(view: Array) -> bool:
 
 
 def allocate(family: str, shape: tuple[int, ...], dtype: DType) -> Any:
-    """Return an uninitialised array of an array library named as its module.
+    """Return an uninitialised array, in host memory, of an array library named as its module.
 
     Falls back to NumPy for libraries without `empty` and dtypes as attributes.
     """
     module = importlib.import_module(family) if family not in ("numpy", "builtins") else np
     if not hasattr(module, "empty") or not hasattr(module, dtype.name):
         return np.empty(shape, _of_numpy(dtype))
-    return module.empty(shape, dtype=getattr(module, dtype.name))
+    return module.empty(shape, dtype=getattr(module, dtype.name), **_ON_HOST.get(family, {}))
 
 
 def _of_numpy(dtype: DType) -> Any:

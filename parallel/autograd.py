@@ -171,7 +171,7 @@ def _apply(x: Tensor, comm: Communicator, move: Move) -> Tensor:
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _meet(x: Tensor, comm: Communicator, move: Move) -> Any:
     # So that all ranks take part in backward, whoever of them has an x that needs a gradient.
-    anchor = torch.empty(0, requires_grad=True)
+    anchor = torch.empty(0, device="cpu", requires_grad=True)
     return _Linear.apply(x, anchor, comm, move)  # type: ignore[no-untyped-call]
 
 

@@ -75,7 +75,7 @@ def clip_over_stages(
                 gradient.mul_(scale)
             else:  # rows of a sparse one may be the same memory
                 parameter.grad = gradient * scale
-    return torch.tensor(norm, dtype=torch.float64)
+    return torch.tensor(norm, dtype=torch.float64, device="cpu")
 
 
 def _values(gradient: Tensor) -> Tensor:

@@ -227,7 +227,7 @@ def _uses(tensor: Tensor) -> int:
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
-_USES_OF_ONE = _uses(torch.empty(1))
+_USES_OF_ONE = _uses(torch.empty(1, device="cpu"))
 """The tensor's own use of its memory, and that of whoever counts."""
 
 

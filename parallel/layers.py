@@ -78,7 +78,7 @@ class RankLayers:
             if i not in members
             for key in layer.state_dict()
         }
-        self._placeholder = nn.Parameter(torch.empty(0))
+        self._placeholder = nn.Parameter(torch.empty(0, device="cpu"))
 
     def tensors(self) -> list[Tensor]:
         """Return all parameters and buffers."""

@@ -272,7 +272,7 @@ class Pipeline:
             self._finite.agree()
         self.steps_taken += 1
         self.last_step = StepRecord(plan, self._worker.peak_in_flight, added.reduction)
-        return torch.tensor(added.loss, dtype=torch.float64)
+        return torch.tensor(added.loss, dtype=torch.float64, device="cpu")
 
     def forward(self, x: Any = None) -> Any:
         """Run a batch through all stages, without gradients, and return the output on every rank.

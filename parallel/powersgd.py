@@ -163,7 +163,8 @@ class PowerSGD:
             (n, _), (m, r) = factor_shapes(shape, self.rank)
             generator = torch.Generator().manual_seed(self.seed ^ zlib.crc32(name.encode()))
             # Drawn on the host: devices have generators of their own.
-            factor = torch.randn(m, r, generator=generator, dtype=dtype).to(device)
+            drawn = torch.randn(m, r, generator=generator, dtype=dtype, device="cpu")
+            factor = drawn.to(device)
             error = torch.zeros(n, m, dtype=dtype, device=device)
             memory = self._memory[name] = _Memory(factor, error)
         return memory

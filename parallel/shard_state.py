@@ -117,7 +117,7 @@ def _gather(
             mine[place : place + count] = value
         place += count
     rows = comm.allgather(mine) if root is None else comm.gather(mine, root=root)
-    return torch.empty(0) if rows is None else rows.reshape(-1)
+    return mine.new_empty(0) if rows is None else rows.reshape(-1)
 
 
 def _part(piece: Piece, key: str, value: Any) -> Any:

@@ -17,7 +17,11 @@ def as_dense(gradient: Tensor) -> Tensor:
         # leave it, since a dimension of one element is contiguous whatever its stride.
         values = gradient._values().clone(memory_format=torch.contiguous_format)
         gradient = torch.sparse_coo_tensor(
-            gradient._indices(), values, gradient.shape, check_invariants=False
+            gradient._indices(),
+            values,
+            gradient.shape,
+            device=values.device,
+            check_invariants=False,
         )
     return gradient.to_dense()
 

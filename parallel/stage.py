@@ -59,7 +59,7 @@ class _Door:
         """Return the tensors as members of a graph."""
         if not self.tensors:
             return []
-        self.anchor = torch.empty(0, requires_grad=True)
+        self.anchor = torch.empty(0, device="cpu", requires_grad=True)
         entered = _Entry.apply(self.anchor, self)  # type: ignore[no-untyped-call]
         self.tensors = []
         # Noted now: layers may change an entered tensor in place, which gives it another node.

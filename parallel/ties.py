@@ -186,7 +186,7 @@ class _Shared:
             if gradient is not None:
                 row[:-1] = _real(gradient).reshape(-1)
                 row[-1] = 1.0
-        table = torch.as_tensor(self.channel.allgather(rows))
+        table: Tensor = self.channel.allgather(rows)
         found: list[Tensor | None] = []
         used = dict.fromkeys(self.places, 0)
         for place in self.places:

@@ -158,7 +158,7 @@ class TreeGradients:
 
     def _complete(self, current: _Pass, gathered: Any) -> Tensor:
         tree: Tree[Tensor] = Tree(current.num_leaves, lambda a, b: a + b)
-        for rows, nodes in zip(torch.as_tensor(gathered), self._frontiers(current), strict=True):
+        for rows, nodes in zip(gathered, self._frontiers(current), strict=True):
             for row, node in zip(rows, nodes, strict=False):
                 tree.put(node, row)
         return tree.total

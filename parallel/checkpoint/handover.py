@@ -87,7 +87,7 @@ def _send(
             # What is sent stays the old object's: the new one gets memory of its own.
             tensor = tensor.clone() if name in wanted else tensor
         else:
-            tensor = torch.empty(entry.shape, dtype=_TYPES[entry.dtype])
+            tensor = torch.empty(entry.shape, dtype=_TYPES[entry.dtype], device="cpu")
         if tensor.numel():
             comm.broadcast(flat_bytes(tensor), root=owner)
         if name in wanted:

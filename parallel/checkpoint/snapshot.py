@@ -55,7 +55,7 @@ class Snapshot:
 
     def _copy(self, tensor: Tensor, place: int) -> Tensor:
         if tensor.numel() == 0:
-            return torch.empty(tensor.shape, dtype=tensor.dtype)
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         assert self._memory is not None
         flat = torch.frombuffer(
             self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=place

@@ -49,7 +49,7 @@ class RandomStreams:
         return {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state() if cuda else None,
-            "python": (version, torch.tensor(words, dtype=torch.int64), gauss),
+            "python": (version, torch.tensor(words, dtype=torch.int64, device="cpu"), gauss),
             "numpy": (torch.from_numpy(keys.astype(np.int64)), place, has_gauss, cached),
             "generators": {
                 key: generator.get_state()
