@@ -26,12 +26,13 @@ __all__ = ["Added", "InBuckets", "InTree"]
 class Added:
     """What all ranks know after a step.
 
-    loss: of the global batch.  failed: how many ranks have failed.  reduction: of the gradients
-    over replicas, where they went in buckets.
+    loss: of the global batch.  failed, changed: on how many ranks a stage has failed, buffers have
+    changed their shapes.  reduction: of the gradients over replicas, where they went in buckets.
     """
 
     loss: float
     failed: float
+    changed: float
     reduction: ReductionRecord | None
 
 
@@ -51,13 +52,13 @@ class InBuckets:
         if self._reducer.active:
             self._reducer.abandon()
 
-    def finish(self, losses: Mapping[int, float], failed: bool) -> Added:
+    def finish(self, losses: Mapping[int, float], failed: bool, changed: bool) -> Added:
         """End it, with this rank's weighed losses by micro-batch; collective."""
-        total = np.array([sum(losses.values()), failed], np.float64)
+        total = np.array([sum(losses.values()), failed, changed], np.float64)
         work = self._mesh.comm.allreduce(total, op="sum", blocking=False)
         reduction = self._reduce() if self._mesh.data.size > 1 else None
-        loss, num_failed = map(float, work.wait())
-        return Added(loss, num_failed, reduction)
+        loss, num_failed, num_changed = map(float, work.wait())
+        return Added(loss, num_failed, num_changed, reduction)
 
     def _reduce(self) -> ReductionRecord:
         if not self._reducer.active:  # no rows here, but the other replicas count on this one
@@ -85,14 +86,14 @@ class InTree:
         batch.targets = [clone_tensors(value) for value in batch.targets]
         self._gradients.begin(share.leaves)
 
-    def finish(self, losses: Mapping[int, float], failed: bool) -> Added:
+    def finish(self, losses: Mapping[int, float], failed: bool, changed: bool) -> Added:
         """End it, with this rank's weighed losses by micro-batch; collective."""
-        values = np.zeros(self._leaves[-1].stop + 1, np.float64)
-        values[-1] = failed
+        values = np.zeros(self._leaves[-1].stop + 2, np.float64)
+        values[-2:] = failed, changed
         for microbatch, value in losses.items():
             values[self._leaves[self._mesh.data.rank][microbatch]] = value
         # One rank has each of them, and the others a zero: every order of adding is the same.
         self._mesh.comm.allreduce(values, op="sum")
-        *summed, num_failed = values.tolist()
+        *summed, num_failed, num_changed = values.tolist()
         self._gradients.finish()
-        return Added(sum_in_tree(summed), num_failed, None)
+        return Added(sum_in_tree(summed), num_failed, num_changed, None)

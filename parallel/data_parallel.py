@@ -56,7 +56,8 @@ class DataParallel(Transparent):
       reduces it without a copy. A gradient that is kept elsewhere stays what it is where the next
       backward finds every `.grad` None; where it accumulates to some, clone what is to outlive it.
     - Buffers, such as running statistics, are sent from `root` at the end of every synchronised
-      backward, unless `broadcast_buffers` is off.
+      backward, unless `broadcast_buffers` is off. ValueError on every rank, which names the buffer,
+      where shapes differ by then, as of a table that grows with a rank's own sequences.
     - Gradients travel on a channel of the wrapper's own, so that several wrappers over one `comm`,
       as of a generator and its critic, may have parts in one backward; `close` gives it back.
     - Wrappers that share parameters, such as towers on one encoder or one wrapper within another,
@@ -111,7 +112,8 @@ class DataParallel(Transparent):
             form = wire_format(wire or wire_dtype)
             one = f"bucket_bytes {bucket_bytes}", f"wire {form}", f"root {root}"
             scaled = f"loss_scaler {'none' if loss_scaler is None else 'given'}"
-            return [*one, f"check_finite {check_finite}", scaled]
+            sent = f"broadcast_buffers {broadcast_buffers}"
+            return [*one, sent, f"check_finite {check_finite}", scaled]
 
         check_equal(comm, settings, "settings of DataParallel")
         lines = [*describe(named), *describe(buffers)]

@@ -30,7 +30,7 @@ class Load:
 
     names, parameters, gradients: of the bucket's members, a gradient None where there is none.
     share: this rank's part of a weighted mean, from 0 to 1; None for the reducer's own op.
-    changed: whether requires_grad has changed here; None in a bucket that does not carry that.
+    changed: whether something has changed here; None in a bucket that does not carry that.
     loss_scale: what the losses were multiplied by.
     """
 

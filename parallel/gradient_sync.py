@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..comm.errors import NotFinite
 from .backward_end import BackwardEnd
 from .bucket_plan import START_BYTES
+from .buffer_layout import BufferLayout
 from .finite import FiniteCheck
 from .kinship import Kin, Mode
 from .reducer import Reducer
@@ -49,6 +50,7 @@ class GradientSync(Kin):
         self._module, self._channel = module, channel
         self._reducer, self._mode = reducer, mode
         self._roster, self._finite = roster, finite
+        self._layout = None if roster is None else BufferLayout(roster)
         self._checked = False
         self._looking: BackwardEnd | None = None
         self._ending: BackwardEnd | None = None
@@ -125,7 +127,9 @@ class GradientSync(Kin):
         self._checked = False
         self._ahead = self.ahead(family)
         self._done = None
-        self._reducer.begin(self._mode.weight, self.shared_with(self._ahead))
+        layout = self._layout if self._mode.buffers else None
+        changed = layout is not None and layout.changed
+        self._reducer.begin(self._mode.weight, self.shared_with(self._ahead), changed=changed)
 
     def _abandon(self) -> None:
         """Give up what a backward that has failed has begun."""
@@ -178,10 +182,12 @@ class GradientSync(Kin):
         if self._finite is not None:
             self._finite.agree()
         ahead, self._ahead = self._ahead, []
-        if self._mode.buffers and (buffers := self._buffers_but_for(ahead)):
+        if self._mode.buffers:
+            if self._reducer.told and self._layout is not None:
+                self._layout.agree(self._channel)
             # As `data`, which autograd takes no notice of: torch's own layers follow their running
             # statistics so, and another backward may run through what has kept these.
-            data = [buffer.data for buffer in buffers]
+            data = [buffer.data for buffer in self._buffers_but_for(ahead)]
             broadcast_tensors(self._channel, data, self._mode.source, START_BYTES)
 
     def _buffers_but_for(self, others: Sequence[GradientSync]) -> list[Tensor]:

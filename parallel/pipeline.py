@@ -259,8 +259,10 @@ class Pipeline:
             self._worker.train(plan, batch)
         losses = zip(batch.losses, numbers_of(list(batch.losses.values())), strict=True)
         weighed = {m: share.weights[m] * value for m, value in losses}
-        added = self._adding.finish(weighed, self._failed)
-        if self._choices.broadcast_buffers:
+        evens = self._choices.broadcast_buffers
+        changed = evens and self._model.buffers_changed
+        added = self._adding.finish(weighed, self._failed, changed)
+        if evens and not added.changed:
             self._model.even_buffers(rows)
         self._model.ties.finish()
         if added.failed:
@@ -270,6 +272,9 @@ class Pipeline:
         if self._finite is not None:
             self._finite.step = self.steps_taken
             self._finite.agree()
+        if added.changed:
+            self._model.agree_on_buffers()
+            self._model.even_buffers(rows)
         self.steps_taken += 1
         self.last_step = StepRecord(plan, self._worker.peak_in_flight, added.reduction)
         return torch.tensor(added.loss, dtype=torch.float64, device="cpu")

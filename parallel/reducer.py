@@ -6,8 +6,8 @@ when no more will come, `finish` to wait and to bring the results back.
 Ranks start the same buckets in the same order whatever the arrival of their gradients. With its
 elements a bucket carries one flag per parameter, set where this rank has a gradient: a parameter
 with a gradient on some ranks only is averaged with zeros for the others, and one with none stays
-without. The first bucket carries one flag more, set when `requires_grad` has changed on this rank
-since the ranks last agreed on it.
+without. The first bucket carries one flag more, set when `requires_grad`, or what else the ranks
+are to look at, has changed on this rank since they last agreed on it.
 """
 
 from __future__ import annotations
@@ -63,6 +63,9 @@ class Reducer:
         sparse one are known to be.
     finite: what looks at gradients before they leave; the bad ones stay here.
     loss_scaler: what has scaled the losses, for a wire hook that keeps errors.
+
+    Attributes:
+        told: whether a rank has told in the last pass that something has changed there.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Reducer:
         self._digest = digest_of(known.names)
         self.plan = BucketPlan(comm, known.describe, known.trainable(), bucket_bytes)
         self._repeated = False
+        self.told = False
         self._pass: Reduction | None = None
         self._handles: list[RemovableHandle] = []
         self.last: ReductionRecord | None = None
@@ -123,12 +127,19 @@ class Reducer:
         """Tell whether a pass has begun and not finished."""
         return self._pass is not None
 
-    def begin(self, weight: float | None = None, elsewhere: frozenset[int] = frozenset()) -> None:
+    def begin(
+        self,
+        weight: float | None = None,
+        elsewhere: frozenset[int] = frozenset(),
+        *,
+        changed: bool = False,
+    ) -> None:
         """Begin a pass; collective, as all of a pass is.
 
         weight: the result is sum(weight * gradient) / sum(weight) over the ranks, not the mean; a
             rank of weight 0 adds nothing, whatever its gradients hold.
         elsewhere: the indices of parameters that another reducer has in its pass.
+        changed: whether something else has changed here, for `told`.
         """
         assert self._pass is None
         known = self._gradients
@@ -144,7 +155,7 @@ class Reducer:
             known,
             bucketing,
             Terms(weight, total, factor),
-            changed=known.trainable() != bucketing.trainable,
+            changed=changed or known.trainable() != bucketing.trainable,
             held=self._repeated,
             finite=self._finite,
         )
@@ -175,9 +186,9 @@ class Reducer:
         """
         current = self._end()
         assert current is not None
-        if current.land():
-            self._agree_again(current)
-        elif self.plan.learn(current.arrival, current.times):
+        self.told = current.land()
+        again = self.told and self._agree_again(current)
+        if again or self.plan.learn(current.arrival, current.times):
             self._carrier.forget()
         self.last = current.record()
         return self.last
@@ -196,12 +207,17 @@ class Reducer:
             self._repeated |= current.repeated
         return current
 
-    def _agree_again(self, current: Reduction) -> None:
-        """Follow a change of requires_grad, and reduce what has been unfrozen in this same pass."""
+    def _agree_again(self, current: Reduction) -> bool:
+        """Follow a change of requires_grad, and reduce what has been unfrozen in this same pass.
+
+        Returns whether it was that which has changed.
+        """
         known = self._gradients
         check_equal(self._comm, known.conditions(), "requires_grad of the parameters")
+        if known.trainable() == self.plan.bucketing.trainable:
+            return False
         current.add(self.plan.change(known.trainable()))
-        self._carrier.forget()
+        return True
 
     def carried(self, steps: int) -> Carried:
         """Return what the next pass depends on besides the gradients; not copied."""

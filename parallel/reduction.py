@@ -82,7 +82,7 @@ class Terms:
 class Reduction:
     """The state of one pass over the buckets.
 
-    changed: whether requires_grad has changed on this rank; the first bucket carries it.
+    changed: whether this rank has a change to tell; the first bucket carries it.
     held: whether all buckets wait for the end.
     repeated: whether a gradient was accumulated again after it had been ready.
     arrival, times: the gradients that have come, and the seconds from the beginning.

@@ -34,15 +34,24 @@ class Roster:
         self._note()  # fewer parameters, or layers without any
 
     def _note(self) -> None:
-        layers = list(self._module.modules())
-        self._rows = [row for layer in layers for row in (layer._parameters, layer._modules)]
-        self._buffer_rows = [layer._buffers for layer in layers]
+        layers = list(self._module.named_modules())
+        self._rows = [row for _, layer in layers for row in (layer._parameters, layer._modules)]
+        self._buffer_rows = [(prefix, layer._buffers) for prefix, layer in layers]
         self._seen = self._look()
 
     def buffers(self) -> list[Tensor]:
         """Return the module's buffers, as they are now, in the order of its layers."""
         rows = self._buffer_rows
-        return [buffer for row in rows for buffer in row.values() if buffer is not None]
+        return [buffer for _, row in rows for buffer in row.values() if buffer is not None]
+
+    def named_buffers(self) -> list[tuple[str, Tensor]]:
+        """Return the same with their names."""
+        return [
+            (f"{prefix}.{name}" if prefix else name, buffer)
+            for prefix, row in self._buffer_rows
+            for name, buffer in row.items()
+            if buffer is not None
+        ]
 
     def _look(self) -> list[int]:
         return list(map(id, chain.from_iterable(row.values() for row in self._rows)))

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..comm.texts import gather_texts
+from .buffer_layout import BufferLayout
 from .clip import clip_over_stages, note_stage
 from .constants import Constants
 from .layers import Named, RankLayers
 from .random_keys import name_layers
 from .replicas import broadcast_tensors, device_of
+from .roster import Roster
 from .shared_weights import names_of, refuse_two_values
 from .stage import Stage
 from .ties import TiedGradients, move, untie
@@ -78,6 +81,8 @@ class SplitModel:
             constants.watch(layers)
         if pipe.size > 1:
             note_stage(self.module.parameters())
+        self._roster = Roster(self.module)
+        self._layout = BufferLayout(self._roster)
         self.ties = TiedGradients(ties, ranks, pipe)
         self.ties.equalize()
 
@@ -112,6 +117,26 @@ class SplitModel:
         elsewhere = self.ties.counted_elsewhere
         return clip_over_stages(parameters, self._mesh.pipe, max_norm, norm_type, elsewhere)
 
+    @property
+    def buffers_changed(self) -> bool:
+        """Tell whether buffers have other shapes here than the replicas have agreed on."""
+        return self._mesh.data.size > 1 and self._layout.changed
+
+    def agree_on_buffers(self) -> None:
+        """Let replicas agree on the shapes of their buffers; collective over mesh.comm.
+
+        ValueError on every rank where those of any stage differ, named as of ranks of mesh.data.
+        """
+        refused = ""
+        stages = ", ".join(str(stage.index) for stage in self.stages)
+        try:
+            self._layout.agree(self._mesh.data, f"replicas' buffers of stage {stages}")
+        except ValueError as error:
+            refused = str(error)
+        first = next(filter(None, gather_texts(self._mesh.comm, refused)), None)
+        if first is not None:
+            raise ValueError(first)
+
     def even_buffers(self, rows: Sequence[int]) -> None:
         """Give all replicas the buffers of the first one that has rows, and so has changed them.
 
@@ -119,5 +144,5 @@ class SplitModel:
         """
         if self._mesh.data.size > 1:
             source = next(replica for replica, count in enumerate(rows) if count)
-            buffers = self.module.buffers()
+            buffers = self._roster.buffers()
             broadcast_tensors(self._mesh.data, buffers, source, self._bucket_bytes)
