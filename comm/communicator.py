@@ -212,6 +212,15 @@ class Communicator(GroupCalls, Scope):
         return self._job.users
 
     @property
+    def noted(self) -> list[Any] | None:
+        """Return the notes of what layers call, while they are taken; for the package's own use."""
+        return self._job.noted
+
+    @noted.setter
+    def noted(self, calls: list[Any] | None) -> None:
+        self._job.noted = calls
+
+    @property
     def members(self) -> tuple[int, ...]:
         """Return the group's ranks as they are numbered in what was opened first.
 

@@ -36,6 +36,7 @@ class Job:
     closing: the group that all others are split from is closed.
     kept: what MPI may still read or write of works that were given up.
     users: what uses groups of this rank by itself, in the order in which it came.
+    noted: what layers call on groups of this rank, while somebody notes it.
     """
 
     def __init__(self, transport: Transport, settings: Settings) -> None:
@@ -52,6 +53,7 @@ class Job:
         self._left = False
         self.kept: list[Request] = []
         self.users: WeakValueDictionary[object, Any] = WeakValueDictionary()
+        self.noted: list[Any] | None = None
 
     @classmethod
     @contextmanager

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from .meeting import meet
 from .replicas import real_view
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ Move = Allreduce | Allgather | ReduceScatter | Alltoall | Broadcast | Reduce
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, anchor: Tensor, comm: Communicator, move: Move) -> Tensor:
-        return move(x, comm)
+        return meet(x, comm, move)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

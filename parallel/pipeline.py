@@ -261,10 +261,11 @@ class Pipeline:
         weighed = {m: share.weights[m] * value for m, value in losses}
         evens = self._choices.broadcast_buffers
         changed = evens and self._model.buffers_changed
-        added = self._adding.finish(weighed, self._failed, changed)
-        if evens and not added.changed:
-            self._model.even_buffers(rows)
-        self._model.ties.finish()
+        with self._worker.ending():
+            added = self._adding.finish(weighed, self._failed, changed)
+            if evens and not added.changed:
+                self._model.even_buffers(rows)
+            self._model.ties.finish()
         if added.failed:
             if self._finite is not None:
                 self._finite.forget()
@@ -296,7 +297,9 @@ class Pipeline:
         self._worker.evaluate(len(bounds), batch)
         where = "output of the last stage"
         joined = self._worker.join(batch, where) if self._is_last and not self._failed else None
-        if self.mesh.pipe.allreduce(np.array([self._failed]), op="max")[0]:
+        with self._worker.ending():
+            failed = self.mesh.pipe.allreduce(np.array([self._failed]), op="max")[0]
+        if failed:
             raise_together(self.mesh.pipe, self._worker.failure)
         last = self.mesh.pipe.size - 1
         return broadcast_value(self.mesh.pipe, joined, last, where, self._model.device)

@@ -12,6 +12,7 @@ from torch import Tensor
 from .actions import Action, Kind
 from .batch import clone_tensors
 from .gradient_messages import Returning, await_gradients, send_gradients
+from .meeting import Meetings
 from .messages import Edge, HeaderWriter, Inbox, Outbox, flatten
 from .stage import Stage
 from .stage_error import shown
@@ -65,6 +66,7 @@ class StageWorker:
         self._channel = channel
         self._outbox = outbox
         self._loss_fn = loss_fn
+        self._meetings = Meetings(stage, channel)
         self._is_last = index == num_stages - 1
         self._before = Edge(index - 1, num_stages)
         self._after = Edge(index, num_stages)
@@ -103,7 +105,8 @@ class StageWorker:
 
     def execute(self, action: Action, batch: Batch) -> None:
         """Compute an action, and send what others wait for."""
-        self._execute[action.kind](action.microbatch, batch)
+        with self._meetings.noted(action.kind):
+            self._execute[action.kind](action.microbatch, batch)
 
     def prefetch(self) -> None:
         """Begin to receive the inputs that have been announced."""
@@ -137,7 +140,14 @@ class StageWorker:
         self._inputs[microbatch] = received.wait()
 
     def go_hollow(self, action: Action) -> None:
-        """Take and send the messages of an action that is not, or not wholly, executed."""
+        """Take and send the messages of an action that is not, or not wholly, executed.
+
+        And take part in what its layers would call.
+        """
+        self._exchange_nothing(action)
+        self._meetings.join(action.kind)
+
+    def _exchange_nothing(self, action: Action) -> None:
         microbatch = action.microbatch
         if action.kind is Kind.FORWARD:
             self._inputs.pop(microbatch, None)
@@ -168,7 +178,8 @@ class StageWorker:
         """Run a forward that keeps nothing for a backward."""
         microbatch = action.microbatch
         description, tensors = self._take_input(microbatch, batch)
-        output = self._stage.evaluate(description, tensors, batch.samples[microbatch])
+        with self._meetings.noted(Kind.FORWARD):
+            output = self._stage.evaluate(description, tensors, batch.samples[microbatch])
         if not self._is_last:
             self._send_on(microbatch, *take_apart(output, f"output of stage {self._index}"))
             return

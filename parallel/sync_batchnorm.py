@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from .meeting import Call, meet
 from .replicas import check_equal
 
 if TYPE_CHECKING:
@@ -87,6 +88,14 @@ class SyncBatchNorm(_BatchNorm):
         if self.channel is None or self.channel.size == 1:
             return False
         return self.training or self.running_mean is None
+
+    def calls(self, device: torch.device) -> tuple[Call, Call]:
+        """Return what forward calls of the other ranks, and its backward."""
+        assert self.channel is not None
+        return (
+            Call(_gathered, self.channel, (3, self.num_features), torch.float64, device),
+            Call(_added, self.channel, (2, self.num_features), torch.float64, device),
+        )
 
     def _follow(self, mean: Tensor, unbiased: Tensor) -> None:
         if self.running_mean is None or self.running_var is None:
@@ -190,7 +199,7 @@ class _Normalise(torch.autograd.Function):
             ]
         )
         if ctx.channel is not None:
-            ctx.channel.allreduce(sums, op="sum")
+            sums = meet(sums, ctx.channel, _added)
         sums = (sums / ctx.count).to(gradient.dtype)
         centred = gradient - _along(sums[0], normal) - normal * _along(sums[1], normal)
         result = centred * _along(inverse.to(gradient.dtype), normal)
@@ -210,7 +219,7 @@ def _statistics(x: Tensor, channel: Communicator | None) -> tuple[float, Tensor,
         own[1] = rows.mean(1)
         own[2] = (rows - own[1][:, None]).square().sum(1)
     count, mean, squares = 0.0, torch.zeros_like(own[1]), torch.zeros_like(own[2])
-    parts = own[None] if channel is None else channel.allgather(own)
+    parts = own[None] if channel is None else meet(own, channel, _gathered)
     counts = parts[:, 0, :1].flatten().tolist()  # none without channels
     for part, added in zip(parts, counts, strict=False):
         if added:
@@ -219,6 +228,16 @@ def _statistics(x: Tensor, channel: Communicator | None) -> tuple[float, Tensor,
             mean = mean + distance * (added / (count + added))
             count += added
     return count, mean, squares / max(count, 1.0)
+
+
+def _gathered(x: Tensor, channel: Communicator) -> Tensor:
+    rows: Tensor = channel.allgather(x)
+    return rows
+
+
+def _added(x: Tensor, channel: Communicator) -> Tensor:
+    channel.allreduce(x, op="sum")
+    return x
 
 
 def _along(channels: Tensor, x: Tensor) -> Tensor:

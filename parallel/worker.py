@@ -94,8 +94,26 @@ class Worker:
         try:
             yield
         except BaseException as error:  # Ctrl-C, or what a signal's handler raises, too
-            self._broken = error
+            self._break_off(error)
             raise
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Hold what ranks do together after a run, such as to learn of its failures."""
+        try:
+            yield
+        except ValueError:  # on all ranks
+            raise
+        except BaseException as error:
+            self._break_off(error)
+            raise
+
+    def _break_off(self, error: BaseException) -> None:
+        """Let nothing run any more; let an error of the world name the failure it came after."""
+        self._broken, failure = error, self.failure
+        if failure is not None and isinstance(error, CommError):
+            error.args = (f"{failure}; then {error}", *error.args[1:])
+            error.__cause__ = failure.error
 
     def train(self, plan: Sequence[Action], batch: Batch) -> None:
         """Run forwards and backwards; returns when everything has been received and sent."""
