@@ -127,7 +127,8 @@ class _Graph:
         self.uses: dict[Edge, list[Node]] = {}
         for start, _ in self._starts:
             self._explore(start)
-        self.forks = {n: edges for n in self.leads if (edges := self._edges_elsewhere(n))}
+        nodes = (node for node in self.leads if node is not door)
+        self.forks = {n: edges for n in nodes if (edges := self._edges_elsewhere(n))}
 
     def _explore(self, start: Node) -> None:
         # Not recursive: a graph is as deep as the stage has operations.
