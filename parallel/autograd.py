@@ -150,6 +150,14 @@ class _Linear(torch.autograd.Function):
         _, _, ctx.comm, ctx.move = inputs
 
     @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int, ...], x: Tensor, anchor: Tensor, comm: Any, move: Move
+    ) -> tuple[Tensor, int]:
+        # Behind all axes, of which the first may be the ranks'.
+        result = _apply(x.movedim(in_dims[0], -1), comm, move)
+        return result, result.dim() - 1
+
+    @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *rest: None) -> Tensor:
         return _apply(tangent, ctx.comm, ctx.move)
 

@@ -85,6 +85,35 @@ def test_gradients_of_first_and_second_order(name: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("size", [1, 2])
+def test_mapped_over_an_axis(name: str, size: int) -> None:
+    """`vmap` was refused, and with it jacobians and hessians of torch.func."""
+
+    def main(comm) -> None:
+        call = partial(CALLS[name], comm=comm)
+        x = own(comm.rank, 3, size, 2)
+        one_by_one = torch.stack([call(row) for row in x])
+        for axis in range(3):
+            mapped = torch.func.vmap(call, in_dims=axis)(x.movedim(0, axis))
+            assert torch.equal(mapped, one_by_one)
+        twice = torch.func.vmap(torch.func.vmap(call))(torch.stack([x, 2 * x]))
+        assert torch.equal(twice[0], one_by_one)
+
+        jacobian = torch.func.jacrev(lambda x: call(x.sin()))(x[0])
+        expected = torch.autograd.functional.jacobian(lambda x: call(x.sin()), x[0])
+        torch.testing.assert_close(jacobian, expected, rtol=1e-12, atol=1e-12)
+        if size == 1:  # forwards torch has one level for all threads
+
+            def loss(x: torch.Tensor) -> torch.Tensor:
+                return call(x.sin()).square().sum()
+
+            hessian = torch.autograd.functional.hessian(loss, x[0])
+            torch.testing.assert_close(torch.func.hessian(loss)(x[0]), hessian)
+
+    run_local(size, main)
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_complex_values(name: str) -> None:
     """Of a conjugate, whose memory holds other numbers; gradients of complex sums were refused."""
     size = 2
