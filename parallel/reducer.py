@@ -13,7 +13,6 @@ are to look at, has changed on this rank since they last agreed on it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from .carriers import carrier_of
 from .finite import FiniteCheck
 from .gradients import Gradients
 from .hooks import WireHook, wire_format
+from .ready_hook import comes_last, hang
 from .reduction import Reduction, ReductionRecord, Terms
 from .replicas import check_equal
 from .weights import begin_weighing
@@ -34,18 +34,7 @@ if TYPE_CHECKING:
     from ..comm.communicator import Communicator
     from .loss_scale import LossScaler
 
-__all__ = ["ReadyHook", "Reducer"]
-
-
-@dataclass(frozen=True)
-class ReadyHook:
-    """What a reducer hangs on a parameter."""
-
-    on_ready: Callable[[int], None]
-    index: int
-
-    def __call__(self, parameter: Tensor) -> None:
-        self.on_ready(self.index)
+__all__ = ["Reducer"]
 
 
 def _may_be_trained(parameter: Tensor) -> bool:
@@ -90,7 +79,7 @@ class Reducer:
         self._repeated = False
         self.told = False
         self._pass: Reduction | None = None
-        self._handles: list[RemovableHandle] = []
+        self._handles: dict[int, RemovableHandle] = {}
         self.last: ReductionRecord | None = None
 
     def attach(self, on_ready: Callable[[int], None]) -> None:
@@ -101,16 +90,14 @@ class Reducer:
             # A frozen parameter takes no hook, but it keeps one when it is frozen and unfrozen.
             frozen = not parameter.requires_grad
             parameter.requires_grad_(True)
-            hook = ReadyHook(on_ready, index)
-            handle = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-            self._handles.append(handle)
+            self._handles[index] = hang(parameter, on_ready, index)
             if frozen:
                 parameter.requires_grad_(False)
 
     def detach(self) -> None:
         """Take the hooks off the parameters."""
         while self._handles:
-            self._handles.pop().remove()
+            self._handles.popitem()[1].remove()
 
     @property
     def single(self) -> bool:
@@ -161,7 +148,9 @@ class Reducer:
         )
 
     def mark(self, index: int, *, nested: bool = False) -> None:
-        """Note that a gradient is ready, and start every bucket that is now full.
+        """Note, within the hook, that a gradient is ready; start every bucket that is now full.
+
+        All buckets wait for the end where hooks of others are still to run on it.
 
         nested: whether backwards within the backward may accumulate it again. All buckets wait for
             the end then, in a first pass; in later ones if one has been.
@@ -170,7 +159,8 @@ class Reducer:
         """
         current = self._pass
         assert current is not None
-        if nested and not self.plan.arrival_known:
+        last = comes_last(self._gradients.parameters[index], self._handles[index])
+        if not last or (nested and not self.plan.arrival_known):
             current.held = True
         current.mark(index)
 

@@ -12,6 +12,8 @@ from .flight import Carrier, Flight, Load
 from .weights import is_summed, sum_of_weights
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..comm.communicator import Communicator
     from ..comm.work import Receipt, Work
     from .bucketing import Bucketing
@@ -111,6 +113,7 @@ class Reduction:
         self.overlapped = 0
         self.partial: list[str] = []
         self._seen: dict[int, int] = {}
+        self._left: list[tuple[int, Tensor, int]] = []
         self._waiting = [len(bucket.indices) for bucket in bucketing.buckets]
         self._begun = time.perf_counter()
         self._flights: list[Flight] = []
@@ -141,7 +144,9 @@ class Reduction:
         # To wait for weights is for the end: a rank that is in another wrapper's part of the same
         # backward, or in its `reduce_gradients`, tells those of this one only after that.
         while started < eager and self._waiting[started] == 0 and self.terms.settled():
-            self._start(self._bucketing.buckets[started], last=False)
+            bucket = self._bucketing.buckets[started]
+            self._start(bucket, last=False)
+            self._note_left(bucket)
             self.overlapped += 1
             started += 1
 
@@ -149,7 +154,7 @@ class Reduction:
         """Start all buckets that have not been started; no more gradients will come.
 
         Raises: RuntimeError where a parameter was written to since its gradient was ready, or that
-            is gone.
+            is gone, or was written to since it left.
         """
         self._refuse_written()
         self._start_all(self._bucketing.buckets[len(self._flights) :])
@@ -204,6 +209,24 @@ class Reduction:
                     "rank's own. Take it when the outermost backward has returned, or within "
                     "no_sync()"
                 )
+
+        for index, gradient, version in self._left:
+            now = known.parameters[index].grad
+            if now is not gradient or now._version != version:
+                raise RuntimeError(
+                    f"the gradient of {known.names[index]} was written to or replaced after it had "
+                    "left for the other ranks, as by a hook of a layer. Change it in a hook of the "
+                    "parameter (register_post_accumulate_grad_hook), or when the outermost "
+                    "backward has returned"
+                )
+
+    def _note_left(self, bucket: Bucket) -> None:
+        """Note the gradients of a bucket as they are when it has left, while backward goes on."""
+        known = self._gradients
+        for index in bucket.indices:
+            gradient = known.parameters[index].grad
+            if gradient is not None and index not in known.elsewhere:
+                self._left.append((index, gradient, gradient._version))
 
     def _start_all(self, buckets: Sequence[Bucket]) -> None:
         for left, bucket in zip(range(len(buckets), 0, -1), buckets, strict=True):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .reducer import ReadyHook
+from .ready_hook import ReadyHook
 
 if TYPE_CHECKING:
     from .layers import Named

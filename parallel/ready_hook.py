@@ -1,0 +1,53 @@
+"""Tell when backward has accumulated a parameter's gradient, and its owner's hooks are through.
+
+A hook of the parameter, not of the node that accumulates: a parameter gets another node when its
+data changes dtype or device, and a hook on the old one would be silent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+__all__ = ["ReadyHook", "comes_last", "hang"]
+
+
+@dataclass(frozen=True)
+class ReadyHook:
+    """What is hung on a parameter."""
+
+    on_ready: Callable[[int], None]
+    index: int
+
+    def __call__(self, parameter: Tensor) -> None:
+        self.on_ready(self.index)
+
+
+def hang(parameter: Tensor, on_ready: Callable[[int], None], index: int) -> RemovableHandle:
+    """Call on_ready(index) whenever backward has accumulated the parameter's gradient."""
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+        ReadyHook(on_ready, index)
+    )
+    return handle
+
+
+def comes_last(parameter: Tensor, handle: RemovableHandle) -> bool:
+    """Tell, within the call, whether no hook but ready ones runs on the gradient behind this one.
+
+    Hooks run in the order of registration, by a list that is made before the first. Where others
+    were registered later, this one goes behind them: it comes last from the next backward on.
+    """
+    hooks: dict[int, object] = parameter._post_accumulate_grad_hooks
+    for key in reversed(hooks):
+        if key == handle.id:
+            return True
+        if not isinstance(hooks[key], ReadyHook):
+            break
+    hooks[handle.id] = hooks.pop(handle.id)
+    return False
