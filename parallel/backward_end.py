@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,12 +27,12 @@ class BackwardEnd:
 
     def __init__(self, function: Callable[[], None]) -> None:
         """function: called if this `waits` then, on the thread that ends the backward."""
-        self._task = torch._C._current_graph_task_id()
         self._nested = False
+        self._beside: set[int] = set()
         # Autograd alone holds what it is to call: a backward that has failed has let go of it.
         call = _Call(function, self._go_on)
         self._call = weakref.ref(call)
-        _queue(call)
+        call.queue()
 
     @property
     def waits(self) -> bool:
@@ -39,10 +40,36 @@ class BackwardEnd:
         call = self._call()
         return call is not None and not call.done
 
-    @property
-    def nested(self) -> bool:
-        """Tell whether there has been a backward within the backward, as far as is known here."""
-        return self._nested or torch._C._current_graph_task_id() != self._task
+    def reach(self) -> bool:
+        """Tell whether there has been a backward within the backward, as far as is known here.
+
+        One that runs now and turns out to be none within it, but in another thread beside it, ends
+        in a RuntimeError.
+        """
+        call, running = self._call(), torch._C._current_graph_task_id()
+        if call is not None and call.task == running:
+            return self._nested
+        if running not in self._beside:
+            self._beside.add(running)
+            _at_end(partial(self._refuse_beside, running))
+        return True
+
+    def _refuse_beside(self, ended: int) -> None:
+        call = self._call()
+        if torch._C._current_autograd_node() is None and (call is None or call.task != ended):
+            raise RuntimeError(
+                "two backwards through one wrapper, or through wrappers that share parameters, ran "
+                "at once, in two threads: what was reduced may be part of both. Let one end before "
+                "the next begins, or give each thread a model and a wrapper of its own"
+            )
+
+    def is_with(self, other: BackwardEnd) -> bool:
+        """Tell whether this and another are called at the end of one backward.
+
+        Other threads of this process may have backwards of their own under way.
+        """
+        own, its = self._call(), other._call()
+        return own is not None and its is not None and own.task == its.task
 
     def cancel(self) -> None:
         """Call nothing."""
@@ -55,12 +82,21 @@ class BackwardEnd:
 
 
 class _Call:
-    """What autograd calls at the end of a backward."""
+    """What autograd calls at the end of a backward.
+
+    task: that backward, as far as it is known.
+    """
 
     def __init__(self, function: Callable[[], None], go_on: Callable[[], None]) -> None:
         self.done = False
+        self.task = -1
         self._function = function
         self._go_on = go_on
+
+    def queue(self) -> None:
+        """Be called at the end of the backward that runs now."""
+        self.task = torch._C._current_graph_task_id()
+        _at_end(self)
 
     def __call__(self) -> None:
         if self.done:
@@ -82,7 +118,7 @@ class _Call:
             while handles:
                 handles.pop().remove()
             if not self.done:
-                _queue(self)
+                self.queue()
 
         for following, _ in node.next_functions:
             if following is not None:
@@ -90,5 +126,5 @@ class _Call:
         return bool(handles)
 
 
-def _queue(call: Callable[[], None]) -> None:
-    torch.autograd.Variable._execution_engine.queue_callback(call)
+def _at_end(function: Callable[[], None]) -> None:
+    torch.autograd.Variable._execution_engine.queue_callback(function)

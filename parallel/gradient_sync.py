@@ -118,7 +118,7 @@ class GradientSync(Kin):
                 one._begin(family)
                 one._ending = BackwardEnd(one._end_of_backward)
             assert self._ending is not None
-        reducer.mark(index, nested=self._ending.nested)
+        reducer.mark(index, nested=self._ending.reach())
 
     def _begin(self, family: Sequence[GradientSync]) -> None:
         self._abandon()  # what a backward that has failed has begun
@@ -158,7 +158,7 @@ class GradientSync(Kin):
         Autograd may have reached them in different orders, and each waits for all ranks. Nor may
         all ranks have reached all that share something: these take part by that alone.
         """
-        reached = [one for one in self._users.values() if one is self or one._waits]
+        reached = [one for one in list(self._users.values()) if one is self or one._ends_with(self)]
         families = {tuple(one.family()) for one in reached}
         taking = []
         # Family by family, as `reduce_gradients` of each wrapper in turn does.
@@ -169,9 +169,10 @@ class GradientSync(Kin):
                 taking.append(one)
         _reduce(taking)
 
-    @property
-    def _waits(self) -> bool:
-        return self._ending is not None and self._ending.waits
+    def _ends_with(self, other: GradientSync) -> bool:
+        """Tell whether this waits for the end of the backward that ends for another one."""
+        mine, its = self._ending, other._ending
+        return mine is not None and its is not None and mine.waits and mine.is_with(its)
 
     def _reduce(self) -> None:
         if self._ending is not None:
