@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +27,12 @@ class BackwardEnd:
 
     def __init__(self, function: Callable[[], None]) -> None:
         """function: called if this `waits` then, on the thread that ends the backward."""
+        if torch._C._current_autograd_node() is None:
+            raise RuntimeError(
+                "backward runs in compiled autograd, which calls nothing at its end, where "
+                "gradients are reduced: call loss.backward() outside of what torch.compile has "
+                "compiled, or leave torch._dynamo.config.compiled_autograd off"
+            )
         self._nested = False
         self._beside: set[int] = set()
         # Autograd alone holds what it is to call: a backward that has failed has let go of it.
@@ -127,4 +133,10 @@ class _Call:
 
 
 def _at_end(function: Callable[[], None]) -> None:
-    torch.autograd.Variable._execution_engine.queue_callback(function)
+    # Where backward is called in a compiled function, what it calls would be compiled as well.
+    torch.autograd.Variable._execution_engine.queue_callback(partial(_uncompiled(), function))
+
+
+@cache
+def _uncompiled() -> Callable[[Callable[[], None]], None]:
+    return torch.compiler.disable(lambda function: function())  # type: ignore[no-untyped-call, no-any-return]

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from .bucket_plan import BucketPlan
@@ -84,6 +85,8 @@ class Reducer:
 
     def attach(self, on_ready: Callable[[int], None]) -> None:
         """Call on_ready(index) whenever backward has accumulated a parameter's gradient."""
+        # Where backward is called in a compiled function, what it calls would be compiled as well.
+        on_ready = torch.compiler.disable(on_ready)  # type: ignore[no-untyped-call]
         for index, parameter in enumerate(self._gradients.parameters):
             if not _may_be_trained(parameter):
                 continue

@@ -701,6 +701,40 @@ def test_a_wrapper_compiles_as_one_graph():
     assert all(map(torch.equal, compiled, plain)) and all(g.any() for g in compiled)
 
 
+def test_a_step_that_calls_backward_compiles():
+    """On rank 0; it went into the reduction as well, and ended in an error of torch's."""
+
+    def main(comm):
+        model = DataParallel(network(0), comm)
+
+        def step(x):
+            model(x).square().sum().backward()
+
+        run = torch.compile(step, backend="eager") if comm.rank == 0 else step
+        found = []
+        for _ in range(3):
+            model.zero_grad()
+            run(torch.ones(2, 5) * (comm.rank + 1))
+            found += [p.grad.clone() for p in model.parameters()]
+        return found
+
+    compiled, plain = run_local(2, main)
+    assert all(map(torch.equal, compiled, plain)) and all(g.any() for g in compiled)
+
+
+def test_compiled_autograd_is_refused():
+    """It calls nothing at backward's end; the error was an assertion of torch's, in our code."""
+
+    def main(comm):
+        model = DataParallel(network(0), comm, check_finite=True)
+        with torch._dynamo.config.patch(compiled_autograd=True):
+            step = torch.compile(lambda x: model(x).sum().backward(), backend="eager")
+            with pytest.raises(RuntimeError, match=r"compiled autograd.*backward\(\) outside"):
+                step(torch.ones(2, 5))
+
+    run_local(1, main)
+
+
 class Versioned(nn.Module):
     """A layer of whose weight old files have another unit."""
 
