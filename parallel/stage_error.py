@@ -1,7 +1,7 @@
 """Tell every rank of a mesh what has failed in one stage of a pipeline.
 
 A stage that fails goes on hollow: it computes nothing more, but takes and sends every message of
-its plan, marked as lost. So nobody waits in vain, no message is left behind, and when the
+its plan, marked as lost or zeros. So nobody waits in vain, no message is left behind, and when the
 step has ended all ranks learn of it together.
 """
 

@@ -160,7 +160,12 @@ class StageWorker:
                 self._gradients.pop(microbatch).wait()
             came = self._came.get(microbatch)
             if came is not None:
-                self._send_back(microbatch, [None for s in came.tensors if s.needs_grad])
+                # Zeros, not none: the stages before go on with their part, norms included.
+                specs = [spec for spec in came.tensors if spec.needs_grad]
+                zeros = [
+                    torch.zeros(s.shape, dtype=s.torch_dtype, device=self._device) for s in specs
+                ]
+                self._send_back(microbatch, zeros)
         self._stage.drop(microbatch)
 
     def given(self, microbatch: int, batch: Batch) -> str:
