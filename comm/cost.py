@@ -7,13 +7,16 @@ ranks of one node that share its network cards.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from .schedule import Chunks, Moves, Peers, Round, Schedule, moves, require_hashable
 from .topology import Cluster, Link
+
+Integers = npt.NDArray[np.int64]
 
 _MOST_BYTES = 1 << 60
 """Of a buffer: what a message has is counted in 64 bits."""
@@ -44,30 +47,74 @@ def price(schedule: Schedule, nbytes: int, cluster: Cluster, itemsize: int = 4) 
     Raises: ValueError for an nbytes that is negative or beyond what is counted here, or an itemsize
     below 1; ScheduleError for rules that cannot be hashed, or evaluated at an array of ranks.
     """
+    chunk_bytes = _chunk_bytes(schedule, nbytes, itemsize)
+    seconds = 0.0
+    rounds = different = 0
+    sent = np.zeros(schedule.size)  # exact up to 2**53, where integers would go round
+    for step in _steps(schedule, cluster):
+        message = np.minimum(step.length * chunk_bytes, nbytes)
+        slowest = float(_travel(step, message, cluster).max(initial=0.0))
+        seconds += step.times * slowest
+        rounds += step.times * bool(message.any() or slowest > 0)
+        sent[step.src] += float(step.times) * message
+        different += 1
+    return Price(seconds, rounds, int(sent.max(initial=0)), different)
+
+
+def seconds_of(schedule: Schedule, sizes: Sequence[int], cluster: Cluster) -> list[float]:
+    """Return the seconds that price() tells for each of several nbytes, of items of 4 bytes.
+
+    The rules are evaluated once, and like messages of a round are looked at once.
+    """
+    nbytes = np.array(sizes, np.int64)[:, None]
+    chunk_bytes = np.array([_chunk_bytes(schedule, one, 4) for one in sizes], np.int64)[:, None]
+    seconds = np.zeros(len(sizes))
+    for step in _steps(schedule, cluster):
+        kind = step.length * (schedule.size + 1) + step.sharing
+        at = np.unique(kind, return_index=True)[1]
+        few = replace(step, length=step.length[at], sharing=step.sharing[at])
+        message = np.minimum(few.length * chunk_bytes, nbytes)
+        seconds += step.times * _travel(few, message, cluster).max(axis=1, initial=0.0)
+    found: list[float] = seconds.tolist()
+    return found
+
+
+def _chunk_bytes(schedule: Schedule, nbytes: int, itemsize: int) -> int:
     if nbytes < 0 or itemsize < 1:
         raise ValueError(f"expected nbytes >= 0 and itemsize >= 1, got {nbytes} and {itemsize}")
     if max(nbytes, itemsize) > _MOST_BYTES:
         raise ValueError(
             f"expected nbytes and itemsize of {_MOST_BYTES} at most, got {nbytes} and {itemsize}"
         )
+    count = -(-nbytes // itemsize)
+    return -(-count // schedule.num_chunks) * itemsize
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The messages of a round, without what depends on the bytes of the buffer.
+
+    length: chunks of each.  sharing: how many messages leave its sender's node or enter its
+    receiver's, the larger of both; 0 for one within a node.  times: how often the round comes.
+    """
+
+    src: Integers
+    length: Integers
+    sharing: Integers
+    reduce: bool
+    times: int
+
+
+def _steps(schedule: Schedule, cluster: Cluster) -> Iterator[_Step]:
+    """Evaluate one round for all that are alike."""
     try:
         different = kinds(schedule, cluster)
     except TypeError:
         require_hashable(schedule)
         raise
-    count = -(-nbytes // itemsize)
-    chunk_bytes = -(-count // schedule.num_chunks) * itemsize
-    seconds = 0.0
-    rounds = 0
-    sent = np.zeros(schedule.size)  # exact up to 2**53, where integers would go round
-    for round, (index, repeat) in different.items():
+    for round, (index, times) in different.items():
         step = moves(round, schedule.size, schedule.num_chunks, index)
-        message = np.minimum(step.length * chunk_bytes, nbytes)
-        slowest = _seconds(step, message, round.reduce, cluster)
-        seconds += repeat * slowest
-        rounds += repeat * bool(message.any() or slowest > 0)
-        sent[step.src] += float(repeat) * message
-    return Price(seconds, rounds, int(sent.max(initial=0)), len(different))
+        yield _Step(step.src, step.length, _sharing(step, cluster), round.reduce, times)
 
 
 def kinds(schedule: Schedule, cluster: Cluster) -> dict[Round, tuple[int, int]]:
@@ -87,36 +134,29 @@ def kinds(schedule: Schedule, cluster: Cluster) -> dict[Round, tuple[int, int]]:
     return found
 
 
-def _seconds(step: Moves, message: npt.NDArray[np.int64], reduce: bool, cluster: Cluster) -> float:
-    """Return how long the slowest message of a round takes."""
-    if not message.size:
-        return 0.0
-    added = message / cluster.reduce_bandwidth if reduce else 0.0
-    return float((_travel(step, message, cluster) + added).max())
+def _sharing(step: Moves, cluster: Cluster) -> Integers:
+    src_node, dst_node = (ranks // cluster.ranks_per_node for ranks in (step.src, step.dst))
+    leaves = src_node != dst_node
+    if not leaves.any():
+        return np.zeros(len(leaves), np.int64)
+    num_nodes = int(max(src_node.max(), dst_node.max())) + 1
+    out, into = (
+        np.bincount(node[leaves], minlength=num_nodes)[node] for node in (src_node, dst_node)
+    )
+    return np.where(leaves, np.maximum(out, into), 0)
 
 
-def _travel(
-    step: Moves, message: npt.NDArray[np.int64], cluster: Cluster
-) -> npt.NDArray[np.float64]:
-    """Return each message's seconds on its link, cards shared by the messages that use them."""
+def _travel(step: _Step, message: Integers, cluster: Cluster) -> npt.NDArray[np.float64]:
+    """Return each message's seconds on its link, cards shared by the messages that use them.
+
+    message: the bytes of each, along the last axis.
+    """
 
     def over(link: Link, share: npt.NDArray[np.float64] | float) -> npt.NDArray[np.float64]:
         return np.asarray(link.latency + message * share * link.seconds_per_byte, np.float64)
 
-    src_node = step.src // cluster.ranks_per_node
-    dst_node = step.dst // cluster.ranks_per_node
-    leaves = src_node != dst_node
-    intra = over(cluster.intra or cluster.inter, 1.0)
-    if not leaves.any():
-        return intra
-    num_nodes = int(max(src_node.max(), dst_node.max())) + 1
-    share = np.maximum(
-        *(
-            np.bincount(node[leaves], minlength=num_nodes)[node] / cluster.cards_per_node
-            for node in (src_node, dst_node)
-        )
-    )
-    seconds: npt.NDArray[np.float64] = np.where(
-        leaves, over(cluster.inter, np.maximum(share, 1.0)), intra
-    )
-    return seconds
+    seconds = over(cluster.intra or cluster.inter, 1.0)
+    if step.sharing.any():
+        share = np.maximum(step.sharing / cluster.cards_per_node, 1.0)
+        seconds = np.where(step.sharing, over(cluster.inter, share), seconds)
+    return seconds + message / cluster.reduce_bandwidth if step.reduce else seconds

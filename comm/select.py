@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from .algorithms import BY_NODE, build, names
-from .cost import price
+from .cost import seconds_of
 from .dtypes import DType
 from .topology import Cluster, Nodes
 
@@ -46,30 +46,32 @@ MOST_PRICED = 1024
 """Ranks up to which every algorithm is built to be priced."""
 
 
+SIZES = tuple(1 << exponent for exponent in range(31))
+"""Bytes of the buffers that are priced; the last one stands for all above."""
+
+
 @lru_cache(maxsize=64)
 def priced(
     collective: str, size: int, cluster: Cluster, nodes: Nodes | None
 ) -> tuple[tuple[int, str], ...]:
-    """Return rows as in CHOICES: which algorithm is simulated to be the fastest up to which size.
-
-    Sizes are powers of two up to 1 GiB; the last row stands for all above.
-    """
+    """Return rows as in CHOICES: what is simulated to be the fastest up to which size."""
     candidates = [
         name
         for name in names(collective)
         if name not in BY_NODE or (nodes is not None and nodes.nested)
     ]
-    built = {name: build(collective, name, size, 0, nodes) for name in candidates}
+    if len(candidates) == 1:
+        return ((ANY, candidates[0]),)
+    seconds = {
+        name: seconds_of(build(collective, name, size, 0, nodes), SIZES, cluster)
+        for name in candidates
+    }
     rows: list[tuple[int, str]] = []
-    for exponent in range(31):
-        seconds = {
-            name: price(schedule, 1 << exponent, cluster).seconds
-            for name, schedule in built.items()
-        }
-        cheapest = min(candidates, key=lambda name: seconds[name])
+    for at, nbytes in enumerate(SIZES):
+        cheapest = min(candidates, key=lambda name: seconds[name][at])
         if rows and rows[-1][1] == cheapest:
             rows.pop()
-        rows.append((1 << exponent, cheapest))
+        rows.append((nbytes, cheapest))
     return (*rows[:-1], (ANY, rows[-1][1]))
 
 

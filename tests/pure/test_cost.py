@@ -9,7 +9,7 @@ import pytest
 from ringfold.comm.algorithms import BUILDERS, build
 from ringfold.comm.algorithms.pairwise import Spoke
 from ringfold.comm.collective import COLLECTIVES
-from ringfold.comm.cost import price
+from ringfold.comm.cost import price, seconds_of
 from ringfold.comm.errors import ScheduleError
 from ringfold.comm.schedule import Chunks, Peers, Ranks, Reverse, Rotated, Shift
 from ringfold.comm.topology import Cluster, Link
@@ -78,6 +78,15 @@ def test_ranks_of_a_node_share_its_card() -> None:
     assert price(schedule, nbytes, cards).seconds == pytest.approx(expected)
     inside = price(build("alltoall", "pairwise", 4), 4 * 16 * 1000, shared).seconds
     assert inside == pytest.approx(3 * (1e-6 + 4000 / 100e9))
+
+
+@pytest.mark.parametrize("name", BUILDERS, ids=":".join)
+def test_many_sizes_at_once_cost_what_each_costs(name: tuple[str, str]) -> None:
+    sizes = (0, 1, 4, 100, 1 << 20, 1 << 60)
+    for cluster in (ADDING, Cluster(FLAT.inter, Link(1e-6, 100e9), ranks_per_node=2)):
+        schedule = build(*name, 8, 3 if COLLECTIVES[name[0]].rooted else 0)
+        right = [price(schedule, nbytes, cluster).seconds for nbytes in sizes]
+        assert seconds_of(schedule, sizes, cluster) == pytest.approx(right)
 
 
 @dataclass(frozen=True)

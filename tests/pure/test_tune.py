@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from ringfold import run_local
-from ringfold.comm import tune
-from ringfold.comm.algorithms import build
+from ringfold.comm import cost, tune
+from ringfold.comm.algorithms import build, names
 from ringfold.comm.cost import price
 from ringfold.comm.dtypes import DTYPES
-from ringfold.comm.select import choose, priced
+from ringfold.comm.select import ANY, choose, priced
 from ringfold.comm.topology import Cluster, Link, Nodes
 from ringfold.comm.tune import Fitted, Machine, Tuning, costs, parse
 
@@ -120,3 +120,20 @@ def test_without_the_links_of_a_group_the_default_is_taken():
     assert "default table" in choose("allreduce", 8, F32, True, nodes, 4, TABLE)[1]
     assert "tuned" in choose("allreduce", 8, F32, True, nodes, 4, replace(TABLE, inter=LINK))[1]
     assert "default table" in choose("allreduce", 8, F32, True, None, 1 << 17, TABLE)[1]
+
+
+def test_a_table_is_priced_from_each_kind_of_round_once(monkeypatch):
+    """Of 1024 ranks, the first choice took 2 to 6 s: rounds were evaluated for each of 31 sizes."""
+    evaluated = []
+    moves = cost.moves
+    monkeypatch.setattr(cost, "moves", lambda *given: [evaluated.append(given), moves(*given)][1])
+    nodes = Nodes.blocks(24, 4)
+    cluster = Cluster(Link(3e-6, 4e9), Link(5e-7, 1e10), ranks_per_node=4)
+    for collective in ("allreduce", "reduce"):
+        schedules = [build(collective, name, 24, 0, nodes) for name in names(collective)]
+        evaluated.clear()
+        priced.__wrapped__(collective, 24, cluster, nodes)
+        assert len(evaluated) == sum(len(cost.kinds(one, cluster)) for one in schedules)
+    evaluated.clear()
+    assert priced.__wrapped__("alltoall", 24, cluster, nodes) == ((ANY, "pairwise"),)
+    assert evaluated == []  # there is one algorithm
