@@ -14,9 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .schedule import Chunks, Moves, Peers, Round, Schedule, moves, require_hashable
-from .topology import Cluster, Link
-
-Integers = npt.NDArray[np.int64]
+from .topology import Cluster, Integers, Link
 
 _MOST_BYTES = 1 << 60
 """Of a buffer: what a message has is counted in 64 bits."""
@@ -44,8 +42,9 @@ def price(schedule: Schedule, nbytes: int, cluster: Cluster, itemsize: int = 4) 
     one, for alltoall all rows of all ranks). A chunk is priced at its largest size,
     ceil(count / num_chunks) elements of itemsize bytes.
 
-    Raises: ValueError for an nbytes that is negative or beyond what is counted here, or an itemsize
-    below 1; ScheduleError for rules that cannot be hashed, or evaluated at an array of ranks.
+    Raises: ValueError for an nbytes that is negative or beyond what is counted here, an itemsize
+    below 1, or nodes that hold another number of ranks; ScheduleError for rules that cannot be
+    hashed, or evaluated at an array of ranks.
     """
     chunk_bytes = _chunk_bytes(schedule, nbytes, itemsize)
     seconds = 0.0
@@ -107,6 +106,10 @@ class _Step:
 
 def _steps(schedule: Schedule, cluster: Cluster) -> Iterator[_Step]:
     """Evaluate one round for all that are alike."""
+    if cluster.nodes is not None and cluster.nodes.size != schedule.size:
+        raise ValueError(
+            f"the nodes hold {cluster.nodes.size} ranks, the schedule is for {schedule.size}"
+        )
     try:
         different = kinds(schedule, cluster)
     except TypeError:
@@ -126,8 +129,7 @@ def kinds(schedule: Schedule, cluster: Cluster) -> dict[Round, tuple[int, int]]:
         if round.chunks not in chunks:
             chunks[round.chunks] = round.chunks.alike()
         if round.peers not in peers:
-            apart = cluster.ranks_per_node == 1
-            peers[round.peers] = round.peers.alike() if apart else round.peers
+            peers[round.peers] = round.peers.alike() if cluster.apart else round.peers
         kind = Round(peers[round.peers], chunks[round.chunks], round.reduce)
         first, times = found.get(kind, (index, 0))
         found[kind] = first, times + 1
@@ -135,7 +137,7 @@ def kinds(schedule: Schedule, cluster: Cluster) -> dict[Round, tuple[int, int]]:
 
 
 def _sharing(step: Moves, cluster: Cluster) -> Integers:
-    src_node, dst_node = (ranks // cluster.ranks_per_node for ranks in (step.src, step.dst))
+    src_node, dst_node = (cluster.node_of(ranks) for ranks in (step.src, step.dst))
     leaves = src_node != dst_node
     if not leaves.any():
         return np.zeros(len(leaves), np.int64)

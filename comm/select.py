@@ -51,10 +51,12 @@ SIZES = tuple(1 << exponent for exponent in range(31))
 
 
 @lru_cache(maxsize=64)
-def priced(
-    collective: str, size: int, cluster: Cluster, nodes: Nodes | None
-) -> tuple[tuple[int, str], ...]:
-    """Return rows as in CHOICES: what is simulated to be the fastest up to which size."""
+def priced(collective: str, size: int, cluster: Cluster) -> tuple[tuple[int, str], ...]:
+    """Return rows as in CHOICES: which algorithm is simulated to be the fastest up to which size.
+
+    cluster: with the nodes of the group where it is on several.
+    """
+    nodes = cluster.nodes
     candidates = [
         name
         for name in names(collective)
@@ -94,7 +96,7 @@ def choose(
     cluster = tuning.cluster(nodes) if tuning and 1 < size <= MOST_PRICED else None
     if tuning and cluster:
         limit, algorithm = next(
-            row for row in priced(collective, size, cluster, nodes) if nbytes <= row[0]
+            row for row in priced(collective, size, cluster) if nbytes <= row[0]
         )
         return algorithm, f"tuned on {tuning.date}: {algorithm} {_bound(limit)}"
     above = NESTED_ABOVE.get(collective, ANY)

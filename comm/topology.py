@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -27,12 +33,14 @@ class Link:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of equal size whose ranks share network cards; neighbouring ranks share a node.
+    """Nodes whose ranks share network cards.
 
     inter: the link that one network card gives, between nodes.
     intra: the link between two ranks of one node; `inter` where None.
-    ranks_per_node, cards_per_node: counts.
+    ranks_per_node: for any number of ranks, so many neighbours share a node.
+    cards_per_node: count.
     reduce_bandwidth: bytes a second that one rank adds, infinity for free.
+    nodes: which ranks share a node, instead of ranks_per_node.
     """
 
     inter: Link
@@ -40,6 +48,7 @@ class Cluster:
     ranks_per_node: int = 1
     cards_per_node: int = 1
     reduce_bandwidth: float = float("inf")
+    nodes: Nodes | None = None
 
     def __post_init__(self) -> None:
         for name in ("ranks_per_node", "cards_per_node"):
@@ -47,6 +56,23 @@ class Cluster:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if not self.reduce_bandwidth > 0:
             raise ValueError(f"reduce_bandwidth must be above 0, got {self.reduce_bandwidth}")
+        if self.nodes is not None and self.ranks_per_node != 1:
+            raise ValueError(
+                f"expected nodes or ranks_per_node, got {self.nodes} and {self.ranks_per_node}"
+            )
+
+    @property
+    def apart(self) -> bool:
+        """Tell whether every rank has a node of its own."""
+        if self.nodes is None:
+            return self.ranks_per_node == 1
+        return len(self.nodes.members) == self.nodes.size
+
+    def node_of(self, ranks: Integers) -> Integers:
+        """Return the number of each rank's node."""
+        if self.nodes is None:
+            return ranks // self.ranks_per_node
+        return self.nodes.numbers[ranks]
 
 
 @dataclass(frozen=True)
@@ -67,6 +93,21 @@ class Nodes:
         ordered = tuple(sorted(tuple(sorted(node)) for node in self.members))
         object.__setattr__(self, "members", ordered)
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.members)
+
+    @cached_property
+    def numbers(self) -> Integers:
+        """Return the number of every rank's node, by rank."""
+        found = np.empty(self.size, dtype=np.int64)
+        for number, node in enumerate(self.members):
+            found[list(node)] = number
+        return found
+
     @classmethod
     def blocks(cls, size: int, ranks_per_node: int) -> Nodes:
         """Put neighbouring ranks together; the last node may hold fewer."""
@@ -83,7 +124,7 @@ class Nodes:
             groups.setdefault(label, []).append(rank)
         return cls(tuple(map(tuple, groups.values())))
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Return the number of ranks."""
         return sum(map(len, self.members))

@@ -90,21 +90,20 @@ class Tuning:
 
         nodes: None for a group on one node.
         """
-        if nodes is None:
-            return _cluster(self.intra, None, 1)
-        return _cluster(self.inter, self.intra, max(map(len, nodes.members)))
+        link = self.intra if nodes is None else self.inter
+        if link is None:
+            return None
+        within = None if self.intra is None else _link(self.intra)
+        cluster = Cluster(_link(link), within, reduce_bandwidth=link.reduce_bandwidth, nodes=nodes)
+        return cluster if within is not None or cluster.apart else None
 
     def text(self) -> str:
         """Return the table as JSON."""
         return json.dumps({"version": VERSION, **asdict(self)}, indent=1) + "\n"
 
 
-def _cluster(inter: Fitted | None, intra: Fitted | None, ranks_per_node: int) -> Cluster | None:
-    if inter is None or (ranks_per_node > 1 and intra is None):
-        return None
-    within = None if intra is None else Link(intra.latency, intra.bandwidth)
-    across = Link(inter.latency, inter.bandwidth)
-    return Cluster(across, within, ranks_per_node, reduce_bandwidth=inter.reduce_bandwidth)
+def _link(found: Fitted) -> Link:
+    return Link(found.latency, found.bandwidth)
 
 
 def parse(text: str, library: str) -> Tuning:
@@ -132,7 +131,7 @@ def parse(text: str, library: str) -> Tuning:
 def _checked(link: Fitted) -> Fitted:
     if not all(map(math.isfinite, (link.latency, link.bandwidth, link.reduce_bandwidth))):
         raise ValueError(f"expected finite numbers, got {link}")
-    Cluster(Link(link.latency, link.bandwidth), reduce_bandwidth=link.reduce_bandwidth)
+    Cluster(_link(link), reduce_bandwidth=link.reduce_bandwidth)
     return link
 
 

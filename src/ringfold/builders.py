@@ -41,8 +41,11 @@ class Builder:
         return sorted({at * (size - 1) // max(count - 1, 1) for at in range(count)})
 
 
-def find_builder(name: str, ranks_per_node: int = 2) -> Builder:
-    """Return what FILE.py:FUNCTION or COLLECTIVE:NAME means, or raise Misuse."""
+def find_builder(name: str, nodes: Nodes | None = None) -> Builder:
+    """Return what FILE.py:FUNCTION or COLLECTIVE:NAME means, or raise Misuse.
+
+    nodes: for the built-in ones that depend on them; neighbours in pairs where None.
+    """
     left, colon, right = name.rpartition(":")
     if not colon or not left or not right:
         raise Misuse(f"expected FILE.py:FUNCTION or COLLECTIVE:NAME, got {name!r}")
@@ -52,7 +55,7 @@ def find_builder(name: str, ranks_per_node: int = 2) -> Builder:
         build(left, right, 1)  # raises, listing the names there are
 
     def make(size: int, root: int) -> Schedule:
-        return build(left, right, size, root, Nodes.blocks(size, ranks_per_node))
+        return build(left, right, size, root, nodes)
 
     return Builder(make, COLLECTIVES[left].rooted)
 

@@ -16,7 +16,7 @@ from .comm.cost import kinds, price
 from .comm.errors import ScheduleError
 from .comm.schedule import Schedule, draw, members_of
 from .comm.text_file import prepare_file, write_whole
-from .comm.topology import Cluster, Link
+from .comm.topology import Cluster, Link, Nodes
 from .comm.verify import verify
 
 REFUSED, MISUSED = 1, 2
@@ -104,6 +104,13 @@ def _parser() -> argparse.ArgumentParser:
         cost.add_argument(
             option, type=type(default), default=default, help=f"{what} (default: %(default)s)"
         )
+    cost.add_argument(
+        "--map-by",
+        choices=("slot", "node"),
+        default="slot",
+        help="which ranks share a node, as mpirun places them: neighbours (slot, the default), or "
+        "round robin (node)",
+    )
     cost.add_argument("--intra-latency", help="within a node (default: as between nodes)")
     cost.add_argument("--intra-bandwidth", help="within a node (default: as between nodes)")
     cost.add_argument("--reduce-bandwidth", help="bytes a second that a rank adds (default: free)")
@@ -167,25 +174,29 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _simulate(arguments: argparse.Namespace) -> int:
-    inter = Link(units.read_seconds(arguments.latency), units.read_rate(arguments.bandwidth))
+    if arguments.ranks < 1:
+        raise Misuse(f"--ranks must be 1 or more, got {arguments.ranks}")
+    nodes = Nodes.blocks(arguments.ranks, arguments.ranks_per_node)
+    if arguments.map_by == "node":
+        nodes = Nodes.labelled([rank % len(nodes.members) for rank in range(nodes.size)])
     cluster = Cluster(
-        inter,
+        Link(units.read_seconds(arguments.latency), units.read_rate(arguments.bandwidth)),
         Link(
             units.read_seconds(arguments.intra_latency or arguments.latency),
             units.read_rate(arguments.intra_bandwidth or arguments.bandwidth),
         ),
-        arguments.ranks_per_node,
-        arguments.cards_per_node,
-        units.read_rate(arguments.reduce_bandwidth) if arguments.reduce_bandwidth else float("inf"),
+        cards_per_node=arguments.cards_per_node,
+        reduce_bandwidth=(
+            units.read_rate(arguments.reduce_bandwidth)
+            if arguments.reduce_bandwidth
+            else float("inf")
+        ),
+        nodes=nodes,
     )
     nbytes = units.read_nbytes(arguments.nbytes)
-    if arguments.ranks < 1:
-        raise Misuse(f"--ranks must be 1 or more, got {arguments.ranks}")
     start = time.perf_counter()
     try:
-        schedule = find_builder(arguments.algorithm, arguments.ranks_per_node).make(
-            arguments.ranks, 0
-        )
+        schedule = find_builder(arguments.algorithm, nodes).make(arguments.ranks, 0)
         if schedule.collective.name == "barrier":
             nbytes = 0  # tokens alone travel, whatever a buffer would be
         _warn_of_a_long_wait(schedule, cluster)

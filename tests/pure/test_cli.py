@@ -159,6 +159,21 @@ def test_node_groups_follow_the_cluster(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().out.splitlines()[3].split() == ["rounds:", "28"]
 
 
+def test_ranks_may_lie_round_robin(capsys: pytest.CaptureFixture[str]) -> None:
+    """Eight messages leave a node at once then, where one does among neighbours."""
+    command = "simulate allreduce:ring --ranks 32 --ranks-per-node 8 --latency 0 --nbytes 32MiB"
+    took = []
+    for way in ("slot", "node"):
+        assert main([*command.split(), "--map-by", way, "--bandwidth", "1GB/s"]) == 0
+        found = re.search(r"time \(simulated\): +([0-9.]+) ms", capsys.readouterr().out)
+        assert found is not None
+        took.append(float(found[1]))
+    assert took == [65.01, 520.1]
+    command = "simulate allreduce:hierarchical --ranks 64 --ranks-per-node 8 --map-by node"
+    assert main(command.split()) == 0
+    assert capsys.readouterr().out.splitlines()[3].split() == ["rounds:", "28"]
+
+
 def test_a_barrier_sends_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", "barrier:dissemination", "--ranks", "64", "--latency", "5us"]) == 0
     out = capsys.readouterr().out

@@ -11,12 +11,13 @@ from ringfold.comm.algorithms.pairwise import Spoke
 from ringfold.comm.collective import COLLECTIVES
 from ringfold.comm.cost import price, seconds_of
 from ringfold.comm.errors import ScheduleError
-from ringfold.comm.schedule import Chunks, Peers, Ranks, Reverse, Rotated, Shift
-from ringfold.comm.topology import Cluster, Link
+from ringfold.comm.schedule import Chunks, Peers, Ranks, Reverse, Rotated, Schedule, Shift, moves
+from ringfold.comm.topology import Cluster, Link, Nodes
 from ringfold.comm.verify import verify
 
 LATENCY, BANDWIDTH, ADD = 5e-6, 25e9, 10e9
 FLAT = Cluster(Link(LATENCY, BANDWIDTH))
+PAIRS = Nodes.blocks(4, 2)
 ADDING = Cluster(Link(LATENCY, BANDWIDTH), reduce_bandwidth=ADD)
 
 
@@ -80,11 +81,65 @@ def test_ranks_of_a_node_share_its_card() -> None:
     assert inside == pytest.approx(3 * (1e-6 + 4000 / 100e9))
 
 
+def one_by_one(schedule: Schedule, nbytes: int, cluster: Cluster, nodes: Nodes) -> float:
+    """Price message by message, by a dictionary of who is where."""
+    node = {rank: at for at, members in enumerate(nodes.members) for rank in members}
+    chunk = -(-nbytes // 4 // schedule.num_chunks) * 4
+    assert cluster.intra is not None
+    total = 0.0
+    for round in schedule.rounds:
+        sent = list(moves(round, schedule.size, schedule.num_chunks))
+        leaving = [(node[src], node[dst]) for src, dst, _, _ in sent if node[src] != node[dst]]
+        slowest = 0.0
+        for src, dst, _, length in sent:
+            own, other = node[src], node[dst]
+            link, share = cluster.intra, 1.0
+            if own != other:
+                out, into = (sum(a == own for a, _ in leaving), sum(b == other for _, b in leaving))
+                link, share = cluster.inter, max(max(out, into) / cluster.cards_per_node, 1.0)
+            nbytes_moved = length * chunk
+            seconds = link.latency + nbytes_moved * share / link.bandwidth
+            if round.reduce:
+                seconds += nbytes_moved / cluster.reduce_bandwidth
+            slowest = max(slowest, seconds)
+        total += slowest
+    return total
+
+
+LAYOUTS = {
+    "blocks": Nodes.blocks(8, 4),
+    "last one smaller": Nodes.blocks(8, 3),
+    "round robin": Nodes.labelled([0, 1] * 4),
+    "unequal": Nodes.labelled([0] + [1] * 7),
+    "scattered": Nodes.labelled([2, 0, 2, 1, 1, 2, 0, 1]),
+    "apart": Nodes.blocks(8, 1),
+    "one": Nodes.blocks(8, 8),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_messages_take_the_links_and_share_the_cards_of_the_nodes_there_are(layout: str) -> None:
+    """Any nodes were priced as blocks of as many neighbours as the largest one holds."""
+    nodes = LAYOUTS[layout]
+    for cards in (1, 2):
+        links = Link(LATENCY, BANDWIDTH), Link(1e-6, 100e9)
+        cluster = Cluster(*links, cards_per_node=cards, reduce_bandwidth=ADD, nodes=nodes)
+        for name in BUILDERS:
+            schedule = build(*name, 8, 3 if COLLECTIVES[name[0]].rooted else 0, nodes)
+            nbytes = 4 * schedule.num_chunks * 100
+            found = price(schedule, nbytes, cluster).seconds
+            assert found == pytest.approx(one_by_one(schedule, nbytes, cluster, nodes)), name
+            if nodes == Nodes.blocks(8, 4):
+                closed = replace(cluster, nodes=None, ranks_per_node=4)
+                assert found == price(schedule, nbytes, closed).seconds
+
+
 @pytest.mark.parametrize("name", BUILDERS, ids=":".join)
 def test_many_sizes_at_once_cost_what_each_costs(name: tuple[str, str]) -> None:
     sizes = (0, 1, 4, 100, 1 << 20, 1 << 60)
-    for cluster in (ADDING, Cluster(FLAT.inter, Link(1e-6, 100e9), ranks_per_node=2)):
-        schedule = build(*name, 8, 3 if COLLECTIVES[name[0]].rooted else 0)
+    scattered = replace(ADDING, intra=Link(1e-6, 100e9), nodes=LAYOUTS["scattered"])
+    for cluster in (FLAT, Cluster(FLAT.inter, Link(1e-6, 100e9), ranks_per_node=2), scattered):
+        schedule = build(*name, 8, 3 if COLLECTIVES[name[0]].rooted else 0, cluster.nodes)
         right = [price(schedule, nbytes, cluster).seconds for nbytes in sizes]
         assert seconds_of(schedule, sizes, cluster) == pytest.approx(right)
 
@@ -248,6 +303,14 @@ def test_rounds_that_are_alike_cost_the_same(name: tuple[str, str]) -> None:
         (lambda: Link(0, 0), "bandwidth"),
         (lambda: Cluster(Link(0, 1), ranks_per_node=0), "ranks_per_node"),
         (lambda: Cluster(Link(0, 1), reduce_bandwidth=0), "reduce_bandwidth"),
+        (
+            lambda: Cluster(Link(0, 1), ranks_per_node=2, nodes=PAIRS),
+            "nodes or ranks_per_node",
+        ),
+        (
+            lambda: price(build("barrier", "dissemination", 2), 0, replace(FLAT, nodes=PAIRS)),
+            "the nodes hold 4 ranks, the schedule is for 2",
+        ),
         (lambda: price(build("barrier", "dissemination", 2), -1, FLAT), "nbytes"),
     ],
 )

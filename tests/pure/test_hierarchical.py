@@ -120,7 +120,7 @@ def test_they_are_priced_as_soon_where_ranks_are_not_neighbours_or_nodes_unequal
 ) -> None:
     """Tables of all ranks for each of 8,582 rounds filled the memory."""
     schedule = build("allreduce", "hierarchical", nodes.size, nodes=nodes)
-    assert price(schedule, 1 << 30, Cluster(Link(5e-6, 25e9), ranks_per_node=8)).priced == priced
+    assert price(schedule, 1 << 30, Cluster(Link(5e-6, 25e9), nodes=nodes)).priced == priced
 
 
 def test_two_nodes_of_two_are_as_drawn() -> None:
