@@ -141,10 +141,11 @@ def measure(comm: Communicator, repeats: int = 9) -> Tuning:
     intra = fit(comm.node, repeats) if comm.node.size > 1 else None
     inter = None
     if comm.node.size < comm.size:
-        across = comm.split(comm.node.rank)
-        assert across is not None
-        with across:
-            inter = fit(across, repeats) if across.size > 1 else None
+        # One rank a node, with its card alone: `price` shares it. The others wait for the table.
+        across = comm.split(0 if comm.node.rank == 0 else None)
+        if across is not None:
+            with across:
+                inter = fit(across, repeats)
     # Every rank returns what rank 0 saw.
     tuning = Tuning(Machine.here(library), intra, inter, time.strftime("%Y-%m-%d"))
     return parse(share_text(comm, tuning.text()), library)

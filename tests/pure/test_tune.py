@@ -1,5 +1,6 @@
 """Fitting the model's numbers, keeping them, and choosing by them."""
 
+from contextvars import ContextVar
 from dataclasses import replace
 
 import numpy as np
@@ -75,6 +76,46 @@ def test_a_table_comes_back_as_it_was():
 def test_a_damaged_table_is_refused(text):
     with pytest.raises(ValueError, match="it is damaged"):
         parse(text, "some MPI 1.0")
+
+
+class Placed:
+    """A communicator whose ranks lie on the nodes that they are told."""
+
+    def __init__(self, comm, labels):
+        self._comm = comm
+        self.node = comm.split(labels[comm.rank])
+
+    def __getattr__(self, name):
+        return getattr(self._comm, name)
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 1, 1], [0, 1, 0, 1, 1], [0, 1]], ids=str)
+def test_one_rank_of_each_node_measures_the_link_between_them(labels, monkeypatch):
+    """All ranks did at once, and told a share of their card, which a price shares again."""
+    bandwidths = {"within": 5e10, "across": 1e9}
+    measured = []
+
+    def fit(group, repeats):
+        who = group.allgather(np.array([world.get()])).ravel().tolist()
+        way = "within" if len({labels[rank] for rank in who}) == 1 else "across"
+        measured.append((way, tuple(who)))
+        return replace(LINK, ranks=group.size, bandwidth=bandwidths[way])
+
+    def main(comm):
+        world.set(comm.rank)
+        return tune.measure(Placed(comm, labels), 1)
+
+    world = ContextVar("rank")
+    monkeypatch.setattr(tune, "fit", fit)
+    tables = run_local(len(labels), main)
+    nodes = Nodes.labelled(labels)
+    leaders = tuple(node[0] for node in nodes.members)
+    assert {who for way, who in measured if way == "across"} == {leaders}
+    assert {who for way, who in measured if way == "within"} == {
+        node for node in nodes.members if len(node) > 1
+    }
+    assert tables == [tables[0]] * len(labels)
+    assert (tables[0].inter.ranks, tables[0].inter.bandwidth) == (len(leaders), 1e9)
 
 
 def test_a_table_that_cannot_be_read_is_ignored(capfd):
