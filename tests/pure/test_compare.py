@@ -94,13 +94,54 @@ def test_without_dumps_the_digests_count(run):
     assert "ab against cd; runs with --dump DIR tell" in found.how
     longer = run("c", (3.0, 2.0), dump=False, workload="text", final_metric={"bits": 1.0})
     whats = [found.what for found in compare(first, longer)]
-    assert whats == ["workload", "steps", "bits"]
+    assert whats == ["workload", "steps", "loss", "bits"]
+
+
+@pytest.mark.parametrize("rtol", ["nan", "inf", "-0.5"])
+def test_a_tolerance_that_is_none_is_refused(run, rtol, capsys):
+    """Not a number hid every difference, and a negative one made equal runs differ."""
+    first, second = run("a", dump=False), run("b", (3.0, 2.0, 9.0), dump=False)
+    for other in (first, second):
+        assert main(["compare", str(first), str(other), f"--rtol={rtol}"]) == 2
+        assert "expected an rtol that is 0 or more and finite" in capsys.readouterr().err
+
+
+def test_what_only_one_run_has_is_a_difference(run):
+    """Losses and steps of dumps were looked at as far as both runs had them, and no further."""
+    first, other = run("a"), run("b", final_metric={"test_accuracy": 0.5, "bits": math.nan})
+    for step in (2, 3):
+        (other.with_suffix("") / f"step{step:08d}.stage0.safetensors").unlink()
+    lacking, metric = map(str, compare(first, other))
+    assert lacking == "step 2: dump: only in the first run"
+    assert metric == "bits: only in the second run"
+    assert str(compare(other, first)[0]) == "step 2: dump: only in the second run"
+    shorter = run("c", (3.0, 2.0), steps=3, dump=False)
+    (loss,) = compare(first, shorter)
+    assert str(loss) == "step 3: loss: only in the first run"
+    assert [str(loss)] == [str(one) for one in compare(first, shorter, 0.5)]
+
+
+def test_the_digest_counts_where_no_dumped_tensor_differs(run):
+    """Of what is in no dump, as buffers; it was not looked at where both runs have one."""
+    first, second = run("a"), run("b", weights_sha256="cd")
+    (found,) = compare(first, second)
+    assert (found.what, found.how) == (
+        "weights_sha256",
+        "ab against cd; no tensor that both dumped differs",
+    )
+    assert compare(first, second, 1e-6) == []
+    third = run("c", change=(1, "0.weight", lambda x: -x), weights_sha256="cd")
+    assert [found.what for found in compare(first, third)] == ["0.weight"]
 
 
 def test_what_cannot_be_read_is_named(run, tmp_path, capsys):
     good = run("a")
     (tmp_path / "empty").mkdir()
-    for text in ("{", "[]", "{}", json.dumps({"losses": [], "dump": str(tmp_path / "empty")})):
+    for text in (
+        "{", "[]", "{}", '{"losses": 3}', '{"losses": [null]}', '{"losses": [1, "2"]}',
+        '{"losses": [], "final_metric": null}', '{"losses": [], "final_metric": {"a": "b"}}',
+        json.dumps({"losses": [], "dump": str(tmp_path / "empty")}),
+    ):  # fmt: skip
         bad = tmp_path / "bad.json"
         bad.write_text(text)
         with pytest.raises(Unreadable):
