@@ -9,12 +9,12 @@ from .algorithms import build
 from .collective import COLLECTIVES
 from .dtypes import DType
 from .errors import ScheduleError
-from .program import Program, lower
+from .program import Part, Program, lower, part_of
 from .schedule import Schedule, require_hashable
 from .select import choose
 from .topology import Nodes
 from .tune import Tuning
-from .verify import verify
+from .verify import Proof, verify
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,9 @@ class Choice:
         self._rank, self._size = rank, size
         self._nodes: Nodes | None = None
         self._tuning: Tuning | None = None
+        self._named = lru_cache(maxsize=256)(self._evaluate_named)
         self._lowered = lru_cache(maxsize=256)(self._lower_named)
-        self._proven = lru_cache(maxsize=64)(verify)
+        self._proven = lru_cache(maxsize=64)(self._prove)
 
     @property
     def spans_nodes(self) -> bool:
@@ -55,6 +56,7 @@ class Choice:
     def place(self, nodes: Nodes) -> None:
         """From now on, choose and build with this knowledge of who shares a node."""
         self._nodes = nodes
+        self._named.cache_clear()
         self._lowered.cache_clear()
 
     def tune(self, tuning: Tuning | None) -> None:
@@ -81,11 +83,17 @@ class Choice:
         # The pairwise builders' promise, which a test proves for every size.
         return Chosen(schedule, program, algorithm, reason, algorithm == "pairwise")
 
+    def _evaluate_named(self, name: str, algorithm: str, root: int) -> Part:
+        return part_of(build(name, algorithm, self._size, root, self._nodes), self._rank)
+
     def _lower_named(
         self, name: str, algorithm: str, root: int, count: int
     ) -> tuple[Schedule, Program]:
-        schedule = build(name, algorithm, self._size, root, self._nodes)
-        return schedule, lower(schedule, self._rank, count)
+        part = self._named(name, algorithm, root)
+        return part.schedule, lower(part, count)
+
+    def _prove(self, schedule: Schedule) -> tuple[Proof, Part]:
+        return verify(schedule), part_of(schedule, self._rank)
 
     def _lower_given(self, name: str, count: int, schedule: Schedule, root: int) -> Chosen:
         for what, given, needed in (
@@ -96,10 +104,10 @@ class Choice:
             if given != needed:
                 raise ScheduleError(f"the schedule's {what} is {given}, this call's is {needed}")
         try:
-            proof = self._proven(schedule)
+            proof, part = self._proven(schedule)
         except TypeError:
             require_hashable(schedule)
             raise
-        program = lower(schedule, self._rank, count)
+        program = lower(part, count)
         reason = "passed by the caller"
         return Chosen(schedule, program, "schedule", reason, proof.raw_reduce, proof.digest)

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from .schedule import Chunks, Moves, Peers, Round, Schedule, moves, require_hashable
+from .evaluation import Moves, moves
+from .schedule import Chunks, Peers, Round, Schedule, require_hashable
 from .topology import Cluster, Integers, Link
 
 _MOST_BYTES = 1 << 60

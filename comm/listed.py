@@ -12,6 +12,7 @@ import numpy as np
 
 from .collective import Collective
 from .errors import ScheduleError
+from .evaluation import all_ranks, peers_of, spans
 from .places import scale_of
 from .schedule import NOBODY, Chunks, Peers, Ranks, Round, Schedule
 
@@ -64,11 +65,11 @@ def side_by_side(
         for ranks, flat in running:
             round = flat.rounds[index]
             table = np.asarray(ranks, dtype=np.int64)
-            own = np.arange(flat.size)
-            for there, rule in ((to, round.peers.dst), (origin, round.peers.src)):
-                peer = np.asarray(rule(own, flat.size))
+            own = all_ranks(flat.size)
+            peers = peers_of(round.peers, own, flat.size, index)
+            for there, peer in zip((to, origin), peers, strict=True):
                 there[table] = np.where(peer == NOBODY, NOBODY, table[peer])
-            start, run = round.chunks.span(own, flat.size, flat.num_chunks)
+            start, run = spans(round.chunks, own, flat.size, flat.num_chunks, index)
             first[table] = start * scale_of(flat, num_chunks)
             length[table] = run * scale_of(flat, num_chunks)
         tables = [tuple(found.tolist()) for found in (to, origin, first, length)]

@@ -1,4 +1,7 @@
-"""Lower a schedule to one rank's program: a small integer table that a transport interprets."""
+"""Lower a schedule to one rank's program: a small integer table that a transport interprets.
+
+What a rank does in chunks is evaluated once (`part_of`), and laid out for each number of elements.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ import numpy.typing as npt
 
 from .chunks import begin, nested_begin, ranges
 from .collective import ALLTOALL
-from .schedule import NOBODY, Round, Schedule
+from .evaluation import moves
+from .schedule import Schedule
 
 
 class Op(IntEnum):
@@ -50,33 +54,50 @@ class Program:
         return grouped
 
 
-def lower(schedule: Schedule, rank: int, count: int) -> Program:
-    """Evaluate a schedule at one rank for a flat buffer of `count` elements.
+@dataclass(frozen=True)
+class Part:
+    """One rank's part of a schedule, for any number of elements.
+
+    rows: int64 table of (round, op, peer, first, length), a row for every message, in chunks.
+    """
+
+    schedule: Schedule
+    rows: npt.NDArray[np.int64]
+
+
+def part_of(schedule: Schedule, rank: int) -> Part:
+    """Return what one rank sends and receives, of the very moves that are proven."""
+    rows: list[tuple[int, int, int, int, int]] = []
+    for index, round in enumerate(schedule.rounds):
+        step = moves(round, schedule.size, schedule.num_chunks, index)
+        receive = Op.RECV_REDUCE if round.reduce else Op.RECV
+        for op, ends, peers in ((Op.SEND, step.src, step.dst), (receive, step.dst, step.src)):
+            for at in np.flatnonzero(ends == rank):
+                run = (int(step.first[at]), int(step.length[at]))
+                rows.append((index, op, int(peers[at]), *run))
+    return Part(schedule, np.array(rows, dtype=np.int64).reshape(-1, 5))
+
+
+def lower(part: Part, count: int) -> Program:
+    """Lay a rank's part out for a flat buffer of `count` elements.
 
     Pieces without elements move nothing, on either side.
     """
-    rows: list[tuple[int, int, int, int, int]] = []
-    for index, round in enumerate(schedule.rounds):
-        dst = int(round.peers.dst(rank, schedule.size))
-        src = int(round.peers.src(rank, schedule.size))
-        if dst != NOBODY:
-            for offset, length in _pieces(schedule, round, rank, count, sending=True):
-                rows.append((index, Op.SEND, dst, offset, length))
-        if src != NOBODY:
-            op = Op.RECV_REDUCE if round.reduce else Op.RECV
-            for offset, length in _pieces(schedule, round, src, count, sending=False):
-                rows.append((index, op, src, offset, length))
+    rows = [
+        (index, op, peer, offset, size)
+        for index, op, peer, first, length in part.rows.tolist()
+        for offset, size in _pieces(part.schedule, first, length, count, sending=op == Op.SEND)
+    ]
     return Program(np.array(rows, dtype=np.int64).reshape(-1, 5))
 
 
 def _pieces(
-    schedule: Schedule, round: Round, sender: int, count: int, sending: bool
+    schedule: Schedule, first: int, length: int, count: int, sending: bool
 ) -> list[tuple[int, int]]:
-    """Return (offset, count) of the contiguous pieces that `sender` sends in a round."""
+    """Return (offset, count) of the contiguous pieces that a run of chunks is."""
     size, num_chunks = schedule.size, schedule.num_chunks
-    first, length = round.chunks.span(sender, size, num_chunks)
     pieces = []
-    for low, high in ranges(int(first), int(length), num_chunks):
+    for low, high in ranges(first, length, num_chunks):
         if schedule.collective is ALLTOALL:
             # A row's cells lie side by side in the source, a column's in the target.
             begins = [cell % size if sending else cell // size for cell in range(low, high)]

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from .errors import ScheduleError
-from .schedule import NOBODY, Moves, Round, Schedule, members_of, moves, on_ranks, shown_run
+from .evaluation import Moves, all_ranks, members_of, moves, peers_of, shown_run
+from .schedule import NOBODY, Round, Schedule
 
 
 def matched(schedule: Schedule, round: Round, index: int) -> Moves:
@@ -19,14 +20,9 @@ def matched(schedule: Schedule, round: Round, index: int) -> Moves:
     Raises: ScheduleError, as all of this module do.
     """
     size = schedule.size
-    ranks = np.arange(size, dtype=np.int64)
     peers = round.peers
-    dst, src = (
-        told.tolist()
-        for told in on_ranks(
-            peers, lambda: (peers.dst(ranks, size), peers.src(ranks, size)), size, index
-        )
-    )
+    to, origin = peers_of(peers, all_ranks(size), size, index)
+    dst, src = to.tolist(), origin.tolist()
     for rank in range(size):
         for peer, back, does, answers in (
             (dst[rank], src, "sends to", "receives from"),
@@ -54,6 +50,12 @@ def matched(schedule: Schedule, round: Round, index: int) -> Moves:
                 rank=rank,
             )
     step = moves(round, size, schedule.num_chunks, index)
+    if not np.array_equal(step.dst, to[step.src]):
+        raise ScheduleError(
+            f"{type(peers).__name__} tells its members of other peers than all ranks: what it says "
+            "of a rank must not depend on those that it is asked about beside it",
+            round=index,
+        )
     for rank, _, first, length in step:
         if not 0 <= first < schedule.num_chunks or length > schedule.num_chunks:
             raise ScheduleError(

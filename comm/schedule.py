@@ -1,13 +1,12 @@
 """A collective algorithm as data: rounds of (who talks to whom, which chunks move, reduce or copy).
 
-Rules are formulas over one rank or an array of ranks, so that the same schedule is executed by one
-rank, proven over all ranks, and priced at a hundred thousand.
+Rules are formulas over an array of ranks, so that the same schedule is proven over all ranks, run
+by each of them, and priced at a hundred thousand.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ NOBODY = -1
 """The peer of a rank that sits a direction of a round out."""
 
 Ranks = Any
-"""One rank (int) or an integer array of ranks; a rule returns the same shape."""
+"""An integer array of ranks, which a rule leaves as it is; it returns as many, or one for all."""
 
 
 class Peers:
@@ -206,69 +205,6 @@ class Schedule:
         )
 
 
-@dataclass(frozen=True)
-class Moves:
-    """All messages of one round as arrays of equal length, in order of the sending rank."""
-
-    src: npt.NDArray[np.int64]
-    dst: npt.NDArray[np.int64]
-    first: npt.NDArray[np.int64]
-    length: npt.NDArray[np.int64]
-
-    def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
-        """Yield each message as plain numbers: (src, dst, first, length)."""
-        columns = (self.src, self.dst, self.first, self.length)
-        return zip(*(column.tolist() for column in columns), strict=True)
-
-
-def moves(round: Round, size: int, num_chunks: int, index: int | None = None) -> Moves:
-    """Evaluate a round at its members; ranks that send nothing are left out.
-
-    Raises: ScheduleError, with the round's index, for a rule that does not work on arrays, or whose
-    members are no ranks in order.
-    """
-    ranks = members_of(round.peers, size, index)
-    (dst,) = on_ranks(round.peers, lambda: (round.peers.dst(ranks, size),), ranks.size, index)
-    first, length = on_ranks(
-        round.chunks, lambda: round.chunks.span(ranks, size, num_chunks), ranks.size, index
-    )
-    active = (dst != NOBODY) & (length > 0)
-    return Moves(ranks[active], dst[active], first[active], length[active])
-
-
-def members_of(peers: Peers, size: int, index: int | None = None) -> npt.NDArray[np.int64]:
-    """Return the ranks that a rule says take part; ScheduleError for what are none, in order."""
-    found = peers.members(size)
-    ranks = np.asarray(found)
-    proper = ranks.ndim == 1 and (ranks.dtype.kind in "iu" or not ranks.size)
-    if proper and ranks.size:
-        proper = bool(ranks[0] >= 0 and ranks[-1] < size and (ranks[1:] > ranks[:-1]).all())
-    if not proper:
-        raise ScheduleError(
-            f"the members of {type(peers).__name__} are {found!r}: expected ranks of {size}, in "
-            "order, each once",
-            round=index,
-        )
-    return ranks.astype(np.int64, copy=False)
-
-
-def on_ranks(
-    rule: Peers | Chunks, evaluate: Callable[[], Iterable[Ranks]], count: int, index: int | None
-) -> list[npt.NDArray[np.int64]]:
-    """Return what a rule says of `count` ranks, as arrays; raise ScheduleError where it cannot."""
-    try:
-        return [np.broadcast_to(np.asarray(part, dtype=np.int64), count) for part in evaluate()]
-    except ScheduleError:
-        raise
-    except Exception as error:
-        raise ScheduleError(
-            f"the rule {type(rule).__name__} cannot be evaluated at an array of {count} ranks "
-            f"({type(error).__name__}: {error}); it must take an array as well as one rank: "
-            "np.where instead of `if`",
-            round=index,
-        ) from error
-
-
 def require_hashable(schedule: Schedule) -> None:
     """Raise ScheduleError where a rule cannot be remembered."""
     for index, round in enumerate(schedule.rounds):
@@ -281,25 +217,3 @@ def require_hashable(schedule: Schedule) -> None:
                     "dataclass of hashable fields, tuples instead of lists",
                     round=index,
                 ) from None
-
-
-def draw(schedule: Schedule) -> str:
-    """Write a schedule out, a line per round: `0>1:2+` is rank 0 sending chunk 2 to be added.
-
-    Runs of chunks are written first..last, and wrap around where last is below first.
-    """
-    lines = []
-    for index, round in enumerate(schedule.rounds):
-        step = moves(round, schedule.size, schedule.num_chunks, index)
-        sign = "+" if round.reduce else ""
-        words = [
-            f"{src}>{dst}:{shown_run(first, length, schedule.num_chunks)}{sign}"
-            for src, dst, first, length in step
-        ]
-        lines.append(f"{index}: " + " ".join(words))
-    return "\n".join(lines)
-
-
-def shown_run(first: int, length: int, num_chunks: int) -> str:
-    """Return a run of chunks as text: its first and its last."""
-    return str(first) if length == 1 else f"{first}..{(first + length - 1) % num_chunks}"

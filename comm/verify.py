@@ -17,8 +17,9 @@ import numpy as np
 from .chunks import ranges
 from .collective import ALLTOALL
 from .errors import ScheduleError
+from .evaluation import Moves
 from .runnable import matched, refuse_forwarding, refuse_overwritten_sends
-from .schedule import Moves, Round, Schedule, require_hashable
+from .schedule import Round, Schedule, require_hashable
 from .texts import shown_ranks
 
 

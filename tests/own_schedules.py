@@ -13,8 +13,9 @@ from contract import data, expected, reopened
 from ringfold import Communicator
 from ringfold.comm.collective import ALLREDUCE
 from ringfold.comm.errors import ScheduleError
+from ringfold.comm.evaluation import draw
 from ringfold.comm.listed import Listed, ListedChunks
-from ringfold.comm.schedule import NOBODY, Round, Schedule, draw
+from ringfold.comm.schedule import NOBODY, Round, Schedule
 from ringfold.comm.verify import verify
 
 Cells = dict[tuple[int, int], frozenset[int]]

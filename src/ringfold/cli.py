@@ -14,7 +14,8 @@ from . import __version__, units
 from .builders import ALL_ROOTS, Misuse, find_builder
 from .comm.cost import kinds, price
 from .comm.errors import ScheduleError
-from .comm.schedule import Schedule, draw, members_of
+from .comm.evaluation import draw, members_of
+from .comm.schedule import Schedule
 from .comm.text_file import prepare_file, write_whole
 from .comm.topology import Cluster, Link, Nodes
 from .comm.verify import verify

@@ -8,7 +8,7 @@ import pytest
 from ringfold.comm.algorithms import BUILDERS, build, names
 from ringfold.comm.collective import COLLECTIVES
 from ringfold.comm.cost import price
-from ringfold.comm.schedule import draw
+from ringfold.comm.evaluation import draw
 from ringfold.comm.topology import Cluster, Link
 from ringfold.comm.verify import verify
 

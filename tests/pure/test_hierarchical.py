@@ -12,10 +12,11 @@ from ringfold.comm.algorithms.tree import tree_broadcast, tree_reduce
 from ringfold.comm.collective import ALLREDUCE
 from ringfold.comm.cost import price
 from ringfold.comm.errors import ScheduleError
+from ringfold.comm.evaluation import draw, moves
 from ringfold.comm.listed import side_by_side
 from ringfold.comm.nesting import nest
 from ringfold.comm.places import renumber
-from ringfold.comm.schedule import Schedule, draw, moves
+from ringfold.comm.schedule import Schedule
 from ringfold.comm.topology import Cluster, Link, Nodes
 from ringfold.comm.verify import verify
 

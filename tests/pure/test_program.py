@@ -3,7 +3,13 @@
 import pytest
 
 from ringfold.comm.algorithms import BUILDERS, build
-from ringfold.comm.program import Op, lower, with_accumulator
+from ringfold.comm.program import Op, Program, part_of, with_accumulator
+from ringfold.comm.program import lower as lay_out
+from ringfold.comm.schedule import Schedule
+
+
+def lower(schedule: Schedule, rank: int, count: int) -> Program:
+    return lay_out(part_of(schedule, rank), count)
 
 
 def test_the_rings_rows() -> None:

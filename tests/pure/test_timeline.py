@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ringfold.comm.algorithms import BUILDERS
 from ringfold.comm.clock import Offset, between, cristian
 from ringfold.comm.intervals import common, length, union, without
-from ringfold.comm.program import Op, lower
+from ringfold.comm.program import Op, lower, part_of
 from ringfold.comm.trace_file import RankTrace, document, events, summarize, table, wire_bytes
 
 INTERVALS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)).map(sorted).map(tuple))
@@ -67,7 +67,7 @@ def test_wire_bytes_are_what_the_ranks_send_on_the_mean(name, size):
     )
     sent = 0
     for rank in range(size):
-        rows = lower(schedule, rank, count).rows
+        rows = lower(part_of(schedule, rank), count).rows
         sent += int(rows[rows[:, 1] == Op.SEND, 4].sum())
     if operation == "scatter":  # the root alone sends
         assert sent == wire_bytes(operation, count, size)

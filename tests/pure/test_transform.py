@@ -2,7 +2,7 @@ import pytest
 
 from ringfold.comm.algorithms import build
 from ringfold.comm.errors import ScheduleError
-from ringfold.comm.schedule import draw
+from ringfold.comm.evaluation import draw
 from ringfold.comm.transform import compose, reverse
 from ringfold.comm.verify import verify
 

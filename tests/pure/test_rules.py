@@ -1,0 +1,150 @@
+"""Rules are evaluated alike wherever they are asked, and told apart where they are none."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from ringfold.comm.collective import ALLGATHER, ALLREDUCE
+from ringfold.comm.cost import price
+from ringfold.comm.errors import ScheduleError
+from ringfold.comm.evaluation import draw
+from ringfold.comm.listed import side_by_side
+from ringfold.comm.program import Op, lower, part_of
+from ringfold.comm.schedule import NOBODY, Chunks, Peers, Ranks, Rotated, Round, Schedule, Shift
+from ringfold.comm.topology import Cluster, Link
+from ringfold.comm.verify import verify
+
+FLAT = Cluster(Link(1e-6, 1e9))
+
+JUDGES = (verify, draw, lambda schedule: price(schedule, 64, FLAT), lambda s: part_of(s, 1))
+"""All that evaluate a schedule."""
+
+
+def refusals(schedule: Schedule) -> list[str]:
+    """Return what each of those that evaluate it says against a schedule."""
+    told = []
+    for judge in JUDGES:
+        with pytest.raises(ScheduleError) as caught:
+            judge(schedule)
+        told.append(str(caught.value))
+    return told
+
+
+def gather(size: int, *rounds: Round) -> Schedule:
+    """Return the ring's allgather with other first rounds."""
+    ring = [Round(Shift(1), Rotated(-step)) for step in range(size - 1)]
+    return Schedule(ALLGATHER, size, size, (*rounds, *ring[len(rounds) :]))
+
+
+@dataclass(frozen=True)
+class Inverted(Chunks):
+    """Send chunk 1 from even ranks and 0 from odd ones, or the other way round."""
+
+    invert: bool
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        low = rank % 2 == 0
+        if self.invert:
+            low = ~low
+        return np.where(low, 1, 0), rank * 0 + 1
+
+
+def test_what_is_proven_is_lowered() -> None:
+    """Of an int, `~` gives -2 for True, which is true again: both rounds sent the same chunk."""
+    halves = (Round(Shift(1), Inverted(False), True), Round(Shift(1), Inverted(True)))
+    schedule = Schedule(ALLREDUCE, 2, 2, halves)
+    verify(schedule)
+    assert draw(schedule) == "0: 0>1:1+ 1>0:0+\n1: 0>1:0 1>0:1"
+    assert lower(part_of(schedule, 0), 2).rows.tolist() == [
+        [0, Op.SEND, 1, 1, 1],
+        [0, Op.RECV_REDUCE, 1, 0, 1],
+        [1, Op.SEND, 1, 0, 1],
+        [1, Op.RECV, 1, 1, 1],
+    ]
+
+
+@dataclass(frozen=True)
+class Rolled(Peers):
+    """A ring, by moving the array of all ranks: no formula of a rank by itself."""
+
+    def dst(self, rank: Ranks, size: int) -> Ranks:
+        return np.roll(rank, -1)
+
+    def src(self, rank: Ranks, size: int) -> Ranks:
+        return np.roll(rank, 1)
+
+
+def test_a_rule_of_the_whole_array_is_lowered_as_it_is_proven() -> None:
+    """Asked about one rank, it would send to itself."""
+    ring, rolled = gather(4), gather(4, *[Round(Rolled(), Rotated(-step)) for step in range(3)])
+    assert verify(rolled) == verify(ring)
+    for rank in range(4):
+        assert (part_of(rolled, rank).rows == part_of(ring, rank).rows).all()
+
+
+@dataclass(frozen=True)
+class Counting(Peers):
+    """Pair the first four ranks, by how many it is asked about."""
+
+    def dst(self, rank: Ranks, size: int) -> Ranks:
+        return np.where(rank < 4, rank ^ (1 if rank.size == size else 2), NOBODY)
+
+    def src(self, rank: Ranks, size: int) -> Ranks:
+        return self.dst(rank, size)
+
+    def members(self, size: int) -> Ranks:
+        return np.arange(4)
+
+
+def test_a_rule_that_tells_its_members_of_other_peers_is_refused() -> None:
+    """That each send has its receive was judged by the one, what is sent by the other."""
+    with pytest.raises(ScheduleError, match="round 0: Counting tells its members of other peers"):
+        verify(Schedule(ALLREDUCE, 6, 1, (Round(Counting(), Rotated(0), True),)))
+
+
+@dataclass(frozen=True)
+class ShiftedInPlace(Shift):
+    """Write to the array that it is asked about."""
+
+    def dst(self, rank: Ranks, size: int) -> Ranks:
+        rank += self.by
+        rank %= size
+        return rank
+
+
+@dataclass(frozen=True)
+class RotatedInPlace(Rotated):
+    """The same."""
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        rank += self.offset
+        rank %= num_chunks
+        return rank, rank * 0 + 1
+
+
+@pytest.mark.parametrize(
+    "bad", [Round(ShiftedInPlace(1), Rotated(0)), Round(Shift(1), RotatedInPlace(-1))]
+)
+def test_a_rule_that_writes_to_the_ranks_is_named(bad: Round) -> None:
+    """It moved the prover's own ranks, so that other messages were proven than were sent."""
+    rule = bad.peers if isinstance(bad.peers, ShiftedInPlace) else bad.chunks
+    for text in refusals(gather(3, Round(Shift(1), Rotated(0)), bad)):
+        assert text.startswith(f"round 1: the rule {type(rule).__name__} cannot be evaluated at ")
+        assert "read-only" in text and "a new array instead of a changed one" in text
+    with pytest.raises(ScheduleError, match=f"the rule {type(rule).__name__} cannot be evaluated"):
+        side_by_side(ALLGATHER, 6, [((0, 2, 4), gather(3, bad))], 3)
+
+
+@dataclass(frozen=True)
+class Absent(Shift):
+    """Fail to say who takes part."""
+
+    def members(self, size: int) -> Ranks:
+        raise KeyError("nobody")
+
+
+def test_members_that_cannot_be_told_are_named() -> None:
+    with pytest.raises(ScheduleError) as caught:
+        verify(gather(3, Round(Absent(1), Rotated(0))))
+    assert str(caught.value).startswith("round 0: the members of Absent cannot be told (KeyError")
