@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,9 +62,21 @@ def spans(
 ) -> tuple[Integers, Integers]:
     """Return (first, length) of the chunks that ranks send; ScheduleError as of `on_ranks`."""
     first, length = on_ranks(
-        chunks, lambda: chunks.span(ranks, size, num_chunks), ranks.size, index
+        chunks, lambda: span_of(chunks, ranks, size, num_chunks), ranks.size, index
     )
     return first, length
+
+
+def span_of(chunks: Chunks, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+    """Return a rule's span; ScheduleError where that is no pair, as the firsts of two ranks."""
+    told: Any = chunks.span(rank, size, num_chunks)
+    if not isinstance(told, tuple | list) or len(told) != 2:
+        count = f" of {len(told)}" if isinstance(told, tuple | list) else ""
+        raise ScheduleError(
+            f"{type(chunks).__name__}.span returned a {type(told).__name__}{count}, expected two "
+            "parts: (first, length)"
+        )
+    return told[0], told[1]
 
 
 def all_ranks(size: int) -> Integers:

@@ -12,6 +12,7 @@ from math import lcm
 import numpy as np
 
 from .errors import ScheduleError
+from .evaluation import span_of
 from .places import scale_of
 from .schedule import NOBODY, Chunks, Peers, Ranks, Round, Schedule
 
@@ -43,7 +44,7 @@ class InsideChunks(Chunks):
     scale: int
 
     def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
-        first, length = self.of.span(rank % self.width, self.width, self.num_flat)
+        first, length = span_of(self.of, rank % self.width, self.width, self.num_flat)
         return first * self.scale, length * self.scale
 
     def alike(self) -> Chunks:
@@ -87,7 +88,8 @@ class AcrossChunks(Chunks):
     stride: int
 
     def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
-        first, length = self.of.span(rank // self.width, size // self.width, self.num_flat)
+        node, num_nodes = rank // self.width, size // self.width
+        first, length = span_of(self.of, node, num_nodes, self.num_flat)
         whole = length == self.num_flat
         first = np.where(whole, 0, first)
         if np.any((first + length > self.num_flat) & ~whole):

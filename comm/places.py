@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import ScheduleError
+from .evaluation import span_of
 from .schedule import NOBODY, Chunks, Peers, Ranks, Round, Schedule
 
 Integers = npt.NDArray[np.int64]
@@ -85,7 +86,7 @@ class AmongChunks(Chunks):
 
     def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
         inside, place = self.places.of(rank)
-        first, length = self.rule.span(place, len(self.places.ranks), self.num_flat)
+        first, length = span_of(self.rule, place, len(self.places.ranks), self.num_flat)
         return first * self.scale, np.where(inside, length * self.scale, 0)
 
     def alike(self) -> Chunks:

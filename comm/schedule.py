@@ -154,11 +154,22 @@ class Round:
     receiver holds, otherwise it replaces it. As it does so in place, a rank cannot receive a copy
     of what it sends, nor a run to be added that begins inside, and not at the beginning of, the run
     that it sends; `verify` refuses that.
+
+    Raises: TypeError for peers and chunks that are no such rules, and for a reduce that is no bool.
     """
 
     peers: Peers
     chunks: Chunks
     reduce: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kind in (("peers", Peers), ("chunks", Chunks)):
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise TypeError(f"{name}: expected a {kind.__name__} rule, got {value!r}")
+        if not isinstance(self.reduce, bool | np.bool_):
+            raise TypeError(f"reduce: expected a bool, got {self.reduce!r}")
+        object.__setattr__(self, "reduce", bool(self.reduce))
 
 
 @dataclass(frozen=True)

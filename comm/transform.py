@@ -17,6 +17,7 @@ from .collective import (
     Collective,
 )
 from .errors import ScheduleError
+from .evaluation import span_of
 from .schedule import NOBODY, Chunks, Peers, Ranks, Reverse, Round, Schedule
 
 DUALS: dict[Collective, tuple[Collective, bool]] = {
@@ -37,7 +38,7 @@ class Received(Chunks):
 
     def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
         src = np.asarray(self.peers.src(rank, size))
-        first, length = self.chunks.span(np.maximum(src, 0), size, num_chunks)
+        first, length = span_of(self.chunks, np.maximum(src, 0), size, num_chunks)
         return first, np.where(src == NOBODY, 0, length)
 
     def alike(self) -> Chunks:

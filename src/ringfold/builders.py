@@ -50,7 +50,8 @@ def find_builder(name: str, nodes: Nodes | None = None) -> Builder:
     if not colon or not left or not right:
         raise Misuse(f"expected FILE.py:FUNCTION or COLLECTIVE:NAME, got {name!r}")
     if left not in COLLECTIVES:
-        return _own(name, _load(Path(left), right))
+        path = Path(left)
+        return _own(name, path, _load(path, right))
     if (left, right) not in BUILDERS:
         build(left, right, 1)  # raises, listing the names there are
 
@@ -60,7 +61,7 @@ def find_builder(name: str, nodes: Nodes | None = None) -> Builder:
     return Builder(make, COLLECTIVES[left].rooted)
 
 
-def _own(name: str, function: Callable[..., object]) -> Builder:
+def _own(name: str, path: Path, function: Callable[..., object]) -> Builder:
     roots = _takes_root(function)
 
     def make(size: int, root: int) -> Schedule:
@@ -69,11 +70,8 @@ def _own(name: str, function: Callable[..., object]) -> Builder:
             schedule = function(size, root=root) if roots else function(size)
         except ScheduleError:
             raise
-        except Exception as error:
-            told = f"{type(error).__name__}: {error}".removesuffix(": ")
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            at = f"{Path(last.filename).name}:{last.lineno}"
-            raise ScheduleError(f"{called} raised {told}, at {at}") from error
+        except (Exception, SystemExit) as error:
+            raise ScheduleError(f"{called} raised {_told(error, path)}") from error
         if not isinstance(schedule, Schedule):
             raise Misuse(f"{called} returned {type(schedule).__name__}, expected a Schedule")
         if schedule.size != size:
@@ -92,6 +90,18 @@ def _takes_root(function: Callable[..., object]) -> bool:
         return False
 
 
+def _told(error: BaseException, path: Path) -> str:
+    """Return an error as text, with the innermost line in the file at path or one beside it."""
+    places = [
+        (Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)
+    ]
+    if isinstance(error, SyntaxError) and error.filename:  # a line that was not run
+        places.append((Path(error.filename), error.lineno))
+    own = [f"{at.name}:{line}" for at, line in places if at.parent == path.absolute().parent]
+    what = error.msg if isinstance(error, SyntaxError) else error
+    return f"{type(error).__name__}: {what}".removesuffix(": ") + f", at {(own or [path.name])[-1]}"
+
+
 def _load(path: Path, function: str) -> Callable[..., object]:
     if not os.path.isfile(path):  # False, too, where a name is too long
         raise Misuse(f"no file {path}, and no collective of that name")
@@ -103,7 +113,10 @@ def _load(path: Path, function: str) -> Callable[..., object]:
     # lie beside it, as for a script.
     sys.modules[path.stem] = module
     sys.path.insert(0, str(path.absolute().parent))
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise Misuse(f"{path} cannot be imported: {_told(error, path)}") from error
     found = getattr(module, function, None)
     if not callable(found):
         raise Misuse(f"{path} has no function {function!r}")

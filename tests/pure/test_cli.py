@@ -30,6 +30,8 @@ def number(size):
 def powers(size):
     if size & (size - 1):
         raise KeyError("a power of two")
+    if size == 8:
+        raise SystemExit(0)
     return build("allreduce", "recursive_doubling", size)
 
 def at_root(size, root=0):
@@ -80,6 +82,8 @@ def test_a_function_that_fails_for_one_size_is_judged_for_the_others(
     assert len(out) == 3 and "raised KeyError: 'a power of two', at own.py:1" in out[0]
     assert out[0].startswith("refused: size 3: ") and out[1].startswith("refused: size 5: ")
     assert out[2].endswith("refused for 2 of 4 sizes")
+    assert main(["verify", f"{own}:powers", "--sizes", "8"]) == 1
+    assert "powers(8) raised SystemExit: 0, at own.py:" in capsys.readouterr().out
     assert main(["simulate", f"{own}:powers", "--ranks", "3"]) == 1
     assert "powers(3) raised KeyError" in capsys.readouterr().out
 
@@ -186,6 +190,46 @@ def test_a_file_may_import_what_lies_beside_it(
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "user.py").write_text("from own import around as again\n")
     assert main(["verify", f"{tmp_path / 'user.py'}:again", "--sizes", "2"]) == 0
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        (
+            "\nx = int('abc')",
+            "ValueError: invalid literal for int() with base 10: 'abc', at bad.py:2",
+        ),
+        ("def f(size)\n    pass", "SyntaxError: expected ':', at bad.py:1"),
+        (
+            "import no_such_module",
+            "ModuleNotFoundError: No module named 'no_such_module', at bad.py:1",
+        ),
+        ("import helper_of_it", "OSError: none, at helper_of_it.py:2"),
+        (
+            "import numpy as np\nnp.stack([])",
+            "ValueError: need at least one array to stack, at bad.py:2",
+        ),
+        ("import sys\nsys.exit(0)", "SystemExit: 0, at bad.py:2"),
+        (
+            OWN + "\nSchedule(ALLREDUCE, 0, 1, ())",
+            "ScheduleError: expected size >= 1 and num_chunks",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_imported_is_named_with_its_line(
+    text: str,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A ValueError was shown alone, others as tracebacks; a file that exits was as if proven."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "helper_of_it.py").write_text("\nraise OSError('none')\n")
+    path = tmp_path / "bad.py"
+    path.write_text(text)
+    assert main(["verify", f"{path}:f", "--sizes", "2"]) == 2
+    assert capsys.readouterr().err.startswith(f"ringfold: {path} cannot be imported: {told}")
 
 
 def test_where_a_table_cannot_be_written_is_known_before_it_is_measured(tmp_path: Path) -> None:

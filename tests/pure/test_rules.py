@@ -1,6 +1,7 @@
 """Rules are evaluated alike wherever they are asked, and told apart where they are none."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,9 +11,12 @@ from ringfold.comm.cost import price
 from ringfold.comm.errors import ScheduleError
 from ringfold.comm.evaluation import draw
 from ringfold.comm.listed import side_by_side
+from ringfold.comm.nesting import inside
+from ringfold.comm.places import renumber
 from ringfold.comm.program import Op, lower, part_of
 from ringfold.comm.schedule import NOBODY, Chunks, Peers, Ranks, Rotated, Round, Schedule, Shift
 from ringfold.comm.topology import Cluster, Link
+from ringfold.comm.transform import reverse
 from ringfold.comm.verify import verify
 
 FLAT = Cluster(Link(1e-6, 1e9))
@@ -148,3 +152,54 @@ def test_members_that_cannot_be_told_are_named() -> None:
     with pytest.raises(ScheduleError) as caught:
         verify(gather(3, Round(Absent(1), Rotated(0))))
     assert str(caught.value).startswith("round 0: the members of Absent cannot be told (KeyError")
+
+
+@dataclass(frozen=True)
+class Lengthless(Rotated):
+    """Forget the length."""
+
+    parts: int = 0
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        first = (rank + self.offset) % num_chunks
+        return (first,) * self.parts if self.parts else first  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(
+    "parts, shown", [(0, "a ndarray"), (1, "a tuple of 1"), (3, "a tuple of 3")]
+)
+def test_a_span_that_is_no_pair_is_named(parts: int, shown: str, size: int) -> None:
+    """Of two ranks the firsts were taken for (first, length); of more, "too many to unpack"."""
+    flat = gather(size, Round(Shift(1), Lengthless(0, parts)))
+    said = f"round 0: Lengthless.span returned {shown}, expected two parts: (first, length)"
+    assert set(refusals(flat)) == {said}
+    inner = inside(flat, flat.num_chunks)
+    assert set(refusals(Schedule(ALLGATHER, 2 * size, 2 * size, inner))) == {said}
+    order = renumber(Schedule(ALLREDUCE, size, size, flat.rounds), range(size)[::-1])
+    assert set(refusals(order)) == {said}
+    assert said.removeprefix("round 0") in refusals(reverse(flat))[0]
+
+
+def test_numpys_truth_is_that_of_a_round() -> None:
+    """verify ended with a TypeError about an integer, where a price was told."""
+    flags = np.arange(2) < 1
+    rounds = [Round(Shift(1), Inverted(bool(at)), flags[at]) for at in range(2)]
+    verify(Schedule(ALLREDUCE, 2, 2, tuple(rounds)))
+    assert [round.reduce for round in rounds] == [True, False]
+    assert all(type(round.reduce) is bool for round in rounds)
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        ((Shift(1), Rotated(0), 1), "reduce: expected a bool, got 1"),
+        ((Shift(1), Rotated(0), "sum"), "reduce: expected a bool, got 'sum'"),
+        ((Shift(1), Rotated(0), np.array([True])), "reduce: expected a bool, got array"),
+        ((Rotated(0), Shift(1)), r"peers: expected a Peers rule, got Rotated\(offset=0\)"),
+        ((Shift(1), Rotated), "chunks: expected a Chunks rule, got <class"),
+    ],
+)
+def test_what_makes_no_round_is_refused(arguments: tuple[Any, ...], text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        Round(*arguments)
