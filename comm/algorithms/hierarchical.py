@@ -30,6 +30,7 @@ def hierarchical_allreduce(size: int, nodes: Nodes) -> Schedule:
     Bytes sent per node: 2 n (N - 1) / N, whatever L is.
 
     Nodes of unequal size: reduce to a leader by tree, ring of leaders, broadcast by tree.
+    Bytes sent by a leader: 2 n (N - 1) / N between, n ceil(log2(L)) within.
 
     Two nodes of two ranks, one column per round:
 
@@ -52,7 +53,7 @@ def hierarchical_broadcast(size: int, root: int, nodes: Nodes) -> Schedule:
     """Broadcast between the nodes, along a chain of one rank each, then by tree within them.
 
     Rounds: 2 (N - 1) between, ceil(log2(L)) within.
-    Bytes sent by the busiest rank: n (1 + ceil(log2(L))); per node: n.
+    Bytes sent by the busiest rank: n between, if there are others, and n ceil(log2(L)) within.
     """
     _require(size, nodes)
     width = nodes.width
