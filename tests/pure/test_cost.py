@@ -11,7 +11,8 @@ from ringfold.comm.algorithms.pairwise import Spoke
 from ringfold.comm.collective import COLLECTIVES
 from ringfold.comm.cost import price, seconds_of
 from ringfold.comm.errors import ScheduleError
-from ringfold.comm.schedule import Chunks, Peers, Ranks, Reverse, Rotated, Schedule, Shift, moves
+from ringfold.comm.evaluation import moves
+from ringfold.comm.schedule import Chunks, Peers, Ranks, Reverse, Rotated, Schedule, Shift
 from ringfold.comm.topology import Cluster, Link, Nodes
 from ringfold.comm.verify import verify
 
