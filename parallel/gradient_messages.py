@@ -1,8 +1,9 @@
 """Carry the gradients of what a stage was handed back to the stage before.
 
 A tensor that the next stage does not use has no gradient, which is not a gradient of zeros: weights
-that have none keep their values under weight decay. So a word of a byte for each tensor goes beside
-the payload; by the host, which must know it before it begins a backward.
+that have none keep their values under weight decay. So a word of a byte for each tensor goes with
+the payload: as a part of it where that is copied anyhow, or small; beside it elsewhere, and always
+on GPUs, since the host must know it before it begins a backward.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .messages import Edge, Outbox, Received, flatten, start_receive
+from .messages import Edge, Outbox, Received, flatten, payload_bytes, start_receive
 from .structure import Description, TensorSpec
 
 if TYPE_CHECKING:
@@ -27,20 +28,28 @@ if TYPE_CHECKING:
 __all__ = ["Returning", "await_gradients", "send_gradients"]
 
 
+_SMALL = 1 << 18
+"""Bytes that are copied sooner than another message is sent."""
+
+
 @dataclass(frozen=True)
 class Returning:
-    """Gradients on their way back, and which of them there are."""
+    """Gradients on their way back, and which of them there are.
+
+    word: None where it is the last part of what is received.
+    """
 
     received: Received
-    there: NDArray[np.uint8]
+    word: NDArray[np.uint8] | None
     work: Work | None
 
     def wait(self) -> list[Tensor | None]:
         """Return one for each tensor, None where the next stage has not used it."""
         if self.work is not None:
             self.work.wait()
-        pairs = zip(self.received.wait(), self.there.tolist(), strict=True)
-        return [gradient if there else None for gradient, there in pairs]
+        gradients = self.received.wait()
+        there = gradients.pop().tolist() if self.word is None else self.word.tolist()
+        return [g if used else None for g, used in zip(gradients, there, strict=True)]
 
 
 def await_gradients(
@@ -53,10 +62,14 @@ def await_gradients(
 ) -> Returning:
     """Begin to receive the gradients of tensors like these over an edge."""
     tag = edge.payload_tag(microbatch, backward=True)
+    word = work = None
+    if _goes_within(specs, device):
+        specs = (*specs, TensorSpec("uint8", (len(specs),), needs_grad=False))
+    else:
+        word = np.empty(len(specs), dtype=np.uint8)
+        work = channel.irecv(word, src, edge.word_tag(microbatch)) if specs else None
     received = start_receive(channel, Description((), specs), src, tag, device)
-    there = np.empty(len(specs), dtype=np.uint8)
-    work = channel.irecv(there, src, edge.word_tag(microbatch)) if specs else None
-    return Returning(received, there, work)
+    return Returning(received, word, work)
 
 
 def send_gradients(
@@ -72,12 +85,21 @@ def send_gradients(
     if not specs:
         return
     pairs = zip(gradients, specs, strict=True)
-    whole = [
+    payload = [
         torch.zeros(s.shape, dtype=s.torch_dtype, device=device) if g is None else g
         for g, s in pairs
     ]
-    flat = flatten(whole, device)
-    there = np.array([gradient is not None for gradient in gradients], dtype=np.uint8)
-    outbox.post(there, dst, edge.word_tag(microbatch))
+    there = [gradient is not None for gradient in gradients]
+    if _goes_within(specs, device):
+        payload.append(torch.tensor(there, dtype=torch.uint8, device=device))
+    else:
+        outbox.post(np.array(there, dtype=np.uint8), dst, edge.word_tag(microbatch))
+    flat = flatten(payload, device)
     if flat.numel():
         outbox.post(flat, dst, edge.payload_tag(microbatch, backward=True))
+
+
+def _goes_within(specs: Sequence[TensorSpec], device: torch.device) -> bool:
+    """Tell whether the word is a part of the payload, on both sides alike."""
+    copied = len(specs) > 1 or (len(specs) == 1 and payload_bytes(specs) <= _SMALL)
+    return copied and device.type == "cpu"
