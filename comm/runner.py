@@ -97,11 +97,18 @@ class Runner:
         if self.closed:
             raise CommError(f"rank {rank}: {self._why}")
 
+    def _keep_up(self) -> None:
+        """Let who records this rank take what is to leave the ring of operations."""
+        timeline = self._progress.timeline
+        if timeline is not None:
+            timeline.keep_up()
+
     def run(self, meeting: Meeting, receipt: Receipt, owner: Any) -> Any:
         """Run a meeting to its end; at once, without a Work, where nothing is in flight before."""
         start = 0
         if self.attentive:
             self.require_open()
+            self._keep_up()
             start = time.monotonic_ns()
         if not self._progress.works:
             status = meeting.launch()
@@ -117,6 +124,8 @@ class Runner:
     def fly(self, meeting: Meeting, receipt: Receipt, owner: Any) -> Work:
         """Start a meeting behind what is in flight; it may have ended when this returns."""
         self.require_open()
+        if self.attentive:
+            self._keep_up()
         if self._progress.works:
             return self._advance(
                 lambda: self._steps(meeting, meeting.launch(), owner), receipt, True
@@ -139,6 +148,8 @@ class Runner:
     def begin(self, prepared: Prepared, blocking: bool, call: int) -> Any:
         """Begin what was noted as `call`; return its result, or its Work where not blocking."""
         self.require_open()
+        if self.attentive:
+            self._keep_up()
         if prepared.meeting is not None:  # it notes itself
             work = self._advance(lambda: prepared.run(0), prepared.receipt, not blocking)
             return work.wait() if blocking else work

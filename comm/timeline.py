@@ -6,13 +6,20 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from ..kernels.records import RING_ENTRIES
 from .trace import Entry, Ring, State
 
+if TYPE_CHECKING:
+    from .work import Work
+
 COMPUTE, PACK, WAIT, STEP = "compute", "pack", "wait", "step"
 """Categories of spans. Spans of a rank nest: packing and waiting lie within what they delay."""
+
+_LEFT = RING_ENTRIES // 2
+"""Of the newest operations, how many are left in the ring for now: most have ended when taken."""
 
 _COLLECT_EVERY = RING_ENTRIES // 4
 
@@ -54,14 +61,13 @@ class Timeline:
         self.start = time.monotonic_ns()
         self.end = 0
         self._collected = self.ring.newest
-        self._running: list[int] = []
+        self._running: dict[tuple[str, int, str], Operation] = {}
         self._labels: dict[int, str] = {}
+        self._lock = threading.RLock()  # works end in the background, too
 
     def add(self, category: str, name: str, start: int) -> None:
         """Add a span from `start` to now."""
         self.spans.append(Span(category, name, start, time.monotonic_ns()))
-        if self.ring.newest - self._collected >= _COLLECT_EVERY:
-            self.collect()
 
     @contextmanager
     def span(self, category: str, name: str) -> Iterator[None]:
@@ -79,24 +85,44 @@ class Timeline:
         yield
         self._labels.update((number, label) for number in range(first, self.ring.newest + 1))
 
-    def collect(self) -> None:
-        """Take over the operations that have ended since."""
+    def keep_up(self) -> None:
+        """Collect what the ring will not keep for long; before an operation is started."""
         newest = self.ring.newest
-        numbers = [*self._running, *range(self._collected + 1, newest + 1)]
-        self._collected, self._running = newest, []
-        for number in numbers:
-            entry = self.ring.entry(number)
-            if entry is None:
-                self.lost += 1
-            elif entry.state is State.RUNNING:
-                self._running.append(number)
-            else:
-                self.operations.append(Operation(entry, self._labels.pop(number, "")))
+        if newest - self._collected >= _LEFT + _COLLECT_EVERY:
+            self._collect(newest - _LEFT)
+
+    def _collect(self, last: int) -> None:
+        """Take over the operations up to a number, each once; see `ended` of those that run."""
+        with self._lock:
+            first, self._collected = self._collected + 1, last
+            for number in range(first, last + 1):
+                entry = self.ring.entry(number)
+                if entry is None:
+                    self.lost += 1
+                    continue
+                operation = Operation(entry, self._labels.pop(number, ""))
+                if entry.state is State.RUNNING:
+                    self._running[_key(entry)] = operation
+                else:
+                    self.operations.append(operation)
+
+    def ended(self, work: Work) -> None:
+        """Take over the operation of a work that ends, if it was collected before that."""
+        with self._lock:
+            found = self._running.pop((work.home, work.sequence, work.receipt.operation), None)
+            if found is not None:
+                state = State.DONE if work.exception() is None else State.FAILED
+                entry = replace(found.entry, end=time.monotonic_ns(), state=state)
+                self.operations.append(replace(found, entry=entry))
 
     def stop(self) -> None:
         """Note the end; operations that still run are left out."""
         self.end = time.monotonic_ns()
-        self.collect()
+        self._collect(self.ring.newest)
+
+
+def _key(entry: Entry) -> tuple[str, int, str]:
+    return entry.group, entry.sequence, entry.signature.operation
 
 
 _OFF: AbstractContextManager[None] = nullcontext()

@@ -188,6 +188,7 @@ class RankSummary:
     bubble: the share of the steps of a pipeline in which the stage computed nothing; None without.
     last: how many collectives of several ranks this one came to last; behind: after the one before
     it, on the mean of those.
+    lost: operations that were not recorded, so that all but compute and wait may be too little.
     """
 
     rank: int
@@ -203,6 +204,7 @@ class RankSummary:
     bubble: float | None
     last: int
     behind: float
+    lost: int
 
 
 def summarize(traces: Sequence[RankTrace]) -> list[RankSummary]:
@@ -237,6 +239,7 @@ def _summary(trace: RankTrace, late: list[float]) -> RankSummary:
         1 - working / length(steps) if steps else None,
         len(late),
         sum(late) / len(late) if late else 0.0,
+        trace.lost,
     )
 
 
@@ -258,7 +261,7 @@ def _late(traces: Sequence[RankTrace]) -> dict[int, list[float]]:
 
 
 def table(rows: Sequence[RankSummary]) -> str:
-    """Return the summary as text: times in milliseconds."""
+    """Return the summary as text, times in milliseconds; below it what it lacks, if anything."""
     head = (
         "rank",
         "total ms",
@@ -298,10 +301,14 @@ def table(rows: Sequence[RankSummary]) -> str:
         for row in rows
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
+    shown = [
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         for line in lines
-    )
+    ]
+    lost = ", ".join(f"rank {row.rank} {row.lost}" for row in rows if row.lost)
+    if lost:
+        shown.append(f"operations that are not in here, as they were not recorded: {lost}")
+    return "\n".join(shown)
 
 
 def document(traces: Sequence[RankTrace]) -> str:

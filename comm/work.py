@@ -178,6 +178,9 @@ class Work:
         if type(result) is Behind and result.transport not in ("", self.receipt.transport):
             self.receipt = replace(self.receipt, transport=result.transport)
         self._steps, self._result, self._error, self.pending = None, result, error, []
+        timeline = self._progress.timeline
+        if timeline is not None:
+            timeline.ended(self)
 
     @property
     def ended(self) -> bool:

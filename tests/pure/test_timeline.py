@@ -118,6 +118,13 @@ def test_no_step_no_bubble_and_half_seen_collectives_name_no_straggler():
     assert "-" in table([first])
 
 
+def test_a_table_says_which_ranks_lack_operations():
+    """Only the file told: the table showed too few bytes without a word."""
+    assert table(summarize([trace_of(0), trace_of(1)])).count("\n") == 2
+    last = table(summarize([trace_of(0), trace_of(1, lost=344)])).splitlines()[-1]
+    assert last.startswith("operations that are not in here") and last.endswith(": rank 1 344")
+
+
 def test_works_in_flight_together_get_lanes_of_their_own():
     operations = [
         (name, "", "", start, end, 0.0, "world", n, 2)

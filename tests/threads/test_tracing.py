@@ -14,6 +14,7 @@ from torch import nn
 import ringfold
 from ringfold import CommError, Communicator, run_local
 from ringfold.comm.clock import measure_offset
+from ringfold.comm.trace import State
 from ringfold.comm.trace_file import wire_bytes
 from ringfold.parallel.hooks import WireHook
 from ringfold.parallel.powersgd import PowerSGD
@@ -187,3 +188,58 @@ def test_more_operations_than_the_ring_keeps_are_all_there() -> None:
         return len(timeline.operations) + timeline.lost * 1000
 
     assert run_local(2, main) == [600, 600]
+
+
+@pytest.mark.parametrize("polled", [False, True])
+def test_operations_in_flight_while_the_ring_wraps_are_all_there(polled: bool) -> None:
+    """Of 600 allreduces that were started before any was waited for, 344 were lost.
+
+    Operations were collected where a span ended, which polling by done() never makes; and what
+    had left the ring before it ended could not be found at all.
+    """
+    count = 600
+    started, now = threading.Event(), []
+
+    def main(comm: Communicator) -> list:
+        timeline = comm.start_timeline()
+        if comm.rank:
+            started.wait()
+        works = [comm.allreduce(np.ones(1), blocking=False) for _ in range(count)]
+        if not comm.rank:  # all are in flight, and most have left the ring
+            now.append(time.monotonic_ns())
+            started.set()
+        if polled:
+            while not all(work.done() for work in works):
+                time.sleep(0)
+        for work in works:
+            work.wait()
+        comm.stop_timeline()
+        assert not timeline.lost
+        return [operation.entry for operation in timeline.operations]
+
+    first, second = run_local(2, main)
+    for entries in (first, second):
+        assert sorted(entry.sequence for entry in entries) == list(range(1, count + 1))
+        assert all(entry.state is State.DONE and entry.start <= entry.end for entry in entries)
+    assert all(entry.start < now[0] < entry.end for entry in first)
+
+
+def test_an_operation_that_fails_after_it_has_left_the_ring_is_there_as_failed() -> None:
+    """Its end is not noted in the ring any more: the work tells of it."""
+
+    def main(comm: Communicator) -> list:
+        if comm.rank:
+            return []
+        timeline = comm.start_timeline()
+        late = comm.irecv(np.ones(1), 1)
+        for _ in range(300):
+            comm.isend(np.ones(1), 0)
+            comm.recv(np.ones(1), 0)
+        late.fail(CommError("given up"))
+        comm.stop_timeline()
+        return [operation.entry for operation in timeline.operations]
+
+    entries = run_local(2, main)[0]
+    failed = [entry for entry in entries if entry.state is State.FAILED]
+    assert len(entries) == 601 and min(entry.number for entry in entries) == failed[0].number
+    assert len(failed) == 1
