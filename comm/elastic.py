@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
@@ -64,7 +65,8 @@ class Elastic(Scope):
 
     command: with it, `recover` starts this command, program first, as often as ranks have died: the
     newcomers are the last ranks of the new `comm`. In them the same program opens Elastic with the
-    same arguments, `joined` is set, and `losses` holds the recovery that they are part of.
+    same arguments, `joined` is set, and `losses` holds the recovery that they are part of. They
+    begin in the folder in which the launcher has started the ranks, wherever these have gone since.
     attempts: so many times in a row they are started without any progress in `done`; then `recover`
     raises CommError on all ranks. A process that dies before it opens Elastic is not seen by MPI:
     after the timeout of the settings (RINGFOLD_TIMEOUT) the ranks say so, and end.
@@ -99,7 +101,7 @@ class Elastic(Scope):
         self._settings = settings or Settings.read()
         if self._settings.watch:
             watchdog.catch(self)  # while one communicator is given up for another, too
-        self._command = command
+        self._command, self._folder = command, _started_in()
         self._attempts = attempts
         self._starts = 0  # in a row, without progress beyond _reached
         self._reached = -1
@@ -152,7 +154,7 @@ class Elastic(Scope):
                 "printed; the others would start them for ever"
             )
         self._starts += 1
-        self._survivors.grow(missing, command, self._settings.timeout)
+        self._survivors.grow(missing, command, self._folder, self._settings.timeout)
 
     def recover(self, done: int) -> Loss:
         """Go on without the dead; return who they were, and which rank is furthest.
@@ -221,3 +223,12 @@ class Elastic(Scope):
             self._survivors.leave()
         if self._settings.watch:
             watchdog.let_go(self)
+
+
+def _started_in() -> str:
+    """Return the folder in which this process was started, as far as that can be known.
+
+    mpirun and shells keep PWD, which os.chdir leaves as it is.
+    """
+    folder = os.environ.get("PWD", "")
+    return folder if os.path.isabs(folder) and os.path.isdir(folder) else os.getcwd()

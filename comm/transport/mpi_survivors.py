@@ -91,8 +91,8 @@ class Survivors:
         self._base, self._whole = after, False
         return [rank for rank, place in zip(ranks, places, strict=True) if place < 0]
 
-    def grow(self, count: int, command: Sequence[str], seconds: float) -> None:
-        """Start so many processes more, which come behind the others; collective.
+    def grow(self, count: int, command: Sequence[str], folder: str, seconds: float) -> None:
+        """Start so many processes more in a folder; they come behind the others; collective.
 
         seconds: until they must have come, else this process ends, as MPI cannot be told to stop
         waiting for them.
@@ -101,7 +101,9 @@ class Survivors:
         """
         what = f"of {count} processes started in place of dead ranks, not all have opened MPI"
         with raising(self._mpi, f"starting {count} processes"), patience(seconds, what):
-            both = self._base.Spawn(command[0], list(command[1:]), maxprocs=count, root=0)
+            place = self._mpi.Info.Create({"wdir": folder})
+            both = self._base.Spawn(command[0], list(command[1:]), count, place, root=0)
+            place.Free()
             both.Set_errhandler(self._mpi.ERRORS_RETURN)
             self._base = both.Merge(False)
         self._base.Set_errhandler(self._mpi.ERRORS_RETURN)

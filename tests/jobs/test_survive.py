@@ -1,6 +1,7 @@
 """What a communicator offers ends in PeerLost where a rank dies, and works on the next one."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,6 +124,42 @@ def test_what_is_started_in_vain_is_not_started_for_ever(job: Callable[..., Any]
     done = job(2, DYING_AGAIN, ft=True, timeout=100)
     assert done.returncode not in (0, -9) and not done.timed_out and not done.leftovers, done.output
     assert "have died 2 times in a row, and nothing was done in between (7 steps" in done.stderr
+
+
+ELSEWHERE = """
+import os, signal, sys
+from pathlib import Path
+import ringfold
+
+begun = Path.cwd()
+Path("elsewhere").mkdir(exist_ok=True)
+os.chdir("elsewhere")
+with ringfold.Elastic(command=[sys.executable, *sys.orig_argv[1:]]) as world:
+    if world.joined:
+        print("BEGUN", begun, flush=True)
+    elif world.comm.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    while not world.joined and not world.losses:
+        try:
+            world.comm.barrier()
+        except ringfold.PeerLost:
+            world.recover(7)
+    world.comm.barrier()
+"""
+
+
+def test_who_is_started_begins_where_the_others_began_wherever_these_have_gone(
+    job: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A program that changes its folder, as Hydra does, got newcomers there.
+
+    They did not find a script whose path is relative, and the others waited until time was up.
+    """
+    (tmp_path / "program.py").write_text(ELSEWHERE)
+    done = job(
+        2, Path("program.py"), ft=True, timeout=60, env={"RINGFOLD_TIMEOUT": "10"}, cwd=tmp_path
+    )
+    assert f"BEGUN {tmp_path}\n" in done.stdout and "waited" not in done.stderr, done.output
 
 
 @pytest.mark.slow
