@@ -48,7 +48,7 @@ def main() -> int:
         return 2
     try:
         training = join(world, parsed()) if world.joined else begin_with_the_living(world, parsed)
-        run(world, training)
+        status = run(world, training)
     except (UsageError, ringfold.CheckpointError) as error:
         if world.comm.rank == 0:
             print(f"train.py: error: {error}", file=sys.stderr, flush=True)
@@ -62,8 +62,6 @@ def main() -> int:
     except Left as left:
         print(left, flush=True)
         return 0
-    else:
-        status = 0
     world.close()
     return status
 
@@ -140,8 +138,8 @@ def crew_and_step(
     return crew, first
 
 
-def run(world: World, training: Training) -> None:
-    """Train, evaluate, report, whatever becomes of other ranks.  Collective."""
+def run(world: World, training: Training) -> int:
+    """Train, evaluate, report, whatever becomes of other ranks; return the status.  Collective."""
     if world.comm.rank == 0:
         print(describe(training), flush=True)
         if training.crew is not None:
@@ -157,7 +155,7 @@ def run(world: World, training: Training) -> None:
                     tell(training, found)
             while not world.finished():
                 pass
-            break
+            return int(training.unwritten)
         except ringfold.PeerLost:
             if not world.survives:
                 raise
@@ -169,8 +167,18 @@ def tell(training: Training, found: Report) -> None:
     from ringfold.workloads.report import write
 
     print(*summary(training, found), sep="\n", flush=True)
-    if training.options.report is not None:
-        write(training.options.report, found)
+    path = training.options.report
+    if path is not None:
+        try:
+            write(path, found)
+        except OSError as error:
+            lack(training, f"cannot write the report: {path}: {error.strerror}")
+
+
+def lack(training: Training, what: str) -> None:
+    """Say what file the run will lack, which goes on without it and ends with a failure."""
+    training.unwritten = True
+    print(f"train.py: error: {what}", file=sys.stderr, flush=True)
 
 
 def life(world: World, training: Training, crew: Crew, start: float) -> Report:
@@ -226,11 +234,22 @@ def summary(training: Training, found: Report) -> list[str]:
 
 
 def traced(path: Path, world: World, training: Training, crew: Crew) -> None:
-    """Fit, and write what every rank did when."""
-    with ringfold.trace(crew.team, path) as found:
-        fit(world, training, crew)
+    """Fit, and write what every rank did when; without that file the run goes on."""
+    fitted, lacking = False, ""
+    try:
+        with ringfold.trace(crew.team, path) as found:
+            fit(world, training, crew)
+            fitted = True
+    except OSError as error:
+        if not fitted or isinstance(error, ringfold.CommError):
+            raise
+        lacking = str(error)
     if crew.team.rank == 0:
-        print(found, f"timeline: {path}", sep="\n")
+        print(found, flush=True)
+        if lacking:
+            lack(training, lacking)
+        else:
+            print(f"timeline: {path}")
 
 
 def describe(training: Training) -> str:

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..comm.clock import measure_offset
-from ..comm.text_file import why_unwritable
+from ..comm.text_file import why_unwritable, write_whole
+from ..comm.texts import gather_texts
 from ..comm.timeline import COMPUTE, Timeline
-from ..comm.trace_file import RankSummary, document, gather, on_one_clock, summarize, table
-from ..comm.tune import share_text
+from ..comm.trace_file import (
+    RankSummary,
+    RankTrace,
+    document,
+    gather,
+    on_one_clock,
+    summarize,
+    table,
+)
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -49,13 +57,11 @@ def trace(comm: Communicator, path: Path | str | None = None) -> Iterator[Trace]
     operations of every group of the rank are there in any case.
 
     Collective, at the beginning and at the end; where the program within raises, nothing is
-    written. CommError where a trace is under way on this rank; OSError, on all ranks before the
-    program within begins, where rank 0 cannot write the file.
+    written. CommError where a trace is under way on this rank; OSError, on all ranks, where rank 0
+    cannot write the file: before the program within begins, as far as that can be known then, else
+    at the end, with the rows there.
     """
-    mine = "" if path is None or comm.rank else why_unwritable(Path(path))
-    refused = share_text(comm, mine)
-    if refused:
-        raise OSError(f"rank 0 cannot write the trace: {refused}")
+    _require_none(comm, "" if path is None or comm.rank else why_unwritable(Path(path)))
     found = Trace()
     first = measure_offset(comm)
     timeline = comm.start_timeline()
@@ -65,10 +71,24 @@ def trace(comm: Communicator, path: Path | str | None = None) -> Iterator[Trace]
     finally:
         comm.stop_timeline()
     traces = gather(comm, on_one_clock(comm.rank, timeline, first, measure_offset(comm)))
-    if traces:
-        found.rows = summarize(traces)
-        if path is not None:
-            Path(path).write_text(document(traces))
+    found.rows = summarize(traces) if traces else []
+    _require_none(comm, "" if path is None or comm.rank else _write(Path(path), traces))
+
+
+def _write(path: Path, traces: Sequence[RankTrace]) -> str:
+    """Write the file; return why that could not be done, "" where it was."""
+    try:
+        write_whole(path, document(traces))
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return ""
+
+
+def _require_none(comm: Communicator, trouble: str) -> None:
+    """Raise OSError on all ranks where one is in trouble with the file; collective."""
+    told = next(filter(None, gather_texts(comm, trouble)), "")
+    if told:
+        raise OSError(f"rank 0 cannot write the trace: {told}")
 
 
 @contextmanager

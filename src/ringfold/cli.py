@@ -272,7 +272,6 @@ def _tune(arguments: argparse.Namespace) -> int:
             raise Misuse(f"{told}; name a file by --out")
         tuning = measure(comm)
         if comm.rank == 0:
-            write_whole(path, tuning.text())
             for name, link in (("within a node", tuning.intra), ("between nodes", tuning.inter)):
                 if link is not None:
                     print(
@@ -281,6 +280,11 @@ def _tune(arguments: argparse.Namespace) -> int:
                         f"{link.bandwidth / 1e9:.3g} GB/s, adds {link.reduce_bandwidth / 1e9:.3g} "
                         f"GB/s; the model misses by {100 * link.error:.0f} % (median)"
                     )
+            try:
+                write_whole(path, tuning.text())
+            except OSError as error:
+                print(f"ringfold: {path} cannot be written: {error.strerror}", file=sys.stderr)
+                return REFUSED
             print(f"written to {path}")
     return 0
 

@@ -48,3 +48,17 @@ def test_a_run_that_blows_up_says_once_where(
     assert done.returncode == 1 and not report.exists(), done.output
     assert done.output.count(told) == 1 and "Traceback" not in done.output
     assert told in done.stderr
+
+
+@pytest.mark.timeout(200)
+def test_a_disk_that_is_full_at_the_end_costs_the_files_and_not_the_result(
+    job: Callable[..., Any], tmp_path: Path
+) -> None:
+    """There was a traceback instead of the evaluation (--trace), or after it (--report)."""
+    link = tmp_path / "trace.json"
+    link.symlink_to("/dev/full")  # one file for both is refused
+    done = job(2, TRAIN, "--steps", 3, "--trace", link, "--report", "/dev/full", timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.output, done.output
+    assert "test_accuracy" in done.stdout and "exposed" in done.stdout
+    for what in (f"the trace: {link}: No space left", "the report: /dev/full: No space left"):
+        assert done.stderr.count(what) == 1, done.output

@@ -57,6 +57,31 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_traced(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_that_is_full_at_the_end_is_told_on_all_ranks_with_the_table_there() -> None:
+    """Rank 0 raised alone, and the others went on into what it never called."""
+
+    def main(comm: Communicator) -> int:
+        with (
+            pytest.raises(OSError, match="write the trace: /dev/full: No space left"),
+            trace(comm, "/dev/full") as found,
+        ):
+            comm.barrier()
+        comm.barrier()
+        return len(found.rows)
+
+    assert run_local(2, main) == [2, 0]
+
+
+def test_a_trace_takes_the_place_of_the_old_one_at_once(tmp_path: Path) -> None:
+    """It was written in place: where the disk was full, an empty file stayed in its place."""
+    path = tmp_path / "trace.json"
+    path.write_text("old")
+    with path.open() as reader:
+        run_local(2, lambda comm: train(comm, path))
+        assert reader.read() == "old"
+    assert json.loads(path.read_text()) and list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_replicas_show_compute_packing_and_buckets(size: int, tmp_path: Path) -> None:
     path = tmp_path / "trace.json"

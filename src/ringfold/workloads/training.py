@@ -30,6 +30,7 @@ class Training:
     origin: what this was made of, until a step has counted. Where a rank dies before, that is dealt
         out again: what the dead one had been given of it would be lost else, and ranks that had not
         all got as far would bring unlike things.
+    unwritten: whether a file that was asked for could not be written, as has been said.
     """
 
     options: Options
@@ -39,6 +40,7 @@ class Training:
     first_step: int = 0
     done: int = 0
     origin: Training | None = None
+    unwritten: bool = False
 
 
 def team_of(comm: Communicator, grid: Grid) -> Communicator | None:
