@@ -54,6 +54,7 @@ class Elastic(Scope):
                     ...                 # one step over world.comm
                     done += 1
                 except ringfold.PeerLost:
+                    ...                 # checkpoints.give_up(), where there are some
                     loss = world.recover(done)
                     ...                 # take model and optimizer from rank loss.root
                     done = loss.done
@@ -62,6 +63,8 @@ class Elastic(Scope):
     made of it, and must call `recover`, which is collective over the living. `comm` is another one
     afterwards, with ranks numbered anew in the old order; the old one, and what was made of it
     (groups, plans, registered memory), is of no use any more, and its works have ended in PeerLost.
+    `Checkpoints` over it may still write: call their `give_up` before others are made, else an old
+    save that is slow ends behind a newer one, and passes for the newest.
 
     command: with it, `recover` starts this command, program first, as often as ranks have died: the
     newcomers are the last ranks of the new `comm`. In them the same program opens Elastic with the

@@ -258,8 +258,9 @@ def test_an_operation_that_fails_after_it_has_left_the_ring_is_there_as_failed()
         timeline = comm.start_timeline()
         late = comm.irecv(np.ones(1), 1)
         for _ in range(300):
-            comm.isend(np.ones(1), 0)
+            sent = comm.isend(np.ones(1), 0)
             comm.recv(np.ones(1), 0)
+            sent.wait()
         late.fail(CommError("given up"))
         comm.stop_timeline()
         return [operation.entry for operation in timeline.operations]
