@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -61,7 +62,9 @@ def trace(comm: Communicator, path: Path | str | None = None) -> Iterator[Trace]
     cannot write the file: before the program within begins, as far as that can be known then, else
     at the end, with the rows there.
     """
-    _require_none(comm, "" if path is None or comm.rank else why_unwritable(Path(path)))
+    # Where it is now, wherever the program within goes.
+    file = None if path is None else Path(os.path.abspath(path))
+    _require_none(comm, "" if file is None or comm.rank else why_unwritable(file))
     found = Trace()
     first = measure_offset(comm)
     timeline = comm.start_timeline()
@@ -72,7 +75,7 @@ def trace(comm: Communicator, path: Path | str | None = None) -> Iterator[Trace]
         comm.stop_timeline()
     traces = gather(comm, on_one_clock(comm.rank, timeline, first, measure_offset(comm)))
     found.rows = summarize(traces) if traces else []
-    _require_none(comm, "" if path is None or comm.rank else _write(Path(path), traces))
+    _require_none(comm, "" if file is None or comm.rank else _write(file, traces))
 
 
 def _write(path: Path, traces: Sequence[RankTrace]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
+import os
 import time
 import warnings
 from collections.abc import Mapping
@@ -53,7 +54,7 @@ class Loaded:
 class Checkpoints(Scope):
     """Write checkpoints into a folder while training goes on, and load the newest whole one.
 
-    folder: shared by all ranks.  keep: how many checkpoints stay in it, the newest; None for all.
+    folder: shared by all ranks; where it is now, if relative.  keep: how many checkpoints stay in it, the newest; None for all.
     patience: seconds that ranks wait for the slowest one's file, whatever the deadline of `comm`.
 
     A state maps names of your choice to objects: modules, DataParallel or Pipeline engines, torch
@@ -75,7 +76,7 @@ class Checkpoints(Scope):
     ) -> None:
         if keep is not None and keep < 1:
             raise ValueError(f"expected keep >= 1 or None, got {keep}")
-        self.folder = Path(folder)
+        self.folder = Path(os.path.abspath(folder))  # wherever the program goes meanwhile
         self.comm = comm
         self.stood_still = 0.0
         self.writing = 0.0
@@ -252,7 +253,7 @@ class Checkpoints(Scope):
         made = None
         if self.comm.rank == 0 and not complaint:
             try:
-                if any(place.path.samefile(self.folder) for place in places(self.folder)[:1]):
+                if any(place.path == self.folder for place in places(self.folder)[:1]):
                     raise FileExistsError("the folder is a checkpoint; name one to hold some")
                 made = make_partial(self.folder, step, nbytes)
             except OSError as error:

@@ -74,7 +74,7 @@ def _itself(root: Path) -> list[Place]:
         return []
     except Damaged:  # as reading it for good will tell
         step = 0
-    return [Place(0, step, Path(os.path.abspath(root)))]
+    return [Place(0, step, root)]
 
 
 def read_manifest(place: Place) -> Manifest:

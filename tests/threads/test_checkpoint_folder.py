@@ -189,6 +189,40 @@ def test_a_checkpoint_under_another_name_is_loaded_by_its_path_and_not_written_i
     run_local(2, main)
 
 
+def test_a_relative_folder_is_where_it_was_when_opened(tmp_path, monkeypatch):
+    """It was looked for wherever the program had gone: what was being written failed, and what
+    came then lay in another folder.
+    """
+    gone = threading.Event()
+    write = writer.write_tensors
+
+    def wait(path, tensors):
+        assert gone.wait(60)
+        return write(path, tensors)
+
+    monkeypatch.setattr(writer, "write_tensors", wait)
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def main(comm):
+        checkpoints = Checkpoints("link/runs", comm)
+        checkpoints.save(numbers(3), 3)
+        comm.barrier()
+        if comm.rank == 0:
+            os.chdir("elsewhere")
+            gone.set()
+        checkpoints.wait()
+        checkpoints.save(numbers(5), 5)
+        path = checkpoints.wait()
+        assert path == (None if comm.rank else tmp_path / "link" / "runs" / "000002-step-5")
+
+    run_local(2, main)
+    assert names(tmp_path / "disk" / "runs") == ["000001-step-3", "000002-step-5"]
+    assert names(tmp_path / "elsewhere") == []
+
+
 @pytest.mark.parametrize("what", ["result", "folder early", "folder late", "memory"])
 def test_what_keeps_one_rank_from_writing_is_told_at_once(tmp_path, monkeypatch, what):
     """As where the disk is full by the very last file, or somebody removes the folder.

@@ -1,6 +1,7 @@
 """A trace of all ranks: what it records, on one clock, and the bytes that it reports."""
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -171,6 +172,19 @@ def test_a_pipeline_shows_its_actions_and_its_bubble(tmp_path: Path) -> None:
         actions = [e["name"] for e in mine if e["cat"] == "compute"]
         assert actions == ["F0", "F1", "F2", "B0", "B1", "B2"]
         assert [e["name"] for e in mine if e["cat"] == "step"] == ["step 0"]
+
+
+def test_a_relative_file_is_where_it_was_when_the_trace_began(tmp_path: Path, monkeypatch) -> None:
+    """It was written, after all that was traced, wherever the program had gone meanwhile."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def main(comm):
+        with ringfold.trace(comm, "trace.json"):
+            os.chdir("elsewhere")
+
+    run_local(1, main)
+    assert (tmp_path / "trace.json").exists()
 
 
 def test_clocks_that_differ_are_measured() -> None:
