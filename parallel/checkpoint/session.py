@@ -17,15 +17,14 @@ from torch import Tensor
 from ...comm.scope import Scope
 from ...comm.texts import gather_texts
 from .agreement import agree
-from .errors import CheckpointError, Damaged
-from .files import read_tensors
-from .manifest import Manifest
+from .attempt import Attempt
+from .errors import CheckpointError
 from .partial import Partial, make_partial
 from .restoring import restored
 from .shares import captured_by, share_out, summary_of
 from .snapshot import Snapshot
 from .state import Part, parts_of
-from .store import Place, places, read_manifest, wrong_step
+from .store import Place, places, wrong_step
 from .writer import Job, Writing
 
 if TYPE_CHECKING:
@@ -36,6 +35,9 @@ __all__ = ["Checkpoints", "Loaded", "load", "save"]
 
 _VISIBLE = 5.0
 """Seconds until a folder that rank 0 has made must be seen by all ranks."""
+
+_ROTATED = 100
+"""Checkpoints that may be removed by others while they are read, until `load` gives up."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Loaded:
 class Checkpoints(Scope):
     """Write checkpoints into a folder while training goes on, and load the newest whole one.
 
-    folder: shared by all ranks; where it is now, if relative.  keep: how many checkpoints stay in it, the newest; None for all.
+    folder: shared by all ranks; a relative one is where it is now.
+    keep: how many checkpoints stay in it, the newest; None for all.
     patience: seconds that ranks wait for the slowest one's file, whatever the deadline of `comm`.
 
     A state maps names of your choice to objects: modules, DataParallel or Pipeline engines, torch
@@ -186,25 +189,46 @@ class Checkpoints(Scope):
         before get back what they held. Waits for what is being written. The folder may be a
         checkpoint itself, such as a copy. CheckpointError where none is whole, or one does not fit.
         """
-        known, listed = self._list()
-        candidates = [name for name, found in listed if step is None or found == step]
         parts = parts_of(state, self.comm.rank, self.comm.size)
+        attempt, damaged = self._newest_whole(parts, step)
+        place = attempt.place
+        values = restored(self.comm, str(place.path), parts, attempt.manifest, attempt.tensors)
+        return Loaded(place.step, place.path, values, damaged)
+
+    def _newest_whole(
+        self, parts: Mapping[str, Part], step: int | None
+    ) -> tuple[Attempt, tuple[str, ...]]:
+        """Return what was read of the newest whole checkpoint, and what newer ones lack."""
         damaged: list[str] = []
-        for name in candidates:
-            attempt = _Attempt(known.get(name), self.folder / name, parts)
-            problem = self._first_problem(attempt, parts)
+        tried: set[Path] = set()
+        rotated = 0
+        listed = self._list()
+        while rotated < _ROTATED:
+            left = (p for p in listed if p.path not in tried and step in (None, p.step))
+            place = next(left, None)
+            if place is None:
+                break
+            tried.add(place.path)
+            attempt = Attempt(place, parts)
+            problem = attempt.problem(self.comm)
             if problem is None:
-                values = restored(self.comm, str(attempt.path), parts, *attempt.found)
-                return Loaded(attempt.step, attempt.path, values, tuple(damaged))
+                return attempt, tuple(damaged)
+            # A job that keeps few may have removed it meanwhile, and then written another.
+            listed = self._list()
+            if place not in listed:
+                rotated += 1
+                continue
             damaged.append(problem)
             if self.comm.rank == 0:
                 warnings.warn(
-                    f"{attempt.path} is damaged, taking the one before: {problem}",
+                    f"{place.path} is damaged, taking the one before: {problem}",
                     RuntimeWarning,
-                    stacklevel=2,
+                    stacklevel=3,
                 )
         what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         reasons = "".join(f"\n  {line}" for line in damaged)
+        if rotated:
+            reasons += f"\n  {rotated} removed while they were read: let who writes keep more"
         raise CheckpointError(f"{self.folder} has {what} that can be loaded{reasons}")
 
     def probe(self) -> None:
@@ -215,23 +239,24 @@ class Checkpoints(Scope):
 
     def newest(self) -> int | None:
         """Return the step of the newest checkpoint, None where there is none; by name alone."""
-        return next((step for _, step in self._list()[1]), None)
+        return next((place.step for place in self._list()), None)
 
-    def _list(self) -> tuple[dict[str, Place], list[tuple[str, int]]]:
-        """Return the places that this rank sees, and the names and steps that rank 0 does.
+    def _list(self) -> list[Place]:
+        """Return the checkpoints that rank 0 sees, the newest first.
 
-        The newest first, once what is being written is whole.
+        Once what is being written is whole.
         """
         self.wait()
         complaint, found = "", list[Place]()
-        try:
-            found = places(self.folder)
-        except OSError as error:
-            complaint = str(error)
+        if self.comm.rank == 0:
+            try:
+                found = places(self.folder)
+            except OSError as error:
+                complaint = str(error)
         agree(self.comm, complaint, f"reading {self.folder}")
-        own = [(place.path.name, place.step) for place in found]
-        told = gather_texts(self.comm, json.dumps(own))[0]
-        return {p.path.name: p for p in found}, [(name, step) for name, step in json.loads(told)]
+        rows = [(p.sequence, p.step, os.path.relpath(p.path, self.folder)) for p in found]
+        told = json.loads(gather_texts(self.comm, json.dumps(rows))[0])
+        return [Place(sequence, step, self.folder / name) for sequence, step, name in told]
 
     def give_up(self) -> None:
         """Stop what is being written; not collective."""
@@ -273,61 +298,6 @@ class Checkpoints(Scope):
                 made.discard()
             raise
         return folder, made
-
-    def _first_problem(self, attempt: _Attempt, parts: Mapping[str, Part]) -> str | None:
-        """Return what is damaged, on any rank; CheckpointError if it is whole, but does not fit."""
-        rows = [json.loads(row) for row in gather_texts(self.comm, attempt.read())]
-        damaged = [row["damaged"] for row in rows if row["damaged"]]
-        if damaged:
-            return str(damaged[0])
-        misfit = next((row["misfit"] for row in rows if row["misfit"]), None)
-        if misfit is not None:
-            raise CheckpointError(f"{attempt.path} does not fit: {misfit}")
-        wanted = {name for row in rows for name in row["wanted"]}
-        for path, part in parts.items():
-            inside = {n for n in attempt.manifest.tensors if n.startswith(f"{path}/")}
-            if part.whole and (unknown := sorted(inside - wanted)):
-                raise CheckpointError(
-                    f"{attempt.path} does not fit: tensor {unknown[0]}"
-                    f" and {len(unknown) - 1} more of its {path} are on no rank"
-                )
-        return None
-
-
-class _Attempt:
-    """One rank's reading of one checkpoint."""
-
-    def __init__(self, place: Place | None, path: Path, parts: Mapping[str, Part]) -> None:
-        """path: what to call it where this rank sees no place."""
-        self.place, self.parts = place, parts
-        self.path = path if place is None else place.path
-        self.manifest: Manifest
-        self.tensors: dict[str, Tensor] = {}
-
-    @property
-    def step(self) -> int:
-        return self.manifest.step
-
-    @property
-    def found(self) -> tuple[Manifest, dict[str, Tensor]]:
-        return self.manifest, self.tensors
-
-    def read(self) -> str:
-        """Read all that this rank wants; return JSON that says what was wrong."""
-        wanted: list[str] = []
-        damaged = misfit = ""
-        try:
-            if self.place is None:
-                raise Damaged("this rank does not see the folder")
-            self.manifest = read_manifest(self.place)
-            wanted = [name for part in self.parts.values() for name in part.wanted(self.manifest)]
-            entries = {name: self.manifest.tensors[name] for name in wanted}
-            self.tensors = read_tensors(self.place.path, self.manifest.files, entries)
-        except Damaged as error:
-            damaged = str(error)
-        except CheckpointError as error:
-            misfit = str(error)
-        return json.dumps({"damaged": damaged, "misfit": misfit, "wanted": wanted})
 
 
 def save(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import operator
-import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,6 +31,8 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"(\d{6,})-step-(\d+)")
+_LOOKS = 10
+"""Listings at most, until two are the same."""
 
 
 @dataclass(frozen=True, order=True)
@@ -58,9 +59,19 @@ def places(root: Path) -> list[Place]:
     """
     if not root.is_dir():
         return []
+    found = _listed(root)
+    for _ in range(_LOOKS):
+        # Where another run renames meanwhile, one listing may have neither the old nor the new.
+        before, found = found, _listed(root)
+        if found == before:
+            break
+    return found or _itself(root)
+
+
+def _listed(root: Path) -> list[Place]:
     matches = ((_NAME.fullmatch(path.name), path) for path in root.iterdir())
     found = [Place(int(m[1]), int(m[2]), path) for m, path in matches if m and path.is_dir()]
-    return sorted(found, reverse=True) or _itself(root)
+    return sorted(found, reverse=True)
 
 
 def _itself(root: Path) -> list[Place]:

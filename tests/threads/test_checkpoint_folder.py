@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import itertools
 import os
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import torch
 
 import ringfold
 from ringfold import CheckpointError, Checkpoints, CommTimeout, run_local
-from ringfold.parallel.checkpoint import partial, store, writer
+from ringfold.parallel.checkpoint import partial, session, store, writer
 from ringfold.parallel.checkpoint.partial import make_partial
 from ringfold.parallel.checkpoint.snapshot import Snapshot
 
@@ -221,6 +222,60 @@ def test_a_relative_folder_is_where_it_was_when_opened(tmp_path, monkeypatch):
     run_local(2, main)
     assert names(tmp_path / "disk" / "runs") == ["000001-step-3", "000002-step-5"]
     assert names(tmp_path / "elsewhere") == []
+
+
+def rotated(monkeypatch, folder, times):
+    """Let another job replace the only checkpoint, by itself, as often, once it is listed."""
+    listing = session.places
+    left = iter(range(times))
+
+    def then_rotate(root):
+        found = listing(root)
+        for _ in itertools.islice(left, 1):
+            found[0].path.rename(folder / f"{found[0].sequence + 1:06d}-step-7")
+        return found
+
+    monkeypatch.setattr(session, "places", then_rotate)
+
+
+def test_a_checkpoint_that_another_job_removes_meanwhile_is_no_damage(tmp_path, monkeypatch):
+    """An evaluator found none, since it had listed only that one, though one was always there."""
+    run_local(1, lambda comm: ringfold.save(tmp_path, numbers(7), comm, step=7))
+    rotated(monkeypatch, tmp_path, 1)
+
+    def main(comm):
+        found = ringfold.load(tmp_path, {"v": None}, comm)
+        return found.path.name, found.damaged
+
+    assert run_local(2, main) == [("000002-step-7", ())] * 2
+
+
+def test_a_checkpoint_that_is_replaced_while_the_folder_is_listed_is_found(tmp_path, monkeypatch):
+    """Its name was listed, and gone when looked at; that of the next was not listed."""
+    run_local(1, lambda comm: ringfold.save(tmp_path, numbers(7), comm, step=7))
+    listing = type(tmp_path).iterdir
+    left = iter([True])
+
+    def then_rename(root):
+        found = list(listing(root))
+        for _ in left:
+            found[0].rename(tmp_path / "000002-step-7")
+        return iter(found)
+
+    monkeypatch.setattr(type(tmp_path), "iterdir", then_rename)
+    assert [place.path.name for place in store.places(tmp_path)] == ["000002-step-7"]
+
+
+def test_a_folder_that_is_rotated_faster_than_read_is_told(tmp_path, monkeypatch):
+    run_local(1, lambda comm: ringfold.save(tmp_path, numbers(7), comm, step=7))
+    monkeypatch.setattr(session, "_ROTATED", 3)
+    rotated(monkeypatch, tmp_path, 9)
+
+    def main(comm):
+        with pytest.raises(CheckpointError, match="3 removed while they were read"):
+            ringfold.load(tmp_path, {"v": None}, comm)
+
+    run_local(2, main)
 
 
 @pytest.mark.parametrize("what", ["result", "folder early", "folder late", "memory"])
