@@ -100,6 +100,8 @@ class Pipeline:
 
     Attributes:
         stages: the layers of every stage, as ranges.
+        layers: this rank's, by their names in the unsplit model.
+        shared_names: all names of every weight that several layers share.
         steps_taken: steps so far; with the samples it keys random layers, so a resumed run sets it.
 
     Collective over mesh.comm. Parameters and buffers start as those of replica 0. ValueError on
@@ -176,7 +178,8 @@ class Pipeline:
         self._model = SplitModel(
             named, self.stages, mesh, again=again, device=device, bucket_bytes=bucket_bytes
         )
-        module = self._model.module
+        self.layers = module = self._model.module
+        self.shared_names = self._model.shared_names
         self._reducer = Reducer(
             list(module.named_parameters()),
             mesh.data,
@@ -331,11 +334,6 @@ class Pipeline:
         communication: give every replica the same state.
         """
         self._model.load(state)
-
-    @property
-    def shared_names(self) -> list[list[str]]:
-        """Return all names of every weight that several layers share."""
-        return self._model.shared_names
 
     def carried(self) -> Carried:
         """Return what the next step depends on besides weights and batch; see DataParallel."""

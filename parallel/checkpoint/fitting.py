@@ -12,16 +12,21 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from .manifest import Manifest
+    from .manifest import Entry, Manifest
 
-__all__ = ["fit", "fit_shared", "value_at"]
+__all__ = ["entry_at", "fit", "fit_shared", "value_at"]
+
+
+def entry_at(manifest: Manifest, path: str) -> Entry:
+    """Return what a checkpoint has of a tensor; CheckpointError if it has none of this name."""
+    if path not in manifest.tensors:
+        raise CheckpointError(f"tensor {path}: {manifest.title} has none")
+    return manifest.tensors[path]
 
 
 def fit(manifest: Manifest, path: str, tensor: Tensor) -> None:
     """Raise CheckpointError unless the checkpoint has a tensor of this name, dtype and shape."""
-    entry = manifest.tensors.get(path)
-    if entry is None:
-        raise CheckpointError(f"tensor {path}: {manifest.title} has none")
+    entry = entry_at(manifest, path)
     expected = DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
     if (entry.dtype, entry.shape) != expected:
         raise CheckpointError(

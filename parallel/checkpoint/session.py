@@ -185,9 +185,10 @@ class Checkpoints(Scope):
 
         step: from the newest of that step instead. Damaged ones are passed over with a warning on
         rank 0. Every name, shape, dtype and checksum is checked on all ranks before anything is
-        overwritten; where an object's own load_state_dict raises on any rank, the objects that came
-        before get back what they held. Waits for what is being written. The folder may be a
-        checkpoint itself, such as a copy. CheckpointError where none is whole, or one does not fit.
+        overwritten, but for shapes that code of a module's own decides; where an object's own
+        load_state_dict raises on any rank, the objects that came before get back what they held.
+        Waits for what is being written. The folder may be a checkpoint itself, such as a copy.
+        CheckpointError where none is whole, or one does not fit.
         """
         parts = parts_of(state, self.comm.rank, self.comm.size)
         attempt, damaged = self._newest_whole(parts, step)

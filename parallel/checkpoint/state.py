@@ -18,7 +18,8 @@ from ..data_parallel import DataParallel
 from ..pipeline import Pipeline
 from ..sharded_optimizer import ShardedOptimizer
 from .carried_part import CarriedPart
-from .fitting import fit, fit_shared, value_at
+from .fitting import entry_at, fit, fit_shared, value_at
+from .loading import is_extra, loaded_by_code
 from .manifest import Manifest
 from .names import names_of
 from .optimizer_part import OptimizerPart
@@ -84,26 +85,34 @@ class Model:
 
     def wanted(self, manifest: Manifest) -> list[str]:
         names = []
+        own = self._loaded_by_code()
         for name, value in self.module.state_dict().items():
             path = f"{self.path}/{name}"
-            if isinstance(value, Tensor):
-                fit(manifest, path, value)
-                names.append(path)
-            else:
+            if path in manifest.values or not (isinstance(value, Tensor) or is_extra(name)):
                 names += references(value_at(manifest, path))
+                continue
+            if is_extra(name) or name.startswith(own):
+                entry_at(manifest, path)
+            else:
+                fit(manifest, path, value)
+            names.append(path)
         if isinstance(self.module, Pipeline):
             fit_shared(manifest, self.path, self.module.shared_names)
         return names
 
     def restore(self, manifest: Manifest, tensors: Tensors) -> None:
         state = {
-            name: tensors[path]
-            if isinstance(value, Tensor)
-            else decode(manifest.values[path], tensors.__getitem__)
-            for name, value in self.module.state_dict().items()
+            name: decode(manifest.values[path], tensors.__getitem__)
+            if path in manifest.values
+            else tensors[path]
+            for name in self.module.state_dict()
             for path in (f"{self.path}/{name}",)
         }
         self.module.load_state_dict(state)
+
+    def _loaded_by_code(self) -> tuple[str, ...]:
+        layers = self.module.layers if isinstance(self.module, Pipeline) else self.module
+        return loaded_by_code(layers) if isinstance(layers, nn.Module) else ()
 
 
 class Value:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checkpointed import same
 from little_layers import Times
 from torch import nn
 
@@ -66,6 +67,95 @@ def test_a_module_that_fails_on_one_rank_is_told_on_all(tmp_path):
             broken.set_extra_state = None
         with pytest.raises(CheckpointError, match=r"rank 1: m did not take its state: TypeError"):
             ringfold.load(tmp_path, {"m": broken}, comm)
+
+    run_local(2, main)
+
+
+class Range(nn.Module):
+    """A buffer that is loaded with whatever size it had, as of torch's observers of channels."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.register_buffer("low", torch.arange(float(size)))
+
+    def forward(self, x):
+        return x
+
+    def _load_from_state_dict(self, state, prefix, *rest):
+        self.low.resize_(state[f"{prefix}low"].shape)
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+class Seen(Times):
+    """A layer with a tensor beside, of any size, or none yet."""
+
+    seen = None
+
+    def get_extra_state(self):
+        return self.seen
+
+    def set_extra_state(self, state):
+        self.seen = state
+
+
+def with_seen(seen):
+    layer = Seen(2)
+    layer.seen = seen
+    return layer
+
+
+def hooked(size):
+    """A part whose size a hook of the whole decides."""
+    whole = nn.Sequential(nn.BatchNorm1d(size, affine=False))
+
+    def fit(module, state, prefix, *rest):
+        for name, buffer in module[0].named_buffers():
+            buffer.resize_(state[f"{prefix}0.{name}"].shape)
+
+    whole.register_load_state_dict_pre_hook(fit)
+    return whole
+
+
+@pytest.mark.parametrize("wrap", ["plain", "wrapped", "within", "pipeline"])
+@pytest.mark.parametrize(
+    ("saved", "fresh"),
+    [
+        (lambda: Range(8), lambda: Range(0)),
+        (lambda: with_seen(torch.ones(3)), lambda: with_seen(torch.ones(0, dtype=torch.int64))),
+        (lambda: with_seen(torch.ones(3)), lambda: with_seen(None)),
+        (lambda: with_seen({"a": torch.ones(3)}), lambda: with_seen(torch.ones(2))),
+        (lambda: hooked(4), lambda: hooked(2)),
+    ],
+)
+def test_what_a_module_loads_by_its_own_code_may_have_another_size(tmp_path, wrap, saved, fresh):
+    """torch loads it, and a checkpoint was refused: expected (0,), has (8,)."""
+
+    def main(comm):
+        def state(layer):
+            if wrap == "pipeline":
+                return {"m": Pipeline([Times(3), layer], Mesh(comm, pipe=2))}
+            m = nn.Sequential(Times(3), layer)
+            if wrap == "within":
+                m[1] = ringfold.DataParallel(layer, comm)
+            return {"m": ringfold.DataParallel(m, comm) if wrap == "wrapped" else m}
+
+        there, here = state(saved()), state(fresh())
+        ringfold.save(tmp_path, there, comm)
+        ringfold.load(tmp_path, here, comm)
+        same(dict(here["m"].state_dict()), dict(there["m"].state_dict()))
+
+    run_local(2, main)
+
+
+def test_sizes_that_such_code_does_not_take_are_told_on_all_ranks(tmp_path):
+    class Picky(Range):
+        def _load_from_state_dict(self, *given):
+            nn.Module._load_from_state_dict(self, *given)
+
+    def main(comm):
+        ringfold.save(tmp_path, {"m": Picky(8)}, comm)
+        with pytest.raises(CheckpointError, match=r"rank 1: m did not take .*\n.*size mismatch"):
+            ringfold.load(tmp_path, {"m": Picky(8 - comm.rank)}, comm)
 
     run_local(2, main)
 

@@ -1,0 +1,42 @@
+"""Which tensors of a module are loaded by code of its own, which may give them another size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..transparent import Transparent
+
+__all__ = ["is_extra", "loaded_by_code"]
+
+_KNOWN = ("torch.nn.", "ringfold.")
+"""Where a _load_from_state_dict comes from that takes tensors of the sizes alone that there are."""
+
+
+def is_extra(name: str) -> bool:
+    """Tell whether a name is of what get_extra_state gives: a tensor or not, of any size."""
+    return name.rpartition(".")[2] == "_extra_state"
+
+
+def loaded_by_code(module: nn.Module) -> tuple[str, ...]:
+    """Return how the names of tensors begin whose sizes code decides at a load.
+
+    Of modules with a _load_from_state_dict of their own, such as torch's observers of ranges, or
+    hooks before loading, as lazy layers have; and of their parts, which such code may reach.
+    """
+    return tuple(
+        prefix
+        for prefix, part in _parts(module, "")
+        if part._load_state_dict_pre_hooks
+        or not type(part)._load_from_state_dict.__module__.startswith(_KNOWN)
+    )
+
+
+def _parts(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield all modules within, and how the names of their tensors begin."""
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None:
+            inside = prefix if isinstance(module, Transparent) else f"{prefix}{name}."
+            yield from _parts(child, inside)
