@@ -376,8 +376,8 @@ class Communicator(GroupCalls, Scope):
         """Refuse every call from now on; not collective, for a group that has lost a rank."""
         self._runner.close()
 
-    def _leave(self, *, failed: bool) -> None:
-        if not failed:
+    def _leave(self, error: BaseException | None) -> None:
+        if error is None:
             self.close()
 
 

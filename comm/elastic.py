@@ -219,8 +219,8 @@ class Elastic(Scope):
         self._job.leave()
         self.comm.give_up()
 
-    def _leave(self, *, failed: bool) -> None:
-        if not failed:
+    def _leave(self, error: BaseException | None) -> None:
+        if error is None:
             with suppress(PeerLost):  # all have done what there was to do
                 self.comm.close()
             self._survivors.leave()

@@ -9,12 +9,12 @@ __all__ = ["Scope"]
 
 
 class Scope:
-    """Leave at the end of a `with`; `_leave` is told whether the body has failed.
+    """Leave at the end of a `with`; `_leave` is told what has ended its body, None for its end.
 
-    To leave is collective, mostly: a rank that fails must not wait there for the others.
+    To leave is collective, mostly: a rank that fails, or exits, must not wait there for the others.
     """
 
-    def _leave(self, *, failed: bool) -> None:
+    def _leave(self, error: BaseException | None) -> None:
         raise NotImplementedError
 
     def __enter__(self) -> Self:
@@ -26,4 +26,4 @@ class Scope:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._leave(failed=kind is not None)
+        self._leave(error)

@@ -73,8 +73,8 @@ class Mesh(Scope):
         self.pipe.close()
         self.data.close()
 
-    def _leave(self, *, failed: bool) -> None:
-        if not failed:
+    def _leave(self, error: BaseException | None) -> None:
+        if error is None:
             self.close()
 
     def __repr__(self) -> str:

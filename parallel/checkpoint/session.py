@@ -65,6 +65,10 @@ class Checkpoints(Scope):
     that are the same on every rank. What several ranks hold is written by one of them. All methods
     are collective over `comm`. CheckpointError on all ranks alike, before anything old is touched.
 
+    The end of a `with` waits for what is being written. So does a program that exits within, with
+    whatever status (SystemExit), on each such rank by itself: with CheckpointError instead where
+    that fails here. Another exception gives it up.
+
     stood_still: seconds that this rank's program has waited in `save`.
     writing: seconds that writing has taken in the background.  count: checkpoints begun.
     """
@@ -265,11 +269,25 @@ class Checkpoints(Scope):
         if writing is not None:
             writing.give_up()
 
-    def _leave(self, *, failed: bool) -> None:
-        if failed:
-            self.give_up()
-        else:
+    def _leave(self, error: BaseException | None) -> None:
+        if error is None:
             self.wait()
+        elif isinstance(error, SystemExit):
+            self._finish()
+        else:
+            self.give_up()
+
+    def _finish(self) -> None:
+        """Return when what this rank has begun is whole; not collective: others may go on.
+
+        They write their files all the same, so rank 0 waits for these as long as patience lasts.
+        """
+        writing, self._writing, self._others = self._writing, None, None
+        if writing is not None:
+            writing.join()
+            if writing.error:
+                what = f"checkpoint of step {writing.job.step} in {self.folder}"
+                raise CheckpointError(f"{what}: rank {self.comm.rank}: {writing.error}")
 
     def _open(self, step: int, nbytes: int, complaint: str = "") -> tuple[Path, Partial | None]:
         """Return the folder to write in, and on rank 0 what holds it.

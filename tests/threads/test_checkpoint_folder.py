@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -222,6 +223,59 @@ def test_a_relative_folder_is_where_it_was_when_opened(tmp_path, monkeypatch):
     run_local(2, main)
     assert names(tmp_path / "disk" / "runs") == ["000001-step-3", "000002-step-5"]
     assert names(tmp_path / "elsewhere") == []
+
+
+@pytest.mark.parametrize("status", [0, 75])
+@pytest.mark.parametrize("leaving", [[0, 1], [0], [1]])
+def test_a_program_that_exits_waits_for_what_is_being_written(
+    tmp_path, monkeypatch, leaving, status
+):
+    """As where the notice of a scheduler lets it save and exit: no checkpoint was there."""
+    exits = threading.Event()
+    write = writer.write_tensors
+
+    def wait(path, tensors):
+        if path.name == "rank-00001.safetensors":
+            assert exits.wait(60)
+            time.sleep(0.1)  # rank 0 has left by then, if it does not wait
+        return write(path, tensors)
+
+    monkeypatch.setattr(writer, "write_tensors", wait)
+
+    def main(comm):
+        checkpoints = Checkpoints(tmp_path, comm, patience=60)
+        if comm.rank in leaving:
+            with checkpoints:
+                checkpoints.save(numbers(7), 7)
+                exits.set()
+                sys.exit(status)
+        checkpoints.save(numbers(7), 7)
+        while checkpoints.busy:
+            time.sleep(0.01)
+
+    with pytest.raises(SystemExit) as caught:
+        run_local(2, main)
+    assert caught.value.code == status
+    assert names(tmp_path) == ["000001-step-7"]
+
+
+def test_a_program_that_exits_fails_where_the_checkpoint_does(tmp_path, monkeypatch):
+    def fail(path, tensors):
+        raise OSError(errno.EIO, "worn out")
+
+    monkeypatch.setattr(writer, "write_tensors", fail)
+
+    def main(comm):
+        told = rf"step 7 in .*: rank {comm.rank}: .*worn out"
+        with (
+            pytest.raises(CheckpointError, match=told),
+            Checkpoints(tmp_path, comm) as checkpoints,
+        ):
+            checkpoints.save(numbers(7), 7)
+            sys.exit()
+
+    run_local(2, main)
+    assert names(tmp_path) == []
 
 
 def rotated(monkeypatch, folder, times):
