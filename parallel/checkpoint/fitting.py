@@ -25,8 +25,13 @@ def entry_at(manifest: Manifest, path: str) -> Entry:
 
 
 def fit(manifest: Manifest, path: str, tensor: Tensor) -> None:
-    """Raise CheckpointError unless the checkpoint has a tensor of this name, dtype and shape."""
+    """Raise CheckpointError unless the checkpoint has a tensor of this name, dtype and shape.
+
+    And for one without memory, of which torch's load only warns.
+    """
     entry = entry_at(manifest, path)
+    if tensor.is_meta:
+        raise CheckpointError(f"tensor {path}: on the meta device it takes no values")
     expected = DTYPES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
     if (entry.dtype, entry.shape) != expected:
         raise CheckpointError(

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .errors import CheckpointError
 from .files import DTYPES
@@ -39,14 +41,21 @@ def captured_by(
         except Exception as error:  # code of the user's
             cause = cause or error
             complaints.append(f"{path} did not tell its state: {type(error).__name__}: {error}")
-    complaints += [
-        f"tensor {name}: expected a dense one, got {tensor.layout}"
-        if tensor.layout != torch.strided
-        else f"tensor {name}: {tensor.dtype} has no place in a safetensors file"
-        for name, tensor in captured.tensors.items()
-        if tensor.layout != torch.strided or tensor.dtype not in DTYPES
-    ]
+    refused = ((name, _refusal(tensor)) for name, tensor in captured.tensors.items())
+    complaints += [f"tensor {name}: {why}" for name, why in refused if why]
     return captured, next(iter(complaints), ""), cause
+
+
+def _refusal(tensor: Tensor) -> str:
+    """Return why a tensor cannot be kept, or no text."""
+    if is_lazy(tensor):
+        return "a lazy layer has not made it yet"
+    if tensor.is_meta:
+        return "on the meta device it has no values"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a nested one" if tensor.is_nested else str(tensor.layout)
+        return f"expected a dense one, got {kind}"
+    return "" if tensor.dtype in DTYPES else f"{tensor.dtype} has no place in a safetensors file"
 
 
 def summary_of(captured: Captured, step: int | None = None) -> str:

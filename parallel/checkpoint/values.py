@@ -14,13 +14,15 @@ from torch import Tensor
 __all__ = ["decode", "encode", "references"]
 
 _TUPLE, _FLOAT, _TENSOR, _KEYS = "tuple", "float", "tensor", "mapping"
-_COUNTER, _ARRAY = "counter", "array"
+_COUNTER, _ARRAY, _DTYPE = "counter", "array", "dtype"
 
 
 def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Return JSON for a nesting of dict, list, tuple, str, int, float, bool, None and tensors.
 
-    And of Counter, by which torch's MultiStepLR has its milestones, and NumPy's arrays of numbers.
+    And of Counter, by which torch's MultiStepLR has its milestones, torch's dtypes, and NumPy's
+    arrays of numbers. What comes from one of these classes comes back as it: a named tuple as a
+    tuple.
     Tensors are put into `tensors` under their path. TypeError names the path of anything else, and
     the places of two tensors whose keys make one path.
     """
@@ -59,6 +61,10 @@ def _encode(value: Any, path: str, place: str, put: Callable[[Tensor, str, str],
             kind = _COUNTER if isinstance(value, Counter) else _KEYS
             # As pairs: JSON's own keys are text only.
             return {kind: [[_key(k, path), inside(k, v)] for k, v in value.items()]}
+        case torch.dtype():
+            return {_DTYPE: str(value).removeprefix("torch.")}
+        case np.ma.MaskedArray():  # before arrays, which it is one of
+            raise TypeError(f"{path}: a masked array cannot be kept; keep its data and its mask")
         case np.ndarray() if value.ndim:
             put(_tensor_of(value, path), path, place)
             return {_ARRAY: path}
@@ -77,6 +83,7 @@ def decode(value: Any, tensor: Callable[[str], Any]) -> Any:
     table: Mapping[str, Callable[[], Any]] = {
         _TENSOR: lambda: tensor(inner),
         _ARRAY: lambda: _array_of(tensor(inner)),
+        _DTYPE: lambda: getattr(torch, inner),
         _FLOAT: lambda: float(inner),
         _TUPLE: lambda: tuple(decode(v, tensor) for v in inner),
         _KEYS: lambda: {k: decode(v, tensor) for k, v in inner},

@@ -179,6 +179,51 @@ def test_what_needs_pickle_is_refused_by_its_path(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (np.ma.masked_array([1, 2], [0, 1]), "v/a: a masked array cannot be kept"),
+        (np.ma.masked, "v/a: a masked array cannot be kept"),
+        (torch.ones(3, device="meta"), "tensor v/a: on the meta device it has no values"),
+        (nn.LazyLinear(2).weight, "tensor v/a: a lazy layer has not made it yet"),
+        (torch.ones(3).to_sparse(), "tensor v/a: expected a dense one, got torch.sparse_coo"),
+    ],
+)
+def test_what_would_lose_something_or_has_no_values_is_refused_by_its_path(tmp_path, value, why):
+    """A mask was lost without a word; a tensor without memory ended one rank, without its name."""
+
+    def main(comm):
+        with pytest.raises(CheckpointError, match=rf"rank 1: {why}"):
+            ringfold.save(tmp_path, {"v": {"a": value if comm.rank else 1}}, comm)
+
+    run_local(2, main)
+
+
+def test_a_model_without_memory_is_not_loaded_into(tmp_path):
+    """torch's load only warns that it does nothing."""
+
+    def main(comm):
+        ringfold.save(tmp_path, {"m": nn.Linear(2, 2)}, comm)
+        with pytest.raises(CheckpointError, match="tensor m/weight: on the meta device it takes"):
+            ringfold.load(tmp_path, {"m": nn.Linear(2, 2, device="meta")}, comm)
+
+    run_local(1, main)
+
+
+def test_a_dtype_among_hyper_parameters_is_kept(tmp_path):
+    """As of optimizers that keep their state in another dtype: every save was refused."""
+
+    def main(comm):
+        model, optimizer = trained(1)
+        optimizer.param_groups[0]["state_dtype"] = torch.bfloat16
+        ringfold.save(tmp_path, {"m": model, "o": optimizer}, comm)
+        optimizer.param_groups[0]["state_dtype"] = torch.float32
+        ringfold.load(tmp_path, {"m": model, "o": optimizer}, comm)
+        assert optimizer.param_groups[0]["state_dtype"] is torch.bfloat16
+
+    run_local(2, main)
+
+
+@pytest.mark.parametrize(
     ("value", "places"),
     [
         ({"a/b": torch.zeros(2), "a": {"b": torch.ones(2)}}, r"v\['a'\]\['b'\] and v\['a/b'\]"),
