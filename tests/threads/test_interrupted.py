@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,49 @@ def test_an_interrupt_is_raised_by_the_wait_that_it_comes_in_not_by_the_work_it_
     assert isinstance(early.exception(), what)
     assert waited_for.exception() is None and waited_for.wait() == 5
     assert not progress.works
+
+
+class Handler:
+    """A handler that is an object, or a method of one."""
+
+    def __call__(self, number: int, frame: object) -> None:
+        time_is_up()
+
+    def method(self, number: int, frame: object) -> None:
+        time_is_up()
+
+
+def of_its_own(what: str, number: int, frame: object) -> None:
+    raise TimeoutError(what)
+
+
+def once(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    raise TimeoutError
+
+
+def forgetful(number: int, frame: object) -> None:
+    del frame
+    raise TimeoutError
+
+
+@pytest.mark.parametrize(
+    "handler",
+    [partial(of_its_own, "limit"), Handler(), Handler().method, once, forgetful],
+    ids=["partial", "object", "method", "once", "forgetful"],
+)
+def test_what_any_kind_of_handler_raises_is_raised_where_the_rank_waits(
+    alarm: None, handler: Callable[[int, object], None]
+) -> None:
+    """That of a partial ended another work, in silence, and the wait went on to its timeout."""
+    signal.signal(signal.SIGALRM, handler)
+    progress = Progress(60, threads=False)
+    early = in_flight(progress, lambda: signal.raise_signal(signal.SIGALRM), late=2)
+    waited_for = in_flight(progress, lambda: None)
+    with pytest.raises(TimeoutError):
+        waited_for.wait()
+    assert isinstance(early.exception(), TimeoutError)
+    assert waited_for.wait() == 5
 
 
 def test_a_signal_handler_may_ask_whether_works_are_done() -> None:
