@@ -41,7 +41,6 @@ class Board:
         self.rank, self.size = rank, len(members)
         self.memory = nodes.memory
         self.broken = ""
-        self._abandoned: list[Any] = []
         self._blocks = blocks
         self._bases = np.array([nodes.addresses[row[1]] for row in members.tolist()], np.int64)
         self._traces = [nodes.traces[row[1]] for row in members.tolist()]
@@ -127,9 +126,10 @@ class Board:
     def give_up(self, name: str, buffer: Any) -> None:
         """Refuse everything from now on: a work ended before the ranks were done with it.
 
-        buffer: what peers may still write to; nothing else is to come to lie there.
+        buffer: what peers may still write to; nothing else is to come to lie there, also where the
+            group is dropped.
         """
-        self._abandoned.append(buffer)
+        self.memory.keep([(lambda: False, buffer)])
         self.broken = f"an earlier {name} was given up halfway, so the ranks may differ"
         self.record[BoardWord.BROKEN] = 1
 

@@ -67,6 +67,7 @@ class Nested:
         self._arithmetic: DeviceArithmetic = device.arithmetic
         self._way = f"ipc in nodes, {way} between them"
         self._line = Line(group.rank)
+        self._abandoned: list[object] = []
 
     def close(self) -> None:
         """Give the lane back, and the others' memory; collective."""
@@ -245,13 +246,17 @@ class Nested:
                 into = 0 if result is None else describe(result, writable=True).address
             # Recorded now, when the caller calls, and behind the making of its result.
             ready = device.record(caller)
-            with self._line.turn() as turn:
-                while not turn.done():
-                    yield [turn]
-                device.follow(stream, ready)
-                for piece in run(into, tag):
-                    yield from piece
-                last = device.record(stream)
+            try:
+                with self._line.turn() as turn:
+                    while not turn.done():
+                        yield [turn]
+                    device.follow(stream, ready)
+                    for piece in run(into, tag):
+                        yield from piece
+                    last = device.record(stream)
+            except BaseException:
+                self._abandoned.append((array, result))  # which devices may be at
+                raise
             return Behind(result, following(device, array, caller, last))
 
         width, nodes = self._node.seats.width, len(self._node.seats.lane)

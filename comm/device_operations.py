@@ -63,6 +63,7 @@ class DeviceOperations:
         self._group: Communicator | None = None
         self._ipc: Ipc | None = None
         self._no_ipc = ""
+        self._abandoned: list[object] = []
         self.messages = DeviceMessages(comm, self._lane)
 
     def close(self) -> list[object]:
@@ -196,14 +197,22 @@ class DeviceOperations:
                 into = 0 if result is None else describe(result, writable=False).address
             # Recorded now, when the caller calls, and behind the making of its result.
             ready = lane.device.record(caller)
-            with self._line.turn() as turn:
-                while not turn.done():
-                    yield [turn]
-                if ipc is not None:
-                    last = yield from ipc.run(signature, array, into, ready, tag)
-                    if last is not None:
-                        return Behind(result, following(lane.device, array, caller, last), "ipc")
-                last = yield from run_windows(lane, group.rank, array, into, cut(), exchange, ready)
+            try:
+                with self._line.turn() as turn:
+                    while not turn.done():
+                        yield [turn]
+                    if ipc is not None:
+                        last = yield from ipc.run(signature, array, into, ready, tag)
+                        if last is not None:
+                            follow = following(lane.device, array, caller, last)
+                            return Behind(result, follow, "ipc")
+                    windows = cut()
+                    last = yield from run_windows(
+                        lane, group.rank, array, into, windows, exchange, ready
+                    )
+            except BaseException:
+                self._abandoned.append((array, result))  # which devices may be at
+                raise
             way = f"staged, {group.host_operations.way}"
             return Behind(result, following(lane.device, array, caller, last), way)
 

@@ -30,8 +30,11 @@ if TYPE_CHECKING:
 
 WAY = "gpu-aware mpi"
 
-Run = Callable[[int, Stream], Steps]
-"""(tag, the caller's stream) -> steps; the caller's work has run when they begin."""
+Run = Callable[[int, Stream, list[object]], Steps]
+"""(tag, the caller's stream, what is kept where they are broken off) -> steps.
+
+The caller's work has run when they begin.
+"""
 
 
 class Direct:
@@ -68,7 +71,7 @@ class Direct:
         signature = Signature("allreduce", op, array.dtype.name, array.count)
         chosen = self._choose(signature, array.count, algorithm)
 
-        def run(tag: int, caller: Stream) -> Steps:
+        def run(tag: int, caller: Stream, keeps: list[object]) -> Steps:
             yield from self._reduce(chosen, array, array.address, op, tag)
             return array.owner
 
@@ -79,7 +82,7 @@ class Direct:
         signature = Signature("reduce", op, array.dtype.name, array.count, root)
         chosen = self._choose(signature, array.count, algorithm, root)
 
-        def run(tag: int, caller: Stream) -> Steps:
+        def run(tag: int, caller: Stream, keeps: list[object]) -> Steps:
             if self._group.rank == root:
                 yield from self._reduce(chosen, array, array.address, op, tag)
             else:
@@ -97,8 +100,8 @@ class Direct:
         low, high = bounds(array.count, self._group.size, self._group.rank)
         item = array.dtype.itemsize
 
-        def run(tag: int, caller: Stream) -> Steps:
-            result, into = self._made(array, (high - low,), caller)
+        def run(tag: int, caller: Stream, keeps: list[object]) -> Steps:
+            result, into = self._made(array, (high - low,), caller, keeps)
             piece = yield from self._copy(array)
             yield from self._reduce(chosen, array, piece[0], op, tag)
             if high > low:
@@ -136,7 +139,7 @@ class Direct:
         signature = Signature("broadcast", "", array.dtype.name, array.count, root)
         chosen = self._choose(signature, array.count, algorithm, root)
 
-        def run(tag: int, caller: Stream) -> Steps:
+        def run(tag: int, caller: Stream, keeps: list[object]) -> Steps:
             yield from self._move(chosen, array, array.address, array.address, tag)
             return array.owner
 
@@ -148,8 +151,8 @@ class Direct:
         signature = Signature("allgather", "", array.dtype.name, array.count)
         chosen = self._choose(signature, array.count * size, algorithm)
 
-        def run(tag: int, caller: Stream) -> Steps:
-            result, into = self._made(array, (size, *array.shape), caller)
+        def run(tag: int, caller: Stream, keeps: list[object]) -> Steps:
+            result, into = self._made(array, (size, *array.shape), caller, keeps)
             yield from self._own_row(array, into)
             yield from self._move(chosen, array, into, into, tag)
             return result
@@ -162,9 +165,9 @@ class Direct:
         signature = Signature("gather", "", array.dtype.name, array.count, root)
         chosen = self._choose(signature, array.count * size, algorithm, root)
 
-        def run(tag: int, caller: Stream) -> Steps:
+        def run(tag: int, caller: Stream, keeps: list[object]) -> Steps:
             if self._group.rank == root:
-                result, into = self._made(array, (size, *array.shape), caller)
+                result, into = self._made(array, (size, *array.shape), caller, keeps)
                 yield from self._own_row(array, into)
                 yield from self._move(chosen, array, into, into, tag)
                 return result
@@ -182,8 +185,8 @@ class Direct:
         chosen = self._choose(signature, array.count, algorithm)
         row = array.nbytes // self._group.size
 
-        def run(tag: int, caller: Stream) -> Steps:
-            result, into = self._made(array, array.shape, caller)
+        def run(tag: int, caller: Stream, keeps: list[object]) -> Steps:
+            result, into = self._made(array, array.shape, caller, keeps)
             if row:
                 at = self._group.rank * row
                 self._arithmetic.copy(into + at, array.address + at, row, self._stream)
@@ -211,8 +214,13 @@ class Direct:
             caller = device.caller(renewed(array))
             device.follow(self._stream, device.record(caller))
             yield from self._settled()
-            result = yield from run(tag, caller)
-            last = device.record(self._stream)
+            keeps: list[object] = [array]
+            try:
+                result = yield from run(tag, caller, keeps)
+                last = device.record(self._stream)
+            except BaseException:
+                self._abandoned.append(keeps)
+                raise
             return Behind(result, following(device, array, caller, last))
 
         receipt = Receipt(
@@ -234,9 +242,12 @@ class Direct:
         """Wait for all that is on this side's stream, so that messages may touch it."""
         yield from reached(self._device.record(self._stream), self._group.rank)
 
-    def _made(self, array: DeviceArray, shape: tuple[int, ...], caller: Stream) -> tuple[Any, int]:
+    def _made(
+        self, array: DeviceArray, shape: tuple[int, ...], caller: Stream, keeps: list[object]
+    ) -> tuple[Any, int]:
         """Return a new array and its address; this side's stream runs behind its making."""
         result = self._like(self._device, array, shape)
+        keeps.append(result)
         self._device.follow(self._stream, self._device.record(caller))
         return result, describe(result, writable=True).address
 

@@ -105,7 +105,7 @@ def execute(
     try:
         yield from _rounds(program, lane, source, target, arithmetic, flying)
     except BaseException:
-        lane.abandoned.append(flying)
+        lane.abandoned.append((flying, source))
         raise
 
 
@@ -131,6 +131,8 @@ def _rounds(
             arrived = scratch
             if receive is not None:
                 arrived = _landing(receive, target, scratch, slot, lane.window)
+            flying.append((requests, receive, arrived))  # first: it keeps what arrives
+            if receive is not None:
                 requests.append(
                     lane.transport.irecv(
                         arrived.view(np.uint8), receive.peer, lane.tag, lane.channel
@@ -139,7 +141,6 @@ def _rounds(
             if send is not None:
                 data = source[send.offset : send.offset + send.count].view(np.uint8)
                 requests.append(lane.transport.isend(data, send.peer, lane.tag, lane.channel))
-            flying.append((requests, receive, arrived))
             if len(flying) == limit:
                 yield from _finish(flying[0], total, arithmetic)
                 del flying[0]

@@ -55,12 +55,13 @@ class Pool:
 
     def _collect(self) -> None:
         for _ in range(len(self._lent)):
-            returned, block = self._lent.popleft()
+            returned, block = self._lent[0]  # held, until it is known to be returned
             if not returned():
-                self._lent.append((returned, block))
+                self._lent.rotate(-1)
                 if not self.full:
                     return  # the oldest is the likeliest to have come back
                 continue
+            self._lent.popleft()
             self.outstanding -= block.size
             if self._spare_bytes < _SPARE_BYTES:
                 self._spare.setdefault(block.size, []).append(block)

@@ -33,6 +33,8 @@ from .trace import Entry, Ring
 from .transport.base import Request
 from .work import Steps
 
+_ENDED = frozenset(map(int, (Status.DONE, Status.REFUSED, Status.MISMATCH)))
+
 
 @dataclass(frozen=True)
 class Call:
@@ -132,19 +134,16 @@ class Meeting:
         """Tell whether it was started and has not ended."""
         return bool(self._record[WorkWord.FLYING])
 
-    def steps(self, status: int, owner: Any = None) -> Steps:
-        """Go on from a status until the work has ended; return the owner, alive until then.
+    def steps(self, owner: Any = None, status: int | None = None) -> Steps:
+        """Go on until the work has ended; return the owner, alive until then.
 
         owner: of the memory that peers read or write meanwhile.
+        status: that it was started with; it is started by the first step where there is none.
         """
-        from ..kernels.meeting import abandon_kernel
-
         try:
-            while status != Status.DONE:
-                if status == Status.REFUSED:
-                    raise CommError(self._refusal())
-                if status == Status.MISMATCH:
-                    raise MismatchError(self._mismatch())
+            if status is None:
+                status = self.launch()
+            while status not in _ENDED:
                 if status == Status.MIXED:
                     self._go_on(fused.lower(self._private_form, self.name, self._call.shape))
                 else:
@@ -153,12 +152,24 @@ class Meeting:
                     ]
                     yield waiting
                 status = self._advance(self.address)
-        except GeneratorExit:
+        except BaseException:  # what a signal's handler raises, too
+            self.abandon(owner)
+            raise
+        finally:
+            self._take(self._program)
+        if status == Status.REFUSED:
+            raise CommError(self._refusal())
+        if status == Status.MISMATCH:
+            raise MismatchError(self._mismatch())
+        return owner
+
+    def abandon(self, owner: Any = None) -> None:
+        """Give the present run up halfway; nothing where none has started, or it has ended."""
+        from ..kernels.meeting import abandon_kernel
+
+        if self.flying:
             self._board.give_up(self.name, owner)
             abandon_kernel()(self.address)
-            raise
-        self._take(self._program)
-        return owner
 
     def _go_on(self, rows: Rows) -> None:
         """Some ranks' buffers are private: all go on as if theirs were."""

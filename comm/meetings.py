@@ -63,7 +63,7 @@ class Meetings:
         meeting = Meeting(self._board, call)
 
         def run(_: int) -> Steps:
-            yield from meeting.steps(meeting.launch())
+            yield from meeting.steps()
 
         signature = Signature("barrier")
         return Prepared(self._receipt(meeting, 0), None, run, signature, meeting, plain=True)
@@ -73,7 +73,7 @@ class Meetings:
 
         def run(_: int) -> Steps:
             buffer.stage()
-            yield from meeting.steps(meeting.launch(), buffer)
+            yield from meeting.steps(buffer)
             if written:
                 buffer.commit()
             return buffer.owner
@@ -105,7 +105,7 @@ class Meetings:
             elif result is not last:
                 meeting.result_at(address_of(wrap(result, writable=True).flat))
             last = None if buffer.kept is None else result  # which is then made once
-            yield from meeting.steps(meeting.launch())
+            yield from meeting.steps((buffer, result))
             return result
 
         nbytes = count * buffer.dtype.itemsize

@@ -131,7 +131,7 @@ class Memory:
         self._shift = rank * _STAGGER % _PAGE
         self._free = [(_HEAD, self.nbytes)]
         self._returned: deque[tuple[int, int]] = deque()
-        self._kept: deque[tuple[Returned, npt.NDArray[np.uint8]]] = deque()
+        self._kept: deque[tuple[Returned, object]] = deque()
         _MEMORIES.add(self)
 
     def allocate(self, nbytes: int) -> Block:
@@ -156,8 +156,8 @@ class Memory:
         weakref.finalize(block, self._release, block.low, block.high).atexit = False
         return lent
 
-    def keep(self, lent: Iterable[tuple[Returned, npt.NDArray[np.uint8]]]) -> None:
-        """Hold what a group that is gone has lent to messages, each until it is returned."""
+    def keep(self, lent: Iterable[tuple[Returned, object]]) -> None:
+        """Hold what was lent to peers by who is gone, or has given up, until it is returned."""
         # Called by the garbage collector, as `_release` is.
         self._kept.extend(lent)
 
@@ -175,10 +175,11 @@ class Memory:
 
     def _take_back(self) -> None:
         for _ in range(len(self._kept)):
-            returned, lent = self._kept.popleft()
-            if not returned():
-                self._kept.append((returned, lent))
-            del lent
+            returned, _ = self._kept[0]  # held, until it is known to be returned
+            if returned():
+                self._kept.popleft()
+            else:
+                self._kept.rotate(-1)
         while self._returned:
             bisect.insort(self._free, self._returned.popleft())
         merged: list[tuple[int, int]] = []

@@ -127,11 +127,12 @@ class Progress:
             try:
                 self._advancing = True
                 work = make()
+                work.background = background
+                if work.ended:
+                    self.works.pop()
             finally:
                 self._advancing = False
             if not work.ended:
-                work.background = background
-                self.works.append(work)
                 self._server.interrupt()
                 self._nap = _LOOK
         if background and not work.ended and self._threads and not self._stopped:
@@ -206,14 +207,15 @@ class Progress:
             self._wait(work, timeout)
 
     def _wait(self, work: Work, timeout: float | None) -> None:
-        with self._lock:
-            self._require_uninterrupted()
-            self._waiting += 1
-            overdue, work.overdue = work.overdue, False
-            self._server.interrupt()
         patience = self.timeout if timeout is None else timeout
         asks = timeout is None or timeout >= _ASKS
+        counted = overdue = False
         try:
+            with self._lock:
+                self._require_uninterrupted()
+                self._waiting, counted = self._waiting + 1, True
+                overdue, work.overdue = work.overdue, False
+                self._server.interrupt()
             watch = Watch(work, patience, self.inquiry, self.deaths, asks, timeout is None)
             while True:
                 with self._lock:
@@ -238,7 +240,7 @@ class Progress:
             raise
         finally:
             with self._lock:
-                self._waiting -= 1
+                self._waiting -= counted
             if self._deserted and self._thread is not None:
                 self._notify()
 

@@ -110,13 +110,17 @@ class Runner:
             self.require_open()
             self._keep_up()
             start = time.monotonic_ns()
-        if not self._progress.works:
-            status = meeting.launch()
-            if status != _DONE:
-                steps = self._steps(meeting, status, owner)
-                self._advance(lambda: steps, receipt, background=False).wait()
-        else:
-            self.fly(meeting, receipt, owner).wait()
+        try:
+            if not self._progress.works:
+                status = meeting.launch()
+                if status != _DONE:
+                    steps = self._steps(meeting, status, owner)
+                    self._advance(lambda: steps, receipt, background=False).wait()
+            else:
+                self.fly(meeting, receipt, owner).wait()
+        except BaseException as error:
+            self._forsake(meeting, receipt, owner, error)
+            raise
         if start and self._progress.timeline is not None:
             self._progress.timeline.add(WAIT, receipt.operation, start)
         return owner
@@ -126,20 +130,41 @@ class Runner:
         self.require_open()
         if self.attentive:
             self._keep_up()
-        if self._progress.works:
-            return self._advance(
-                lambda: self._steps(meeting, meeting.launch(), owner), receipt, True
-            )
-        status = meeting.launch()
-        if status == _DONE:
-            return Work(None, receipt, self._transport, self._progress, self.name, owner)
-        return self._advance(lambda: self._steps(meeting, status, owner), receipt, True)
+        try:
+            if self._progress.works:
+                return self._advance(
+                    lambda: self._steps(meeting, meeting.launch(), owner), receipt, True
+                )
+            status = meeting.launch()
+            if status == _DONE:
+                return Work(None, receipt, self._transport, self._progress, self.name, owner)
+            return self._advance(lambda: self._steps(meeting, status, owner), receipt, True)
+        except BaseException as error:
+            self._forsake(meeting, receipt, owner, error)
+            raise
 
     def _steps(self, meeting: Meeting, status: int, owner: Any) -> Steps:
         """Return the steps of a known meeting that waits, which may be called from a new place."""
         if status != _REFUSED:
             meeting.place(self._ring, self._sites.here())
-        return meeting.steps(status, owner)
+        return meeting.steps(owner, status)
+
+    def _forsake(
+        self, meeting: Meeting, receipt: Receipt, owner: Any, error: BaseException
+    ) -> None:
+        """Give up a meeting that an exception has come out of, also one that no work has yet."""
+        self._break_off(receipt, error)
+        if all(work.receipt is not receipt for work in self._progress.works):
+            meeting.abandon(owner)
+
+    def _break_off(self, receipt: Receipt, error: BaseException) -> None:
+        """Give up the work of a call that an exception has come out of, as nobody has it.
+
+        Not where ranks have an error in common; and what has waited in vain goes on, but for a
+        receive: its message is left to the next call.
+        """
+        if receipt.operation == "recv" or not isinstance(error, CommError):
+            self._progress.give_up(lambda work: work.receipt is receipt, lambda _: error)
 
     def start(self, prepared: Prepared, blocking: bool) -> Any:
         """Note a call and begin it."""
@@ -150,9 +175,16 @@ class Runner:
         self.require_open()
         if self.attentive:
             self._keep_up()
-        if prepared.meeting is not None:  # it notes itself
-            work = self._advance(lambda: prepared.run(0), prepared.receipt, not blocking)
+        try:
+            work = self._begin(prepared, blocking, call)
             return work.wait() if blocking else work
+        except BaseException as error:
+            self._break_off(prepared.receipt, error)
+            raise
+
+    def _begin(self, prepared: Prepared, blocking: bool, call: int) -> Work:
+        if prepared.meeting is not None:  # it notes itself
+            return self._advance(lambda: prepared.run(0), prepared.receipt, not blocking)
         message = None if prepared.channel is Channel.COLLECTIVE else prepared.signature
 
         def begin() -> Steps:
@@ -168,8 +200,7 @@ class Runner:
             return self._ring.noted(prepared.run(tag), self._ring.begin(call, sequence))
 
         background = prepared.background and not blocking
-        work = self._advance(begin, prepared.receipt, background, message)
-        return work.wait() if blocking else work
+        return self._advance(begin, prepared.receipt, background, message)
 
     def note(self, prepared: Prepared) -> int:
         """Tell the ring of operations what is called, and where; return how it refers to that."""

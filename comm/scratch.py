@@ -40,12 +40,14 @@ class Place:
 class Scratch:
     """Registered device memory, lent to one operation after the other.
 
-    A piece is lent again when what still uses it has ended.
+    A piece is lent again when what still uses it has ended; one that an operation broken off has
+    not given back is kept, as kernels and peers may be at it.
     """
 
     def __init__(self, arithmetic: DeviceArithmetic) -> None:
         self._arithmetic = arithmetic
         self._free: dict[int, list[tuple[Piece, Event]]] = {}
+        self._lent: dict[int, Piece] = {}
 
     def take(self, nbytes: int) -> Piece:
         """Return memory of at least nbytes, which messages and kernels may write at once."""
@@ -53,10 +55,12 @@ class Scratch:
         free = self._free.setdefault(size, [])
         for index, (piece, event) in enumerate(free):
             if event.ended():
+                self._lent[piece[0]] = piece
                 del free[index]
                 return piece
         address, owner = self._arithmetic.allocate(size)
-        return address, size, owner
+        piece = self._lent[address] = address, size, owner
+        return piece
 
     def array(self, shape: tuple[int, ...], dtype: DType, stream: Stream) -> Place:
         """Return memory for an array; its piece is to be given back."""
@@ -66,3 +70,4 @@ class Scratch:
     def give(self, piece: Piece, event: Event) -> None:
         """Take a piece back; event: behind its last use."""
         self._free[piece[1]].append((piece, event))
+        self._lent.pop(piece[0], None)

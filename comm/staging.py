@@ -36,7 +36,8 @@ class Typed:
 class Staging:
     """The pinned memory of one rank for one device.
 
-    A place that comes back is lent again only when the copies that still use it have ended.
+    A place that comes back is lent again only when the copies that still use it have ended; one
+    that an operation broken off has not given back is kept.
     """
 
     def __init__(self, device: Device, allocate: Callable[[int], Bytes]) -> None:
@@ -44,6 +45,7 @@ class Staging:
         self._device = device
         self._allocate = allocate
         self._free: dict[int, list[tuple[Place, Event | None]]] = {}
+        self._lent: dict[int, Place] = {}
 
     def take(self, nbytes: int) -> Place:
         """Return a place of nbytes or more, which the host may write at once."""
@@ -51,12 +53,16 @@ class Staging:
         free = self._free.setdefault(size, [])
         for index, (place, event) in enumerate(free):
             if event is None or event.ended():
+                self._lent[id(place)] = place
                 del free[index]
                 return place
         memory = self._allocate(size)
         self._device.pin(memory)
-        return Place(memory)
+        place = Place(memory)
+        self._lent[id(place)] = place
+        return place
 
     def give(self, place: Place, event: Event | None) -> None:
         """Take a place back; event: behind its last use, None where that has ended."""
         self._free[place.memory.size].append((place, event))
+        self._lent.pop(id(place), None)

@@ -117,7 +117,9 @@ class Work:
         group: str = "",
         result: Any = None,
     ) -> None:
-        """Begin.  steps: None for an operation that has ended well already, with a result.
+        """Begin, among the works that `progress` looks after.
+
+        steps: None for an operation that has ended well already, with a result.
 
         group: the name under which the ranks of a collective compare what they call.
         """
@@ -135,6 +137,7 @@ class Work:
         self._error: BaseException | None = None
         self.pending: list[Request] = []
         if steps is not None:
+            progress.works.append(self)  # first, so that what a signal raises does not lose it
             self._take(steps, None)
 
     def advance(self, patient: bool = False) -> bool:
@@ -150,11 +153,14 @@ class Work:
 
     def _take(self, steps: Steps, patient: bool | None) -> None:
         try:
-            self.pending = steps.send(patient)
-        except StopIteration as stop:
-            self._end(stop.value, None)
+            try:
+                self.pending = steps.send(patient)
+            except StopIteration as stop:
+                self._end(stop.value, None)
         except BaseException as error:  # the waiter raises it, whatever it is
-            self._end(None, error)
+            if self._steps is not None:
+                steps.close()  # which a signal may have met right behind a step
+                self._end(None, error)
             # Ctrl-C, or what another signal's handler raises, came by chance while this work went
             # on: it is for whoever runs now. The work ends all the same: its steps are broken off.
             if not isinstance(error, Exception) or _of_a_signal(error):

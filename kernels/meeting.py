@@ -154,7 +154,12 @@ def _advance(record: Any, awaited: Any) -> Any:
         return work[_STATUS]
     board = words_at(work[_ON_BOARD], _BOARD_WORDS)
     if load(work[_ON_BOARD] + 8 * _TURN) != work[_TICKET]:
-        return _RUNNING
+        if board[_BROKEN] == 0:
+            return _RUNNING
+        work[_STATUS] = _REFUSED  # its turn never comes
+        _note_end(work, board, _BADLY)
+        work[_FLYING] = 0
+        return _REFUSED
     while work[_ROW] < work[_NUM_ROWS]:
         row = work[_ROWS] + work[_ROW] * (8 * ROW_WORDS)
         if words_at(row, 1)[0] == _MEET:

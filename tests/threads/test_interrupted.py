@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -104,6 +104,29 @@ def test_what_any_kind_of_handler_raises_is_raised_where_the_rank_waits(
         waited_for.wait()
     assert isinstance(early.exception(), TimeoutError)
     assert waited_for.wait() == 5
+
+
+def test_what_comes_right_behind_a_step_breaks_the_steps_off_at_once() -> None:
+    """They were kept as they were by the traceback, as long as anybody looked at that."""
+    ended: list[str] = []
+
+    class Interrupted:
+        """Steps that a signal comes behind, before what they have yielded is taken."""
+
+        def send(self, patient: bool | None) -> Any:
+            raise KeyboardInterrupt
+
+        def close(self) -> None:
+            ended.append("closed")
+
+    progress = Progress(60, threads=False)
+    transport, steps = LocalTransport(World(1), (0,), 0), cast(Any, Interrupted())
+    receipt = Receipt("recv", "message", "local", 1, 0)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        progress.start(lambda: Work(steps, receipt, transport, progress), False)
+    assert ended == ["closed"], caught
+    progress.advance()
+    assert not progress.works
 
 
 def test_a_signal_handler_may_ask_whether_works_are_done() -> None:

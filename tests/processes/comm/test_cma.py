@@ -10,6 +10,7 @@ from contract import CHECKS, data, expected
 from ringfold import CommError, CommTimeout, Communicator, Settings
 from ringfold.comm import cma, fused
 from ringfold.comm.board import STAGE_BYTES
+from ringfold.comm.buffer import Buffer
 from ringfold.kernels.records import Note, WorkWord
 
 LARGE = STAGE_BYTES // 4 * 2 + 1235
@@ -115,7 +116,7 @@ def test_memory_that_has_gone_is_a_timeout_that_names_the_rank(
         missed = rf"for ranks \[{last}\]" if comm.rank != last else "allreduce"
         with pytest.raises(CommTimeout, match=missed):
             work.wait()
-        work.fail(CommError("enough"))
-        (kept,) = other._sharing.board._abandoned  # a peer that goes on might write there
-        assert kept.owner is prepared.owner
+        other._progress.give_up(lambda one: one is work, lambda _: CommError("enough"))
+        ((_, kept),) = other._sharing.board.memory._kept  # a peer that goes on might write there
+        assert isinstance(kept, Buffer) and kept.owner is prepared.owner
         comm.barrier()
