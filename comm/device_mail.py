@@ -19,7 +19,7 @@ import numpy as np
 from .device import HANDLE_BYTES, DeviceArray, Event, Peering, Stream
 from .device_wait import following, passes, reached
 from .errors import CommError
-from .letters import Words
+from .letters import Message, Words
 from .mailboxes import NOTE_BYTES, Mailboxes
 from .windowed import Lane
 from .work import Behind, Steps
@@ -181,34 +181,46 @@ class DeviceMail:
 
     def recv(self, array: DeviceArray, src: int, tag: int) -> Callable[[int], Steps]:
         """Return what receives into an array; the caller's stream follows."""
-        lane, device, peering = self._lane, self._lane.device, self._peering
+        lane, device = self._lane, self._lane.device
 
         def run(_: int) -> Steps:
             caller = lane.caller(array)
             ready = device.record(caller)
             message = yield from self._mail.hope(array.nbytes, src, tag)
-            if message.note:
-                note = _note_at(message.note)
-                try:
-                    room, landing = self._room(src, note), self._landing(src, note)
-                except CommError:
-                    note[_REFUSED] = 1
-                else:
-                    stream = self._receiving()
-                    device.follow(stream, ready)
-                    device.follow(stream, landing.ready)
-                    peering.copy(array.address, room, array.nbytes, stream)
-                    peering.place(landing.taken, stream)
-                    note[_TAKEN] = _words(landing.handle)
-                    message.settle(served=True)
-                    copied = device.record(stream)
+            try:
+                copied = self._copied(message, array, src, ready)
+                if copied is not None:
                     return Behind(array.owner, following(device, array, caller, copied), WAY)
-            place = lane.staging.take(array.nbytes)
-            yield from self._mail.take(message, place.part(0, array.nbytes), src)
+                place = lane.staging.take(array.nbytes)
+                yield from self._mail.take(message, place.part(0, array.nbytes), src)
+            except CommError:
+                raise
+            except BaseException:
+                self._mail.break_off(message, src, tag, message.ordinal)
+                raise
             copied = lane.deliver(place, array, ready)
             return Behind(array.owner, following(device, array, caller, copied), self._staged)
 
         return run
+
+    def _copied(self, message: Message, array: DeviceArray, src: int, ready: Event) -> Event | None:
+        """Let the device copy what a note tells of; return the event behind that, if it can."""
+        if not message.note:
+            return None
+        note, device, peering = _note_at(message.note), self._lane.device, self._peering
+        try:
+            room, landing = self._room(src, note), self._landing(src, note)
+        except CommError:
+            note[_REFUSED] = 1
+            return None
+        stream = self._receiving()
+        device.follow(stream, ready)
+        device.follow(stream, landing.ready)
+        peering.copy(array.address, room, array.nbytes, stream)
+        peering.place(landing.taken, stream)
+        note[_TAKEN] = _words(landing.handle)
+        message.settle(served=True)
+        return device.record(stream)
 
     def _receiving(self) -> Stream:
         if self._stream is None:

@@ -14,7 +14,7 @@ from .device import Device, DeviceArray, renewed
 from .device_mail import DeviceMail
 from .device_wait import following, wait_here
 from .direct import WAY
-from .transport.base import Channel
+from .transport.base import Channel, Receiving, Request
 from .transport.base import DeviceMessages as Sender
 from .windowed import Lane, typed
 from .work import Behind, Prepared, Steps
@@ -123,21 +123,25 @@ def gpu_aware(
     The host waits for the caller's stream before the library is called, so that a message keeps
     its place among the others to that rank. The other end may be in host memory.
     """
-    sends, peer = empty.signature.operation == "send", empty.signature.peer
-    start = messages.isend_device if sends else messages.irecv_device
+    peer, posts = empty.signature.peer, comm.host_operations.posts
     limit, channel = comm._settings.max_message_bytes, Channel.POINT_TO_POINT
+
+    def send(low: int, high: int) -> Request:
+        return messages.isend_device(array.address + low, high - low, peer, tag, channel)
+
+    def recv(low: int, high: int) -> Receiving:
+        return messages.irecv_device(array.address + low, high - low, peer, tag, channel)
 
     def run(ours: int) -> Steps:
         if not array.nbytes:
             yield from empty.run(ours)
             return array.owner
         wait_here(device.record(device.caller(renewed(array))))
-        pending = [
-            start(array.address + low, high - low, peer, tag, channel)
-            for low, high in pieces(array.nbytes, limit)
-        ]
-        while pending := [request for request in pending if not request.done()]:
-            yield pending
+        spans = pieces(array.nbytes, limit)
+        if empty.signature.operation == "send":
+            yield from posts.send(send, spans, array)
+        else:
+            yield from posts.receive(recv, spans, peer, tag, array)
         return array.owner
 
     return _prepared(empty, array, WAY, "", run)

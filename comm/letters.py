@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Generator
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels.mailbox_words import Kind, Letter
+from ..kernels.mailbox_words import Kind, Letter, Slot
 from ..kernels.records import Status
 from .buffer import address_of
-from .errors import MismatchError
+from .errors import CommError, MismatchError
 from .serving import Waiting
 from .transport.base import Request
 
@@ -41,6 +42,11 @@ class Message:
         return int(self._words[Letter.SEQUENCE])
 
     @property
+    def ordinal(self) -> int:
+        """Return its number among those with its tag."""
+        return int(self._words[Letter.ORDINAL])
+
+    @property
     def note(self) -> int:
         """Return the address of the note that was found; 0 where it is bytes."""
         words = self._words
@@ -66,24 +72,41 @@ class Message:
     def steps(self, patience: tuple[int, int]) -> Generator[list[Request], bool | None, int]:
         """Go on until the message has ended; patience: of a rank that waits for nothing else.
 
-        Returns: its status: DONE, NOTE or BYTES.
+        Returns: its status, for `check`.
         """
-        from ..kernels.mailbox import abandon_letter_kernel, advance_letter_kernel
+        from ..kernels.mailbox import advance_letter_kernel
 
         advance = advance_letter_kernel()
         waits: list[Request] = [Waiting(self._peer, self)]
         words = self._words
-        try:
-            while (status := advance(self.address)) == Status.RUNNING:
-                patient = yield waits
-                words[Letter.SPINS], words[Letter.YIELDS] = patience if patient else (0, 0)
-        except GeneratorExit:
-            abandon_letter_kernel()(self.address)
-            raise
+        while (status := advance(self.address)) == Status.RUNNING:
+            patient = yield waits
+            words[Letter.SPINS], words[Letter.YIELDS] = patience if patient else (0, 0)
+        return int(status)
+
+    def abandon(self) -> bool:
+        """End it, wherever it is; tell whether the receiver has seen or taken any of it."""
+        from ..kernels.mailbox import abandon_letter_kernel
+
+        return bool(abandon_letter_kernel()(self.address))
+
+    def returned(self) -> bool:
+        """Tell, at the sender, whether the receiver has finished with it."""
+        done = ctypes.c_int64.from_address(int(self._words[Letter.BOX]) + 8 * Slot.DONE)
+        return bool(done.value >= self.sequence)
+
+    def check(self, status: int) -> int:
+        """Return the status in which it has ended, or raise what that means."""
+        words = self._words
+        if status == Status.REFUSED:
+            raise CommError(
+                f"rank {self._rank}: rank {self._peer} has given a message up halfway, of "
+                f"{words[Letter.NBYTES]} bytes (tag {self._tag})"
+            )
         if status == Status.MISMATCH:
             sides = [(self._rank, words[Letter.NBYTES]), (self._peer, words[Letter.FOUND])]
             (src, sent), (dst, wanted) = sides if words[Letter.SENDS] else reversed(sides)
             raise MismatchError(
                 f"rank {src} sends {sent} bytes where rank {dst} expects {wanted} (tag {self._tag})"
             )
-        return int(status)
+        return status

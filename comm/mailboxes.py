@@ -20,6 +20,7 @@ from .memory import Block, Returned
 from .node_memory import NodeMemory, patience, yielding
 from .ordinals import Ordinals
 from .outbox import Outbox
+from .posts import Torn
 from .trace import Signature
 from .transport.base import Request
 from .work import Prepared, Receipt, Steps
@@ -87,6 +88,7 @@ class Mailboxes:
                 self._slots[peer] = Outbox(slots, nodes.memory)
         self._bell = nodes.bell
         self._ordinals: defaultdict[tuple[bool, int], Ordinals] = defaultdict(Ordinals)
+        self._torn = Torn(rank)
         self._blank = np.zeros(Letter.WORDS, np.int64)
         self._blank[Letter.YIELD], self._blank[Letter.BELL] = yielding(), address_of(nodes.bell)
         self._patience = patience(len(nodes.addresses))
@@ -129,7 +131,14 @@ class Mailboxes:
         def run(_: int) -> Steps:
             buffer.stage()
             bytes_ = _Bytes(address_of(buffer.flat), nbytes, buffer)
-            yield from self._post(bytes_, dst, tag, place).steps(self._patience)
+            ordinal, message = self._ordinals[True, dst].next(tag), None
+            try:
+                message = self._post(bytes_, dst, tag, place, ordinal)
+                status = yield from message.steps(self._patience)
+            except BaseException:
+                self._break_off_send(message, dst, tag, ordinal)
+                raise
+            message.check(status)
             return buffer.owner
 
         receipt = Receipt("send", "message", "shared", 1, nbytes, reason)
@@ -142,10 +151,16 @@ class Mailboxes:
         def run(_: int) -> Steps:
             buffer.stage()
             bytes_ = _Bytes(address_of(buffer.flat), nbytes, buffer)
-            message = self._await(bytes_, src, tag)
-            if (yield from message.steps(self._patience)) == Status.BYTES:
-                answer = self._await(bytes_, src, ANSWERS, message.sequence)
-                yield from answer.steps(self._patience)
+            ordinal, message = self._next(src, tag), None
+            try:
+                message = self._await(bytes_, src, tag, ordinal)
+                status = yield from message.steps(self._patience)
+                if status == Status.BYTES:
+                    yield from self._ask(message, bytes_, src)
+            except BaseException:
+                self.break_off(message, src, tag, ordinal)
+                raise
+            message.check(status)
             buffer.commit()
             return buffer.owner
 
@@ -167,56 +182,99 @@ class Mailboxes:
         Nothing else may be written to the note meanwhile. Returns: 0, or what to answer with the
         bytes themselves, which the receiver asks for.
         """
-        words, box = self._addressed(_Bytes(0, nbytes, note), dst, tag)
-        words[Letter.KIND], words[Letter.PLACE] = Kind.NOTE, address_of(note) - box.base
-        words[Letter.PEER_BELL] = box.bell
-        message = self._message(words, dst, tag, note)
-        status = yield from message.steps(self._patience)
-        return message.sequence if status == Status.BYTES else 0
+        ordinal, message = self._ordinals[True, dst].next(tag), None
+        try:
+            words, box = self._addressed(_Bytes(0, nbytes, note), dst, tag, ordinal)
+            words[Letter.KIND], words[Letter.PLACE] = Kind.NOTE, address_of(note) - box.base
+            words[Letter.PEER_BELL] = box.bell
+            message = self._message(words, dst, tag, note)
+            status = yield from message.steps(self._patience)
+        except BaseException:
+            self._break_off_send(message, dst, tag, ordinal)
+            raise
+        return message.sequence if message.check(status) == Status.BYTES else 0
 
     def answer(self, part: npt.NDArray[np.uint8], dst: int, number: int) -> Steps:
         """Send the bytes that were asked for: `number` is what `send_note` has returned."""
-        bytes_ = _Bytes(address_of(part), part.nbytes, part)
-        yield from self._post(bytes_, dst, ANSWERS, None, number).steps(self._patience)
+        bytes_, message = _Bytes(address_of(part), part.nbytes, part), None
+        try:
+            message = self._post(bytes_, dst, ANSWERS, None, number)
+            status = yield from message.steps(self._patience)
+        except BaseException:
+            self._break_off_send(message, dst, ANSWERS, number)
+            raise
+        message.check(status)
 
     def hope(
         self, nbytes: int, src: int, tag: int
     ) -> Generator[list[Request], bool | None, Message]:
         """Wait for a message that may be a note; see what it is by its `note`."""
-        message = self._await(_Bytes(0, nbytes, None), src, tag)
-        message.hope()
-        yield from message.steps(self._patience)
+        ordinal, message = self._next(src, tag), None
+        try:
+            message = self._await(_Bytes(0, nbytes, None), src, tag, ordinal)
+            message.hope()
+            status = yield from message.steps(self._patience)
+        except BaseException:
+            self.break_off(message, src, tag, ordinal)
+            raise
+        message.check(status)
         return message
 
     def take(self, message: Message, part: npt.NDArray[np.uint8], src: int) -> Steps:
         """Receive the bytes of what `hope` has found: those that came, or that it asks for."""
         if message.note:
             message.settle(served=False)
-            bytes_ = _Bytes(address_of(part), part.nbytes, part)
-            answer = self._await(bytes_, src, ANSWERS, message.sequence)
-            yield from answer.steps(self._patience)
+            yield from self._ask(message, _Bytes(address_of(part), part.nbytes, part), src)
         else:
             message.put_at(part)
-            yield from message.steps(self._patience)
+            message.check((yield from message.steps(self._patience)))
 
     # -- parts of them -----------------------------------------------------------------------
 
-    def _await(self, bytes_: _Bytes, src: int, tag: int, ordinal: int = 0) -> Message:
+    def _ask(self, message: Message, bytes_: _Bytes, src: int) -> Steps:
+        """Receive the bytes that a message's sender was asked for."""
+        answer = self._await(bytes_, src, ANSWERS, message.sequence)
+        try:
+            status = yield from answer.steps(self._patience)
+        except BaseException:
+            answer.abandon()
+            raise
+        answer.check(status)
+
+    def _next(self, src: int, tag: int) -> int:
+        """Return the ordinal of the next message to receive."""
+        self._torn.check(src, tag)
+        return self._ordinals[False, src].next(tag)
+
+    def break_off(self, message: Message | None, src: int, tag: int, ordinal: int) -> None:
+        """Leave a message to the next receive, or refuse these where it cannot be left."""
+        begun = message is not None and message.abandon()
+        if begun or not self._ordinals[False, src].take_back(tag, ordinal):
+            self._torn.add(src, tag)
+
+    def _break_off_send(self, message: Message | None, dst: int, tag: int, ordinal: int) -> None:
+        """Keep what the receiver may still read, or count a message that it cannot see no more."""
+        if message is not None and message.abandon():
+            self._memory.keep([(message.returned, message)])
+            return
+        self._slots[dst].take_back()
+        if tag != ANSWERS:
+            self._ordinals[True, dst].take_back(tag, ordinal)
+
+    def _await(self, bytes_: _Bytes, src: int, tag: int, ordinal: int) -> Message:
         box = self._inboxes[src]
         words = self._words(box, False, src, tag, bytes_, ordinal)
         words[Letter.BASE], words[Letter.LOW] = box.base, box.low_at
         return self._message(words, src, tag, (bytes_, box))
 
-    def _addressed(self, bytes_: _Bytes, dst: int, tag: int, ordinal: int = 0) -> tuple[Words, Box]:
+    def _addressed(self, bytes_: _Bytes, dst: int, tag: int, ordinal: int) -> tuple[Words, Box]:
         box, slots = self._outboxes[dst], self._slots[dst]
         slots.take()
         words = self._words(box, True, dst, tag, bytes_, ordinal)
         words[Letter.BOX], words[Letter.SEQUENCE] = slots.slot, slots.sent
         return words, box
 
-    def _post(
-        self, bytes_: _Bytes, dst: int, tag: int, place: int | None, ordinal: int = 0
-    ) -> Message:
+    def _post(self, bytes_: _Bytes, dst: int, tag: int, place: int | None, ordinal: int) -> Message:
         words, box = self._addressed(bytes_, dst, tag, ordinal)
         slots, nbytes = self._slots[dst], bytes_.nbytes
         if place is not None:
@@ -246,8 +304,6 @@ class Mailboxes:
     def _words(
         self, box: Box, sends: bool, peer: int, tag: int, bytes_: _Bytes, ordinal: int
     ) -> Words:
-        if not ordinal:
-            ordinal = self._ordinals[sends, peer].next(tag)
         words = self._blank.copy()
         words[Letter.SENDS], words[Letter.BOX] = sends, box.address
         words[Letter.TAG] = tag

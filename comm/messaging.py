@@ -19,11 +19,12 @@ from .dtypes import DTYPES, DType
 from .errors import MismatchError
 from .executor import MOVE, NETWORK_MOVING, NETWORK_WINDOW, WINDOW, Arithmetic, Lane, execute
 from .fingerprint import fingerprint, shares_of, tag_of
+from .posts import Posts
 from .program import Op, Program
 from .schedule import Schedule
 from .settings import Settings
 from .trace import Signature
-from .transport.base import Channel, Transport
+from .transport.base import Channel, Receiving, Request, Transport
 from .transport.mpi_compiled import Compiled, InFlight, can_run
 from .work import Prepared, Receipt, Steps
 
@@ -43,7 +44,7 @@ Executor = Compiled | Plain
 class Messaging:
     """Prepare operations for one rank of one group; as `Meetings` does, which needs a board.
 
-    choice: of the schedules.
+    choice: of the schedules.  posts: the messages between two ranks.
     """
 
     def __init__(self, transport: Transport, settings: Settings) -> None:
@@ -55,6 +56,7 @@ class Messaging:
         self._algorithm: str | Schedule | None = None
         self._compiled = settings.compiled and transport.calls is not None
         self._in_flight = InFlight()
+        self.posts = Posts(transport.rank)
 
     def lack(self, reason: str) -> None:
         """Say in receipts why the node shares no memory; "" where it does, or is not asked to."""
@@ -211,21 +213,22 @@ class Messaging:
         transport = self._transport
         data = buffer.flat.view(np.uint8)
         limit = self._settings.max_message_bytes
-        start = transport.isend if op is Op.SEND else transport.irecv
+
+        def send(low: int, high: int) -> Request:
+            return transport.isend(data[low:high], peer, tag, Channel.POINT_TO_POINT)
+
+        def recv(low: int, high: int) -> Receiving:
+            return transport.irecv(data[low:high], peer, tag, Channel.POINT_TO_POINT)
 
         def run(_: int) -> Steps:
             buffer.stage()
-            # All pieces at once, in the caller's order: the pieces of two messages with the same
-            # tag must not interleave.
-            pending = [
-                start(data[low:high], peer, tag, Channel.POINT_TO_POINT)
-                for low, high in pieces(data.size, limit)
-            ]
+            spans = pieces(data.size, limit)
             try:
-                while pending := [request for request in pending if not request.done()]:
-                    yield pending
+                if op is Op.SEND:
+                    yield from self.posts.send(send, spans, buffer)
+                else:
+                    yield from self.posts.receive(recv, spans, peer, tag, buffer)
             except MismatchError as error:
-                self._in_flight.abandoned.append((pending, buffer))
                 told = f"; a {name} of {data.size} bytes, in pieces of {limit}"
                 raise MismatchError(f"{error}{told if data.size >= limit else ''}") from None
             if op is Op.RECV:

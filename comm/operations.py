@@ -19,6 +19,7 @@ from .mailboxes import Mailboxes
 from .meetings import Meetings
 from .memory import Memory, owner_of
 from .messaging import Messaging
+from .posts import Posts
 from .schedule import Schedule
 from .settings import Settings
 from .transport.base import Transport
@@ -135,6 +136,11 @@ class Operations:
     def recv(self, x: Any, src: int, tag: int = 0) -> Prepared:
         buffer, src, tag = self._wrap(x, writable=True), self.peer(src, "src"), self.tag(tag)
         return self._to(src).recv(buffer, src, tag)
+
+    @property
+    def posts(self) -> Posts:
+        """Return this rank's messages through the transport."""
+        return self._messaging.posts
 
     @property
     def mail(self) -> Mailboxes | None:

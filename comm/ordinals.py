@@ -38,6 +38,15 @@ class Ordinals:
         recent[tag] = count = count + 1
         return count
 
+    def take_back(self, tag: int, ordinal: int) -> bool:
+        """Count a message no more; tell whether it was the last of its tag, as it has to be."""
+        count = self._recent.get(tag)
+        if count is None:
+            count = int(self._settled(np.array([tag]))[0])
+        if count == ordinal:
+            self._recent[tag] = ordinal - 1
+        return count <= ordinal
+
     def _settled(self, tags: Words) -> Words:
         """Return the counts in the runs."""
         counts = np.zeros(len(tags), np.int64)

@@ -72,7 +72,14 @@ class Outbox:
             self._begin(sent // SLOTS)
         self.sent, self.slot = sent, self._slots + sent % SLOTS * SLOT_BYTES
 
+    def take_back(self) -> None:
+        """Count the last message no more, where nothing was written to its slot."""
+        if self.slot and ctypes.c_int64.from_address(self.slot).value < self.sent:
+            self.sent, self.slot = self.sent - 1, 0
+
     def _begin(self, number: int) -> None:
+        if self._runs and self._runs[-1].number == number:  # for a message that was taken back
+            return
         oldest = next((run.number for run in self._runs if not run.done()), number)
         if number - oldest >= RUNS:
             raise CommError(
@@ -90,9 +97,9 @@ class Outbox:
             if (word := self._word(run.number)).value == run.block.offset:
                 word.value = -1 - run.number
             run.number = number
-        self._runs.append(run)
         self._word(number).value = run.block.offset
         self._slots = self._memory.address + run.block.offset
+        self._runs.append(run)
 
     def _word(self, number: int) -> ctypes.c_int64:
         return ctypes.c_int64.from_address(self._address + number % RUNS * 8)

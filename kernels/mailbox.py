@@ -16,7 +16,7 @@ from numba import types
 
 from .bell import ring_bell
 from .compiled import Kernel, compile_callback, compile_kernel
-from .mailbox_words import ASKED, RUNS, SLOT_BYTES, SLOTS, Kind, Letter, Slot
+from .mailbox_words import ASKED, GIVEN_UP, RUNS, SLOT_BYTES, SLOTS, Kind, Letter, Slot
 from .native import call, copy_bytes, fence, load, relax, store, try_lock, words_at
 from .records import Status
 from .scalars import compiled
@@ -24,7 +24,7 @@ from .scalars import compiled
 _RUNNING, _DONE = np.int64(Status.RUNNING), np.int64(Status.DONE)
 _MISMATCH, _REFUSED = np.int64(Status.MISMATCH), np.int64(Status.REFUSED)
 _FOUND_NOTE, _WANTS_BYTES = np.int64(Status.NOTE), np.int64(Status.BYTES)
-_NOTE, _ASKED = int(Kind.NOTE), int(ASKED)
+_NOTE, _ASKED, _GIVEN_UP = int(Kind.NOTE), int(ASKED), int(GIVEN_UP)
 _S_SEQUENCE, _S_TAG, _S_ORDINAL = int(Slot.SEQUENCE), int(Slot.TAG), int(Slot.ORDINAL)
 _S_NBYTES, _S_PLACE, _S_WINDOW = int(Slot.NBYTES), int(Slot.PLACE), int(Slot.WINDOW)
 _S_KIND = int(Slot.KIND)
@@ -101,6 +101,8 @@ def _verdict(letter: Any, consumed: Any) -> Any:
         return _DONE
     if consumed == _ASKED:
         return _WANTS_BYTES
+    if consumed == _GIVEN_UP:
+        return _REFUSED
     letter[_FOUND] = -1 - consumed
     return _MISMATCH
 
@@ -209,6 +211,9 @@ def _receive(letter: Any) -> Any:
             if not _pause(letter, looks):
                 return _RUNNING
             continue
+        if there < 0:  # GIVEN_UP
+            _tell(letter, at + _S_DONE, letter[_SEQUENCE])
+            return _REFUSED
         looks = 0
         start = moved % window
         nbytes = min(there, window - start)
@@ -259,6 +264,7 @@ def settle_note_kernel() -> Kernel:
     def settle_note(record: Any, served: Any) -> None:
         letter = words_at(record, _WORDS)
         at = _slot_of(letter, letter[_SEQUENCE])
+        letter[_STATUS] = _DONE
         if served != 0:
             _tell(letter, at + _S_DONE, letter[_SEQUENCE])
         else:
@@ -267,14 +273,40 @@ def settle_note_kernel() -> Kernel:
     return compile_kernel("settle_note", settle_note, types.int64, types.int64)
 
 
+@compiled
+def _break_off(letter: Any) -> Any:
+    """Tell the other side where it would wait for the rest; tell whether the message was begun."""
+    running = letter[_STATUS] == _RUNNING
+    if letter[_SENDS] != 0:
+        if letter[_PUBLISHED] == 0:
+            return False
+        if running and letter[_WINDOW_AT] != 0:
+            _tell(letter, _slot_of(letter, letter[_SEQUENCE]) + _S_PRODUCED, _GIVEN_UP)
+        return True
+    if not running:
+        return letter[_STATUS] != _FOUND_NOTE  # which is still there
+    if letter[_MOVED] == 0:
+        return False
+    at = _slot_of(letter, letter[_SEQUENCE])
+    store(at + _S_CONSUMED, _GIVEN_UP)
+    _tell(letter, at + _S_DONE, letter[_SEQUENCE])
+    return True
+
+
 @functools.cache
 def abandon_letter_kernel() -> Kernel:
-    """Return the compiled (letter record) that ends a letter, when no thread is at it any more."""
+    """Return the compiled (letter record) that ends a letter, when no thread is at it any more.
 
-    def abandon_letter(record: Any) -> None:
+    Returns: whether its receiver may have seen the message, or begun to take it.
+    """
+
+    def abandon_letter(record: Any) -> Any:
         while try_lock(record + 8 * _LOCK) == 0:
             relax()
-        store(record + 8 * _STATUS, _REFUSED)
+        letter = words_at(record, _WORDS)
+        begun = _break_off(letter)
+        letter[_STATUS] = _REFUSED
         store(record + 8 * _LOCK, 0)
+        return begun
 
     return compile_kernel("abandon_letter", abandon_letter, types.int64)

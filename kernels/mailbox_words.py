@@ -25,6 +25,9 @@ BOX_BYTES = 8 * RUNS
 ASKED = -(1 << 62)
 """In CONSUMED: the receiver of a note asks for the bytes themselves."""
 
+GIVEN_UP = ASKED + 1
+"""In PRODUCED or CONSUMED: that side has given the message up, and some of it has passed."""
+
 
 class Kind(IntEnum):
     """What lies at a message's place: its bytes, or a note that tells how to come by them.

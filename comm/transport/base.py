@@ -36,6 +36,14 @@ class Request(Protocol):
         ...
 
 
+class Receiving(Request, Protocol):
+    """A message that is to come."""
+
+    def cancel(self) -> bool:
+        """Take a receive back; tell whether the message, if any comes, is left for another."""
+        ...
+
+
 @dataclass(frozen=True)
 class Calls:
     """How compiled code sends a transport's collective messages: addresses and handles.
@@ -74,7 +82,7 @@ class DeviceMessages(Protocol):
 
     def irecv_device(
         self, address: int, nbytes: int, src: int, tag: int, channel: Channel
-    ) -> Request:
+    ) -> Receiving:
         """Start to receive exactly nbytes to a device address."""
         ...
 
@@ -112,7 +120,7 @@ class Transport(Protocol):
         """Start to send 1-D contiguous bytes."""
         ...
 
-    def irecv(self, data: Bytes, src: int, tag: int, channel: Channel) -> Request:
+    def irecv(self, data: Bytes, src: int, tag: int, channel: Channel) -> Receiving:
         """Start to receive exactly as many bytes as data has."""
         ...
 

@@ -19,10 +19,11 @@ _Key = tuple[Hashable, Channel, int, int, int]
 class LocalRequest:
     """One side of a message; done once the bytes were copied."""
 
-    def __init__(self, data: Bytes, peer: int, wake: threading.Event) -> None:
+    def __init__(self, data: Bytes, peer: int, wake: threading.Event, world: World) -> None:
         self.data = data
         self.peer = peer
         self._wake = wake
+        self._world = world
         self._done = False
         self._error: Exception | None = None
 
@@ -37,6 +38,10 @@ class LocalRequest:
         if self._error is not None:
             raise self._error
         return self._done
+
+    def cancel(self) -> bool:
+        """Take a receive back, unless a send has met it."""
+        return self._world.take_back(self)
 
 
 class World:
@@ -75,6 +80,17 @@ class World:
             )
         send.finish(error)
         receive.finish(error)
+
+    def take_back(self, request: LocalRequest) -> bool:
+        """Let a receive be met by no send; tell whether none has met it."""
+        with self._condition:
+            for key, waiting in self._receives.items():
+                if request in waiting:
+                    waiting.remove(request)
+                    if not waiting:
+                        del self._receives[key]
+                    return True
+        return False
 
     def meet(self, place: Hashable, rank: int, value: Any, members: tuple[int, ...]) -> list[Any]:
         """Bring one value of every member together; returns them in the order of members."""
@@ -141,7 +157,8 @@ class LocalTransport:
         return self._post(data, src, (self._context, channel, there, here, tag), sending=False)
 
     def _post(self, data: Bytes, peer: int, key: _Key, sending: bool) -> LocalRequest:
-        request = LocalRequest(data, peer, self._world.wakes[self._members[self.rank]])
+        wake = self._world.wakes[self._members[self.rank]]
+        request = LocalRequest(data, peer, wake, self._world)
         self._world.post(request, key, sending)
         return request
 

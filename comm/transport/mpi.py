@@ -26,6 +26,9 @@ INSTALL_HINT = (
 
 _FINALIZED = "MPI has been finalized: no communicator can be opened after that"
 
+_LOOKS = 100
+"""For a message that is cancelled; one that is on its way is not, and may take long."""
+
 
 def load_mpi(lookout: Callable[[], Lookout] | None = None) -> Any:
     """Import mpi4py's MPI module, and start MPI where nobody has.
@@ -116,6 +119,20 @@ class MpiRequest:
             if got != self._expected:
                 raise wrong_size(self.peer, got, self._expected)
         return True
+
+    def cancel(self) -> bool:
+        """Take a receive back, unless its message has come or is coming."""
+        if self._mpi.Is_finalized():
+            return False
+        status = self._mpi.Status()
+        try:
+            self._request.Cancel()
+            for _ in range(_LOOKS):
+                if self._request.Test(status):
+                    return bool(status.Is_cancelled())
+        except self._mpi.Exception:  # it has ended before
+            pass
+        return False
 
 
 class MpiTransport:

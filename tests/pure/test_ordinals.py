@@ -31,6 +31,16 @@ def test_it_counts_as_a_dictionary(tags: list[int], recent: int) -> None:
         ordinals._RECENT = known
 
 
+def test_the_last_message_of_a_tag_is_taken_back() -> None:
+    counted = Ordinals()
+    assert [counted.next(7) for _ in range(3)] == [1, 2, 3]
+    assert counted.take_back(7, 3) and counted.take_back(7, 3) and counted.next(7) == 3
+    assert not counted.take_back(7, 2) and counted.next(7) == 4
+    counted._settle()
+    assert counted.take_back(7, 4) and counted.next(7) == 4
+    assert counted.take_back(8, 1) and counted.next(8) == 1
+
+
 @pytest.mark.parametrize(("stride", "each"), [(1, 0), (1000, 40)])
 def test_tags_that_number_steps_take_little_memory(stride: int, each: int) -> None:
     """A dictionary of them takes 265 bytes for each."""

@@ -44,6 +44,21 @@ def test_a_message_has_a_slot_of_its_own_until_it_is_done() -> None:
     assert pair.words(3 * SLOTS + 1)[Slot.SEQUENCE] < 3 * SLOTS + 1  # is yet to come
 
 
+def test_a_message_that_was_never_written_is_taken_back() -> None:
+    """Receivers saw none behind the slot of a send that a signal had interrupted."""
+    pair = Pair()
+    for sent in (0, SLOTS - 1):  # in a run, and where the next one begins
+        pair.send(sent - pair.slots.sent)
+        pair.slots.take()
+        for _ in range(2):
+            pair.slots.take_back()
+            assert pair.slots.sent == sent
+        pair.send(1)
+        assert pair.words(sent + 1)[Slot.SEQUENCE] == pair.slots.sent == sent + 1
+    pair.slots.take_back()  # which was written
+    assert pair.slots.sent == SLOTS and len(pair.slots._runs) == 2
+
+
 def test_a_run_of_slots_is_used_again_once_all_of_it_is_done() -> None:
     pair = Pair()
     for round in range(4):  # all but message 5 are received at once

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from ringfold import CommError, Communicator, run_local
+from ringfold import CommError, CommTimeout, Communicator, run_local
 from ringfold.comm.progress import Progress
 from ringfold.comm.transport.local import LocalTransport, World
 from ringfold.comm.work import Receipt, Steps, Work
@@ -29,6 +29,13 @@ def in_flight(progress: Progress, comes_in: Callable[[], None], late: int = 1) -
     transport = LocalTransport(World(1), (0,), 0)
     receipt = Receipt("recv", "message", "local", 1, 0)
     return progress.start(lambda: Work(steps(), receipt, transport, progress), False)
+
+
+def throwing(error: BaseException) -> Callable[..., Any]:
+    def throw(*_: object) -> None:
+        raise error
+
+    return throw
 
 
 def time_is_up(*_: object) -> None:
@@ -127,6 +134,41 @@ def test_what_comes_right_behind_a_step_breaks_the_steps_off_at_once() -> None:
     assert ended == ["closed"], caught
     progress.advance()
     assert not progress.works
+
+
+def test_a_receive_that_is_interrupted_leaves_its_message_to_the_next() -> None:
+    """The next one got the message behind, and the one after that waited in vain."""
+
+    def main(comm: Communicator) -> None:
+        pause = comm._transport.pause
+        for error in (KeyboardInterrupt(), CommTimeout("time is up")):
+            comm._transport.pause = throwing(error)  # type: ignore[method-assign]
+            with pytest.raises(type(error)):
+                comm.recv(np.zeros(3), 0)
+            assert not comm._progress.works
+        comm._transport.pause = pause  # type: ignore[method-assign]
+        for k in (1, 2):
+            comm.isend(np.full(3, k), 0)
+        assert [comm.recv(np.zeros(3, int), 0)[0] for _ in range(2)] == [1, 2]
+
+    run_local(1, main)
+
+
+def test_a_receive_that_is_interrupted_before_another_refuses_those_behind() -> None:
+    def main(comm: Communicator) -> None:
+        first, second = (comm.irecv(np.zeros(3), 0) for _ in range(2))
+        first.pending[0].done = throwing(KeyboardInterrupt())  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            first.wait()
+        for k in (1.0, 2.0):
+            comm.isend(np.full(3, k), 0)
+        assert second.wait()[0] == 2
+        with pytest.raises(CommError, match="an earlier receive from rank 0 with tag 0 was broken"):
+            comm.recv(np.zeros(3), 0)
+        comm.isend(np.full(3, 3.0), 0, 1)
+        assert comm.recv(np.zeros(3), 0, 1)[0] == 3
+
+    run_local(1, main)
 
 
 def test_a_signal_handler_may_ask_whether_works_are_done() -> None:

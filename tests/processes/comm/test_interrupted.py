@@ -2,6 +2,7 @@
 
 import gc
 import signal
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from ringfold import CommError, Communicator
-from ringfold.kernels import meeting
+from ringfold.comm.mailboxes import BUFFERED_BYTES, IN_PLACE_BYTES
+from ringfold.kernels import mailbox, meeting
 
 pytestmark = pytest.mark.usefixtures("sharing")
 
@@ -35,7 +37,8 @@ def interrupt() -> Iterator[Callable[..., Any]]:
     def behind(compiled: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: object) -> Any:
             result = compiled(*arguments)
-            signal.raise_signal(signal.SIGALRM)
+            if threading.current_thread() is threading.main_thread():  # the background goes on
+                signal.raise_signal(signal.SIGALRM)
             return result
 
         return lambda: call
@@ -98,4 +101,111 @@ def test_what_stands_behind_a_collective_that_is_interrupted_is_refused_at_once(
             works[0].wait()
         with pytest.raises(CommError, match="an earlier allreduce was given up halfway"):
             works[1].wait()
+    comm.barrier()
+
+
+@pytest.mark.parametrize("count", [4, BUFFERED_BYTES])
+def test_a_receive_that_is_interrupted_leaves_its_message_to_the_next(
+    comm: Communicator,
+    interrupt: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+) -> None:
+    """The next one got the message behind, and the one after that waited in vain."""
+    got = np.zeros(count, np.int32)
+    if comm.rank == 0:
+        with monkeypatch.context() as patch:
+            advance = interrupt(mailbox.advance_letter_kernel())
+            patch.setattr(mailbox, "advance_letter_kernel", advance)
+            with pytest.raises(Stop):
+                comm.recv(got, 1, 3)
+    comm.barrier()
+    if comm.rank == 1:
+        works = [comm.isend(np.full(count, k, np.int32), 0, 3) for k in (1, 2)]
+        for work in works:
+            work.wait()
+    if comm.rank == 0:
+        assert [comm.recv(got, 1, 3)[0] for _ in range(2)] == [1, 2]
+    comm.barrier()
+
+
+def test_a_receive_that_is_interrupted_when_its_message_has_come_refuses_the_next(
+    comm: Communicator, interrupt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = comm.split(0)
+    assert group is not None
+    if comm.rank == 1:
+        group.send(np.full(4, 1.0), 0, 3)
+        group.send(np.full(4, 2.0), 0, 3)
+        group.send(np.full(4, 3.0), 0, 4)
+    comm.barrier()
+    if comm.rank == 0:
+        with monkeypatch.context() as patch:
+            advance = interrupt(mailbox.advance_letter_kernel())
+            patch.setattr(mailbox, "advance_letter_kernel", advance)
+            with pytest.raises(Stop):
+                group.recv(np.zeros(4), 1, 3)
+        with pytest.raises(CommError, match="an earlier receive from rank 1 with tag 3 was broken"):
+            group.recv(np.zeros(4), 1, 3)
+        assert (group.recv(np.zeros(4), 1, 4) == 3).all()
+    comm.barrier()
+
+
+@pytest.mark.parametrize("side", ["sender", "receiver"])
+def test_a_message_that_is_interrupted_halfway_ends_on_both_sides(
+    comm: Communicator,
+    interrupt: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    side: str,
+) -> None:
+    """The other side waited until time was up."""
+    group, data = comm.split(0), np.zeros(2 * BUFFERED_BYTES, np.uint8)
+    assert group is not None
+    me = {0: "sender", 1: "receiver"}.get(comm.rank)
+    if me is not None:
+        call = group.isend if me == "sender" else group.irecv
+        if me == "receiver":  # something is there to begin with
+            comm.recv(np.zeros(1), 0, 9)
+        with monkeypatch.context() as patch:
+            if me == side:
+                advance = interrupt(mailbox.advance_letter_kernel())
+                patch.setattr(mailbox, "advance_letter_kernel", advance)
+            else:
+                patch.setattr(group._sharing.mail, "_patience", (0, 0))  # it takes a window at most
+            with pytest.raises(Stop if me == side else CommError) as caught:
+                work = None
+                if me == "sender":
+                    try:
+                        work = call(data, 1)
+                    finally:
+                        comm.isend(np.zeros(1), 1, 9)
+                else:
+                    work = call(data, 0)
+                work.wait()
+        if me != side:
+            assert "has given a message up halfway" in str(caught.value)
+    comm.barrier()
+
+
+def test_what_a_receiver_may_read_in_place_is_kept_until_it_has(
+    comm: Communicator, interrupt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It read what came to lie there when the sender had let the array go."""
+    count = 2 * IN_PLACE_BYTES
+    if comm.rank == 0:
+        x = comm.empty(count, np.uint8)
+        x[:] = 5
+        with monkeypatch.context() as patch:
+            advance = interrupt(mailbox.advance_letter_kernel())
+            patch.setattr(mailbox, "advance_letter_kernel", advance)
+            with pytest.raises(Stop):
+                comm.send(x, 1)
+        del x
+        gc.collect()
+        others = [comm.empty(count, np.uint8) for _ in range(3)]
+        for other in others:
+            other[:] = 9
+    comm.barrier()
+    if comm.rank == 1:
+        assert (comm.recv(np.zeros(count, np.uint8), 0) == 5).all()
     comm.barrier()
