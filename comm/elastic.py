@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
@@ -18,7 +17,7 @@ from .guard import Guard
 from .job import Job
 from .lookout import PATIENCE, lookout_for
 from .scope import Scope
-from .settings import Settings, survives_failures
+from .settings import Settings, started_in, survives_failures
 
 __all__ = ["Elastic", "Loss"]
 
@@ -104,7 +103,7 @@ class Elastic(Scope):
         self._settings = settings or Settings.read()
         if self._settings.watch:
             watchdog.catch(self)  # while one communicator is given up for another, too
-        self._command, self._folder = command, _started_in()
+        self._command, self._folder = command, started_in()
         self._attempts = attempts
         self._starts = 0  # in a row, without progress beyond _reached
         self._reached = -1
@@ -226,12 +225,3 @@ class Elastic(Scope):
             self._survivors.leave()
         if self._settings.watch:
             watchdog.let_go(self)
-
-
-def _started_in() -> str:
-    """Return the folder in which this process was started, as far as that can be known.
-
-    mpirun and shells keep PWD, which os.chdir leaves as it is.
-    """
-    folder = os.environ.get("PWD", "")
-    return folder if os.path.isabs(folder) and os.path.isdir(folder) else os.getcwd()

@@ -214,3 +214,12 @@ def fit_to_start_mpi() -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
+
+
+def started_in(environ: Mapping[str, str] = os.environ) -> str:
+    """Return the folder in which this process was started, as far as that can be known.
+
+    mpirun and shells keep PWD, which os.chdir leaves as it is.
+    """
+    folder = environ.get("PWD", "")
+    return folder if os.path.isabs(folder) and os.path.isdir(folder) else os.getcwd()

@@ -36,20 +36,19 @@ _SMALL = 1 << 18
 class Returning:
     """Gradients on their way back, and which of them there are.
 
-    word: None where it is the last part of what is received.
+    word: the last bytes of what is received, or on a way of its own.
     """
 
     received: Received
-    word: NDArray[np.uint8] | None
+    word: NDArray[np.uint8]
     work: Work | None
 
     def wait(self) -> list[Tensor | None]:
         """Return one for each tensor, None where the next stage has not used it."""
         if self.work is not None:
             self.work.wait()
-        gradients = self.received.wait()
-        there = gradients.pop().tolist() if self.word is None else self.word.tolist()
-        return [g if used else None for g, used in zip(gradients, there, strict=True)]
+        pairs = zip(self.received.wait(), self.word.tolist(), strict=True)
+        return [gradient if used else None for gradient, used in pairs]
 
 
 def await_gradients(
@@ -61,14 +60,14 @@ def await_gradients(
     device: torch.device,
 ) -> Returning:
     """Begin to receive the gradients of tensors like these over an edge."""
-    tag = edge.payload_tag(microbatch, backward=True)
-    word = work = None
-    if _goes_within(specs, device):
-        specs = (*specs, TensorSpec("uint8", (len(specs),), needs_grad=False))
-    else:
-        word = np.empty(len(specs), dtype=np.uint8)
-        work = channel.irecv(word, src, edge.word_tag(microbatch)) if specs else None
-    received = start_receive(channel, Description((), specs), src, tag, device)
+    tag, count = edge.payload_tag(microbatch, backward=True), len(specs)
+    within = _goes_within(specs, device)
+    behind = count if within else 0
+    received = start_receive(channel, Description((), specs), src, tag, device, behind)
+    if within:
+        return Returning(received, received.flat.numpy()[-count:], None)
+    word = np.empty(count, dtype=np.uint8)
+    work = channel.irecv(word, src, edge.word_tag(microbatch)) if specs else None
     return Returning(received, word, work)
 
 
@@ -85,16 +84,17 @@ def send_gradients(
     if not specs:
         return
     pairs = zip(gradients, specs, strict=True)
-    payload = [
+    whole = [
         torch.zeros(s.shape, dtype=s.torch_dtype, device=device) if g is None else g
         for g, s in pairs
     ]
-    there = [gradient is not None for gradient in gradients]
+    word = np.array([gradient is not None for gradient in gradients], dtype=np.uint8)
     if _goes_within(specs, device):
-        payload.append(torch.tensor(there, dtype=torch.uint8, device=device))
+        flat = flatten(whole, device, len(word))
+        flat.numpy()[-len(word) :] = word
     else:
-        outbox.post(np.array(there, dtype=np.uint8), dst, edge.word_tag(microbatch))
-    flat = flatten(payload, device)
+        outbox.post(word, dst, edge.word_tag(microbatch))
+        flat = flatten(whole, device)
     if flat.numel():
         outbox.post(flat, dst, edge.payload_tag(microbatch, backward=True))
 

@@ -196,9 +196,14 @@ def start_receive(
     src: int,
     tag: int,
     device: torch.device = _HOST,
+    behind: int = 0,
 ) -> Received:
-    """Begin to receive, on a device, the payload of a value whose description is known."""
-    flat = torch.empty(payload_bytes(description.tensors), dtype=torch.uint8, device=device)
+    """Begin to receive, on a device, the payload of a value whose description is known.
+
+    behind: bytes that come with it, behind it.
+    """
+    nbytes = payload_bytes(description.tensors) + behind
+    flat = torch.empty(nbytes, dtype=torch.uint8, device=device)
     work = channel.irecv(_array(flat), src, tag) if flat.numel() else None
     return Received(description, flat, work)
 
@@ -208,16 +213,16 @@ def payload_bytes(specs: Sequence[TensorSpec]) -> int:
     return _places(specs)[-1]
 
 
-def flatten(tensors: Sequence[Tensor], device: torch.device = _HOST) -> Tensor:
+def flatten(tensors: Sequence[Tensor], device: torch.device = _HOST, behind: int = 0) -> Tensor:
     """Return the bytes of several tensors as one flat tensor on a device.
 
-    A single one that lies there is not copied.
+    A single one that lies there is not copied, but where bytes behind it are to be free.
     """
     pieces = [flat_bytes(tensor.to(device)) for tensor in tensors]
-    if len(pieces) == 1:
+    if len(pieces) == 1 and not behind:
         return pieces[0]
     places = _places([TensorSpec.of(tensor) for tensor in tensors])
-    flat = torch.empty(places[-1], dtype=torch.uint8, device=device)
+    flat = torch.empty(places[-1] + behind, dtype=torch.uint8, device=device)
     for start, piece in zip(places, pieces, strict=False):
         flat[start : start + piece.numel()] = piece
     return flat
