@@ -168,9 +168,9 @@ def broadcast_tensors(
 
     Collective; the tensors must agree in shape and dtype. Any dtype and any strides.
     """
-    if comm.size == 1:
-        return
     wholes = [tensor.detach() for tensor in tensors]
+    if comm.size == 1 or not wholes:
+        return
     targets = [real_view(tensor) for tensor in wholes]
     members = [member_of("", tensor) for tensor in targets]
     for bucket in plan_buckets(members, limit_bytes):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ringfold.comm.settings import Settings, fit_to_start_mpi, unlike
+from ringfold.comm.settings import Settings, fit_to_start_mpi, started_in, unlike
 
 COMPONENTS = "OMPI_MCA_btl"
 
@@ -96,3 +96,9 @@ def test_what_the_user_has_chosen_stays(monkeypatch: pytest.MonkeyPatch) -> None
     with fit_to_start_mpi():
         assert os.environ[COMPONENTS] == "self,tcp"
     assert os.environ[COMPONENTS] == "self,tcp"
+
+
+def test_the_folder_of_the_start_is_the_launchers_if_there_is_one(tmp_path: Path) -> None:
+    assert started_in({"PWD": str(tmp_path)}) == str(tmp_path)
+    for unknown in ({}, {"PWD": "."}, {"PWD": str(tmp_path / "gone")}):
+        assert started_in(unknown) == os.getcwd()
