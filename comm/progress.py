@@ -224,9 +224,7 @@ class Progress:
                     return
                 watch.pause()
         except PeerLost as error:
-            # What waits for a lost rank will never end; its buffers may be let go.
-            with self._lock:
-                work.fail(error)
+            self._lose(work, error)
             raise
         except CommTimeout:
             work.overdue = overdue or asks  # a look alone is not in vain
@@ -243,6 +241,18 @@ class Progress:
                 self._waiting -= counted
             if self._deserted and self._thread is not None:
                 self._notify()
+
+    def _lose(self, work: Work, error: PeerLost) -> None:
+        """Fail a work that waits for a lost rank, and will never end; its buffers may be let go.
+
+        With it those of its group that run in turn, by shared memory: theirs never comes.
+        """
+        group = work.group if work.receipt.transport == "shared" else ""
+        with self._lock:
+            for one in self.works:
+                if group and (one.group, one.receipt.transport) == (group, "shared"):
+                    one.fail(error)
+            work.fail(error)
 
     def disagree(self, group: str, error: MismatchError) -> None:
         """Fail a group's works: ranks that disagree about one call do so about those behind it."""
@@ -284,8 +294,7 @@ class Progress:
             try:
                 doubts.arise(work, whole=False)
             except PeerLost as error:
-                with self._lock:
-                    work.fail(error)
+                self._lose(work, error)
 
     def give_up(self, picks: Picks, why: Callable[[Work], BaseException]) -> list[Request]:
         """End every work that `picks` picks, with an error; return what was under way.
