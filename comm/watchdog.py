@@ -199,9 +199,13 @@ def _publish() -> None:
     os.pwrite(_stacks_file(), _ALONE if alone else _SHARED, 0)
 
 
+_Action = ctypes.c_size_t * 32
+"""A struct sigaction, which begins with the handler (glibc, musl)."""
+
+
 def _action() -> ctypes.Array[ctypes.c_size_t]:
-    """Return a struct sigaction, which begins with the handler's address (glibc, musl)."""
-    action = (ctypes.c_size_t * 32)()
+    """Return what is done at the signal; first, the address of the handler, 0 for the default."""
+    action = _Action()
     _sigaction()(int(_SIGNAL), None, action)
     return action
 
