@@ -2,10 +2,12 @@
 
 Runs of chunks begin anywhere, wrap around, overlap and are exchanged; partial sums are copied
 around before all has been added. The same seed gives the same schedule on every rank.
+
+And a rule that tells one rank, as an int, something else than ranks in an array.
 """
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from contract import data, expected, reopened
@@ -15,7 +17,7 @@ from ringfold.comm.collective import ALLREDUCE
 from ringfold.comm.errors import ScheduleError
 from ringfold.comm.evaluation import draw
 from ringfold.comm.listed import Listed, ListedChunks
-from ringfold.comm.schedule import NOBODY, Round, Schedule
+from ringfold.comm.schedule import NOBODY, Chunks, Ranks, Round, Schedule
 from ringfold.comm.verify import verify
 
 Cells = dict[tuple[int, int], frozenset[int]]
@@ -126,3 +128,16 @@ def _refused(schedule: Schedule) -> bool:
     except ScheduleError as error:
         return not any(text in str(error) for text in ("ends without", "in another order"))
     return False
+
+
+@dataclass(frozen=True)
+class Inverted(Chunks):
+    """Send chunk 1 from even ranks and 0 from odd ones, or the other way round."""
+
+    invert: bool
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        low = rank % 2 == 0
+        if self.invert:
+            low = ~low
+        return np.where(low, 1, 0), rank * 0 + 1

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from own_schedules import Inverted
 
 from ringfold.comm.collective import ALLGATHER, ALLREDUCE
 from ringfold.comm.cost import price
@@ -14,7 +15,7 @@ from ringfold.comm.listed import side_by_side
 from ringfold.comm.nesting import inside
 from ringfold.comm.places import renumber
 from ringfold.comm.program import Op, lower, part_of
-from ringfold.comm.schedule import NOBODY, Chunks, Peers, Ranks, Rotated, Round, Schedule, Shift
+from ringfold.comm.schedule import NOBODY, Peers, Ranks, Rotated, Round, Schedule, Shift
 from ringfold.comm.topology import Cluster, Link
 from ringfold.comm.transform import reverse
 from ringfold.comm.verify import verify
@@ -39,19 +40,6 @@ def gather(size: int, *rounds: Round) -> Schedule:
     """Return the ring's allgather with other first rounds."""
     ring = [Round(Shift(1), Rotated(-step)) for step in range(size - 1)]
     return Schedule(ALLGATHER, size, size, (*rounds, *ring[len(rounds) :]))
-
-
-@dataclass(frozen=True)
-class Inverted(Chunks):
-    """Send chunk 1 from even ranks and 0 from odd ones, or the other way round."""
-
-    invert: bool
-
-    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
-        low = rank % 2 == 0
-        if self.invert:
-            low = ~low
-        return np.where(low, 1, 0), rank * 0 + 1
 
 
 def test_what_is_proven_is_lowered() -> None:

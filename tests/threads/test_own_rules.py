@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from own_schedules import Inverted
 
 from ringfold import Communicator, run_local
 from ringfold.comm.collective import ALLGATHER, ALLREDUCE, BROADCAST
@@ -11,7 +12,6 @@ from ringfold.comm.errors import ScheduleError
 from ringfold.comm.schedule import (
     NOBODY,
     All,
-    Chunks,
     Peers,
     Ranks,
     Rotated,
@@ -19,19 +19,6 @@ from ringfold.comm.schedule import (
     Schedule,
     Shift,
 )
-
-
-@dataclass(frozen=True)
-class Inverted(Chunks):
-    """Send chunk 1 from even ranks and 0 from odd ones, or the other way round."""
-
-    invert: bool
-
-    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
-        low = rank % 2 == 0
-        if self.invert:
-            low = ~low
-        return np.where(low, 1, 0), rank * 0 + 1
 
 
 @dataclass(frozen=True)
