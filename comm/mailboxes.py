@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 from collections import defaultdict
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -131,14 +132,9 @@ class Mailboxes:
         def run(_: int) -> Steps:
             buffer.stage()
             bytes_ = _Bytes(address_of(buffer.flat), nbytes, buffer)
-            ordinal, message = self._ordinals[True, dst].next(tag), None
-            try:
-                message = self._post(bytes_, dst, tag, place, ordinal)
-                status = yield from message.steps(self._patience)
-            except BaseException:
-                self._break_off_send(message, dst, tag, ordinal)
-                raise
-            message.check(status)
+            ordinal = self._ordinals[True, dst].next(tag)
+            post = partial(self._post, bytes_, dst, tag, place, ordinal)
+            yield from self._deliver(post, dst, tag, ordinal)
             return buffer.owner
 
         receipt = Receipt("send", "message", "shared", 1, nbytes, reason)
@@ -151,16 +147,7 @@ class Mailboxes:
         def run(_: int) -> Steps:
             buffer.stage()
             bytes_ = _Bytes(address_of(buffer.flat), nbytes, buffer)
-            ordinal, message = self._next(src, tag), None
-            try:
-                message = self._await(bytes_, src, tag, ordinal)
-                status = yield from message.steps(self._patience)
-                if status == Status.BYTES:
-                    yield from self._ask(message, bytes_, src)
-            except BaseException:
-                self.break_off(message, src, tag, ordinal)
-                raise
-            message.check(status)
+            yield from self._accept(bytes_, src, tag)
             buffer.commit()
             return buffer.owner
 
@@ -182,43 +169,27 @@ class Mailboxes:
         Nothing else may be written to the note meanwhile. Returns: 0, or what to answer with the
         bytes themselves, which the receiver asks for.
         """
-        ordinal, message = self._ordinals[True, dst].next(tag), None
-        try:
+        ordinal = self._ordinals[True, dst].next(tag)
+
+        def post() -> Message:
             words, box = self._addressed(_Bytes(0, nbytes, note), dst, tag, ordinal)
             words[Letter.KIND], words[Letter.PLACE] = Kind.NOTE, address_of(note) - box.base
             words[Letter.PEER_BELL] = box.bell
-            message = self._message(words, dst, tag, note)
-            status = yield from message.steps(self._patience)
-        except BaseException:
-            self._break_off_send(message, dst, tag, ordinal)
-            raise
-        return message.sequence if message.check(status) == Status.BYTES else 0
+            return self._message(words, dst, tag, note)
+
+        return (yield from self._deliver(post, dst, tag, ordinal))
 
     def answer(self, part: npt.NDArray[np.uint8], dst: int, number: int) -> Steps:
         """Send the bytes that were asked for: `number` is what `send_note` has returned."""
-        bytes_, message = _Bytes(address_of(part), part.nbytes, part), None
-        try:
-            message = self._post(bytes_, dst, ANSWERS, None, number)
-            status = yield from message.steps(self._patience)
-        except BaseException:
-            self._break_off_send(message, dst, ANSWERS, number)
-            raise
-        message.check(status)
+        bytes_ = _Bytes(address_of(part), part.nbytes, part)
+        post = partial(self._post, bytes_, dst, ANSWERS, None, number)
+        yield from self._deliver(post, dst, ANSWERS, number)
 
     def hope(
         self, nbytes: int, src: int, tag: int
     ) -> Generator[list[Request], bool | None, Message]:
         """Wait for a message that may be a note; see what it is by its `note`."""
-        ordinal, message = self._next(src, tag), None
-        try:
-            message = self._await(_Bytes(0, nbytes, None), src, tag, ordinal)
-            message.hope()
-            status = yield from message.steps(self._patience)
-        except BaseException:
-            self.break_off(message, src, tag, ordinal)
-            raise
-        message.check(status)
-        return message
+        return (yield from self._accept(_Bytes(0, nbytes, None), src, tag, notes=True))
 
     def take(self, message: Message, part: npt.NDArray[np.uint8], src: int) -> Steps:
         """Receive the bytes of what `hope` has found: those that came, or that it asks for."""
@@ -230,6 +201,40 @@ class Mailboxes:
             message.check((yield from message.steps(self._patience)))
 
     # -- parts of them -----------------------------------------------------------------------
+
+    def _deliver(
+        self, post: Callable[[], Message], dst: int, tag: int, ordinal: int
+    ) -> Generator[list[Request], bool | None, int]:
+        """Post a message and go on until it has ended, or break it off.
+
+        Returns: 0, or its number where the receiver asks for the bytes of a note.
+        """
+        message = None
+        try:
+            message = post()
+            status = yield from message.steps(self._patience)
+        except BaseException:
+            self._break_off_send(message, dst, tag, ordinal)
+            raise
+        return message.sequence if message.check(status) == Status.BYTES else 0
+
+    def _accept(
+        self, bytes_: _Bytes, src: int, tag: int, *, notes: bool = False
+    ) -> Generator[list[Request], bool | None, Message]:
+        """Take the next message, or break it off.  notes: take a note as one."""
+        ordinal, message = self._next(src, tag), None
+        try:
+            message = self._await(bytes_, src, tag, ordinal)
+            if notes:
+                message.hope()
+            status = yield from message.steps(self._patience)
+            if status == Status.BYTES:
+                yield from self._ask(message, bytes_, src)
+        except BaseException:
+            self.break_off(message, src, tag, ordinal)
+            raise
+        message.check(status)
+        return message
 
     def _ask(self, message: Message, bytes_: _Bytes, src: int) -> Steps:
         """Receive the bytes that a message's sender was asked for."""
