@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .assembly import Assembly
 from .buffer import ordinary, registered
 from .calls import GroupCalls
 from .closing import Closing
@@ -20,6 +19,7 @@ from .runner import Runner
 from .scope import Scope
 from .settings import Settings, unlike
 from .sharing import Sharing
+from .splitting import Splitting, color_of, key_of
 from .timeline import Timeline
 from .topology import Nodes
 from .trace import Entry, group_within
@@ -101,8 +101,8 @@ class Communicator(GroupCalls, Scope):
         GroupCalls.__init__(
             self, Runner(transport, job.progress, name), Operations(transport, job.settings)
         )
-        self._splits = 0
-        self._assembly = Assembly(self._operations.coming("split"), self._heed)
+        coming, come = self._operations.coming("split"), partial(self._come, "split")
+        self._splitting = Splitting(job, transport, name, coming, come)
         self._closing: Closing | None = None
         self._tuning: Tuning | None = None
         self._sharing: Sharing | None = None
@@ -287,40 +287,17 @@ class Communicator(GroupCalls, Scope):
         Raises: TypeError for a color or a key that is no whole number; ValueError for a color that
         is negative or above 2**31 - 1, or a key of more than 32 bits.
         """
-        color = None if color is None else _within(color, "color", 0)
-        key = _within(key, "key", -_KEYS)
+        color = None if color is None else color_of(color)
+        key = key_of(key)
         self._runner.require_open()
-        self._assemble()
-        group = self._transport.split(color, key)
-        self._splits += 1
+        group, name = self._splitting.part(color, key)
         if group is None:
             return None
-        made = self._part(group, group_within(self.name, str(self._splits)))
+        made = self._part(group, name)
         if self._nodes is not None:
             made._meet(self._nodes)
         made._use(self._tuning)
         return made
-
-    def _assemble(self) -> None:
-        """Come together; collective. A rank that has given up goes on only when it comes again."""
-        try:
-            self._start(self._operations.come("split", self._assembly.come), False).wait()
-        except MismatchError as error:
-            self._progress.disagree(self.name, error)
-            raise
-        except BaseException as error:  # what a signal's handler raises, too
-            told = f"split of {self.name} was broken off: {error!r}"
-            why = error if isinstance(error, CommError) else CommError(told)
-            self._job.kept += self._progress.give_up(self._splits_this, lambda _: why)
-            raise
-
-    def _splits_this(self, work: Work) -> bool:
-        return work.transport is self._transport and work.receipt.operation == "split"
-
-    def _heed(self) -> None:
-        """Raise what ranks have told each other of this group, of which one has gone on."""
-        if self._progress.inquiry is not None:
-            self._progress.inquiry.heed(self.name, self._transport.world)
 
     def close(self) -> None:
         """Finish what is in flight and give the group back; collective, and idempotent.
@@ -331,9 +308,9 @@ class Communicator(GroupCalls, Scope):
         if self._runner.closed:
             return
         self._progress.require_uninterrupted()
-        coming, timeout = self._operations.coming("close"), self._settings.timeout
+        coming, come = self._operations.coming("close"), partial(self._come, "close")
         closing = self._closing = self._closing or Closing(
-            self._transport, self._progress, timeout, self.name, coming, self._come
+            self._transport, self._progress, self._settings.timeout, self.name, coming, come
         )
         self._job.kept += closing.finish()
         kept = [] if self._device_operations is None else self._device_operations.close()
@@ -348,8 +325,8 @@ class Communicator(GroupCalls, Scope):
             self._job.leave_when_idle()
         self._transport.close()
 
-    def _come(self, steps: Callable[[], Steps]) -> Work:
-        work: Work = self._start(self._operations.come("close", steps), False)
+    def _come(self, operation: str, steps: Callable[[], Steps]) -> Work:
+        work: Work = self._start(self._operations.come(operation, steps), False)
         return work
 
     def _find_devices(self) -> DeviceWays:
@@ -379,17 +356,3 @@ class Communicator(GroupCalls, Scope):
     def _leave(self, error: BaseException | None) -> None:
         if error is None:
             self.close()
-
-
-_KEYS = 1 << 31
-"""MPI counts colors and keys in 32 bits."""
-
-
-def _within(number: int, what: str, lowest: int) -> int:
-    try:
-        number = operator.index(number)
-    except TypeError:
-        raise TypeError(f"{what}: expected a whole number, got {number!r}") from None
-    if not lowest <= number < _KEYS:
-        raise ValueError(f"{what} {number} is outside {lowest}..{_KEYS - 1}")
-    return number

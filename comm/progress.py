@@ -14,12 +14,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..kernels.say import say
+from .background import Background
 from .deaths import Deaths
 from .errors import CommError, CommTimeout, MismatchError, PeerLost
 from .forks import in_fork, when_forked
 from .inquiry import Inquiry
 from .patience import CHECK, Doubts, Watch
-from .serving import Server, Waiting
+from .serving import Waiting
 from .timeline import WAIT, Timeline
 from .trace import Ring
 from .transport.base import Request
@@ -28,9 +29,8 @@ from .work import Work
 if TYPE_CHECKING:
     from .runner import Runner
 
-_LOOK, _LONGEST_LOOK = 100e-6, 1e-3
-"""Seconds between two looks of the background thread where nobody rings it, at first and in the
-end: on a virtual machine each one costs about 20 us of the core, which a computation may need."""
+_LOOK = 100e-6
+"""Seconds between two looks of a rank that finishes what is in flight."""
 
 _ASKS = 2.0
 """A wait() that is given fewer seconds is a look now and then: it asks nobody."""
@@ -65,12 +65,8 @@ class Progress:
         self._advancing = False
         self._forked = False
         self._rested = 0.0
-        self._wake = threading.Condition(threading.Lock())
         self._waiting = 0
-        self._thread: threading.Thread | None = None
-        self._stopped = False
-        self._server = Server()
-        self._nap = _LOOK
+        self._background = Background()
         self.inquiry: Inquiry | None = None
         self.deaths: Deaths | None = None
         when_forked(self.forked)
@@ -133,16 +129,28 @@ class Progress:
             finally:
                 self._advancing = False
             if not work.ended:
-                self._server.interrupt()
-                self._nap = _LOOK
-        if background and not work.ended and self._threads and not self._stopped:
-            self._notify()
+                self._background.hurry()
+        if background and not work.ended and self._threads:
+            self._background.wake(self)
         return work
 
     @property
     def _deserted(self) -> bool:
         """Tell whether a work is in flight that is to advance while nobody waits."""
         return any(work.background for work in self.works)
+
+    @property
+    def idle(self) -> bool:
+        """Tell whether the background has nothing to do here."""
+        return bool(self._waiting) or not self._deserted
+
+    def look(self) -> list[Waiting]:
+        """Advance all works once, in the background; return them where compiled code can go on."""
+        with self._lock:
+            self._advance_all()
+            pending = [r for work in self.works if work.background for r in work.pending]
+        waiting = [request for request in pending if isinstance(request, Waiting)]
+        return waiting if len(waiting) == len(pending) else []
 
     def advance(self) -> None:
         """Advance all works once; does nothing where another thread, or an outer call, is at it."""
@@ -215,7 +223,7 @@ class Progress:
                 self._require_uninterrupted()
                 self._waiting, counted = self._waiting + 1, True
                 overdue, work.overdue = work.overdue, False
-                self._server.interrupt()
+                self._background.interrupt()
             watch = Watch(work, patience, self.inquiry, self.deaths, asks, timeout is None)
             while True:
                 with self._lock:
@@ -239,8 +247,8 @@ class Progress:
         finally:
             with self._lock:
                 self._waiting -= counted
-            if self._deserted and self._thread is not None:
-                self._notify()
+            if self._deserted and self._background.runs:
+                self._background.wake(self)
 
     def _lose(self, work: Work, error: PeerLost) -> None:
         """Fail a work that waits for a lost rank, and will never end; its buffers may be let go.
@@ -316,44 +324,4 @@ class Progress:
 
     def stop(self) -> None:
         """End the background thread; works go on advancing in wait() and done()."""
-        self._stopped = True
-        self._server.interrupt()
-        thread = self._thread
-        if thread is not None:
-            with self._wake:
-                self._wake.notify_all()
-            thread.join()
-            self._thread = None
-
-    def _notify(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._background, name="ringfold-progress", daemon=True
-            )
-            self._thread.start()
-        with self._wake:
-            self._wake.notify_all()
-
-    def _background(self) -> None:
-        while not self._stopped:
-            turn = self._server.turn
-            if self._waiting or not self._deserted:
-                with self._wake:
-                    if not self._stopped and (self._waiting or not self._deserted):
-                        self._wake.wait(0.5)
-                continue
-            waiting = self._look()
-            if waiting:
-                self._server.serve(waiting, turn)
-                del waiting  # the works may have ended, and their groups be closed
-            else:
-                time.sleep(self._nap)
-                self._nap = min(2 * self._nap, _LONGEST_LOOK)
-
-    def _look(self) -> list[Waiting]:
-        """Advance all works once; return them where compiled code can go on with all of them."""
-        with self._lock:
-            self._advance_all()
-            pending = [r for work in self.works if work.background for r in work.pending]
-        waiting = [request for request in pending if isinstance(request, Waiting)]
-        return waiting if len(waiting) == len(pending) else []
+        self._background.stop()

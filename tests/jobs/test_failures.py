@@ -133,7 +133,7 @@ def test_what_mpi_waits_in_for_ever_ends_the_job(job: Callable[..., Any]) -> Non
 import time, ringfold
 comm = ringfold.Communicator()
 comm._transport._seconds = 1.0
-comm.split(0) if comm.rank else comm._assemble() or time.sleep(60)
+comm.split(0) if comm.rank else comm._splitting._assemble() or time.sleep(60)
 """
     done = job(2, script, timeout=30)
     assert not done.timed_out and done.returncode != 0
