@@ -10,13 +10,11 @@ from .device import on_device
 from .memo import Memo
 from .operations import Operations
 from .runner import Runner
-from .schedule import Schedule
+from .schedule import Algorithm
 from .work import Prepared, Work
 
 if TYPE_CHECKING:
     from .device_ways import DeviceWays
-
-Algorithm = str | Schedule | None
 
 
 class GroupCalls:

@@ -31,8 +31,8 @@ from .work import Behind, Prepared, Receipt, Steps
 
 if TYPE_CHECKING:
     from .communicator import Communicator
-    from .device_operations import Algorithm
     from .device_ways import DeviceWays
+    from .schedule import Algorithm
 
 NEST_BYTES = 256 << 10
 """From here on: below, the rounds within nodes take longer than what they save between them.

@@ -21,7 +21,7 @@ from .device_wait import following
 from .fingerprint import fingerprint
 from .ipc import Ipc
 from .ipc_trial import open_ipc
-from .schedule import Schedule
+from .schedule import Algorithm
 from .staging import Staging, Typed
 from .trace import Signature
 from .transport.base import Channel
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 WINDOW_BYTES = 4 << 20
 """Of a window: long enough that a copy runs at full speed, short enough that many overlap."""
-
-Algorithm = str | Schedule | None
 
 Prepare = Callable[["Operations", Typed], Prepared]
 """Prepare a window's collective on the host."""

@@ -23,8 +23,9 @@ from .device import Device, DeviceArray, Like, describe, like
 from .device_messages import gpu_aware
 from .device_nesting import Nested
 from .device_nesting_trial import open_nested
-from .device_operations import Algorithm, DeviceOperations
+from .device_operations import DeviceOperations
 from .direct import Direct
+from .schedule import Algorithm
 from .transport.cuda_probe import Verdict
 from .work import Prepared
 

@@ -26,7 +26,7 @@ from .work import Behind, Prepared, Receipt, Steps
 if TYPE_CHECKING:
     from .choice import Chosen
     from .communicator import Communicator
-    from .device_operations import Algorithm
+    from .schedule import Algorithm
 
 WAY = "gpu-aware mpi"
 

@@ -20,12 +20,10 @@ from .meetings import Meetings
 from .memory import Memory, owner_of
 from .messaging import Messaging
 from .posts import Posts
-from .schedule import Schedule
+from .schedule import Algorithm
 from .settings import Settings
 from .transport.base import Transport
 from .work import Prepared, Steps
-
-Algorithm = str | Schedule | None
 
 
 class Operations:

@@ -216,6 +216,10 @@ class Schedule:
         )
 
 
+Algorithm = str | Schedule | None
+"""What a call runs: a built-in one by name, a schedule of the caller's, or None for the best."""
+
+
 def require_hashable(schedule: Schedule) -> None:
     """Raise ScheduleError where a rule cannot be remembered."""
     for index, round in enumerate(schedule.rounds):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .layers import MODULE_HOOKS
 from .sync_batchnorm import SyncBatchNorm
 
 __all__ = ["LayerCopier"]
@@ -71,9 +72,6 @@ class LayerCopier:
         return made
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 def _by_id(values: Iterable[Any]) -> dict[int, Any]:
     return {id(value): value for value in values}
 
@@ -82,7 +80,7 @@ def _kept_attributes(module: nn.Module, copied: Collection[nn.Module]) -> list[A
     """Return what a module's copy has in common with it, which belongs to others as well."""
     values = module.__dict__
     found: list[Any] = [v for v in values.values() if isinstance(v, Tensor | torch.Generator)]
-    for kind in _HOOKS:
+    for kind in MODULE_HOOKS:
         for hook in values.get(kind, {}).values():
             if not isinstance(hook, MethodType):
                 found.append(hook)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Named", "RankLayers", "named_layers"]
+__all__ = ["MODULE_HOOKS", "Named", "RankLayers", "named_layers"]
 
 Named = list[tuple[str, nn.Module]]
 
@@ -43,7 +43,7 @@ def _refuse_own(layers: nn.Module) -> None:
         *(["its own forward"] if kind.forward not in _PLAIN else []),
         *(f"parameter {name}" for name, value in layers._parameters.items() if value is not None),
         *(f"buffer {name}" for name, value in layers._buffers.items() if value is not None),
-        *(["hooks"] if any(getattr(layers, name) for name in _HOOKS) else []),
+        *(["hooks"] if any(getattr(layers, name) for name in MODULE_HOOKS) else []),
     ]
     if own:
         raise TypeError(
@@ -53,7 +53,8 @@ def _refuse_own(layers: nn.Module) -> None:
 
 
 _PLAIN = (nn.Sequential.forward, nn.ModuleList.forward)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module keeps what it calls beside its forward, and beside its backward."""
 
 
 class RankLayers:
