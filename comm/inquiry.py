@@ -11,8 +11,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
 
 from .cycles import needs
 from .deadlocks import Deadlocks
@@ -37,9 +36,6 @@ from .trace import Ring
 from .transport.base import Transport
 from .where import state
 from .work import Work
-
-if TYPE_CHECKING:
-    pass
 
 ASK_SECONDS = 0.3
 """A rank waits for so long before it tells what it waits in."""
@@ -207,26 +203,15 @@ class Inquiry:
             return None
         own = {row.sequence: row for row in self.rows(group)}
         told = {
-            rank: {row.sequence: row for row in self._told.get((group, rank), ())}
-            for rank in members
-        }
-        told[self._transport.rank] = own
-        wrong = [
-            sequence
-            for rows in told.values()
-            for sequence, row in rows.items()
-            if sequence > self._settled.get(group, 0)
-            and sequence in own
-            and row.differs(own[sequence])
-        ]
-        if not wrong:
-            return None
-        sequence = min(wrong)
-        known = {
-            place: told[rank][sequence]
+            place: {row.sequence: row for row in self._told.get((group, rank), ())}
             for place, rank in enumerate(members)
-            if sequence in told[rank]
+            if rank != self._transport.rank
         }
+        sequence = _first_difference(own, told.values(), self._settled.get(group, 0))
+        if sequence is None:
+            return None
+        told[members.index(self._transport.rank)] = own
+        known = {place: rows[sequence] for place, rows in told.items() if sequence in rows}
         before, since = self._since.get(group, (0, 0.0))
         if before != sequence:
             since = time.monotonic()
@@ -272,3 +257,19 @@ class Inquiry:
 
 def _last(rows: tuple[Row, ...]) -> int:
     return max((row.sequence for row in rows), default=0)
+
+
+def _first_difference(
+    own: Mapping[int, Row], told: Iterable[Mapping[int, Row]], settled: int
+) -> int | None:
+    """Return the first call behind `settled`, by its number, of which somebody tells another.
+
+    own: what this rank called, by number.  told: what others say that they did.
+    """
+    differ = (
+        sequence
+        for rows in told
+        for sequence, row in rows.items()
+        if sequence > settled and sequence in own and row.differs(own[sequence])
+    )
+    return min(differ, default=None)
