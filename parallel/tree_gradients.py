@@ -2,7 +2,9 @@
 
 For a fixed number of micro-batches the sum is the same to the last bit however many replicas share
 them: each adds what its own micro-batches complete, and the rest of the tree is added between the
-replicas, in the same brackets.
+replicas, in the same brackets. Halves are added in float32, and rounded once, behind the last
+addition: were they rounded at every node, that would be where the reduction between replicas, which
+rounds once, does not.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ _IN_PAIRS = "recursive_doubling"
 
 @dataclass(frozen=True)
 class _Group:
-    """The parameters of one part and real dtype: one vector together, then a flag for each."""
+    """The parameters of one part that are added in one dtype: one vector, then a flag for each."""
 
     part: int
     dtype: torch.dtype
@@ -71,7 +73,7 @@ class TreeGradients:
         for part in self._parts:
             for parameter in parts[part]:
                 if parameter.is_floating_point() or parameter.is_complex():
-                    key = part, parameter.dtype.to_real()
+                    key = part, _added_in(parameter.dtype.to_real())
                     members.setdefault(key, []).append(len(self._parameters))
                 self._parameters.append(parameter)
         self._groups = [_Group(*key, tuple(indices)) for key, indices in members.items()]
@@ -178,6 +180,7 @@ class TreeGradients:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             pieces.append(_real(as_dense(gradient.detach())).reshape(-1))
         flags = [float(self._parameters[index].grad is not None) for index in group.indices]
+        # Halves widen on their way into the vector, to the dtype of the flags.
         return torch.cat(
             [*pieces, torch.tensor(flags, dtype=group.dtype, device=self._device(group))]
         )
@@ -194,6 +197,10 @@ class TreeGradients:
             if flag:
                 before = gradients[index]
                 gradients[index] = gradient if before is None else before.add_(gradient)
+
+
+def _added_in(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 def _real(tensor: Tensor) -> Tensor:

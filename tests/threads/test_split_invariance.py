@@ -24,18 +24,20 @@ def network():
 def train(num_data, num_pipe, schedule="1f1b", microbatches=8, rows=24, steps=3, **options):
     generator = torch.Generator().manual_seed(7)
     x, y = torch.randn(rows, 5, generator=generator), torch.randn(rows, 3, generator=generator)
+    dtype = options.pop("dtype", torch.float32)
+    x, y = x.to(dtype), y.to(dtype)
 
     def main(comm):
         mesh = Mesh(comm, data=num_data, pipe=num_pipe)
         engine = Pipeline(
-            network(),
+            network().to(dtype),
             mesh,
             loss_fn=nn.functional.mse_loss,
             microbatches=microbatches,
             schedule=schedule,
             **{"reduction": "tree", **options},
         )
-        optimizer = torch.optim.AdamW(engine.parameters(), lr=0.01)
+        optimizer = torch.optim.AdamW(engine.parameters(), lr=0.01, eps=1e-4)  # not 0 in float16
         index, size = mesh.data.rank, mesh.data.size
         mine = slice(index * rows // size, (index + 1) * rows // size)
         losses = []
@@ -72,6 +74,20 @@ def test_same_bits_where_replicas_are_no_nodes_of_the_tree(microbatches, rows):
     alone = train(1, 1, **sizes)
     for grid in [(2, 1), (3, 1), (6, 1), (3, 2)]:
         assert_same(train(*grid, **sizes), alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_same_bits_with_parameters_of_half_width(dtype):
+    """Halves were rounded at every node of the tree within a rank, and once between 4 ranks.
+
+    The allreduce between a power of two of replicas adds them in float32, and so does all else now.
+    """
+    alone = train(1, 1, steps=2, dtype=dtype)
+    for grid in [(2, 1), (4, 1), (2, 2)]:
+        assert_same(train(*grid, steps=2, dtype=dtype), alone)
+    # And where no pairs of ranks meet, with an allgather in place of the allreduce.
+    alone = train(1, 1, microbatches=6, steps=1, dtype=dtype)
+    assert_same(train(3, 1, microbatches=6, steps=1, dtype=dtype), alone)
 
 
 def test_another_number_of_microbatches_is_another_sum():
