@@ -59,6 +59,9 @@ def clip_over_stages(
         raise ValueError(f"expected norm_type > 0, got {norm_type}")
     pairs = [(p, p.grad) for p in parameters if p.grad is not None]
     counted = [_values(gradient) for p, gradient in pairs if p not in counted_elsewhere]
+    # What raised here would do so on one rank, and leave the others waiting: no elements have no
+    # greatest one.
+    counted = [gradient for gradient in counted if gradient.numel()]
     norms = numbers_of([torch.linalg.vector_norm(g, norm_type, dtype=_wide(g)) for g in counted])
     if math.isinf(norm_type):
         # Whether the greater of a number and NaN is NaN depends on who compares.
@@ -66,8 +69,8 @@ def clip_over_stages(
         whole = pipe.allreduce(local, op="max")
         norm = math.nan if whole[1] else float(whole[0])
     else:
-        local = np.array([sum(norm**norm_type for norm in norms)], np.float64)
-        norm = float(pipe.allreduce(local, op="sum")[0]) ** (1.0 / norm_type)
+        local = np.array([sum(_power(norm, norm_type) for norm in norms)], np.float64)
+        norm = _power(float(pipe.allreduce(local, op="sum")[0]), 1.0 / norm_type)
     scale = min(1.0, max_norm / (norm + _EPSILON)) if not math.isnan(norm) else math.nan
     if scale != 1.0:
         for parameter, gradient in pairs:
@@ -76,6 +79,14 @@ def clip_over_stages(
             else:  # rows of a sparse one may be the same memory
                 parameter.grad = gradient * scale
     return torch.tensor(norm, dtype=torch.float64, device="cpu")
+
+
+def _power(base: float, exponent: float) -> float:
+    """Return a power, infinity where it is beyond a float, where Python's own raises."""
+    try:
+        return float(base**exponent)
+    except OverflowError:
+        return math.inf
 
 
 def _values(gradient: Tensor) -> Tensor:

@@ -392,6 +392,47 @@ def test_clipping_shows_a_nan_on_every_rank(norm_type):
     assert run_local(2, main) == [True, True]
 
 
+@pytest.mark.parametrize("norm_type", [2.0, float("inf")])
+def test_clipping_where_a_gradient_has_no_elements(norm_type):
+    """One stage raised, as nothing has no greatest element, and left the other in the allreduce.
+
+    Such is a parameter of 0 elements, and a sparse gradient where all tokens are padding.
+    """
+
+    def main(comm):
+        padded = nn.Embedding(5, 3, padding_idx=0, sparse=True)
+        ends = nn.Linear(3, 2)
+        ends.register_parameter("none", nn.Parameter(torch.zeros(0)))
+        engine = Pipeline([padded, ends], Mesh(comm, pipe=2), loss_fn=sum_output, microbatches=1)
+        engine.step(torch.zeros(4, dtype=torch.long))
+        own = dict(engine.named_parameters())
+        if comm.rank == 1:
+            own["1.none"].grad = torch.zeros(0)
+            own["1.weight"].grad.zero_()
+            own["1.bias"].grad.copy_(torch.tensor([0.0, 4.0]))
+        else:
+            assert own["0.weight"].grad._nnz() == 0
+        return engine.clip_grad_norm_(1.0, norm_type).item()
+
+    assert run_local(2, main) == [4.0, 4.0]
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 64.0, 5e-4])
+def test_a_norm_beyond_a_float_is_infinite_on_every_rank(norm_type):
+    """Python raises where a power overflows: on the stage whose norm is that great, alone."""
+    great = 1e200 if norm_type == 2 else 1e5
+
+    def main(comm):
+        engine = Pipeline([Times(1), Times(1)], Mesh(comm, pipe=2), loss_fn=mean_output)
+        (parameter,) = engine.parameters()
+        parameter.data = parameter.data.double()
+        parameter.grad = torch.tensor(1.0 if comm.rank else great, dtype=torch.float64)
+        norm = engine.clip_grad_norm_(1.0, norm_type).item()
+        return norm, parameter.grad.item()
+
+    assert run_local(2, main) == [(float("inf"), 0.0)] * 2
+
+
 def test_pr08_buffers_in_flight_are_not_overwritten():
     """A stage that ran ahead reused the memory of what it was still sending."""
 
