@@ -6,6 +6,7 @@ stage 1: reduce-scatter the gradients, step on this rank's part, allgather the p
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -213,7 +214,7 @@ class ShardedOptimizer(Optimizer):
         self._inner.state.clear()
         self._inner.state.update(own)
         for group, given in zip(self.param_groups, groups, strict=True):
-            group.update(_hyper(given))
+            group.update(copy.deepcopy(_hyper(given)))  # schedulers write a tensor lr in place
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, (name, parameter) pairs under "params", to train from now on; collective.

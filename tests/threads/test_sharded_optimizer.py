@@ -221,6 +221,25 @@ def test_state_goes_to_another_number_of_ranks(before, after):
             torch.testing.assert_close(found[name], p.detach(), rtol=1e-6, atol=1e-7)
 
 
+def test_a_learning_rate_that_is_a_tensor_is_not_shared_with_the_state_it_came_from():
+    """Schedulers write it in place: they did so in the state, and in the optimizer that told it."""
+
+    def main(comm):
+        pairs = list(Network().named_parameters())
+        first, second = (
+            ShardedOptimizer(pairs, comm, Adam, lr=torch.tensor(rate)) for rate in (0.5, 0.25)
+        )
+        state = first.state_dict()
+        second.load_state_dict(state)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(second, 0.5)
+        second.step()
+        scheduler.step()
+        rates = [o["param_groups"][0]["lr"].item() for o in (state, vars(first), vars(second))]
+        return rates, second._inner.param_groups[0]["lr"].item()
+
+    assert run_local(2, main) == [([0.5, 0.5, 0.25], 0.25)] * 2
+
+
 @pytest.mark.parametrize("reduce", [False, True])
 def test_clipping_and_a_scheduler(reduce):
     def main(comm):
