@@ -397,14 +397,24 @@ def test_one_rank_holds_a_whole_bucket_rounded_up():
     assert max(map(sum, sizes)) == math.ceil(10 / 4)
 
 
-@pytest.mark.parametrize(("kind", "hyper"), KINDS[1:])
-def test_long_parameters_cut_at_odd_places_keep_their_bits(kind, hyper):
-    """Vector instructions handle the ends of an array apart; a shard has its ends elsewhere."""
+LONG = [(SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3})] + [
+    (getattr(torch.optim, name), {"lr": 0.01, **({} if name == "Rprop" else {"weight_decay": 0.1})})
+    for name in OTHERS
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("kind", "hyper"), KINDS[1:] + LONG)
+def test_long_parameters_cut_at_odd_places_keep_their_bits(kind, hyper, dtype):
+    """Vector instructions handle the ends of an array apart; a shard has its ends elsewhere.
+
+    In halves, or with fused=True, torch rounds otherwise there.
+    """
     counts = (1001, 77, 4099)
 
     def parameters():
         generator = torch.Generator().manual_seed(0)
-        return [nn.Parameter(torch.randn(n, generator=generator)) for n in counts]
+        return [nn.Parameter(torch.randn(n, generator=generator, dtype=dtype)) for n in counts]
 
     def main(comm):
         whole, own = parameters(), parameters()
@@ -413,7 +423,7 @@ def test_long_parameters_cut_at_odd_places_keep_their_bits(kind, hyper):
         generator = torch.Generator().manual_seed(5)
         for _ in range(10):
             for p, q in zip(whole, own, strict=True):
-                p.grad = torch.randn(p.shape, generator=generator)
+                p.grad = torch.randn(p.shape, generator=generator, dtype=dtype)
                 q.grad = p.grad.clone()
             for optimizer in optimizers:
                 optimizer.step()
