@@ -48,7 +48,8 @@ class LossScaler:
     A `Pipeline(loss_scaler=scaler)` scales by itself; take mesh.comm there, so that all stages and
     replicas skip together. A `DataParallel` with a wire that keeps errors, such as topk, is given
     `loss_scaler=scaler`, too: what it keeps has to follow the factor. Works with every torch
-    optimizer, ShardedOptimizer too.
+    optimizer, ShardedOptimizer too. Gradients of float16 parameters are divided in float16, where
+    what the factor has lifted vanishes again: keep float32 parameters, under torch.autocast.
 
     factor: what the next losses are multiplied by; equal on all ranks, as all see the same
         verdicts.
