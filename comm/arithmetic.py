@@ -134,10 +134,12 @@ def _widened(program: Program, flat: Array, dtype: DType, op: str, size: int) ->
 def _accumulated(program: Program, flat: Array, dtype: DType, op: str, size: int) -> Reduction:
     """Send the type's own width: every message is a raw contribution, or a finished result."""
     from ..kernels.cast import narrow, widen
-    from ..kernels.reduce import accumulate, divide
+    from ..kernels.reduce import accumulate, combine, divide
 
     before, after = mean_scales(op, size)
     add = _when_called(lambda: accumulate("sum" if op == "mean" else op, dtype.name))
+    # Not NumPy's own, which warns or raises by its error state, on one rank alone.
+    add_wide = _when_called(lambda: combine("sum", "float32"))
 
     def widen_own(wide: Array, piece: Array) -> None:
         widen(piece, wide, dtype.name)
@@ -150,7 +152,7 @@ def _accumulated(program: Program, flat: Array, dtype: DType, op: str, size: int
             return
         scaled = np.empty(incoming.size, np.float32)
         widen_own(scaled, incoming)
-        np.add(wide, scaled, out=wide)
+        add_wide(wide, scaled)
 
     def narrow_back(piece: Array, wide: Array) -> None:
         narrow(wide, piece, dtype.name, after)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ringfold import Communicator, run_local
+from ringfold.comm.algorithms import names
 
 
 class Own(torch.Tensor):
@@ -30,6 +31,32 @@ def test_float16_that_is_not_aligned_on_one_rank_alone(name: str) -> None:
         "reduce_scatter": [summed[:4]] * 2,
     }
     assert run_local(2, main) == expected[name]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("op", ["sum", "mean", "min", "max", "prod"])
+def test_numbers_at_their_ends_raise_nothing_whatever_numpy_is_told(op: str, dtype: str) -> None:
+    """A mean of halves was added by NumPy, which raises where it is told to, on one rank alone.
+
+    inf - inf, and what is beyond the largest or below the smallest number, are results like others.
+    """
+    kind = getattr(torch, dtype)
+    ends = torch.finfo(kind)
+
+    def main(comm: Communicator) -> torch.Tensor:
+        sign = -1.0 if comm.rank else 1.0
+        own = [sign * np.inf, ends.max, ends.tiny, np.nan, -ends.max, ends.tiny / 2]
+        found = []
+        with np.errstate(all="raise"):
+            for algorithm in names("allreduce"):
+                x = torch.tensor(own, dtype=kind)
+                comm.allreduce(x if dtype == "bfloat16" else x.numpy(), op, algorithm=algorithm)
+                found.append(x)
+        return torch.stack(found).double()
+
+    for rows in run_local(2, main):
+        assert rows[:, 0].isnan().all() if op in ("sum", "mean") else rows[:, 0].isinf().all()
+        assert rows[:, 3].isnan().all()
 
 
 @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
