@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,8 +28,11 @@ _INDEX = torch.int32
 
 
 def num_kept(count: int, ratio: float) -> int:
-    """Return how many of `count` elements are sent: a ratio of them, rounded up."""
-    return min(count, math.ceil(ratio * count))
+    """Return how many of `count` elements are sent: a ratio of them, rounded up.
+
+    The ratio is what it reads as: the float next to 0.07 is greater, and would be 8 of 100.
+    """
+    return math.ceil(Fraction(str(ratio)) * count)
 
 
 @dataclass

@@ -237,6 +237,15 @@ def test_bytes_on_the_wire_are_those_of_the_formula():
     run_local(3, main)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "count", "kept"),
+    [(0.07, 100, 7), (0.55, 100, 55), (0.07, 101, 8), (1.0, 3, 3), (1e-9, 3, 1), (0.5, 0, 0)],
+)
+def test_a_ratio_is_what_it_reads_as(ratio, count, kept):
+    """0.07 as a float is above 0.07: of 100 elements 8 were sent, where docs say 7."""
+    assert num_kept(count, ratio) == kept
+
+
 def test_topk_sends_the_largest_of_gradient_and_error():
     def main(comm):
         hook = TopK(0.25)
