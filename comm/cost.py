@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from .claims import require_kinds
 from .evaluation import Moves, moves
 from .schedule import Chunks, Peers, Round, Schedule, require_hashable
 from .topology import Cluster, Integers, Link
@@ -111,18 +112,25 @@ def _steps(schedule: Schedule, cluster: Cluster) -> Iterator[_Step]:
         raise ValueError(
             f"the nodes hold {cluster.nodes.size} ranks, the schedule is for {schedule.size}"
         )
-    try:
-        different = kinds(schedule, cluster)
-    except TypeError:
-        require_hashable(schedule)
-        raise
-    for round, (index, times) in different.items():
+    for round, (index, times) in kinds(schedule, cluster).items():
         step = moves(round, schedule.size, schedule.num_chunks, index)
         yield _Step(step.src, step.length, _sharing(step, cluster), round.reduce, times)
 
 
 def kinds(schedule: Schedule, cluster: Cluster) -> dict[Round, tuple[int, int]]:
-    """Return (where it comes first, how often it comes) of one round for all that are alike."""
+    """Return (where it comes first, how often it comes) of one round for all that are alike.
+
+    Raises: ScheduleError for rules, and what they call alike, that are none or cannot be hashed.
+    """
+    try:
+        return _kinds(schedule, cluster)
+    except Exception:
+        require_hashable(schedule)
+        require_kinds(schedule)
+        raise
+
+
+def _kinds(schedule: Schedule, cluster: Cluster) -> dict[Round, tuple[int, int]]:
     chunks: dict[Chunks, Chunks] = {}
     peers: dict[Peers, Peers] = {}
     found: dict[Round, tuple[int, int]] = {}

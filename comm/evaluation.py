@@ -7,6 +7,7 @@ elements, and the bits of an int. No rule is ever asked about an int.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,19 +119,28 @@ def on_ranks(
     rule: Peers | Chunks, evaluate: Callable[[], Iterable[Ranks]], count: int, index: int | None
 ) -> list[Integers]:
     """Return what a rule says of `count` ranks, as arrays; raise ScheduleError where it cannot."""
+    with in_round(index):
+        try:
+            return [_of_each(np.asarray(part, dtype=np.int64), count) for part in evaluate()]
+        except ScheduleError:
+            raise
+        except Exception as error:
+            raise ScheduleError(
+                f"the rule {type(rule).__name__} cannot be evaluated at an array of {count} ranks "
+                f"({type(error).__name__}: {error}); it is given a read-only array, never one "
+                "rank: np.where instead of `if`, and a new array instead of a changed one"
+            ) from error
+
+
+@contextmanager
+def in_round(index: int | None) -> Iterator[None]:
+    """Say of a ScheduleError, as of a rule within a rule, in which round it was, where known."""
     try:
-        return [_of_each(np.asarray(part, dtype=np.int64), count) for part in evaluate()]
+        yield
     except ScheduleError as error:
         if index is None or error.round is not None:
             raise
         raise ScheduleError(str(error), round=index) from error
-    except Exception as error:
-        raise ScheduleError(
-            f"the rule {type(rule).__name__} cannot be evaluated at an array of {count} ranks "
-            f"({type(error).__name__}: {error}); it is given a read-only array, never one rank: "
-            "np.where instead of `if`, and a new array instead of a changed one",
-            round=index,
-        ) from error
 
 
 def _of_each(told: Integers, count: int) -> Integers:

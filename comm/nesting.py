@@ -11,6 +11,7 @@ from math import lcm
 
 import numpy as np
 
+from .claims import kind_of
 from .errors import ScheduleError
 from .evaluation import span_of
 from .places import scale_of
@@ -48,7 +49,7 @@ class InsideChunks(Chunks):
         return first * self.scale, length * self.scale
 
     def alike(self) -> Chunks:
-        return replace(self, of=self.of.alike())
+        return replace(self, of=kind_of(self.of))
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class AcrossChunks(Chunks):
         return rank % self.width * self.stride + first * self.scale, length * self.scale
 
     def alike(self) -> Chunks:
-        return replace(self, of=self.of.alike())
+        return replace(self, of=kind_of(self.of))
 
 
 def inside(flat: Schedule, num_chunks: int) -> tuple[Round, ...]:

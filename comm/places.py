@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from .claims import kind_of
 from .errors import ScheduleError
 from .evaluation import span_of
 from .schedule import NOBODY, Chunks, Peers, Ranks, Round, Schedule
@@ -69,7 +70,7 @@ class Among(Peers):
         return np.where(inside & (peer != NOBODY), self.places.table[peer], NOBODY)
 
     def alike(self) -> Peers:
-        return replace(self, rule=self.rule.alike())
+        return replace(self, rule=kind_of(self.rule))
 
     def members(self, size: int) -> Integers:
         return self.places.members
@@ -90,7 +91,7 @@ class AmongChunks(Chunks):
         return first * self.scale, np.where(inside, length * self.scale, 0)
 
     def alike(self) -> Chunks:
-        return replace(self, rule=self.rule.alike())
+        return replace(self, rule=kind_of(self.rule))
 
 
 def among(ranks: Sequence[int], flat: Schedule, num_chunks: int) -> tuple[Round, ...]:

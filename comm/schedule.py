@@ -223,12 +223,17 @@ Algorithm = str | Schedule | None
 def require_hashable(schedule: Schedule) -> None:
     """Raise ScheduleError where a rule cannot be remembered."""
     for index, round in enumerate(schedule.rounds):
-        for rule in (round.peers, round.chunks):
-            try:
-                hash(rule)
-            except TypeError as error:
-                raise ScheduleError(
-                    f"the rule {type(rule).__name__} cannot be hashed ({error}): make it a frozen "
-                    "dataclass of hashable fields, tuples instead of lists",
-                    round=index,
-                ) from None
+        require_hash(round.peers, index)
+        require_hash(round.chunks, index)
+
+
+def require_hash(rule: Peers | Chunks, index: int) -> None:
+    """Raise ScheduleError, with the round's index, where a rule cannot be remembered."""
+    try:
+        hash(rule)
+    except TypeError as error:
+        raise ScheduleError(
+            f"the rule {type(rule).__name__} cannot be hashed ({error}): make it a frozen "
+            "dataclass of hashable fields, tuples instead of lists",
+            round=index,
+        ) from None

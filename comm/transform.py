@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .claims import kind_of
 from .collective import (
     ALLGATHER,
     ALLREDUCE,
@@ -42,7 +43,7 @@ class Received(Chunks):
         return first, np.where(src == NOBODY, 0, length)
 
     def alike(self) -> Chunks:
-        return replace(self, chunks=self.chunks.alike())
+        return replace(self, chunks=kind_of(self.chunks))
 
 
 def reverse(schedule: Schedule) -> Schedule:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .chunks import ranges
+from .claims import Kinds, refuse_false_claims
 from .collective import ALLTOALL
 from .errors import ScheduleError
 from .evaluation import Moves
@@ -67,7 +68,8 @@ def verify(schedule: Schedule) -> Proof:
     """Prove that a schedule keeps its collective's promise for its size and root.
 
     Returns: the Proof.
-    Raises: ScheduleError with the first round, rank and chunk that break it.
+    Raises: ScheduleError with the first round, rank and chunk that break it, and for rules that
+    claim to be alike to others, or to be of few ranks, and are not.
     """
     require_hashable(schedule)
     orders = _Orders()
@@ -75,10 +77,12 @@ def verify(schedule: Schedule) -> Proof:
     messages = digest = 0
     raw_reduce = True
     summed: Summed = {}
+    kinds: Kinds = {}
     for index, round in enumerate(schedule.rounds):
         step = matched(schedule, round, index)
         arriving = _sent(schedule, step, held, index)
         refuse_overwritten_sends(schedule, round, step, index)
+        refuse_false_claims(schedule, round, step, index, kinds)
         if schedule.collective is ALLTOALL:
             refuse_forwarding(schedule, arriving, step, index)
         raw_reduce = raw_reduce and _adds_raw(schedule, round, step, held, summed)

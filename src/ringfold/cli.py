@@ -229,10 +229,7 @@ def _warn_of_a_long_wait(schedule: Schedule, cluster: Cluster) -> None:
     """Say so where most rounds differ, and each is evaluated at very many ranks."""
     if len(schedule.rounds) * schedule.size * RANK_SECONDS < LONG_SECONDS:
         return
-    try:
-        different = kinds(schedule, cluster)
-    except TypeError:  # not hashable, which price() explains
-        return
+    different = kinds(schedule, cluster)
     evaluated = sum(len(members_of(round.peers, schedule.size)) for round in different)
     seconds = evaluated * RANK_SECONDS
     if seconds >= LONG_SECONDS:
