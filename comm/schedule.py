@@ -29,9 +29,7 @@ class Peers:
     def __init_subclass__(cls) -> None:
         """Let a rule with a direction of its own claim nothing that it does not say itself."""
         super().__init_subclass__()
-        if "dst" in vars(cls) or "src" in vars(cls):
-            for claim in {"alike", "members"} - vars(cls).keys():
-                setattr(cls, claim, getattr(Peers, claim))
+        _drop_claims(cls, Peers, {"dst", "src"}, ("alike", "members"))
 
     def dst(self, rank: Ranks, size: int) -> Ranks:
         """Return the rank that `rank` sends to, or NOBODY."""
@@ -63,8 +61,7 @@ class Chunks:
     def __init_subclass__(cls) -> None:
         """Let a rule with a span of its own stand for itself, unless it says what is alike."""
         super().__init_subclass__()
-        if "span" in vars(cls) and "alike" not in vars(cls):
-            cls.alike = Chunks.alike  # type: ignore[method-assign]
+        _drop_claims(cls, Chunks, {"span"}, ("alike",))
 
     def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
         """Return (first, length): chunks first, first + 1, ... modulo num_chunks."""
@@ -77,6 +74,20 @@ class Chunks:
         none of that one's kind where it has a span, and no `alike`, of its own.
         """
         return self
+
+
+def _drop_claims(cls: type, base: type, methods: set[str], claims: tuple[str, ...]) -> None:
+    """Give a class the base's claims for those made before its methods: of others, that is.
+
+    Its methods may come from a class that it was mixed with, as well as from its own body.
+    """
+
+    def where(names: set[str]) -> int:
+        return next(at for at, kind in enumerate(cls.__mro__) if names & vars(kind).keys())
+
+    for claim in claims:
+        if where({claim}) > where(methods):
+            setattr(cls, claim, getattr(base, claim))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ringfold.comm.algorithms.pairwise import Spoke
 from ringfold.comm.collective import ALLGATHER, ALLREDUCE, BROADCAST
 from ringfold.comm.cost import price
 from ringfold.comm.errors import ScheduleError
@@ -129,6 +130,66 @@ def test_rules_that_are_equal_send_as_much() -> None:
     rounds = (Round(Shift(1), Uneven(1)), Round(Shift(2), Uneven(2)))
     error = refusal(verify, Schedule(ALLGATHER, 4, 4, rounds))
     assert (error.round, error.rank) == (1, 0)
+
+
+class Pair:
+    """A span to be mixed in, which is no rule by itself."""
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        return 2 * rank % num_chunks, rank * 0 + 2
+
+
+class Out:
+    """A direction to be mixed in; only rank 0 sends."""
+
+    def dst(self, rank: Ranks, size: int) -> Ranks:
+        return np.where(rank == 0, 1, NOBODY)
+
+    def src(self, rank: Ranks, size: int) -> Ranks:
+        return np.where(rank == 1, 0, NOBODY)
+
+
+class AsOne:
+    """A claim to be mixed in."""
+
+    def alike(self) -> Chunks:
+        return Pairs(0)
+
+
+@dataclass(frozen=True)
+class Pairs(Pair, Rotated):
+    """Send two chunks, by what it is mixed with."""
+
+
+@dataclass(frozen=True)
+class OutOnce(Out, Spoke):
+    """Send from rank 0, by what it is mixed with."""
+
+
+@dataclass(frozen=True)
+class Claimed(AsOne, Pairs):
+    """Say what it is alike to, by what it is mixed with."""
+
+
+@dataclass(frozen=True)
+class Further(Pairs):
+    """Derived again."""
+
+
+@dataclass(frozen=True)
+class Unchanged(Rotated, Pair):
+    """Mixed in behind, the span counts for nothing."""
+
+
+def test_claims_are_of_the_methods_that_count() -> None:
+    """A claim outlived methods that were mixed in: 1,000 bytes were priced for 2,000."""
+    gather = Schedule(ALLGATHER, 2, 4, (Round(Shift(1), Pairs(0)),))
+    verify(gather)
+    assert price(gather, 4000, FLAT).bytes_sent == 2000
+    assert Pairs(1).alike() == Pairs(1) and Further(1).alike() == Further(1)
+    assert Claimed(1).alike() == Pairs(0) and Unchanged(1).alike() == Rotated(0)
+    out = OutOnce(3, 2)
+    assert out.alike() == out and out.members(4).tolist() == [0, 1, 2, 3]
 
 
 @dataclass(frozen=True)
