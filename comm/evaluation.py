@@ -38,14 +38,34 @@ class Moves:
 def moves(round: Round, size: int, num_chunks: int, index: int | None = None) -> Moves:
     """Evaluate a round at its members; ranks that send nothing are left out.
 
-    Raises: ScheduleError, with the round's index, for a rule that does not work on arrays, or whose
-    members are no ranks in order.
+    Raises: ScheduleError, with the round's index, for a rule that does not work on arrays, whose
+    members are no ranks in order, or with which a rank sends to none of them, or no such chunks.
     """
     ranks = members_of(round.peers, size, index)
     (dst,) = on_ranks(round.peers, lambda: (round.peers.dst(ranks, size),), ranks.size, index)
     first, length = spans(round.chunks, ranks, size, num_chunks, index)
-    at = np.flatnonzero((dst != NOBODY) & (length > 0))
-    return Moves(ranks[at], dst[at], first[at], length[at])
+    at = np.flatnonzero((dst != NOBODY) & (length != 0))
+    step = Moves(ranks[at], dst[at], first[at], length[at])
+    _require_there(step, size, num_chunks, index)
+    return step
+
+
+def _require_there(step: Moves, size: int, num_chunks: int, index: int | None) -> None:
+    """Refuse messages to ranks, and of chunks, that there are not."""
+    limits = ((step.dst, size), (step.first, num_chunks), (step.length, num_chunks + 1))
+    # What is below 0 is above all else without its sign.
+    if all(found.view(np.uint64).max(initial=0) < limit for found, limit in limits):
+        return
+    for rank, dst, first, length in step:
+        if not 0 <= dst < size:
+            raise ScheduleError(f"sends to rank {dst} of {size}", round=index, rank=rank)
+        if not (0 <= first < num_chunks and 0 <= length <= num_chunks):
+            raise ScheduleError(
+                f"sends {length} chunks from {first} of {num_chunks}",
+                round=index,
+                rank=rank,
+                chunk=first,
+            )
 
 
 def peers_of(

@@ -30,10 +30,12 @@ class Builder:
     """What makes schedules.
 
     make: of (size, root).  roots: whether it makes another one for each root.
+    own: whether it is a user's, whose schedules nobody has proven.
     """
 
     make: Callable[[int, int], Schedule]
     roots: bool
+    own: bool = False
 
     def roots_of(self, size: int) -> list[int]:
         """Return the roots to judge: the first, the last and others between them."""
@@ -80,7 +82,7 @@ def _own(name: str, path: Path, function: Callable[..., object]) -> Builder:
             raise ScheduleError(f"{called} returned a schedule for root {schedule.root}")
         return schedule
 
-    return Builder(make, roots)
+    return Builder(make, roots, own=True)
 
 
 def _takes_root(function: Callable[..., object]) -> bool:

@@ -28,6 +28,9 @@ CUT_OFF = 141
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
+MOST_PROVEN = 64
+"""Of so many ranks a user's schedule is proven before its price is told; of more it takes long."""
+
 LONG_SECONDS, RANK_SECONDS = 5.0, 20e-9
 """A price that takes longer is announced; a round takes so long for every rank."""
 
@@ -197,16 +200,19 @@ def _simulate(arguments: argparse.Namespace) -> int:
     nbytes = units.read_nbytes(arguments.nbytes)
     start = time.perf_counter()
     try:
-        schedule = find_builder(arguments.algorithm, nodes).make(arguments.ranks, 0)
+        builder = find_builder(arguments.algorithm, nodes)
+        schedule = builder.make(arguments.ranks, 0)
         if schedule.collective.name == "barrier":
             nbytes = 0  # tokens alone travel, whatever a buffer would be
         _warn_of_a_long_wait(schedule, cluster)
         buffers = schedule.size if schedule.collective.name == "alltoall" else 1
         cost = price(schedule, nbytes * buffers, cluster, arguments.itemsize)
+        took = time.perf_counter() - start
+        if builder.own and schedule.size <= MOST_PROVEN:
+            verify(schedule)
     except ScheduleError as error:
         print(f"refused: size {arguments.ranks}: {error}")
         return REFUSED
-    took = time.perf_counter() - start
     algbw = nbytes / cost.seconds if cost.seconds else 0.0
     busbw = BUSBW.get(schedule.collective.name)
     factor = busbw(schedule.size) if busbw else 1.0
@@ -222,6 +228,10 @@ def _simulate(arguments: argparse.Namespace) -> int:
         ("priced in", f"{took:.2f} s, {cost.priced} different rounds"),
     ):
         print(f"{name + ':':<30} {value}")
+    if builder.own and schedule.size > MOST_PROVEN:
+        print(
+            f"not proven, being for more than {MOST_PROVEN} ranks: a price believes what rules say"
+        )
     return 0
 
 

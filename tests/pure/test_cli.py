@@ -11,14 +11,14 @@ import pytest
 import ringfold
 from ringfold import cli, units
 from ringfold.builders import ALL_ROOTS, Builder
-from ringfold.cli import BUSBW, CUT_OFF, main
+from ringfold.cli import BUSBW, CUT_OFF, MOST_PROVEN, main
 from ringfold.comm.text_file import prepare_file
 
 OWN = """
 from dataclasses import replace
 from ringfold.comm.algorithms import build
 from ringfold.comm.collective import ALLREDUCE
-from ringfold.comm.schedule import All, Round, Schedule, Shift
+from ringfold.comm.schedule import All, Peers, Round, Schedule, Shift
 
 def around(size):
     return Schedule(ALLREDUCE, size, 1, tuple(
@@ -46,6 +46,19 @@ def of_one(size):
 
 def of_another(size, root):
     return build("broadcast", "tree", size)
+
+def nothing(size):
+    return Schedule(ALLREDUCE, size, 1, ())
+
+class Next(Peers):
+    def dst(self, rank, size):
+        return rank + 1
+
+    def src(self, rank, size):
+        return rank - 1
+
+def beyond(size):
+    return Schedule(ALLREDUCE, size, 1, (Round(Next(), All(), True),))
 
 variable = 5
 """
@@ -145,6 +158,28 @@ def test_a_hundred_thousand_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command.split()) == 0
     out = capsys.readouterr().out
     assert "199998" in out and "1.086 s" in out and "(simulated)" in out
+
+
+def test_what_is_priced_is_proven_where_it_is_small(
+    own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An allreduce without rounds took 0 ns; of a rank beyond the last there was a traceback."""
+    assert main(["simulate", f"{own}:nothing", "--ranks", str(MOST_PROVEN)]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("refused: size 64: rank 0, chunk 0: ends without the contribution of ")
+    for many in (3, MOST_PROVEN + 1):
+        for nodes in ("1", "2"):
+            words = ["--ranks", str(many), "--ranks-per-node", nodes]
+            assert main(["simulate", f"{own}:beyond", *words]) == 1
+            said = f"round 0, rank {many - 1}: sends to rank {many} of {many}"
+            assert capsys.readouterr().out == f"refused: size {many}: {said}\n"
+    for name, many, proven in (
+        (f"{own}:around", 2, True),
+        (f"{own}:around", MOST_PROVEN + 1, False),
+        ("allreduce:ring", MOST_PROVEN + 1, True),
+    ):
+        assert main(["simulate", name, "--ranks", str(many)]) == 0
+        assert ("not proven, being for more than 64" in capsys.readouterr().out) is not proven
 
 
 def test_a_price_that_takes_long_is_announced(

@@ -15,7 +15,7 @@ from ringfold.comm.listed import side_by_side
 from ringfold.comm.nesting import inside
 from ringfold.comm.places import renumber
 from ringfold.comm.program import Op, lower, part_of
-from ringfold.comm.schedule import NOBODY, Peers, Ranks, Rotated, Round, Schedule, Shift
+from ringfold.comm.schedule import NOBODY, Chunks, Peers, Ranks, Rotated, Round, Schedule, Shift
 from ringfold.comm.topology import Cluster, Link
 from ringfold.comm.transform import reverse
 from ringfold.comm.verify import verify
@@ -126,6 +126,47 @@ def test_a_rule_that_writes_to_the_ranks_is_named(bad: Round) -> None:
         assert "read-only" in text and "a new array instead of a changed one" in text
     with pytest.raises(ScheduleError, match=f"the rule {type(rule).__name__} cannot be evaluated"):
         side_by_side(ALLGATHER, 6, [((0, 2, 4), gather(3, bad))], 3)
+
+
+@dataclass(frozen=True)
+class Run(Chunks):
+    """Send such a run from every rank."""
+
+    first: int
+    length: int
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        return rank * 0 + self.first, rank * 0 + self.length
+
+
+@dataclass(frozen=True)
+class Aimed(Shift):
+    """Send from rank 2 to such a rank, from nobody else."""
+
+    def dst(self, rank: Ranks, size: int) -> Ranks:
+        return np.where(rank == 2, self.by, NOBODY)
+
+    def src(self, rank: Ranks, size: int) -> Ranks:
+        return NOBODY
+
+
+@pytest.mark.parametrize(
+    "bad, said",
+    [
+        (Round(Aimed(4), Rotated(0)), "rank 2: sends to rank 4 of 4"),
+        (Round(Aimed(-2), Rotated(0)), "rank 2: sends to rank -2 of 4"),
+        (Round(Shift(1), Run(4, 1)), "rank 0, chunk 4: sends 1 chunks from 4 of 4"),
+        (Round(Shift(1), Run(-1, 1)), "rank 0, chunk -1: sends 1 chunks from -1 of 4"),
+        (Round(Shift(1), Run(0, 5)), "rank 0, chunk 0: sends 5 chunks from 0 of 4"),
+        (Round(Shift(1), Run(0, -1)), "rank 0, chunk 0: sends -1 chunks from 0 of 4"),
+    ],
+)
+def test_messages_to_ranks_and_of_chunks_that_there_are_not_are_refused(
+    bad: Round, said: str
+) -> None:
+    """They were priced, or ended a price with an IndexError; a negative length sent nothing."""
+    schedule = gather(4, Round(Shift(1), Rotated(0)), bad)
+    assert set(refusals(schedule)) == {f"round 1, {said}"}
 
 
 @dataclass(frozen=True)
