@@ -9,8 +9,9 @@ from typing import TypeVar
 
 import numpy as np
 
+from .answers import Integers, in_round
 from .errors import ScheduleError
-from .evaluation import Integers, Moves, in_round, moves
+from .evaluation import Moves, moves
 from .schedule import Chunks, Peers, Round, Schedule, require_hash
 
 Rule = TypeVar("Rule", Peers, Chunks)

@@ -1,23 +1,15 @@
-"""Evaluate rules: always at arrays of ranks, so that what is proven, priced and drawn is run.
-
-A rule may tell an array of ranks something else than one rank: `~` inverts the truth of an array's
-elements, and the bits of an int. No rule is ever asked about an int.
-"""
+"""Evaluate rules: always at arrays of ranks, so that what is proven, priced and drawn is run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from .answers import Integers, dst_of, in_round, span_of, src_of
 from .errors import ScheduleError
-from .schedule import NOBODY, Chunks, Peers, Ranks, Round, Schedule
-
-Integers = npt.NDArray[np.int64]
+from .schedule import NOBODY, Chunks, Peers, Round, Schedule
 
 
 @dataclass(frozen=True)
@@ -42,8 +34,9 @@ def moves(round: Round, size: int, num_chunks: int, index: int | None = None) ->
     members are no ranks in order, or with which a rank sends to none of them, or no such chunks.
     """
     ranks = members_of(round.peers, size, index)
-    (dst,) = on_ranks(round.peers, lambda: (round.peers.dst(ranks, size),), ranks.size, index)
-    first, length = spans(round.chunks, ranks, size, num_chunks, index)
+    with in_round(index):
+        dst = dst_of(round.peers, ranks, size)
+        first, length = span_of(round.chunks, ranks, size, num_chunks)
     at = np.flatnonzero((dst != NOBODY) & (length != 0))
     step = Moves(ranks[at], dst[at], first[at], length[at])
     _require_there(step, size, num_chunks, index)
@@ -71,33 +64,17 @@ def _require_there(step: Moves, size: int, num_chunks: int, index: int | None) -
 def peers_of(
     peers: Peers, ranks: Integers, size: int, index: int | None = None
 ) -> tuple[Integers, Integers]:
-    """Return whom ranks send to, and whom they receive from; ScheduleError as of `on_ranks`."""
-    dst, src = on_ranks(
-        peers, lambda: (peers.dst(ranks, size), peers.src(ranks, size)), ranks.size, index
-    )
-    return dst, src
+    """Return whom ranks send to, and whom they receive from; ScheduleError with the round."""
+    with in_round(index):
+        return dst_of(peers, ranks, size), src_of(peers, ranks, size)
 
 
 def spans(
     chunks: Chunks, ranks: Integers, size: int, num_chunks: int, index: int | None = None
 ) -> tuple[Integers, Integers]:
-    """Return (first, length) of the chunks that ranks send; ScheduleError as of `on_ranks`."""
-    first, length = on_ranks(
-        chunks, lambda: span_of(chunks, ranks, size, num_chunks), ranks.size, index
-    )
-    return first, length
-
-
-def span_of(chunks: Chunks, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
-    """Return a rule's span; ScheduleError where that is no pair, as the firsts of two ranks."""
-    told: Any = chunks.span(rank, size, num_chunks)
-    if not isinstance(told, tuple | list) or len(told) != 2:
-        count = f" of {len(told)}" if isinstance(told, tuple | list) else ""
-        raise ScheduleError(
-            f"{type(chunks).__name__}.span returned a {type(told).__name__}{count}, expected two "
-            "parts: (first, length)"
-        )
-    return told[0], told[1]
+    """Return (first, length) of the chunks that ranks send; ScheduleError with the round."""
+    with in_round(index):
+        return span_of(chunks, ranks, size, num_chunks)
 
 
 def all_ranks(size: int) -> Integers:
@@ -133,38 +110,6 @@ def _read_only(ranks: Integers) -> Integers:
     view = ranks.view()
     view.flags.writeable = False
     return view
-
-
-def on_ranks(
-    rule: Peers | Chunks, evaluate: Callable[[], Iterable[Ranks]], count: int, index: int | None
-) -> list[Integers]:
-    """Return what a rule says of `count` ranks, as arrays; raise ScheduleError where it cannot."""
-    with in_round(index):
-        try:
-            return [_of_each(np.asarray(part, dtype=np.int64), count) for part in evaluate()]
-        except ScheduleError:
-            raise
-        except Exception as error:
-            raise ScheduleError(
-                f"the rule {type(rule).__name__} cannot be evaluated at an array of {count} ranks "
-                f"({type(error).__name__}: {error}); it is given a read-only array, never one "
-                "rank: np.where instead of `if`, and a new array instead of a changed one"
-            ) from error
-
-
-@contextmanager
-def in_round(index: int | None) -> Iterator[None]:
-    """Say of a ScheduleError, as of a rule within a rule, in which round it was, where known."""
-    try:
-        yield
-    except ScheduleError as error:
-        if index is None or error.round is not None:
-            raise
-        raise ScheduleError(str(error), round=index) from error
-
-
-def _of_each(told: Integers, count: int) -> Integers:
-    return told if told.shape == (count,) else np.broadcast_to(told, count)
 
 
 def draw(schedule: Schedule) -> str:

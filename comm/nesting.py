@@ -11,9 +11,9 @@ from math import lcm
 
 import numpy as np
 
+from .answers import dst_of, span_of, src_of
 from .claims import kind_of
 from .errors import ScheduleError
-from .evaluation import span_of
 from .places import scale_of
 from .schedule import NOBODY, Chunks, Peers, Ranks, Round, Schedule
 
@@ -26,10 +26,10 @@ class Inside(Peers):
     width: int
 
     def dst(self, rank: Ranks, size: int) -> Ranks:
-        return self._rank(rank, self.of.dst(rank % self.width, self.width))
+        return self._rank(rank, dst_of(self.of, rank % self.width, self.width))
 
     def src(self, rank: Ranks, size: int) -> Ranks:
-        return self._rank(rank, self.of.src(rank % self.width, self.width))
+        return self._rank(rank, src_of(self.of, rank % self.width, self.width))
 
     def _rank(self, rank: Ranks, place: Ranks) -> Ranks:
         return np.where(place == NOBODY, NOBODY, rank - rank % self.width + place)
@@ -64,10 +64,10 @@ class Across(Peers):
     lane: int | None = None
 
     def dst(self, rank: Ranks, size: int) -> Ranks:
-        return self._rank(rank, self.of.dst(rank // self.width, size // self.width))
+        return self._rank(rank, dst_of(self.of, rank // self.width, size // self.width))
 
     def src(self, rank: Ranks, size: int) -> Ranks:
-        return self._rank(rank, self.of.src(rank // self.width, size // self.width))
+        return self._rank(rank, src_of(self.of, rank // self.width, size // self.width))
 
     def _rank(self, rank: Ranks, node: Ranks) -> Ranks:
         place = rank % self.width

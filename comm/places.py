@@ -9,9 +9,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from .answers import dst_of, span_of, src_of
 from .claims import kind_of
 from .errors import ScheduleError
-from .evaluation import span_of
 from .schedule import NOBODY, Chunks, Peers, Ranks, Round, Schedule
 
 Integers = npt.NDArray[np.int64]
@@ -59,14 +59,14 @@ class Among(Peers):
     places: Places
 
     def dst(self, rank: Ranks, size: int) -> Ranks:
-        return self._rank(rank, self.rule.dst)
+        return self._rank(rank, dst_of)
 
     def src(self, rank: Ranks, size: int) -> Ranks:
-        return self._rank(rank, self.rule.src)
+        return self._rank(rank, src_of)
 
-    def _rank(self, rank: Ranks, rule: Callable[[Ranks, int], Ranks]) -> Ranks:
+    def _rank(self, rank: Ranks, asked: Callable[[Peers, Integers, int], Integers]) -> Ranks:
         inside, place = self.places.of(rank)
-        peer = rule(place, len(self.places.ranks))
+        peer = asked(self.rule, place, len(self.places.ranks))
         return np.where(inside & (peer != NOBODY), self.places.table[peer], NOBODY)
 
     def alike(self) -> Peers:

@@ -33,11 +33,11 @@ class Peers:
 
     def dst(self, rank: Ranks, size: int) -> Ranks:
         """Return the rank that `rank` sends to, or NOBODY."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no `dst`")
 
     def src(self, rank: Ranks, size: int) -> Ranks:
         """Return the rank that `rank` receives from, or NOBODY."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no `src`")
 
     def alike(self) -> Peers:
         """Return one representative of all rules with which the same ranks send.
@@ -65,7 +65,7 @@ class Chunks:
 
     def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
         """Return (first, length): chunks first, first + 1, ... modulo num_chunks."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no `span`")
 
     def alike(self) -> Chunks:
         """Return one representative of all rules that give every rank the same length.

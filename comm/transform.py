@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .answers import span_of, src_of
 from .claims import kind_of
 from .collective import (
     ALLGATHER,
@@ -18,7 +19,6 @@ from .collective import (
     Collective,
 )
 from .errors import ScheduleError
-from .evaluation import span_of
 from .schedule import NOBODY, Chunks, Peers, Ranks, Reverse, Round, Schedule
 
 DUALS: dict[Collective, tuple[Collective, bool]] = {
@@ -38,7 +38,7 @@ class Received(Chunks):
     chunks: Chunks
 
     def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
-        src = np.asarray(self.peers.src(rank, size))
+        src = src_of(self.peers, rank, size)
         first, length = span_of(self.chunks, np.maximum(src, 0), size, num_chunks)
         return first, np.where(src == NOBODY, 0, length)
 

@@ -201,7 +201,7 @@ class Branching(Shift):
 def test_rules_that_cannot_be_remembered_or_evaluated_are_named() -> None:
     ring = build("allreduce", "ring", 4)
     for rule, text in (
-        (Branching(1), "round 3: the rule Branching cannot be evaluated at an array of 4 ranks "),
+        (Branching(1), "round 3: Branching.dst cannot be evaluated at an array of 4 ranks "),
         (Listless([1, 2]), "round 3: the rule Listless cannot be hashed (unhashable type: 'list')"),
     ):
         rounds = list(ring.rounds)

@@ -1,6 +1,6 @@
 """Rules are evaluated alike wherever they are asked, and told apart where they are none."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from ringfold.comm.cost import price
 from ringfold.comm.errors import ScheduleError
 from ringfold.comm.evaluation import draw
 from ringfold.comm.listed import side_by_side
-from ringfold.comm.nesting import inside
+from ringfold.comm.nesting import across, inside
 from ringfold.comm.places import renumber
 from ringfold.comm.program import Op, lower, part_of
 from ringfold.comm.schedule import NOBODY, Chunks, Peers, Ranks, Rotated, Round, Schedule, Shift
@@ -120,11 +120,11 @@ class RotatedInPlace(Rotated):
 )
 def test_a_rule_that_writes_to_the_ranks_is_named(bad: Round) -> None:
     """It moved the prover's own ranks, so that other messages were proven than were sent."""
-    rule = bad.peers if isinstance(bad.peers, ShiftedInPlace) else bad.chunks
+    named = "ShiftedInPlace.dst" if isinstance(bad.peers, ShiftedInPlace) else "RotatedInPlace.span"
     for text in refusals(gather(3, Round(Shift(1), Rotated(0)), bad)):
-        assert text.startswith(f"round 1: the rule {type(rule).__name__} cannot be evaluated at ")
+        assert text.startswith(f"round 1: {named} cannot be evaluated at an array of 3 ranks")
         assert "read-only" in text and "a new array instead of a changed one" in text
-    with pytest.raises(ScheduleError, match=f"the rule {type(rule).__name__} cannot be evaluated"):
+    with pytest.raises(ScheduleError, match=f"{named} cannot be evaluated"):
         side_by_side(ALLGATHER, 6, [((0, 2, 4), gather(3, bad))], 3)
 
 
@@ -167,6 +167,101 @@ def test_messages_to_ranks_and_of_chunks_that_there_are_not_are_refused(
     """They were priced, or ended a price with an IndexError; a negative length sent nothing."""
     schedule = gather(4, Round(Shift(1), Rotated(0)), bad)
     assert set(refusals(schedule)) == {f"round 1, {said}"}
+
+
+@dataclass(frozen=True)
+class Tells(Rotated):
+    """Give the first, and the length, that it is told."""
+
+    first: Any = field(default=0, compare=False)
+    length: Any = field(default=1, compare=False)
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        return self.first, self.length
+
+
+@dataclass(frozen=True)
+class Leads(Shift):
+    """Send to whom it is told."""
+
+    to: Any = field(default=0, compare=False)
+
+    def dst(self, rank: Ranks, size: int) -> Ranks:
+        return self.to
+
+
+class Sinkless(Peers):
+    """Say nothing at all of whom ranks send to."""
+
+    def src(self, rank: Ranks, size: int) -> Ranks:
+        return rank
+
+
+NUMBERS = "expected a whole number for each of 4 ranks, or one for all"
+
+NONE_OF_4: list[tuple[Any, str]] = [
+    (None, f"None, {NUMBERS}"),
+    ("1", f"'1', {NUMBERS}"),
+    ([1, 2, None, 3], f"[1, 2, None, 3], {NUMBERS}"),
+    ([[1], [2, 3]], f"[[1], [2, 3]], {NUMBERS}"),
+    (np.arange(3), f"an array of shape (3,), {NUMBERS}"),
+    (np.arange(4)[:, None], f"an array of shape (4, 1), {NUMBERS}"),
+    (np.arange(4) / 2, f"0.5 for rank 1, {NUMBERS}; `//` divides to whole numbers"),
+    (-np.arange(4) / 4, f"-0.25 for rank 1, {NUMBERS}"),
+    (0.5, f"0.5, {NUMBERS}"),
+    (np.full(4, np.nan), f"nan for rank 0, {NUMBERS}"),
+    (np.full(4, 1e20), f"1e+20 for rank 0, {NUMBERS}"),
+    (np.full(4, 2**63, np.uint64), f"9223372036854775808 for rank 0, {NUMBERS}"),
+    (10**20, f"100000000000000000000, {NUMBERS}"),
+]
+
+
+@pytest.mark.parametrize("told, said", NONE_OF_4, ids=[said for _, said in NONE_OF_4])
+def test_what_is_no_whole_number_for_each_rank_is_named(told: Any, said: str) -> None:
+    """Halves and NaN were cut to integers; of others NumPy's words were told, and a false hint."""
+    for round, name in (
+        (Round(Leads(1, told), Rotated(0)), "Leads.dst"),
+        (Round(Shift(1), Tells(0, told)), "Tells.span, for its first,"),
+        (Round(Shift(1), Tells(0, 0, told)), "Tells.span, for its length,"),
+    ):
+        for text in refusals(gather(4, round)):
+            assert text.startswith(f"round 0: {name} returned {said}") and "np.where" not in text
+
+
+@pytest.mark.parametrize(
+    "round, name",
+    [
+        (Round(Leads(1, None), Rotated(0)), "Leads.dst"),
+        (Round(Shift(1), Tells(0, None)), "Tells.span, for its first,"),
+    ],
+)
+def test_a_rule_within_a_rule_is_named(round: Round, name: str) -> None:
+    """It was the outer one, of the package, with what NumPy says of None."""
+    flat = gather(4, round)
+    within = Schedule(ALLGATHER, 8, 8, inside(flat, 4))
+    between = Schedule(ALLGATHER, 8, 8, across(flat, 2, 8))
+    order = renumber(Schedule(ALLREDUCE, 4, 4, flat.rounds), (3, 2, 1, 0))
+    for schedule in (within, between, order):
+        assert {text.partition(" returned ")[0] for text in refusals(schedule)} == {
+            f"round 0: {name}"
+        }
+
+
+def test_whole_numbers_of_any_type_are_taken() -> None:
+    """Of small integers, floats and objects too, as lists, one for all and truths."""
+    for told in ([1, 2, 3, 0], np.array([1.0, 2.0, 3.0, 0.0]), np.array([1, 2, 3, 0], np.uint8)):
+        for length in (1, 1.0, True, [1], np.ones(4, object)):
+            first = Round(Leads(1, told), Tells(0, np.arange(4), length))
+            assert verify(gather(4, first)) == verify(gather(4))
+
+
+def test_a_missing_method_is_named() -> None:
+    """That np.where is to be used instead of `if` was told instead."""
+    for text in refusals(gather(4, Round(Sinkless(), Rotated(0)))):
+        assert text == (
+            "round 0: Sinkless.dst cannot be evaluated at an array of 4 ranks "
+            "(NotImplementedError: Sinkless has no `dst`)"
+        )
 
 
 @dataclass(frozen=True)
