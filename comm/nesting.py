@@ -100,7 +100,22 @@ class AcrossChunks(Chunks):
         return rank % self.width * self.stride + first * self.scale, length * self.scale
 
     def alike(self) -> Chunks:
-        return replace(self, of=kind_of(self.of))
+        return AcrossLength(kind_of(self.of), self.width, self.num_flat, self.scale)
+
+
+@dataclass(frozen=True)
+class AcrossLength(Chunks):
+    """Send as many chunks as AcrossChunks, which others of a kind may not be able to place."""
+
+    of: Chunks
+    width: int
+    num_flat: int
+    scale: int
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        node, num_nodes = rank // self.width, size // self.width
+        _, length = span_of(self.of, node, num_nodes, self.num_flat)
+        return rank * 0, length * self.scale
 
 
 def inside(flat: Schedule, num_chunks: int) -> tuple[Round, ...]:

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfold.comm.algorithms import build
+from ringfold.comm.algorithms.butterfly import halving_reduce_scatter
 from ringfold.comm.algorithms.hierarchical import hierarchical_allreduce
 from ringfold.comm.algorithms.ring import ring_allgather, ring_allreduce, ring_reduce_scatter
 from ringfold.comm.algorithms.tree import tree_broadcast, tree_reduce
@@ -18,6 +19,7 @@ from ringfold.comm.nesting import nest
 from ringfold.comm.places import renumber
 from ringfold.comm.schedule import Schedule
 from ringfold.comm.topology import Cluster, Link, Nodes
+from ringfold.comm.transform import compose
 from ringfold.comm.verify import verify
 
 ROOTED = ("broadcast", "reduce")
@@ -134,6 +136,18 @@ def test_unequal_nodes_send_a_leader_each() -> None:
     assert draw(hierarchical_allreduce(3, Nodes.labelled([7, 9, 7]))) == "\n".join(
         ["0: 2>0:0..1+", "1: 0>1:0+ 1>0:1+", "2: 0>1:1 1>0:0", "3: 0>2:0..1"]
     )
+
+
+def test_what_a_lane_has_a_place_for_is_priced() -> None:
+    """The round that stood for another in a price wrapped around, and so was refused."""
+    between = compose(halving_reduce_scatter(5), ring_allgather(5))
+    nested = nest(ring_reduce_scatter(2), between, ring_allgather(2))
+    verify(nested)
+    flat = price(between, 2000, Cluster(Link(1e-6, 1e9)))
+    within = price(ring_reduce_scatter(2), 4000, Cluster(Link(1e-6, 1e9)))
+    found = price(nested, 4000, Cluster(Link(1e-6, 1e9)))
+    assert found.seconds == pytest.approx(flat.seconds + 2 * within.seconds)
+    assert found.bytes_sent == flat.bytes_sent + 2 * within.bytes_sent
 
 
 @pytest.mark.parametrize(
