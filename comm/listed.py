@@ -52,8 +52,15 @@ def side_by_side(
     """Run schedules on groups of ranks that do not overlap, round by round, as tables.
 
     Every part works on all num_chunks chunks; a shorter one is idle at the end.
-    Raises: ScheduleError where one part would add and another copy in the same round.
+    Raises: ScheduleError where one part would add and another copy in the same round, or where
+    parts overlap, or have another number of ranks than their schedules.
     """
+    for ranks, flat in parts:
+        if len(ranks) != flat.size:
+            raise ScheduleError(f"a part of {len(ranks)} ranks has a schedule for {flat.size}")
+    taken = [rank for ranks, _ in parts for rank in ranks]
+    if len(set(taken)) < len(taken) or not set(taken) <= set(range(size)):
+        raise ScheduleError(f"expected parts of ranks 0..{size - 1}, each in one part at most")
     rounds = []
     for index in range(max((len(flat.rounds) for _, flat in parts), default=0)):
         to, origin = np.full((2, size), NOBODY, dtype=np.int64)

@@ -13,6 +13,7 @@ import numpy as np
 
 from .answers import dst_of, span_of, src_of
 from .claims import kind_of
+from .collective import ALLGATHER, ALLREDUCE, BROADCAST, REDUCE_SCATTER, Collective
 from .errors import ScheduleError
 from .places import scale_of
 from .schedule import NOBODY, Chunks, Peers, Ranks, Round, Schedule
@@ -156,7 +157,11 @@ def nest(reduce_part: Schedule, between: Schedule, gather_part: Schedule) -> Sch
 
     reduce_part, gather_part: for the ranks of one node.  between: an allreduce for the nodes.
     Returns: an allreduce for reduce_part.size * between.size ranks, neighbours on a node.
+    Raises: ScheduleError for parts of other collectives, sizes or chunks.
     """
+    parts = (reduce_part, between, gather_part)
+    for part, collective in zip(parts, (REDUCE_SCATTER, ALLREDUCE, ALLGATHER), strict=True):
+        _require(part, collective)
     width = reduce_part.size
     if gather_part.size != width or gather_part.num_chunks != reduce_part.num_chunks:
         raise ScheduleError(
@@ -181,6 +186,8 @@ def nest_broadcast(between: Schedule, within: Schedule) -> Schedule:
     Returns: a broadcast for within.size * between.size ranks, from place within.root of node
     between.root.
     """
+    for part in (between, within):
+        _require(part, BROADCAST)
     width, lane = within.size, within.root
     num_chunks = lcm(between.num_chunks, within.num_chunks)
     return Schedule(
@@ -190,3 +197,10 @@ def nest_broadcast(between: Schedule, within: Schedule) -> Schedule:
         (*across(between, width, num_chunks, lane), *inside(within, num_chunks)),
         root=between.root * width + lane,
     )
+
+
+def _require(part: Schedule, collective: Collective) -> None:
+    if part.collective is not collective:
+        raise ScheduleError(
+            f"cannot nest: {part!r}, expected a schedule for {collective.name} in its place"
+        )

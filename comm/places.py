@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from .answers import dst_of, span_of, src_of
 from .claims import kind_of
+from .collective import ALLTOALL
 from .errors import ScheduleError
 from .schedule import NOBODY, Chunks, Peers, Ranks, Round, Schedule
 
@@ -95,7 +96,12 @@ class AmongChunks(Chunks):
 
 
 def among(ranks: Sequence[int], flat: Schedule, num_chunks: int) -> tuple[Round, ...]:
-    """Lift a schedule to some of a group's ranks, which play its ranks 0, 1, ..., on all chunks."""
+    """Lift a schedule to some of a group's ranks, which play its ranks 0, 1, ..., on all chunks.
+
+    Raises: ScheduleError for another number of ranks than the schedule's, or one named twice.
+    """
+    if len(ranks) != flat.size or len(set(ranks)) != flat.size:
+        raise ScheduleError(f"expected {flat.size} ranks, each once, got {_shown(ranks)}")
     places, scale = Places(tuple(ranks)), scale_of(flat, num_chunks)
     return tuple(
         Round(
@@ -110,15 +116,24 @@ def among(ranks: Sequence[int], flat: Schedule, num_chunks: int) -> tuple[Round,
 def renumber(schedule: Schedule, order: Sequence[int]) -> Schedule:
     """Let rank order[i] do what rank i does in `schedule`; order is a permutation of the ranks.
 
-    Raises: ScheduleError where chunks belong to ranks, which this does not move.
+    Raises: ScheduleError where chunks belong to ranks, which this does not move, or where order
+    is no permutation.
     """
-    if schedule.collective.owned:
+    if schedule.collective.owned or schedule.collective is ALLTOALL:
         raise ScheduleError(f"cannot renumber a {schedule.collective.name}: chunks belong to ranks")
     order = tuple(order)
+    if set(order) != set(range(schedule.size)):
+        raise ScheduleError(
+            f"expected the ranks 0..{schedule.size - 1} in any order, got {_shown(order)}"
+        )
     if order == tuple(range(schedule.size)):
         return schedule
     rounds = among(order, schedule, schedule.num_chunks)
     return replace(schedule, rounds=rounds, root=order[schedule.root])
+
+
+def _shown(ranks: Sequence[int]) -> str:
+    return f"{list(ranks)!r:.80}"
 
 
 def scale_of(flat: Schedule, num_chunks: int) -> int:

@@ -15,8 +15,8 @@ from ringfold.comm.cost import price
 from ringfold.comm.errors import ScheduleError
 from ringfold.comm.evaluation import draw, moves
 from ringfold.comm.listed import side_by_side
-from ringfold.comm.nesting import nest
-from ringfold.comm.places import renumber
+from ringfold.comm.nesting import nest, nest_broadcast
+from ringfold.comm.places import among, renumber
 from ringfold.comm.schedule import Schedule
 from ringfold.comm.topology import Cluster, Link, Nodes
 from ringfold.comm.transform import compose
@@ -154,7 +154,39 @@ def test_what_a_lane_has_a_place_for_is_priced() -> None:
     "make, text",
     [
         (lambda: nest(ring_reduce_scatter(2), ring_allreduce(2), ring_allgather(3)), "cannot nest"),
+        (
+            lambda: nest(ring_allgather(2), ring_allreduce(2), ring_allgather(2)),
+            "cannot nest: .* expected a schedule for reduce_scatter in its place",
+        ),
+        (
+            lambda: nest(ring_reduce_scatter(2), tree_broadcast(2), ring_allgather(2)),
+            "expected a schedule for allreduce",
+        ),
+        (lambda: nest_broadcast(tree_broadcast(2), tree_reduce(2)), "a schedule for broadcast"),
         (lambda: renumber(ring_allgather(3), (1, 0, 2)), "chunks belong to ranks"),
+        (
+            lambda: renumber(build("alltoall", "pairwise", 3), (1, 0, 2)),
+            "cannot renumber a alltoall: chunks belong to ranks",
+        ),
+        (lambda: renumber(ring_allreduce(3), (0, 0, 1)), r"ranks 0\.\.2 in any order, got \[0, 0"),
+        (lambda: renumber(ring_allreduce(3), (0, 1)), "in any order"),
+        (lambda: renumber(ring_allreduce(3), (0, 1, 7)), "in any order"),
+        (lambda: renumber(ring_allreduce(3), (0, 2, 1, 1)), "3 ranks, each once"),
+        (lambda: among((0, 1), ring_allreduce(3), 3), r"3 ranks, each once, got \[0, 1\]"),
+        (lambda: among((4, 1, 4), ring_allreduce(3), 3), "3 ranks, each once"),
+        (
+            lambda: side_by_side(ALLREDUCE, 4, [((0, 1, 2), tree_reduce(2))], 1),
+            "a part of 3 ranks has a schedule for 2",
+        ),
+        *(
+            (
+                lambda ranks=ranks: side_by_side(
+                    ALLREDUCE, 4, [((0, 1), tree_reduce(2)), (ranks, tree_reduce(2))], 1
+                ),
+                r"parts of ranks 0\.\.3, each in one part at most",
+            )
+            for ranks in ((1, 2), (3, 3), (3, 4), (-1, 2))
+        ),
         (
             lambda: side_by_side(
                 ALLREDUCE, 4, [((0, 1), tree_reduce(2)), ((2, 3), tree_broadcast(2))], 1
