@@ -46,14 +46,14 @@ class Builder:
 def find_builder(name: str, nodes: Nodes | None = None) -> Builder:
     """Return what FILE.py:FUNCTION or COLLECTIVE:NAME means, or raise Misuse.
 
-    nodes: for the built-in ones that depend on them; neighbours in pairs where None.
+    nodes: for those that depend on them; neighbours in pairs where None.
     """
     left, colon, right = name.rpartition(":")
     if not colon or not left or not right:
         raise Misuse(f"expected FILE.py:FUNCTION or COLLECTIVE:NAME, got {name!r}")
     if left not in COLLECTIVES:
         path = Path(left)
-        return _own(name, path, _load(path, right))
+        return _own(name, path, _load(path, right), nodes)
     if (left, right) not in BUILDERS:
         build(left, right, 1)  # raises, listing the names there are
 
@@ -63,13 +63,15 @@ def find_builder(name: str, nodes: Nodes | None = None) -> Builder:
     return Builder(make, COLLECTIVES[left].rooted)
 
 
-def _own(name: str, path: Path, function: Callable[..., object]) -> Builder:
-    roots = _takes_root(function)
+def _own(name: str, path: Path, function: Callable[..., object], nodes: Nodes | None) -> Builder:
+    taken = _parameters(function) & {"root", "nodes"}
 
     def make(size: int, root: int) -> Schedule:
-        called = f"{name}({size}, root={root})" if roots else f"{name}({size})"
+        known = {"root": root, "nodes": nodes or Nodes.blocks(size, 2)}
+        given = {what: value for what, value in known.items() if what in taken}
+        called = f"{name}({', '.join([str(size), *(f'{k}={v}' for k, v in given.items())])})"
         try:
-            schedule = function(size, root=root) if roots else function(size)
+            schedule = function(size, **given)
         except ScheduleError:
             raise
         except (Exception, SystemExit) as error:
@@ -82,14 +84,14 @@ def _own(name: str, path: Path, function: Callable[..., object]) -> Builder:
             raise ScheduleError(f"{called} returned a schedule for root {schedule.root}")
         return schedule
 
-    return Builder(make, roots, own=True)
+    return Builder(make, "root" in taken, own=True)
 
 
-def _takes_root(function: Callable[..., object]) -> bool:
+def _parameters(function: Callable[..., object]) -> set[str]:
     try:
-        return "root" in inspect.signature(function).parameters
+        return set(inspect.signature(function).parameters)
     except (TypeError, ValueError):  # of what is not written in Python
-        return False
+        return set()
 
 
 def _told(error: BaseException, path: Path) -> str:

@@ -82,8 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     algorithm = argparse.ArgumentParser(add_help=False)
     algorithm.add_argument(
         "algorithm",
-        help="FILE.py:FUNCTION, a function of size, and of root if it takes one, that returns a "
-        "Schedule; or a built-in one as COLLECTIVE:NAME, such as allreduce:ring",
+        help="FILE.py:FUNCTION, a function of size, and of root and nodes if it takes them, that "
+        "returns a Schedule; or a built-in one as COLLECTIVE:NAME, such as allreduce:ring",
     )
 
     proof = commands.add_parser(

@@ -60,6 +60,12 @@ class Next(Peers):
 def beyond(size):
     return Schedule(ALLREDUCE, size, 1, (Round(Next(), All(), True),))
 
+def by_node(size, nodes, root=0):
+    return build("reduce", "hierarchical", size, root, nodes)
+
+def of_no_node(size, root, nodes):
+    raise KeyError(nodes.size)
+
 variable = 5
 """
 
@@ -196,6 +202,24 @@ def test_node_groups_follow_the_cluster(capsys: pytest.CaptureFixture[str]) -> N
     command = "simulate allreduce:hierarchical --ranks 64 --ranks-per-node 8"
     assert main(command.split()) == 0
     assert capsys.readouterr().out.splitlines()[3].split() == ["rounds:", "28"]
+
+
+def test_a_function_of_ones_own_may_depend_on_the_nodes(
+    own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It lacked an argument, whatever was said of nodes."""
+    assert main(["verify", f"{own}:by_node", "--sizes", "2-7"]) == 0
+    capsys.readouterr()
+    mine, built_in = [], []
+    for found, name in ((mine, f"{own}:by_node"), (built_in, "reduce:hierarchical")):
+        for words in ("--ranks-per-node 4", "--ranks-per-node 4 --map-by node", ""):
+            assert main(["simulate", name, "--ranks", "16", *words.split()]) == 0
+            out = capsys.readouterr().out
+            found.append([line for line in out.splitlines() if "(simulated)" in line])
+    assert mine == built_in and mine[0] != mine[2]
+    assert main(["verify", f"{own}:of_no_node", "--sizes", "4"]) == 1
+    told = "of_no_node(4, root=0, nodes=2 nodes of 2) raised KeyError"
+    assert told in capsys.readouterr().out
 
 
 def test_ranks_may_lie_round_robin(capsys: pytest.CaptureFixture[str]) -> None:
