@@ -109,9 +109,9 @@ class GroupCalls:
         """Send row r of x to rank r; return a new array whose row r is what rank r sent here."""
         return self._start(self._side(x).alltoall(x, algorithm), blocking)
 
-    def barrier(self, *, blocking: bool = True) -> Any:
+    def barrier(self, *, algorithm: Algorithm = None, blocking: bool = True) -> Any:
         """Return when every rank has come."""
-        return self._start(self._operations.barrier(), blocking)
+        return self._start(self._operations.barrier(algorithm), blocking)
 
     # -- point to point ----------------------------------------------------------------------
 

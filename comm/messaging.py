@@ -171,8 +171,9 @@ class Messaging:
         return self._prepared(signature, chosen, buffer.flat.nbytes, run)
 
     def barrier(self) -> Prepared:
+        # Of several chunks the one that has the token tells that all have come, as each would.
         token = np.zeros(1, np.uint8)
-        chosen = self._token()
+        chosen = self._choose("barrier", 1, DTYPES["uint8"])
         executor = self._executor(chosen.program, token, token)
         return self._prepared(Signature("barrier"), chosen, 0, executor.run, executor)
 

@@ -114,8 +114,8 @@ class Operations:
     def alltoall(self, x: Any, algorithm: Algorithm = None) -> Prepared:
         return self._by(algorithm).alltoall(self._rows(x))
 
-    def barrier(self) -> Prepared:
-        return self._by(None).barrier()
+    def barrier(self, algorithm: Algorithm = None) -> Prepared:
+        return self._by(algorithm).barrier()
 
     def coming(self, name: str) -> Callable[[int], Steps]:
         """Return what waits for all ranks in what MPI waits for; see `Messaging.coming`."""

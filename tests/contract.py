@@ -158,6 +158,7 @@ def check_alltoall(comm: Communicator, algorithm: str) -> None:
 
 def check_barrier(comm: Communicator, algorithm: str) -> None:
     for _ in range(3):
+        comm.barrier(algorithm=algorithm)
         comm.barrier()
 
 

@@ -7,11 +7,12 @@ import pytest
 from own_schedules import Inverted
 
 from ringfold import Communicator, run_local
-from ringfold.comm.collective import ALLGATHER, ALLREDUCE, BROADCAST
+from ringfold.comm.collective import ALLGATHER, ALLREDUCE, BARRIER, BROADCAST
 from ringfold.comm.errors import ScheduleError
 from ringfold.comm.schedule import (
     NOBODY,
     All,
+    Chunks,
     Peers,
     Ranks,
     Rotated,
@@ -71,6 +72,47 @@ def test_a_rule_that_inverts_runs_as_it_is_proven() -> None:
 
     assert run_local(2, add) == [[0.0, 3.0, 6.0, 9.0]] * 2
     assert run_local(3, copy) == [[1.0] * 4] * 3
+
+
+@dataclass(frozen=True)
+class Second(Chunks):
+    """Send the second chunk of two, or both."""
+
+    length: int
+
+    def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
+        return 1, self.length
+
+
+def test_a_barrier_of_ones_own_runs() -> None:
+    """It was proven and priced, and barrier() took no algorithm."""
+    rounds = tuple(Round(Shift(1), Second(length), True) for length in (1, 2, 1, 2))
+    own = Schedule(BARRIER, 3, 2, rounds)
+    come: list[tuple[int, int]] = []
+
+    def meet(comm: Communicator) -> list[str]:
+        told, count = [], 0
+        for algorithm in ("dissemination", own, None):
+            for call in (
+                lambda algorithm=algorithm: comm.barrier(algorithm=algorithm),
+                comm.plan("barrier", algorithm=algorithm),
+            ):
+                count += 1
+                come.append((comm.rank, count))
+                call()
+                assert {rank for rank, when in list(come) if when == count} == {0, 1, 2}
+            work = comm.barrier(algorithm=algorithm, blocking=False)
+            work.wait()
+            told.append(work.receipt.algorithm)
+        for wrong, said in (
+            (Schedule(BARRIER, 3, 2, rounds[:2]), "ends without the contribution of"),
+            (Schedule(ALLREDUCE, 3, 2, ()), "the schedule's collective is allreduce"),
+        ):
+            with pytest.raises(ScheduleError, match=said):
+                comm.barrier(algorithm=wrong)
+        return told
+
+    assert all(told[:2] == ["dissemination", "schedule"] for told in run_local(3, meet))
 
 
 def test_a_rule_for_arrays_alone_runs() -> None:
