@@ -9,7 +9,9 @@ import pytest
 
 from ringfold.comm.algorithms import BUILDERS, build
 from ringfold.comm.cost import price
+from ringfold.comm.schedule import Schedule
 from ringfold.comm.topology import Cluster, Link
+from ringfold.comm.verify import verify
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -34,6 +36,13 @@ def test_rounds_and_bytes_are_those_of_the_schedule(collective: str, algorithm: 
         share = Fraction(sent, nbytes // size if collective == "alltoall" else nbytes)
         bytes_sent = "token" if collective == "barrier" else f"{share} n"
         assert cell == f"{len(schedule.rounds)}, {bytes_sent}"
+
+
+def test_the_tables_of_a_list_of_messages_are_proven() -> None:
+    block = (DOCS / "algorithms.md").read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, Schedule] = {}
+    exec(block, names)
+    assert verify(names["schedule"]).messages == 2
 
 
 def told(cell: str, p: int) -> Fraction:
