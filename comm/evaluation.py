@@ -45,9 +45,12 @@ def moves(round: Round, size: int, num_chunks: int, index: int | None = None) ->
 
 def _require_there(step: Moves, size: int, num_chunks: int, index: int | None) -> None:
     """Refuse messages to ranks, and of chunks, that there are not."""
-    limits = ((step.dst, size), (step.first, num_chunks), (step.length, num_chunks + 1))
-    # What is below 0 is above all else without its sign.
-    if all(found.view(np.uint64).max(initial=0) < limit for found, limit in limits):
+
+    def most(found: Integers) -> int:
+        """Return the largest, where what is below 0 counts as above all else."""
+        return int(found.view(np.uint64).max(initial=0))
+
+    if most(step.dst) < size and most(step.first) < num_chunks and most(step.length) <= num_chunks:
         return
     for rank, dst, first, length in step:
         if not 0 <= dst < size:

@@ -229,9 +229,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
     ):
         print(f"{name + ':':<30} {value}")
     if builder.own and schedule.size > MOST_PROVEN:
-        print(
-            f"not proven, being for more than {MOST_PROVEN} ranks: a price believes what rules say"
-        )
+        print(f"not proven, above {MOST_PROVEN} ranks: the price believes what its rules say")
     return 0
 
 

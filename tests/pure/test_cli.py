@@ -185,7 +185,7 @@ def test_what_is_priced_is_proven_where_it_is_small(
         ("allreduce:ring", MOST_PROVEN + 1, True),
     ):
         assert main(["simulate", name, "--ranks", str(many)]) == 0
-        assert ("not proven, being for more than 64" in capsys.readouterr().out) is not proven
+        assert ("not proven, above 64 ranks" in capsys.readouterr().out) is not proven
 
 
 def test_a_price_that_takes_long_is_announced(
