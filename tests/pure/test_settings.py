@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from ringfold.comm.settings import Settings, fit_to_start_mpi, started_in, unlike
+from ringfold.comm.settings import Settings, fit_to_start_mpi, started_in, started_together, unlike
 
 COMPONENTS = "OMPI_MCA_btl"
 
@@ -102,3 +102,22 @@ def test_the_folder_of_the_start_is_the_launchers_if_there_is_one(tmp_path: Path
     assert started_in({"PWD": str(tmp_path)}) == str(tmp_path)
     for unknown in ({}, {"PWD": "."}, {"PWD": str(tmp_path / "gone")}):
         assert started_in(unknown) == os.getcwd()
+
+
+def test_how_many_processes_were_started_is_what_the_innermost_launcher_says() -> None:
+    """mpirun -n 1 within an srun of four, and a shell of srun's, have one process alone."""
+    open_mpi = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
+    hydra = {"PMI_SIZE": "3", "PMI_RANK": "2"}
+    srun = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"}
+    torchrun = {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none"}
+    for told in (open_mpi, hydra, srun, torchrun):
+        name, count = next(iter(told.items()))
+        assert started_together(told) == {name: int(count)}
+    assert started_together({**hydra, **srun}) == {"PMI_SIZE": 3, "SLURM_STEP_NUM_TASKS": 4}
+    alone = {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}
+    shell = {**srun, "SLURM_PTY_PORT": "40000"}
+    by_pmi2 = {**shell, **hydra, "PMI_JOBID": "7.0"}
+    batch = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
+    for one in ({}, {**srun, **alone}, shell, by_pmi2, batch, {"WORLD_SIZE": "2"}):
+        assert started_together(one) == {}
+    assert started_together({**shell, **hydra}) == {"PMI_SIZE": 3}

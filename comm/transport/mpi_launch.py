@@ -1,0 +1,33 @@
+"""Whether MPI and the launcher, as far as its words tell, mean the same job."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import CommError
+from ..settings import started_together
+
+
+def library_of(mpi: Any) -> str:
+    """Return the name and version of mpi4py's MPI library."""
+    first: str = mpi.Get_library_version().split("\n")[0]
+    return first.strip("\0 ")
+
+
+def require_whole_world(mpi: Any) -> None:
+    """Raise CommError where each process that the launcher has started is a job of its own.
+
+    An MPI library that does not hear the launcher of another takes each for one started by hand:
+    all would do the same, each of them as rank 0 of 1.
+    """
+    told = started_together()
+    if not told or mpi.COMM_WORLD.Get_size() > 1:
+        return
+    said = ", ".join(f"{name}={count}" for name, count in told.items())
+    alone = " ".join(f"-u {name}" for name in told)
+    raise CommError(
+        f"the launcher has started {max(told.values())} processes ({said}), but each is alone for "
+        f"{library_of(mpi).partition(', package')[0]}, whose launcher it is not; start with the "
+        "mpirun of the MPI library that mpi4py uses, or let srun speak to it (--mpi=pmix for Open "
+        f"MPI, --mpi=pmi2 for MPICH); where each is meant to run by itself, with env {alone}"
+    )
