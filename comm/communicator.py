@@ -50,7 +50,8 @@ class Communicator(GroupCalls, Scope):
     `algorithm` names an algorithm of `ringfold.comm.algorithms`, or is a Schedule, which is proven
     before it runs.
 
-    Raises: CommError without an MPI library, inside a multiprocessing worker, and after close();
+    Raises: CommError without an MPI library or with the launcher of another, inside a
+    multiprocessing worker or a script that a rank has started (docs/faults.md), and after close();
     MismatchError where the ranks' settings differ.
     ValueError or TypeError for bad arguments, before anything is sent.
     """

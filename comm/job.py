@@ -68,6 +68,7 @@ class Job:
                 "process that mpirun started, and call collectives there"
             )
         from .transport.mpi import MpiTransport, load_mpi, require_group
+        from .transport.mpi_launch import require_own_place
         from .transport.mpi_start import Starting, process, tell_of_end
 
         if os.getpid() != process():
@@ -75,6 +76,7 @@ class Job:
                 f"this process is a fork of a rank, process {process()}, and cannot use its MPI: "
                 "open the Communicator, and call collectives, in the process that mpirun started"
             )
+        require_own_place()
         require_group(comm)
         seat = Seat.read()
         guard = Guard(Starting(seat)) if settings.abort else None

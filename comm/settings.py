@@ -107,7 +107,8 @@ _LAUNCHERS = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_", "HYDRA_", "HYDI_", "I_M
 def beside_the_job(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return the environment for a child that starts MPI as one process alone.
 
-    What a launcher tells its ranks would make the child one of them a second time.
+    What a launcher tells its ranks would make the child one of them a second time. For programs,
+    too: subprocess.run(..., env=beside_the_job()).
     """
     kept = {"OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"}
     return {
@@ -242,6 +243,40 @@ def fit_to_start_mpi() -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
+
+
+_HOLDER = "RINGFOLD_HOLDER"
+
+
+def hold_place() -> None:
+    """Tell the processes that this one starts whose place in the job they inherit."""
+    place = _place(os.environ)
+    if place:
+        os.environ[_HOLDER] = f"{os.getpid()} {place}"
+
+
+def free_place() -> None:
+    """Let the processes that this one starts take its place in the job, which it has left."""
+    os.environ.pop(_HOLDER, None)
+
+
+def holder(environ: Mapping[str, str] | None = None) -> tuple[int, int] | None:
+    """Return the other process that has this one's place in the job, and its rank there."""
+    environ = os.environ if environ is None else environ
+    process, _, place = environ.get(_HOLDER, "").partition(" ")
+    if not place or place != _place(environ) or int(process) == os.getpid():
+        return None
+    return int(process), int(environ["PMIX_RANK"])
+
+
+def _place(environ: Mapping[str, str]) -> str:
+    """Return what only one rank of one job is told; "" where no launcher says it.
+
+    By PMIx, whose job's name is of no other job. What MPICH's says may be that of another job, as
+    a number of a file descriptor; it is closed in what a rank starts, where MPICH ends at once.
+    """
+    names = ("PMIX_RANK", "PMIX_NAMESPACE")
+    return " ".join(environ[name] for name in names) if environ.keys() >= set(names) else ""
 
 
 def started_in(environ: Mapping[str, str] = os.environ) -> str:

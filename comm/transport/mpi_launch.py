@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from ..errors import CommError
-from ..settings import started_together
+from ..settings import holder, started_together
 
 
 def library_of(mpi: Any) -> str:
     """Return the name and version of mpi4py's MPI library."""
     first: str = mpi.Get_library_version().split("\n")[0]
     return first.strip("\0 ")
+
+
+def require_own_place() -> None:
+    """Raise CommError, before MPI starts, in a process that a rank of the job has started.
+
+    With the rank's environment MPI takes it for the rank: Open MPI then sends what is for one to
+    the other, and either hangs or crashes.
+    """
+    found = holder()
+    if found is None:
+        return
+    process, rank = found
+    raise CommError(
+        f"process {os.getpid()} was started by rank {rank}, process {process}, and MPI would take "
+        "it for that rank, and break both; let it be a job of its own: start it with "
+        "env=ringfold.comm.settings.beside_the_job(), the environment without what the launcher "
+        "has told the rank"
+    )
 
 
 def require_whole_world(mpi: Any) -> None:

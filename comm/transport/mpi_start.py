@@ -20,7 +20,7 @@ from contextlib import nullcontext
 from typing import Any, Protocol
 
 from ..lookout import Lookout
-from ..settings import Seat, fit_to_start_mpi
+from ..settings import Seat, fit_to_start_mpi, free_place, hold_place
 
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGABRT)
 
@@ -145,7 +145,10 @@ def _listen(mpi: Any) -> None:
     def ends(comm: Any, key: int, value: object) -> None:
         for who in reversed(list(_TOLD.values())):
             who.mpi_ends()
+        free_place()
 
+    if mpi.COMM_WORLD.Get_size() > 1:  # else nobody sends to who takes this place
+        hold_place()
     mpi.COMM_SELF.Set_attr(mpi.Comm.Create_keyval(delete_fn=ends), None)
 
 

@@ -15,6 +15,7 @@ from ..settings import Seat
 from .mpi import MpiTransport, load_mpi
 from .mpi_errors import raising
 from .mpi_exit import die_at_end, say_goodbye
+from .mpi_launch import require_own_place
 from .mpi_patience import Patience, patience
 from .mpi_start import end_mpi
 
@@ -42,6 +43,7 @@ class Survivors:
         seconds: that ranks wait for each other at most.  make_lookout: makes what sees to it that
         MPI starts, which waits for every rank and is told of no death yet.
         """
+        require_own_place()
         self._patience = Patience(seconds, _NOT_ALL)
         ends = "mpi4py.MPI" not in sys.modules
         if ends:

@@ -368,3 +368,33 @@ if __name__ == "__main__":
     assert done.returncode == 0, done.output
     assert done.stdout.count("refused") == 2
     assert not done.leftovers
+
+
+CHILD = """
+import os, subprocess, sys
+import ringfold
+from mpi4py import MPI
+from ringfold.comm.settings import beside_the_job
+
+comm = ringfold.Communicator()
+code = "import ringfold; print(ringfold.Communicator())"
+if comm.rank == 0:
+    for env in (None, beside_the_job()):
+        command = [sys.executable, "-c", code]
+        child = subprocess.run(command, env=env, capture_output=True, text=True, timeout=20)
+        print(child.returncode, child.stdout + child.stderr.replace("\\n", "; "))
+comm.barrier()
+comm.close()
+MPI.Finalize()
+print("held:", "RINGFOLD_HOLDER" in os.environ)
+"""
+
+
+def test_what_a_rank_starts_is_no_rank(job: Callable[..., Any]) -> None:
+    """MPI took it for the rank itself: it hung, or crashed the ranks; now it is told what to do."""
+    done = job(2, CHILD)
+    assert done.returncode == 0, done.output
+    refused, alone, *held = filter(None, done.stdout.splitlines())
+    assert "CommError: process" in refused and "was started by rank 0, process" in refused
+    assert alone == "0 Communicator(rank 0 of 1, mpi)"
+    assert "ending the job" not in done.output and held[-2:] == ["held: False"] * 2

@@ -5,7 +5,17 @@ from typing import Any
 
 import pytest
 
-from ringfold.comm.settings import Settings, fit_to_start_mpi, started_in, started_together, unlike
+from ringfold.comm.settings import (
+    Settings,
+    beside_the_job,
+    fit_to_start_mpi,
+    free_place,
+    hold_place,
+    holder,
+    started_in,
+    started_together,
+    unlike,
+)
 
 COMPONENTS = "OMPI_MCA_btl"
 
@@ -121,3 +131,29 @@ def test_how_many_processes_were_started_is_what_the_innermost_launcher_says() -
     for one in ({}, {**srun, **alone}, shell, by_pmi2, batch, {"WORLD_SIZE": "2"}):
         assert started_together(one) == {}
     assert started_together({**shell, **hydra}) == {"PMI_SIZE": 3}
+
+
+def test_a_place_in_the_job_is_held_by_the_process_that_has_started_mpi(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a rank started passed for the rank with MPI; newcomers and inner jobs have their own."""
+    monkeypatch.setenv("PMIX_NAMESPACE", "prterun-here-7@1")
+    monkeypatch.setenv("PMIX_RANK", "3")
+    assert holder() is None
+    hold_place()
+    assert holder() is None  # be it by exec
+    inherited = dict(os.environ)
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    assert holder() is not None and holder()[1] == 3
+    assert holder(beside_the_job(inherited)) is None
+    assert holder({**inherited, "PMIX_NAMESPACE": "prterun-here-7@2"}) is None
+    assert holder({**inherited, "PMIX_RANK": "2"}) is None
+    free_place()
+    assert holder() is None
+
+
+def test_without_a_launcher_nobody_holds_a_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PMIX_NAMESPACE", raising=False)
+    before = dict(os.environ)
+    hold_place()
+    assert dict(os.environ) == before
