@@ -161,8 +161,9 @@ class MpiTransport:
         with raising(mpi, "opening a group"):
             self._channels = {channel: group.Dup() for channel in Channel}
             self._control = None if departures else group.Dup()
-        for duplicate in self._channels.values():
-            duplicate.Set_errhandler(mpi.ERRORS_RETURN)
+        for duplicate in (*self._channels.values(), self._control):
+            if duplicate is not None:
+                duplicate.Set_errhandler(mpi.ERRORS_RETURN)
         self.rank: int = group.Get_rank()
         self.size: int = group.Get_size()
         self.max_tag: int = mpi.COMM_WORLD.Get_attr(mpi.TAG_UB)

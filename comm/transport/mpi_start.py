@@ -53,7 +53,7 @@ def import_mpi(make_lookout: Callable[[], Lookout] | None) -> Any:
         defaults = [number for number in _CRASHES if signal.getsignal(number) is signal.SIG_DFL]
         lookout = None if make_lookout is None else make_lookout()
         with nullcontext() if lookout is None else lookout.starting(), fit_to_start_mpi():
-            _start(mpi, rc.thread_level if rc.threads else "single")
+            _start(mpi, rc.thread_level if rc.threads else "single", _errors(rc))
         _take_back(defaults)
         if rc.finalize is not False:
             atexit.register(_end, mpi, lookout, os.getpid())
@@ -66,15 +66,21 @@ def _module() -> Any:
     return MPI
 
 
-def _start(mpi: Any, level: str) -> None:
+def _errors(rc: Any) -> str:
+    """Return the handler that mpi4py gives MPI's own communicators; "" leaves them theirs."""
+    named = {"default": "", "abort": "ERRORS_ABORT", "fatal": "ERRORS_ARE_FATAL"}
+    return named.get(rc.errors, "ERRORS_RETURN")
+
+
+def _start(mpi: Any, level: str, errors: str) -> None:
     wanted = getattr(mpi, f"THREAD_{level.upper()}")
     failed = _library(mpi).MPI_Init_thread(
         None, None, ctypes.c_int(wanted), ctypes.byref(ctypes.c_int())
     )
     if failed:
         raise RuntimeError(f"MPI_Init_thread failed with code {failed}")
-    for comm in (mpi.COMM_WORLD, mpi.COMM_SELF):
-        comm.Set_errhandler(mpi.ERRORS_RETURN)
+    for comm in (mpi.COMM_WORLD, mpi.COMM_SELF) if errors else ():
+        comm.Set_errhandler(getattr(mpi, errors))
 
 
 def _library(mpi: Any) -> ctypes.CDLL:

