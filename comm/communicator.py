@@ -283,7 +283,8 @@ class Communicator(GroupCalls, Scope):
     def split(self, color: int | None, key: int = 0) -> Communicator | None:
         """Return the Communicator of the ranks that give the same color, ordered by (key, rank).
 
-        Collective. A rank that gives None gets None.
+        Collective. A rank that gives None gets None. MPI holds a group until it is closed, which
+        one that is dropped is not, and no more than so many: MPICH 2048, of which each needs four.
 
         Raises: TypeError for a color or a key that is no whole number; ValueError for a color that
         is negative or above 2**31 - 1, or a key of more than 32 bits.

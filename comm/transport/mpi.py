@@ -14,7 +14,7 @@ from ..errors import CommError
 from ..lookout import Lookout
 from .base import Bytes, Channel, DeviceMessages, Transport
 from .mpi_abi import find_calls
-from .mpi_departures import Departures, await_all
+from .mpi_departures import Departures, await_all, groups_held
 from .mpi_errors import raising, refused, wrong_size
 from .mpi_launch import library_of, require_whole_world
 from .mpi_patience import patience
@@ -93,7 +93,7 @@ def thread_level() -> str:
 def _making(mpi: Any, what: str, base: Any, seconds: float) -> Iterator[None]:
     """Make a group of another's ranks, which MPI does not watch."""
     where = f"rank {base.rank} of {base.size} is {what}, and not all of its ranks go on to it"
-    with raising(mpi, what), patience(seconds, f"{where}; ending the job"):
+    with raising(mpi, what, groups_held), patience(seconds, f"{where}; ending the job"):
         yield
 
 
@@ -158,7 +158,7 @@ class MpiTransport:
         """
         self._mpi = mpi
         self._seconds = seconds
-        with raising(mpi, "opening a group"):
+        with raising(mpi, "opening a group", groups_held):
             self._channels = {channel: group.Dup() for channel in Channel}
             self._control = None if departures else group.Dup()
         for duplicate in (*self._channels.values(), self._control):

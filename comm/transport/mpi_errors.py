@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,13 +27,16 @@ def refused(mpi: Any, code: int, peer: int, wanted: int | None) -> CommError:
 
 
 @contextmanager
-def raising(mpi: Any, what: str) -> Iterator[None]:
-    """Turn an MPI failure within into PeerLost where a rank has died, else into CommError."""
+def raising(mpi: Any, what: str, more: Callable[[], str] = str) -> Iterator[None]:
+    """Turn an MPI failure within into PeerLost where a rank has died, else into CommError.
+
+    more: says what else is to be known of a failure.
+    """
     try:
         yield
     except mpi.Exception as error:
         kind = PeerLost if _is_loss(mpi, error.Get_error_code()) else CommError
-        raise kind(f"{what}: {error}") from error
+        raise kind(f"{what}: {error}{more()}") from error
 
 
 def _is_loss(mpi: Any, code: int) -> bool:

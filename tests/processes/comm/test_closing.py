@@ -1,6 +1,7 @@
 """The end of a group: whom it waits for, and what it leaves alone."""
 
 import gc
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -67,6 +68,29 @@ def test_ranks_without_a_group_close_the_world_at_once(comm: Communicator) -> No
     if part is not None:
         part.allreduce(np.ones(3))
         part.close()
+
+
+def test_groups_that_were_dropped_are_counted_where_mpi_refuses_one(comm: Communicator) -> None:
+    """MPICH holds 2048: "Too many communicators" did not say that dropped groups keep theirs."""
+    from mpi4py import MPI
+
+    from ringfold.comm.transport.mpi_departures import groups_held
+    from ringfold.comm.transport.mpi_errors import raising
+
+    def refused() -> tuple[int, int]:
+        with pytest.raises(CommError) as caught, raising(MPI, "splitting", groups_held):
+            raise MPI.Exception(MPI.ERR_OTHER)
+        found = re.search(
+            r"MPI holds (\d+) groups .* (\d+) of which were dropped", str(caught.value)
+        )
+        assert found is not None
+        return int(found[1]), int(found[2])
+
+    held, dropped = refused()
+    part = comm.split(0)
+    assert refused() == (held + 2, dropped)
+    del part
+    assert refused() == (held + 2, dropped + 2)
 
 
 @pytest.fixture(params=["shared", "messages"])
