@@ -37,7 +37,8 @@ class Communicator(GroupCalls, Scope):
     """Collectives and messages between the ranks of one group.
 
     `Communicator()` duplicates MPI.COMM_WORLD, and `Communicator(mpi_comm)` a communicator of
-    mpi4py's, so that nothing here meets the program's own messages; creating one is collective.
+    mpi4py's, so that nothing here meets the program's own messages; creating one is collective. It
+    keeps its memory, its thread and what MPI has for it until close(): one that is dropped, too.
     All ranks call the same collectives in the same order, from one thread at a time. `root`, `dst`
     and `src` are ranks of this group. Half-width floats are added in float32 and rounded once.
 
