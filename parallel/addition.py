@@ -51,6 +51,7 @@ class InBuckets:
         """Begin a step."""
         if self._reducer.active:
             self._reducer.abandon()
+        self._reducer.follow_swaps()
 
     def finish(self, losses: Mapping[int, float], failed: bool, changed: bool) -> Added:
         """End it, with this rank's weighed losses by micro-batch; collective."""

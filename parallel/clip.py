@@ -22,7 +22,7 @@ _EPSILON = 1e-6
 _OF_ONE_STAGE = "_ringfold_of_one_stage"
 
 
-def note_stage(parameters: Iterable[nn.Parameter]) -> None:
+def note_stage(parameters: Iterable[Tensor]) -> None:
     """Note that other stages than that of these parameters are on other ranks."""
     for parameter in parameters:
         setattr(parameter, _OF_ONE_STAGE, True)

@@ -70,8 +70,8 @@ class GradientSync(Kin):
         """Take notice of a forward."""
         if torch._C._current_graph_task_id() == -1:  # else it is computed again, in a backward
             self._abandon()
-        if self._roster is not None and torch.is_grad_enabled():
-            self._roster.check()
+        if torch.is_grad_enabled():
+            self._check()
             self._checked = True
 
     def detach(self) -> None:
@@ -122,14 +122,20 @@ class GradientSync(Kin):
 
     def _begin(self, family: Sequence[GradientSync]) -> None:
         self._abandon()  # what a backward that has failed has begun
-        if self._roster is not None and not self._checked:  # as after a forward that is compiled
-            self._roster.check()
+        if not self._checked:  # as after a forward that is compiled
+            self._check()
         self._checked = False
         self._ahead = self.ahead(family)
         self._done = None
         layout = self._layout if self._mode.buffers else None
         changed = layout is not None and layout.changed
         self._reducer.begin(self._mode.weight, self.shared_with(self._ahead), changed=changed)
+
+    def _check(self) -> None:
+        """Take notice of other parameters, and of other tensors in them."""
+        if self._roster is not None:
+            self._roster.check()
+        self._reducer.follow_swaps()
 
     def _abandon(self) -> None:
         """Give up what a backward that has failed has begun."""

@@ -255,7 +255,7 @@ class Pipeline:
             scales=[weight * factor for weight in share.weights],
             samples=share.samples(self.steps_taken),
         )
-        self._model.ties.begin()
+        self._model.begin()
         self._adding.begin(share, batch)
         plan = self._plan(len(share.bounds))[self.mesh.pipe.rank]
         with span(self.mesh.comm.timeline, STEP, f"step {self.steps_taken}"):

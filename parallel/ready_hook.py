@@ -15,7 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-__all__ = ["ReadyHook", "comes_last", "hang"]
+__all__ = ["ReadyHook", "comes_last", "hang", "hang_again"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ def hang(parameter: Tensor, on_ready: Callable[[int], None], index: int) -> Remo
         ReadyHook(on_ready, index)
     )
     return handle
+
+
+def hang_again(parameter: Tensor) -> None:
+    """Have the hooks that a parameter tells of called for the tensor that it has now."""
+    parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
 
 
 def comes_last(parameter: Tensor, handle: RemovableHandle) -> bool:

@@ -24,9 +24,10 @@ from .carriers import carrier_of
 from .finite import FiniteCheck
 from .gradients import Gradients
 from .hooks import WireHook, wire_format
-from .ready_hook import comes_last, hang
+from .ready_hook import comes_last, hang, hang_again
 from .reduction import Reduction, ReductionRecord, Terms
 from .replicas import check_equal
+from .swaps import Swaps
 from .weights import begin_weighing
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Reducer:
         self.told = False
         self._pass: Reduction | None = None
         self._handles: dict[int, RemovableHandle] = {}
+        self._swaps = Swaps(())
         self.last: ReductionRecord | None = None
 
     def attach(self, on_ready: Callable[[int], None]) -> None:
@@ -96,11 +98,19 @@ class Reducer:
             self._handles[index] = hang(parameter, on_ready, index)
             if frozen:
                 parameter.requires_grad_(False)
+        self._swaps = Swaps(self._gradients.parameters)
 
     def detach(self) -> None:
         """Take the hooks off the parameters."""
+        self._swaps = Swaps(())
         while self._handles:
             self._handles.popitem()[1].remove()
+
+    def follow_swaps(self) -> None:
+        """Hang the hooks again where a parameter has another tensor; to be called before a step."""
+        for index in self._swaps.found():
+            if index in self._handles:
+                hang_again(self._gradients.parameters[index])
 
     @property
     def single(self) -> bool:

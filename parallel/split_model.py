@@ -19,6 +19,7 @@ from .replicas import broadcast_tensors, device_of
 from .roster import Roster
 from .shared_weights import names_of, refuse_two_values
 from .stage import Stage
+from .swaps import Swaps
 from .ties import TiedGradients, move, untie
 
 if TYPE_CHECKING:
@@ -79,12 +80,20 @@ class SplitModel:
         constants.equalize(pipe, self.device, bucket_bytes)
         for layers in self._layers.stages.values():
             constants.watch(layers)
-        if pipe.size > 1:
-            note_stage(self.module.parameters())
+        self._swaps = Swaps(self.module.parameters() if pipe.size > 1 else ())
+        note_stage(self._swaps.tensors)
         self._roster = Roster(self.module)
         self._layout = BufferLayout(self._roster)
         self.ties = TiedGradients(ties, ranks, pipe)
         self.ties.equalize()
+
+    def begin(self) -> None:
+        """Take notice of what was done to the parameters since the step before."""
+        if self._mesh.data.size > 1:
+            self._roster.check()
+        if self._swaps.found():
+            note_stage(self._swaps.tensors)
+        self.ties.begin()
 
     @property
     def parameters_by_stage(self) -> dict[int, list[nn.Parameter]]:
