@@ -297,6 +297,7 @@ class Pipeline:
             inputs=split_rows(x, bounds) if self._is_first else [],
             samples=[Samples(self.steps_taken, first, end - first) for first, end in bounds],
         )
+        self._model.ties.follow()
         self._worker.evaluate(len(bounds), batch)
         where = "output of the last stage"
         joined = self._worker.join(batch, where) if self._is_last and not self._failed else None
@@ -324,7 +325,7 @@ class Pipeline:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the parameters and buffers of this rank, by their names in the unsplit model."""
-        return dict(self._model.module.state_dict())
+        return self._model.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load this rank's part of a state: of the unsplit model's, or of `state_dict`'s.

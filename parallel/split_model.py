@@ -115,6 +115,11 @@ class SplitModel:
             if parameter not in self.ties.others:
                 yield self.ties.names.get(parameter, name), parameter
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return parameters and buffers; see Pipeline."""
+        self.ties.follow()
+        return dict(self.module.state_dict())
+
     def load(self, state: Mapping[str, Any]) -> None:
         """Load this rank's part of a state; errors as in Pipeline.load_state_dict."""
         refuse_two_values(self.shared_names, state)

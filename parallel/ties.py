@@ -100,8 +100,8 @@ class TiedGradients:
     """Keep shared parameters equal on all ranks of `pipe` that hold them.
 
     ranks: the rank of every layer. Per step: `begin`, and `finish` once the gradients of each use
-    have been reduced over replicas: then the first use on a rank has the sum of all. Collective
-    over `pipe`, all but `begin`.
+    have been reduced over replicas: then the first use on a rank has the sum of all. Before an
+    evaluation: `follow`. Collective over `pipe`, all but `begin` and `follow`.
     """
 
     def __init__(self, ties: Sequence[Tie], ranks: Sequence[int], pipe: Communicator) -> None:
@@ -135,11 +135,22 @@ class TiedGradients:
                 with torch.no_grad():
                     shared.uses[0].copy_(flat)
 
+    def follow(self) -> None:
+        """Let all uses have the memory of the first one, which alone is known outside.
+
+        Whoever writes to its `data`, or moves it, gives it other memory. Not collective.
+        """
+        for shared in self._shared:
+            data = shared.uses[0].data
+            for use in shared.uses[1:]:
+                use.data = data
+
     def begin(self) -> None:
         """Set aside the gradients that are there; `finish` adds to them, as backward does.
 
-        Uses are frozen as the first one is, which alone is known outside.
+        Uses have the values of the first one, and are frozen as it is.
         """
+        self.follow()
         self._before = [shared.uses[0].grad for shared in self._shared]
         for shared in self._shared:
             for use in shared.uses:

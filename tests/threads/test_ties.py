@@ -654,3 +654,65 @@ def test_hooks_on_the_gradient_of_a_shared_weight_are_refused(method):
         engine(alone).step(torch.ones(1))
 
     run_local(2, main)
+
+
+class Halve(nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.w = weight
+
+    def forward(self, x):
+        return x / 2 * self.w
+
+
+@pytest.mark.parametrize("pipe", [1, 2])
+@pytest.mark.parametrize("change", ["data", "double", "vector", "swap"])
+def test_all_uses_follow_what_is_written_to_data(change, pipe):
+    """The first use on a rank alone had the new value, in training, evaluation and checkpoints."""
+
+    def write(engine, value):
+        (weight,) = engine.parameters()
+        if change == "data":
+            weight.data = torch.tensor([value])
+        elif change == "vector":
+            nn.utils.vector_to_parameters(torch.tensor([value]), [weight])
+        elif change == "double":
+            weight.data = torch.tensor([value], dtype=torch.float64)
+        else:
+            torch.utils.swap_tensors(weight, nn.Parameter(torch.tensor([value])))
+
+    def main(comm):
+        first = Times(1)
+        engine = Pipeline(
+            [first, Halve(first.w), Halve(first.w)],
+            Mesh(comm, pipe=pipe),
+            loss_fn=mean_output,
+            microbatches=1,
+        )
+        x = torch.ones(2, dtype=torch.float64 if change == "double" else torch.float32)
+        write(engine, 3.0)
+        with torch.inference_mode():
+            evaluated = engine.forward(x).tolist()
+        write(engine, 4.0)
+        state = {name: value.item() for name, value in engine.state_dict().items()}
+        write(engine, 2.0)
+        loss = engine.step(x).item()
+        (weight,) = engine.parameters()
+        weight.data.sub_(1.0)  # in place, as an optimizer does
+        assert engine.forward(x).tolist() == [0.25, 0.25]
+        return evaluated, set(state.values()), loss, weight.grad.item()
+
+    assert run_local(pipe, main) == [([6.75, 6.75], {4.0}, 2.0, 3.0)] * pipe
+
+
+def test_what_is_written_to_a_later_use_does_not_count():
+    """It untied the uses without a word; the first is the one that `parameters` yields."""
+
+    def main(comm):
+        first = Times(3)
+        layers = [first, Halve(first.w)]
+        engine = Pipeline(layers, Mesh(comm), loss_fn=mean_output, microbatches=1)
+        engine.layers[1].w.data = torch.tensor([7.0])
+        return engine.step(torch.ones(2)).item()
+
+    assert run_local(1, main) == [4.5]
