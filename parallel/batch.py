@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -10,9 +11,18 @@ import torch
 from torch import Tensor
 
 from .sampler import part_bounds
+from .strides import overlaps
 from .structure import put_together, take_apart
 
-__all__ = ["clone_tensors", "count_rows", "global_leaves", "join_rows", "row_bounds", "split_rows"]
+__all__ = [
+    "clone_tensors",
+    "count_rows",
+    "global_leaves",
+    "join_rows",
+    "row_bounds",
+    "split_batch",
+    "split_rows",
+]
 
 
 def row_bounds(rows: int, num_microbatches: int) -> tuple[tuple[int, int], ...]:
@@ -65,12 +75,29 @@ def count_rows(value: Any, where: str) -> int:
 
 
 def split_rows(value: Any, bounds: Sequence[tuple[int, int]]) -> list[Any]:
-    """Return the micro-batches, as views; what has no rows goes into every one."""
+    """Return the micro-batches, as views; what has no rows goes into every one.
+
+    Layers and losses may change one in place, as they may the whole: others that wait for their
+    backward do not count as changed. But for tensors that have memory in common.
+    """
     description, tensors = take_apart(value, "batch")
-    return [
-        put_together(description.skeleton, [t[first:end] if t.dim() > 0 else t for t in tensors])
-        for first, end in bounds
+    uses = Counter(map(_storage, tensors))
+    cuts = [
+        _cut_apart if uses[_storage(t)] == 1 and not (t.requires_grad or overlaps(t)) else _cut
+        for t in tensors
     ]
+    return [
+        put_together(
+            description.skeleton, [cut(t, *part) for cut, t in zip(cuts, tensors, strict=True)]
+        )
+        for part in bounds
+    ]
+
+
+def split_batch(x: Any, y: Any, bounds: Sequence[tuple[int, int]]) -> tuple[list[Any], list[Any]]:
+    """Return the micro-batches of inputs and of targets, which may have memory in common."""
+    parts = split_rows((x, y), bounds)
+    return [part for part, _ in parts], [part for _, part in parts]
 
 
 def clone_tensors(value: Any, where: str = "batch") -> Any:
@@ -90,6 +117,19 @@ def join_rows(values: Sequence[Any], where: str) -> Any:
         raise ValueError(f"{where}: the structure differs between micro-batches")
     columns = zip(*(tensors for _, tensors in apart), strict=True)
     return put_together(skeletons.pop(), [_join(column, where) for column in columns])
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _cut(tensor: Tensor, first: int, end: int) -> Tensor:
+    return tensor[first:end] if tensor.dim() > 0 else tensor
+
+
+def _cut_apart(tensor: Tensor, first: int, end: int) -> Tensor:
+    """Return a part with a count of its own of what is changed in place; see `split_rows`."""
+    return tensor[first:end].data if tensor.dim() > 0 else tensor
 
 
 def _join(column: Sequence[Tensor], where: str) -> Tensor:

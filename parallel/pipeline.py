@@ -15,7 +15,7 @@ from ..comm.timeline import STEP, span
 from .actions import Action
 from .addition import InBuckets, InTree
 from .balancing import balanced_stages
-from .batch import row_bounds, split_rows
+from .batch import row_bounds, split_batch, split_rows
 from .carried import Carried
 from .finite import FiniteCheck
 from .gpu_threads import check_gpu_threads
@@ -250,8 +250,7 @@ class Pipeline:
         if self._loss_scaler is not None:
             factor = self._loss_scaler.scale(factor)
         batch = Batch(
-            inputs=split_rows(x, share.bounds) if self._is_first else [],
-            targets=split_rows(y, share.bounds) if self._is_last else [],
+            *split_batch(x if self._is_first else None, y if self._is_last else None, share.bounds),
             scales=[weight * factor for weight in share.weights],
             samples=share.samples(self.steps_taken),
         )

@@ -112,7 +112,6 @@ def test_pipeline_with_replicas_after_a_swap(reduction):
     """What each replica has is reduced at the end in any case, but no bucket left early."""
 
     def main(comm):
-        torch.manual_seed(0)
         mesh = Mesh(comm, data=2, pipe=1)
         engine = Pipeline(
             [nn.Linear(3, 3, bias=False), nn.Linear(3, 1)],
