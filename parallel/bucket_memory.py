@@ -38,9 +38,10 @@ class Homes:
             if not made.takes_from_others:
                 homes.insert(0, homes.pop(place))
                 return made
+        own = getattr(torch, bucket.dtype)
         dtype = getattr(torch, wire_of(bucket.dtype, self._wire))
         flat = _allocate(self._comm, bucket.count + num_flags, dtype, load.device)
-        homes.insert(0, Home(flat, bucket.offsets, bucket.counts))
+        homes.insert(0, Home(flat, bucket.offsets, bucket.counts, own))
         del homes[2:]
         return Flattened(load.gradients, homes[0])
 

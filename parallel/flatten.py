@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .gradient_dtype import new_gradient
 from .replicas import real_view
 from .sparse import as_dense
 from .strides import overlaps
@@ -41,13 +42,17 @@ def wire_of(dtype: str, wire: str | None) -> str:
 class Home:
     """The flat memory of a bucket, and where its gradients live in it from pass to pass.
 
-    offsets: of the gradients in it.  places: their elements, flat.  addresses: of these.
-    elements: all of them.  rest: what lies behind.  left: what the last pass has left there, None
-    where that is not known.  own_uses: of the memory by what is no gradient, after the last pass.
+    dtype: of the gradients, real.  offsets: of them in it.  places: their elements, flat.
+    addresses: of these.  elements: all of them.  rest: what lies behind.  left: what the last pass
+    has left there, None where that is not known.  own_uses: of the memory by what is no gradient,
+    after the last pass.
     """
 
-    def __init__(self, flat: Tensor, offsets: Sequence[int], counts: Sequence[int]) -> None:
+    def __init__(
+        self, flat: Tensor, offsets: Sequence[int], counts: Sequence[int], dtype: torch.dtype
+    ) -> None:
         self.flat = flat
+        self.dtype = dtype
         self.offsets = offsets
         self.places = [flat[o : o + count] for o, count in zip(offsets, counts, strict=True)]
         self.elements, self.rest = flat[: sum(counts)], flat[sum(counts) :]
@@ -143,19 +148,20 @@ class Flattened:
     def unpack(self, used: Sequence[bool], parameters: Sequence[Tensor]) -> None:
         """Make the bucket's values the gradients of the used parameters.
 
-        Where the bucket has a parameter's dtype and layout, its gradient becomes a view of the
+        Where the bucket has a gradient's dtype and layout, the gradient becomes a view of the
         bucket; else the values are written into the gradient that it has, or into a new one.
         """
         written = []
+        alike = self.home.dtype == self._flat.dtype
         for i, parameter in enumerate(parameters):
             if not used[i]:
                 continue
-            if _real_dtype(parameter) == self._flat.dtype:
+            if alike:
                 self._settle(i, parameter)
             else:
                 written.append(i)
                 if self._gradients[i] is None:
-                    self._gradients[i] = made = torch.empty_like(parameter, requires_grad=False)
+                    self._gradients[i] = made = new_gradient(parameter)
                     # Where the parameter is not contiguous, this is a copy to write to first.
                     self._dense[i] = real_view(made).contiguous()
         self.home.own_uses = _uses(self._flat) - sum(self._at_home)
@@ -176,7 +182,7 @@ class Flattened:
         if not lives_here:  # behind an odd number of real elements no complex one may begin
             view = view.clone()
         if gradient is None and not parameter.is_contiguous():
-            gradient = torch.empty_like(parameter, requires_grad=False)
+            gradient = new_gradient(parameter)
         if gradient is None or _can_move(gradient, parameter):
             parameter.grad = torch.view_as_complex(view) if parameter.is_complex() else view
             self._at_home[i] = lives_here
@@ -186,10 +192,6 @@ class Flattened:
     def _members(self, chosen: Sequence[int]) -> list[tuple[Tensor, int]]:
         pairs = [(self._dense[i], self.home.offsets[i]) for i in chosen]
         return [(tensor, offset) for tensor, offset in pairs if tensor is not None]
-
-
-def _real_dtype(parameter: Tensor) -> torch.dtype:
-    return parameter.dtype.to_real() if parameter.is_complex() else parameter.dtype
 
 
 def _plain_place(parameter: Tensor) -> tuple[Sequence[int], Sequence[int]]:
@@ -258,7 +260,7 @@ def _bring_back(gradient: Tensor | None, dense: Tensor | None, parameter: Tensor
         parameter.grad = whole.to_sparse(gradient.sparse_dim())
         return
     if overlaps(gradient):
-        gradient = torch.empty_like(parameter, requires_grad=False)
+        gradient = new_gradient(parameter)
     if gradient.data_ptr() != dense.data_ptr() or gradient.is_conj():
         gradient.detach().copy_(whole)
     if parameter.grad is not gradient:

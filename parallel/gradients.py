@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from .gradient_dtype import gradient_dtype
 from .replicas import dtype_name, member_of
 
 if TYPE_CHECKING:
@@ -32,11 +34,13 @@ class Gradients:
         self.parameters = tuple(parameter for _, parameter in named)
         self.elsewhere: frozenset[int] = frozenset()
         self._sparse = set(sparse)
-        self._dtypes = [parameter.dtype for parameter in self.parameters]
+        self._dtypes = [gradient_dtype(parameter) for parameter in self.parameters]
 
     def describe(self, index: int) -> Member:
-        """Return what a bucket needs to know of a parameter."""
-        return member_of(self.names[index], self.parameters[index])
+        """Return what a bucket needs to know of a parameter's gradient."""
+        member = member_of(self.names[index], self.parameters[index])
+        dtype = self._dtypes[index].to_real()
+        return replace(member, dtype=dtype_name(dtype), itemsize=dtype.itemsize)
 
     def trainable(self) -> tuple[bool, ...]:
         """Tell of every parameter whether it is to be reduced here, as things are now."""
@@ -65,7 +69,8 @@ class Gradients:
             raise TypeError(
                 f"gradient of {self.names[index]}: "
                 f"expected {dtype_name(self._dtypes[index])}, got "
-                f"{dtype_name(gradient.dtype)}: change the dtype of a module before wrapping it"
+                f"{dtype_name(gradient.dtype)}: change the dtype of a module, or its parameters' "
+                "grad_dtype, before wrapping it"
             )
         return gradient
 

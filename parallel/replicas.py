@@ -15,6 +15,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from ..comm.dtypes import DTYPES
 from ..comm.texts import gather_texts, shown_ranks
 from .buckets import Member, plan_buckets
+from .gradient_dtype import gradient_dtype
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -76,12 +77,12 @@ def flat_bytes(tensor: Tensor) -> Tensor:
 def describe(named: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Return one line per tensor: name, shape, dtype, whether it is a frozen parameter.
 
-    Of one that cannot be sent, why not.
+    The dtype of its gradients, too, if that is another. Of one that cannot be sent, why not.
     """
     lines = []
     for name, tensor in named:
         problem = _problem(tensor)
-        lines.append(f"{name} {problem or _kind(tensor) + _frozen(tensor)}")
+        lines.append(f"{name} {problem or _kind(tensor) + _trained(tensor)}")
     return lines
 
 
@@ -116,8 +117,12 @@ def _problem(tensor: Tensor) -> str | None:
     return None
 
 
-def _frozen(tensor: Tensor) -> str:
-    return " frozen" if isinstance(tensor, nn.Parameter) and not tensor.requires_grad else ""
+def _trained(tensor: Tensor) -> str:
+    if not isinstance(tensor, nn.Parameter):
+        return ""
+    dtype = gradient_dtype(tensor)
+    other = "" if dtype == tensor.dtype else f" with gradients of {dtype_name(dtype)}"
+    return other if tensor.requires_grad else other + " frozen"
 
 
 def check_equal(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..comm.dtypes import DTYPES
 from .buckets import Bucket, plan_buckets
+from .gradient_dtype import gradient_dtype
 from .replicas import dtype_name, member_of
 from .sparse import as_dense
 
@@ -102,13 +103,19 @@ def shards_of(
 ) -> list[Shard]:
     """Return this rank's shards of the members, bucket by bucket.
 
-    TypeError for a complex parameter, or one of a dtype that communicators do not know.
+    TypeError for a complex parameter, one of a dtype that communicators do not know, or one whose
+    gradients have another dtype.
     """
     for name, parameter in members:
         if dtype_name(parameter.dtype) not in DTYPES:
             raise TypeError(f"{name}: a parameter of {parameter.dtype} cannot be sharded")
         if parameter.is_complex():
             raise TypeError(f"{name}: a complex parameter cannot be sharded, view it as real")
+        if gradient_dtype(parameter) != parameter.dtype:
+            raise TypeError(
+                f"{name}: a parameter of {parameter.dtype} with gradients of "
+                f"{gradient_dtype(parameter)} (grad_dtype) cannot be sharded"
+            )
     described = [member_of(name, parameter) for name, parameter in members]
     buckets = plan_buckets(described, bucket_bytes, range(len(members)))
     return [

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .gradient_dtype import gradient_dtype, new_gradient, take_gradient_dtype
 from .layer_copy import LayerCopier
 from .sparse import as_dense
 
@@ -163,7 +164,7 @@ class TiedGradients:
             total: Tensor | None = None
             for gradient in shared.gradients():
                 if gradient is not None and total is None:
-                    total = torch.empty_like(shared.uses[0], requires_grad=False).copy_(gradient)
+                    total = new_gradient(shared.uses[0]).copy_(gradient)
                 elif gradient is not None and total is not None:
                     total.add_(gradient)
             for use in shared.uses:
@@ -191,8 +192,9 @@ class _Shared:
         if self.channel is None:
             return own
         like = _real(self.uses[0].detach())
+        dtype = gradient_dtype(self.uses[0]).to_real()
         width = max(map(self.places.count, self.places))
-        rows = torch.zeros(width, like.numel() + 1, dtype=like.dtype, device=like.device)
+        rows = torch.zeros(width, like.numel() + 1, dtype=dtype, device=like.device)
         for row, gradient in zip(rows, own, strict=False):
             if gradient is not None:
                 row[:-1] = _real(gradient).reshape(-1)
@@ -215,6 +217,7 @@ def _use_of(parameter: nn.Parameter) -> nn.Parameter:
     """Return another parameter over the same memory, with the attributes that users gave it."""
     use = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
     use.__dict__.update(parameter.__dict__)
+    take_gradient_dtype(use, parameter)
     return use
 
 

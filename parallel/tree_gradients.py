@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .gradient_dtype import gradient_dtype, new_gradient
 from .sparse import as_dense
 from .tree import Tree, frontier, meets_in_pairs
 
@@ -73,7 +74,7 @@ class TreeGradients:
         for part in self._parts:
             for parameter in parts[part]:
                 if parameter.is_floating_point() or parameter.is_complex():
-                    key = part, _added_in(parameter.dtype.to_real())
+                    key = part, _added_in(gradient_dtype(parameter).to_real())
                     members.setdefault(key, []).append(len(self._parameters))
                 self._parameters.append(parameter)
         self._groups = [_Group(*key, tuple(indices)) for key, indices in members.items()]
@@ -177,7 +178,9 @@ class TreeGradients:
         pieces = []
         for index in group.indices:
             parameter = self._parameters[index]
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradient = parameter.grad
+            if gradient is None:
+                gradient = new_gradient(parameter).zero_()
             pieces.append(_real(as_dense(gradient.detach())).reshape(-1))
         flags = [float(self._parameters[index].grad is not None) for index in group.indices]
         # Halves widen on their way into the vector, to the dtype of the flags.
@@ -190,7 +193,7 @@ class TreeGradients:
         place = 0
         for index, flag in zip(group.indices, flags.tolist(), strict=True):
             parameter = self._parameters[index]
-            gradient = torch.empty_like(parameter, requires_grad=False)
+            gradient = new_gradient(parameter)
             real = _real(gradient)
             real.copy_(total[place : place + real.numel()].view(real.shape))
             place += real.numel()
