@@ -66,11 +66,13 @@ class Settings:
         return tuple(int(getattr(self, field)) for field in _ALIKE)
 
     @classmethod
-    def read(cls, environ: Mapping[str, str] = os.environ, **fields: Any) -> Settings:
+    def read(cls, environ: Mapping[str, str] | None = None, **fields: Any) -> Settings:
         """Return the defaults, overridden by the RINGFOLD_ names above, and these by `fields`.
 
+        environ: where the names are looked up; this process's environment for None.
         Raises: ValueError that names the variable whose value cannot be read, or is out of range.
         """
+        environ = _or_own(environ)
         found: dict[str, Any] = {"tuning": _tuning(environ)}
         for field, parse in _PARSERS.items():
             name = f"RINGFOLD_{field.upper()}"
@@ -87,24 +89,29 @@ class Settings:
         return cls(**{**found, **fields})
 
 
+def _or_own(environ: Mapping[str, str] | None) -> Mapping[str, str]:
+    """Return environ, or this process's for None: help() writes defaults out, tokens included."""
+    return os.environ if environ is None else environ
+
+
 def _tuning(environ: Mapping[str, str]) -> Path | None:
     cache, home = environ.get("XDG_CACHE_HOME"), environ.get("HOME")
     base = Path(cache) if cache else Path(home) / ".cache" if home else None
     return base / "ringfold" / "tuning.json" if base else None
 
 
-def survives_failures(environ: Mapping[str, str] = os.environ) -> bool:
+def survives_failures(environ: Mapping[str, str] | None = None) -> bool:
     """Tell whether the launcher has asked MPI to go on when a rank dies.
 
     Open MPI 5 says so to its ranks: mpirun --with-ft ulfm.
     """
-    return environ.get("OMPI_MCA_mpi_ft_enable", "0") not in ("0", "false")
+    return _or_own(environ).get("OMPI_MCA_mpi_ft_enable", "0") not in ("0", "false")
 
 
 _LAUNCHERS = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_", "HYDRA_", "HYDI_", "I_MPI_", "SLURM_")
 
 
-def beside_the_job(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+def beside_the_job(environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the environment for a child that starts MPI as one process alone.
 
     What a launcher tells its ranks would make the child one of them a second time. For programs,
@@ -113,7 +120,7 @@ def beside_the_job(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     kept = {"OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"}
     return {
         name: value
-        for name, value in environ.items()
+        for name, value in _or_own(environ).items()
         if name in kept or not name.startswith(_LAUNCHERS)
     }
 
@@ -133,7 +140,7 @@ def started_together(environ: Mapping[str, str] | None = None) -> dict[str, int]
     Empty where one has started this process alone, be it among several that another started. What
     srun says to a shell, as that of an interactive session, is not meant for what is started there.
     """
-    environ = os.environ if environ is None else environ
+    environ = _or_own(environ)
     told = {
         name: int(environ[name])
         for name, beside in _STARTED.items()
@@ -146,19 +153,20 @@ def started_together(environ: Mapping[str, str] | None = None) -> dict[str, int]
     return told if told and min(told.values()) > 1 else {}
 
 
-def cache_folder(environ: Mapping[str, str] = os.environ) -> Path | None:
+def cache_folder(environ: Mapping[str, str] | None = None) -> Path | None:
     """Return where ringfold keeps what it has measured; None without a HOME."""
-    tuning = _tuning(environ)
+    tuning = _tuning(_or_own(environ))
     return tuning.parent if tuning else None
 
 
-def names_threads(environ: Mapping[str, str] = os.environ) -> bool:
+def names_threads(environ: Mapping[str, str] | None = None) -> bool:
     """Tell whether the user has said how many threads compute in a process."""
-    return "OMP_NUM_THREADS" in environ
+    return "OMP_NUM_THREADS" in _or_own(environ)
 
 
-def asks_for_huge_pages(environ: Mapping[str, str] = os.environ) -> str:
+def asks_for_huge_pages(environ: Mapping[str, str] | None = None) -> str:
     """Name who asks Linux for huge pages for host tensors: "malloc", "torch" or nobody."""
+    environ = _or_own(environ)
     tunables = environ.get("GLIBC_TUNABLES", "").split(":")
     if {"glibc.malloc.hugetlb=1", "glibc.malloc.hugetlb=2"} & set(tunables):
         return "malloc"
@@ -211,8 +219,9 @@ class Seat:
     local_size: int
 
     @classmethod
-    def read(cls, environ: Mapping[str, str] = os.environ) -> Seat | None:
+    def read(cls, environ: Mapping[str, str] | None = None) -> Seat | None:
         """Return what Open MPI 5's launcher has told; None under others, or without one."""
+        environ = _or_own(environ)
         try:
             rank, size, local = (int(environ[f"OMPI_COMM_WORLD_{name}"]) for name in _SEAT)
             return cls(environ["PMIX_NAMESPACE"], rank, size, local)
@@ -262,7 +271,7 @@ def free_place() -> None:
 
 def holder(environ: Mapping[str, str] | None = None) -> tuple[int, int] | None:
     """Return the other process that has this one's place in the job, and its rank there."""
-    environ = os.environ if environ is None else environ
+    environ = _or_own(environ)
     process, _, place = environ.get(_HOLDER, "").partition(" ")
     if not place or place != _place(environ) or int(process) == os.getpid():
         return None
@@ -279,10 +288,10 @@ def _place(environ: Mapping[str, str]) -> str:
     return " ".join(environ[name] for name in names) if environ.keys() >= set(names) else ""
 
 
-def started_in(environ: Mapping[str, str] = os.environ) -> str:
+def started_in(environ: Mapping[str, str] | None = None) -> str:
     """Return the folder in which this process was started, as far as that can be known.
 
     mpirun and shells keep PWD, which os.chdir leaves as it is.
     """
-    folder = environ.get("PWD", "")
+    folder = _or_own(environ).get("PWD", "")
     return folder if os.path.isabs(folder) and os.path.isdir(folder) else os.getcwd()
