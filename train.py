@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import ringfold
+from ringfold.output import status_of
 from ringfold.workloads.agree import check_equal, settle
 from ringfold.workloads.command_line import parse
 from ringfold.workloads.crew import Crew, loaded, muster
@@ -311,4 +312,4 @@ def fit(world: World, training: Training, crew: Crew) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(status_of("train.py", main))

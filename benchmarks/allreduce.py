@@ -8,7 +8,11 @@ The columns are those of nccl-tests; see collectives.py.
 
 from __future__ import annotations
 
+from functools import partial
+
 from collectives import main
 
+from ringfold.output import status_of
+
 if __name__ == "__main__":
-    raise SystemExit(main("allreduce"))
+    raise SystemExit(status_of("allreduce.py", partial(main, "allreduce")))

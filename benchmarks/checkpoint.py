@@ -19,6 +19,7 @@ from harness import table, write_json
 from options import plain_parser, read
 
 import ringfold
+from ringfold.output import status_of
 from ringfold.workloads.numbers import whole
 from ringfold.workloads.options import UsageError
 
@@ -29,7 +30,7 @@ def check_folder(options: argparse.Namespace, num_ranks: int) -> None:
         raise UsageError(f"--folder {options.folder}: there is no such folder")
 
 
-def main() -> None:
+def main() -> int:
     parser = plain_parser("How long training stands still for a checkpoint.", repeats=3)
     parser.add_argument("--megabytes", type=whole(1), default=200, help="size of one checkpoint")
     parser.add_argument(
@@ -56,6 +57,7 @@ def main() -> None:
             print(table(rows, columns))
             if options.json is not None:
                 write_json(options.json, "checkpoint", rows, comm.library)
+    return 0
 
 
 def shared_folder(comm: ringfold.Communicator, own: str) -> Path:
@@ -108,4 +110,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(status_of("checkpoint.py", main))

@@ -30,6 +30,7 @@ from ringfold.kernels.compiled import compile_kernel
 from ringfold.kernels.message_words import Word
 from ringfold.kernels.native import words_at
 from ringfold.kernels.ring import note_end, note_start
+from ringfold.output import status_of
 
 LOOPS = 20_000
 ROUNDS = 15
@@ -158,4 +159,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(status_of("checks.py", main))

@@ -39,6 +39,7 @@ from peers import Buffers, gloo, gloo_run, mpi_run, partners
 from plots import plot_sizes
 
 import ringfold
+from ringfold.output import status_of
 
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int32", "int64")
 LIMIT_FROM = 1 << 16
@@ -283,4 +284,4 @@ def main(benchmark: str = "collectives") -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(status_of("collectives.py", main))

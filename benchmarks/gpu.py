@@ -28,6 +28,7 @@ from peers import Buffers, gloo, gloo_run
 
 import ringfold
 from ringfold.comm.transport.device import has_mps, load_cupy, ordinal_of
+from ringfold.output import status_of
 
 COLUMNS = {
     "impl": "",
@@ -188,4 +189,4 @@ def row(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(status_of("gpu.py", main))

@@ -22,6 +22,7 @@ from options import add_sizes, plain_parser, read_alone
 
 import ringfold
 from ringfold.comm.transport.device import load_cupy
+from ringfold.output import status_of
 
 COLUMNS = {"kernel": "", "nbytes": "d", "microseconds": ".1f", "GB/s": ".1f", "share": ".2f"}
 TENSORS = 20
@@ -160,4 +161,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(status_of("gpu_kernels.py", main))

@@ -22,6 +22,7 @@ from options import add_sizes, plain_parser, read
 
 import ringfold
 from ringfold import units
+from ringfold.output import status_of
 
 COLUMNS = {
     "impl": "",
@@ -182,4 +183,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(status_of("hosts.py", main))

@@ -24,6 +24,7 @@ from torch import nn
 from training import Alone, Trainer, differing, limited, repeated, unsynchronised, wrapped
 
 import ringfold
+from ringfold.output import status_of
 from ringfold.workloads.linear import NUM_COLUMNS, Linear
 from ringfold.workloads.numbers import whole
 from ringfold.workloads.options import UsageError
@@ -147,4 +148,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(status_of("linear.py", main))

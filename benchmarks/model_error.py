@@ -22,6 +22,7 @@ from ringfold.comm.cost import price
 from ringfold.comm.schedule import Schedule
 from ringfold.comm.topology import Cluster, Link
 from ringfold.kernels.reduce import combine
+from ringfold.output import status_of
 
 FIT = (4, 1 << 12, 1 << 16, 1 << 18, 1 << 20)
 """Bytes of the messages that the link is fitted to."""
@@ -141,4 +142,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(status_of("model_error.py", main))

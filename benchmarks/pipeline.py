@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from training import Alone
 
 import ringfold
+from ringfold.output import status_of
 from ringfold.parallel import PLANS
 from ringfold.parallel.plan import whole_plan
 from ringfold.parallel.plan_check import check_plan, num_stages_of
@@ -246,4 +247,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(status_of("pipeline.py", main))

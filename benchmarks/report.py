@@ -17,6 +17,8 @@ from typing import Any
 
 from goals import GOALS, GPU_GOALS, Goal, Row
 
+from ringfold.output import status_of
+
 
 def lines(rows: Sequence[Row], goals: Sequence[Goal] = GOALS) -> Iterator[str]:
     """Lay the table out in Markdown."""
@@ -130,4 +132,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(status_of("report.py", main))

@@ -20,6 +20,7 @@ from torch import nn
 from training import Alone
 
 import ringfold
+from ringfold.output import status_of
 from ringfold.parallel import PLANS
 from ringfold.parallel.plan import whole_plan
 from ringfold.parallel.plan_check import check_plan, num_stages_of
@@ -189,4 +190,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(status_of("scaling.py", main))

@@ -24,6 +24,7 @@ from typing import Any
 from harness import table, write_json
 from options import plain_parser, read_alone
 
+from ringfold.output import status_of
 from ringfold.workloads.numbers import whole
 
 IMPORT = """
@@ -122,4 +123,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(status_of("startup.py", main))

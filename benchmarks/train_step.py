@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from training import Alone, Trainer, differing, limited, unsynchronised, wrapped
 
 import ringfold
+from ringfold.output import status_of
 from ringfold.parallel.hooks import Rounds
 from ringfold.workloads.devices import assign, count_gpus
 from ringfold.workloads.options import UsageError
@@ -322,4 +323,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(status_of("train_step.py", main))

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import errno
-import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from . import __version__, units
@@ -19,14 +18,10 @@ from .comm.schedule import Schedule
 from .comm.text_file import prepare_file, write_whole
 from .comm.topology import Cluster, Link, Nodes
 from .comm.verify import verify
+from .output import status_of
 
 REFUSED, MISUSED = 1, 2
 """Exit status: the algorithm is wrong, or runs differ; the command is wrong."""
-
-CUT_OFF = 141
-"""Exit status where the output was read to no end: a shell's for SIGPIPE."""
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 MOST_PROVEN = 64
 """Of so many ranks a user's schedule is proven before its price is told; of more it takes long."""
@@ -48,31 +43,17 @@ BUSBW = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    return status_of("ringfold", partial(_run, argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
-        try:
-            arguments = _parser().parse_args(argv)
-            status: int = arguments.run(arguments)
-        finally:
-            if sys.stdout is not None:  # which a shell's >&- has closed
-                sys.stdout.flush()
-    except BrokenPipeError:
-        _write_no_more()  # whoever read has enough, as `head` does
-        return CUT_OFF
-    except OSError as error:
-        if error.errno not in _FULL or error.filename is not None:
-            raise
-        _write_no_more()
-        print(f"ringfold: the output cannot be written: {error.strerror}", file=sys.stderr)
-        return REFUSED
+        arguments = _parser().parse_args(argv)
+        status: int = arguments.run(arguments)
     except (Misuse, ValueError) as error:
         print(f"ringfold: {error}", file=sys.stderr)
         return MISUSED
     return status
-
-
-def _write_no_more() -> None:
-    """Let what is still in the buffer of the output go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

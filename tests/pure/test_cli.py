@@ -11,8 +11,9 @@ import pytest
 import ringfold
 from ringfold import cli, units
 from ringfold.builders import ALL_ROOTS, Builder
-from ringfold.cli import BUSBW, CUT_OFF, MOST_PROVEN, main
+from ringfold.cli import BUSBW, MOST_PROVEN, main
 from ringfold.comm.text_file import prepare_file
+from ringfold.output import CUT_OFF
 
 OWN = """
 from dataclasses import replace
