@@ -64,7 +64,7 @@ help:
 	@echo 'make fuzz        10,000 random sequences of operations against NumPy, on 2 to 4 ranks'
 	@echo 'make soak        200 training runs with a fault at a random moment: none may hang, or end well'
 	@echo 'make soak-elastic  90 elastic runs whose ranks are killed at random moments, about 40 minutes'
-	@echo 'make lint        ruff check, ruff format --check, mypy --strict on the installed package'
+	@echo 'make lint        ruff check, ruff format --check, mypy --strict on the installed package and a program'
 	@echo 'make format      let ruff rewrite the sources'
 	@echo 'make bench       the benchmarks on 2 and 4 ranks, into benchmarks/results'
 	@echo 'make bench-hosts allreduce between two hosts made on this machine, 1 Gbit/s between them'
@@ -183,6 +183,7 @@ lint: $(READY)
 	rm -rf build/typed
 	python -m pip install --quiet --disable-pip-version-check --no-deps --target build/typed .
 	MYPYPATH=build/typed python -m mypy -p ringfold
+	MYPYPATH=build/typed python -m mypy --strict tests/typed_program.py
 
 format: $(READY)
 	ruff format .

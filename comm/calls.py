@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from .device import on_device
 from .memo import Memo
@@ -15,6 +15,10 @@ from .work import Prepared, Work
 
 if TYPE_CHECKING:
     from .device_ways import DeviceWays
+
+Array = TypeVar("Array")
+Now = Literal[True]
+Later = Literal[False]
 
 
 class GroupCalls:
@@ -29,6 +33,19 @@ class GroupCalls:
         self._memo = Memo()
 
     # -- collectives -------------------------------------------------------------------------
+
+    @overload
+    def allreduce(
+        self, x: Array, op: str = ..., *, algorithm: Algorithm = ..., blocking: Now = ...
+    ) -> Array: ...
+    @overload
+    def allreduce(
+        self, x: Any, op: str = ..., *, algorithm: Algorithm = ..., blocking: Later
+    ) -> Work: ...
+    @overload
+    def allreduce(
+        self, x: Any, op: str = ..., *, algorithm: Algorithm = ..., blocking: bool
+    ) -> Any: ...
 
     def allreduce(
         self, x: Any, op: str = "sum", *, algorithm: Algorithm = None, blocking: bool = True
@@ -59,6 +76,25 @@ class GroupCalls:
             return self._start(self._operations.allreduce(x, op), False)
         return self._runner.fly(known.meeting, known.receipt, x)
 
+    @overload
+    def reduce(
+        self,
+        x: Array,
+        root: int = ...,
+        op: str = ...,
+        *,
+        algorithm: Algorithm = ...,
+        blocking: Now = ...,
+    ) -> Array: ...
+    @overload
+    def reduce(
+        self, x: Any, root: int = ..., op: str = ..., *, algorithm: Algorithm = ..., blocking: Later
+    ) -> Work: ...
+    @overload
+    def reduce(
+        self, x: Any, root: int = ..., op: str = ..., *, algorithm: Algorithm = ..., blocking: bool
+    ) -> Any: ...
+
     def reduce(
         self,
         x: Any,
@@ -71,15 +107,42 @@ class GroupCalls:
         """Combine all ranks' x in place at root; elsewhere x stays as it was. Returns x."""
         return self._start(self._side(x).reduce(x, root, op, algorithm), blocking)
 
+    @overload
+    def broadcast(
+        self, x: Array, root: int = ..., *, algorithm: Algorithm = ..., blocking: Now = ...
+    ) -> Array: ...
+    @overload
+    def broadcast(
+        self, x: Any, root: int = ..., *, algorithm: Algorithm = ..., blocking: Later
+    ) -> Work: ...
+    @overload
+    def broadcast(
+        self, x: Any, root: int = ..., *, algorithm: Algorithm = ..., blocking: bool
+    ) -> Any: ...
+
     def broadcast(
         self, x: Any, root: int = 0, *, algorithm: Algorithm = None, blocking: bool = True
     ) -> Any:
         """Copy root's x over the x of every rank, in place, and return x."""
         return self._start(self._side(x).broadcast(x, root, algorithm), blocking)
 
+    @overload
+    def allgather(self, x: Any, *, algorithm: Algorithm = ..., blocking: Later) -> Work: ...
+    @overload
+    def allgather(self, x: Any, *, algorithm: Algorithm = ..., blocking: bool = ...) -> Any: ...
+
     def allgather(self, x: Any, *, algorithm: Algorithm = None, blocking: bool = True) -> Any:
         """Return a new array of shape (size, *x.shape): row r is rank r's x."""
         return self._start(self._side(x).allgather(x, algorithm), blocking)
+
+    @overload
+    def reduce_scatter(
+        self, x: Any, op: str = ..., *, algorithm: Algorithm = ..., blocking: Later
+    ) -> Work: ...
+    @overload
+    def reduce_scatter(
+        self, x: Any, op: str = ..., *, algorithm: Algorithm = ..., blocking: bool = ...
+    ) -> Any: ...
 
     def reduce_scatter(
         self, x: Any, op: str = "sum", *, algorithm: Algorithm = None, blocking: bool = True
@@ -90,11 +153,29 @@ class GroupCalls:
         """
         return self._start(self._side(x).reduce_scatter(x, op, algorithm), blocking)
 
+    @overload
+    def gather(
+        self, x: Any, root: int = ..., *, algorithm: Algorithm = ..., blocking: Later
+    ) -> Work: ...
+    @overload
+    def gather(
+        self, x: Any, root: int = ..., *, algorithm: Algorithm = ..., blocking: bool = ...
+    ) -> Any: ...
+
     def gather(
         self, x: Any, root: int = 0, *, algorithm: Algorithm = None, blocking: bool = True
     ) -> Any:
         """Return, at root, a new array of shape (size, *x.shape); None on the other ranks."""
         return self._start(self._side(x).gather(x, root, algorithm), blocking)
+
+    @overload
+    def scatter(
+        self, x: Any = ..., root: int = ..., *, algorithm: Algorithm = ..., blocking: Later
+    ) -> Work: ...
+    @overload
+    def scatter(
+        self, x: Any = ..., root: int = ..., *, algorithm: Algorithm = ..., blocking: bool = ...
+    ) -> Any: ...
 
     def scatter(
         self, x: Any = None, root: int = 0, *, algorithm: Algorithm = None, blocking: bool = True
@@ -105,9 +186,19 @@ class GroupCalls:
         """
         return self._start(self._side(x).scatter(x, root, algorithm), blocking)
 
+    @overload
+    def alltoall(self, x: Any, *, algorithm: Algorithm = ..., blocking: Later) -> Work: ...
+    @overload
+    def alltoall(self, x: Any, *, algorithm: Algorithm = ..., blocking: bool = ...) -> Any: ...
+
     def alltoall(self, x: Any, *, algorithm: Algorithm = None, blocking: bool = True) -> Any:
         """Send row r of x to rank r; return a new array whose row r is what rank r sent here."""
         return self._start(self._side(x).alltoall(x, algorithm), blocking)
+
+    @overload
+    def barrier(self, *, algorithm: Algorithm = ..., blocking: Later) -> Work: ...
+    @overload
+    def barrier(self, *, algorithm: Algorithm = ..., blocking: bool = ...) -> Any: ...
 
     def barrier(self, *, algorithm: Algorithm = None, blocking: bool = True) -> Any:
         """Return when every rank has come."""
@@ -119,12 +210,13 @@ class GroupCalls:
         """Send x to rank dst; when it returns, x may be changed."""
         self._start(self._side(x).send(x, dst, tag), True)
 
-    def recv(self, x: Any, src: int, tag: int = 0) -> Any:
+    def recv(self, x: Array, src: int, tag: int = 0) -> Array:
         """Fill x with what rank src sent with this tag, and return x.
 
         Raises: MismatchError where the message has another number of bytes.
         """
-        return self._start(self._side(x).recv(x, src, tag), True)
+        self._start(self._side(x).recv(x, src, tag), True)
+        return x
 
     def isend(self, x: Any, dst: int, tag: int = 0) -> Work:
         """Start to send x; the Work, or the communicator if it is dropped, keeps x alive."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, MutableMapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -280,6 +280,11 @@ class Communicator(GroupCalls, Scope):
         return ordinary(shape, dtype) if memory is None else registered(memory, shape, dtype)
 
     # -- groups ------------------------------------------------------------------------------
+
+    @overload
+    def split(self, color: int, key: int = ...) -> Communicator: ...
+    @overload
+    def split(self, color: None, key: int = ...) -> None: ...
 
     def split(self, color: int | None, key: int = 0) -> Communicator | None:
         """Return the Communicator of the ranks that give the same color, ordered by (key, rank).

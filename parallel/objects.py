@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
 
+Value = TypeVar("Value")
+
 __all__ = ["allgather_objects", "broadcast_object"]
 
 
-def allgather_objects(value: Any, comm: Communicator) -> list[Any]:
+def allgather_objects(value: Value, comm: Communicator) -> list[Value]:
     """Return the values of all ranks, by rank; collective.
 
     Raises: TypeError, on every rank, for a value that has no pickle.
@@ -32,8 +34,8 @@ def allgather_objects(value: Any, comm: Communicator) -> list[Any]:
     return [pickle.loads(text_of) for text_of in texts]
 
 
-def broadcast_object(value: Any, comm: Communicator, root: int = 0) -> Any:
-    """Return root's value; collective. On root it is the value itself.
+def broadcast_object(value: Value | None, comm: Communicator, root: int = 0) -> Value:
+    """Return root's value; collective. On root it is the value itself, elsewhere any will do.
 
     Raises: TypeError, on every rank, for a value that has no pickle.
     """
@@ -45,7 +47,7 @@ def broadcast_object(value: Any, comm: Communicator, root: int = 0) -> Any:
     comm.broadcast(data, root=root)
     if failed:
         raise _refusal(root, data.tobytes()) from error
-    return value if comm.rank == root else pickle.loads(data.tobytes())
+    return cast("Value", value if comm.rank == root else pickle.loads(data.tobytes()))
 
 
 def _pickled(value: Any) -> tuple[NDArray[np.uint8], Exception | None]:

@@ -1,12 +1,15 @@
 """What help() tells of the names that users meet."""
 
+import inspect
 import pydoc
+from typing import get_overloads
 
 import pytest
 
 import ringfold
 import ringfold.parallel
 from ringfold.comm import settings
+from ringfold.comm.calls import _PLANNED, GroupCalls
 
 
 def page(thing: object) -> str:
@@ -20,3 +23,13 @@ def test_no_page_shows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     things += [getattr(ringfold, name) for name in ringfold.__all__]
     things += [getattr(ringfold.parallel, name) for name in ringfold.parallel.__all__]
     assert [thing for thing in things if "hunter2" in page(thing)] == []
+
+
+@pytest.mark.parametrize("name", _PLANNED)
+def test_a_collective_that_goes_on_is_known_as_a_work(name: str) -> None:
+    """To type checkers everything was Any; what they make of a program: tests/typed_program.py."""
+    method = getattr(GroupCalls, name)
+    told = [inspect.signature(overload) for overload in get_overloads(method)]
+    later = [one for one in told if one.parameters["blocking"].annotation == "Later"]
+    assert [one.return_annotation for one in later] == ["Work"]
+    assert all([*one.parameters] == [*inspect.signature(method).parameters] for one in told)
