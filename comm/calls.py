@@ -149,7 +149,7 @@ class GroupCalls:
     ) -> Any:
         """Combine all ranks' x and return this rank's part of the flat result, a new 1-D array.
 
-        The part is `chunks.bounds(x.size, size, rank)`; x stays as it was.
+        The part is `ringfold.comm.chunks.bounds(x.size, size, rank)`; x stays as it was.
         """
         return self._start(self._side(x).reduce_scatter(x, op, algorithm), blocking)
 

@@ -51,9 +51,15 @@ class Communicator(GroupCalls, Scope):
     `algorithm` names an algorithm of `ringfold.comm.algorithms`, or is a Schedule, which is proven
     before it runs.
 
+    Attributes:
+        rank: this rank's number in the group, from 0.
+        size: how many ranks the group has.
+        node: the communicator of those of its ranks that share this rank's node.
+
     Raises: CommError without an MPI library or with the launcher of another, inside a
     multiprocessing worker or a script that a rank has started (docs/faults.md), and after close();
-    MismatchError where the ranks' settings differ.
+    its children MismatchError where the ranks' settings or calls differ, CommTimeout on a rank that
+    waited `Settings.timeout` seconds in vain, PeerLost where a rank that is waited for has gone.
     ValueError or TypeError for bad arguments, before anything is sent.
     """
 

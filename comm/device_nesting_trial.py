@@ -45,7 +45,6 @@ def open_nested(
         return None
     assert ipc is not None and arithmetic is not None
     lane = group.split(node.rank, group.rank)
-    assert lane is not None
     scratch, stream = Scratch(arithmetic), ipc.stream
 
     def lent(device: Device, array: DeviceArray, shape: tuple[int, ...]) -> Place:

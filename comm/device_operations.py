@@ -231,7 +231,6 @@ class DeviceOperations:
         """
         if self._group is None:
             self._group = self._comm.split(0, self._comm.rank)
-            assert self._group is not None
             self._ipc, self._no_ipc = open_ipc(self._group, self._find(array))
         return self._group
 

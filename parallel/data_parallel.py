@@ -121,7 +121,6 @@ class DataParallel(Transparent):
         check_sendable(comm, (*named, *buffers))
         # What a backward sends is ordered among what this wrapper sends, not among wrappers.
         channel = comm if comm.size == 1 else comm.split(0, key=comm.rank)
-        assert channel is not None
         self._channel: Communicator | None = channel
         self._finite = FiniteCheck(channel) if check_finite else None
         self._reducer: Reducer | None = Reducer(

@@ -43,11 +43,8 @@ class Mesh(Scope):
             )
         data_index, pipe_index = divmod(comm.rank, pipe)
         self.comm = comm
-        replicas = comm.split(pipe_index, key=data_index)
-        stages = comm.split(data_index, key=pipe_index)
-        assert replicas is not None and stages is not None
-        self.data = replicas
-        self.pipe = stages
+        self.data = comm.split(pipe_index, key=data_index)
+        self.pipe = comm.split(data_index, key=pipe_index)
 
     @property
     def shape(self) -> tuple[int, int]:

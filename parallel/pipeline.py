@@ -196,9 +196,7 @@ class Pipeline:
         if reducer is not None:
             check_gpu_threads(mesh.data, module.parameters())
             reducer.attach(self._gradient_ready)
-        channel = mesh.pipe.split(0, key=mesh.pipe.rank)
-        assert channel is not None
-        self._channel = channel
+        self._channel = channel = mesh.pipe.split(0, key=mesh.pipe.rank)
         stages = self._model.stages
         self._worker = Worker(stages, num_stages, channel, loss_fn, reducer, tree, self._finite)
 

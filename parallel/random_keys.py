@@ -77,6 +77,11 @@ class Dropout(nn.Module):
         self.draws: Draws | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x with elements set to zero, in training mode; x itself otherwise, or for p = 0.
+
+        Raises: RuntimeError where nobody has said which samples x has; ValueError where its first
+        dimension is not theirs.
+        """
         if not self.training or self.p == 0.0:
             return x
         draws = self.draws
@@ -102,6 +107,7 @@ class Dropout(nn.Module):
         return x * (kept.view(x.shape).to(x.dtype) * scale)
 
     def extra_repr(self) -> str:
+        """Return what print() shows of it."""
         return f"p={self.p}, seed={self.seed}"
 
 
