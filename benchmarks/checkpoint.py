@@ -20,7 +20,7 @@ from options import plain_parser, read
 
 import ringfold
 from ringfold.output import status_of
-from ringfold.workloads.numbers import whole
+from ringfold.workloads.numbers import path, whole
 from ringfold.workloads.options import UsageError
 
 
@@ -39,7 +39,7 @@ def main() -> int:
         default=3,
         help="of --repeats checkpoints; the first of each has no memory yet",
     )
-    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
+    parser.add_argument("--folder", type=path, help="where to write (default: a temporary folder)")
     options = read(parser, check_folder)
     with ringfold.Communicator() as comm, tempfile.TemporaryDirectory(dir=options.folder) as own:
         folder = shared_folder(comm, own)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import NoReturn
 
 from peers import PEERS, importable
@@ -17,7 +16,7 @@ import ringfold
 from ringfold.comm.text_file import prepare_file
 from ringfold.units import read_nbytes
 from ringfold.workloads.agree import settle
-from ringfold.workloads.numbers import positive, whole
+from ringfold.workloads.numbers import path, positive, whole
 from ringfold.workloads.options import UsageError
 
 Check = Callable[[argparse.Namespace, int], object]
@@ -38,7 +37,7 @@ def plain_parser(description: str | None, *, repeats: int | None = None) -> Pars
         parser.add_argument(
             "--repeats", type=whole(1), default=repeats, help="at most (default: %(default)s)"
         )
-    parser.add_argument("--json", type=_file, metavar="FILE")
+    parser.add_argument("--json", type=path, metavar="FILE")
     return parser
 
 
@@ -65,7 +64,7 @@ def parser_of(
     parser.add_argument(
         "--budget", type=positive, default=budget, help="seconds for the repetitions of a contest"
     )
-    parser.add_argument("--plot", type=_file, metavar="FILE", help="a picture, as PNG")
+    parser.add_argument("--plot", type=path, metavar="FILE", help="a picture, as PNG")
     return parser
 
 
@@ -141,15 +140,9 @@ def _say(parser: Parser, refused: str) -> None:
 
 def _check_files(options: argparse.Namespace) -> None:
     for name in ("json", "plot"):
-        path = getattr(options, name, None)
-        if path is not None and (refused := prepare_file(path)):
+        file = getattr(options, name, None)
+        if file is not None and (refused := prepare_file(file)):
             raise UsageError(f"--{name}: {refused}")
-
-
-def _file(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("expected the name of a file, got ''")
-    return Path(text)
 
 
 def _peers(text: str) -> list[str]:

@@ -122,24 +122,40 @@ def _of_numpy(dtype: DType) -> Any:
         return dtype.storage
 
 
+def element_of(dtype: Any) -> tuple[str, DType, np.dtype[Any]]:
+    """Return the library of a dtype, its row of the table, and what holds it in NumPy.
+
+    Raises: TypeError for one that no operation takes.
+    """
+    family, _, name = str(dtype).rpartition(".")
+    if family == "torch":
+        row = dtype_named(name)
+        return family, row, row.storage
+    storage = np.dtype(dtype)
+    return "numpy", _row_of(storage), storage
+
+
+def _row_of(dtype: np.dtype[Any]) -> DType:
+    row = dtype_named(dtype.name)
+    if not dtype.isnative:
+        raise TypeError(f"byte order of {dtype.str} is not this machine's")
+    return row
+
+
 def ordinary(shape: tuple[int, ...], dtype: Any) -> Any:
     """Return an uninitialised array of NumPy's or of another library's dtype."""
-    family, _, name = str(dtype).rpartition(".")
-    return (
-        allocate(family, shape, dtype_named(name)) if family == "torch" else np.empty(shape, dtype)
-    )
+    family, row, storage = element_of(dtype)
+    return np.empty(shape, storage) if family == "numpy" else allocate(family, shape, row)
 
 
 def registered(memory: Memory, shape: tuple[int, ...], dtype: Any) -> Any:
     """Return an array of NumPy's or of another library's dtype in a rank's shared memory."""
-    family, _, name = str(dtype).rpartition(".")
-    foreign = dtype_named(name) if family == "torch" else None
-    storage = np.dtype(dtype) if foreign is None else foreign.storage
+    family, _, storage = element_of(dtype)
     nbytes = int(np.prod(shape, dtype=np.int64)) * storage.itemsize
     plain = memory.lend(nbytes).view(storage).reshape(shape)
-    return (
-        plain if foreign is None else importlib.import_module(family).from_dlpack(plain).view(dtype)
-    )
+    if family == "numpy":
+        return plain
+    return importlib.import_module(family).from_dlpack(plain).view(dtype)
 
 
 def _from_numpy(x: Any) -> tuple[Array, DType]:
@@ -147,9 +163,7 @@ def _from_numpy(x: Any) -> tuple[Array, DType]:
         if isinstance(x, np.ma.MaskedArray):
             raise TypeError("a masked array, whose mask is not moved; pass filled() or data of it")
         x = x.view(np.ndarray)  # a matrix, say, stays 2-D however it is reshaped
-    dtype = dtype_named(x.dtype.name)
-    if not x.dtype.isnative:
-        raise TypeError(f"byte order of {x.dtype.str} is not this machine's")
+    dtype = _row_of(x.dtype)
     # bfloat16 of an extension package has the bits, but not the arithmetic.
     return (x if x.dtype == dtype.storage else x.view(dtype.storage)), dtype
 

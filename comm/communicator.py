@@ -68,7 +68,7 @@ class Communicator(GroupCalls, Scope):
     node: Communicator
 
     def __init__(self, comm: Any = None, *, settings: Settings | None = None) -> None:
-        with Job.started(comm, settings or Settings.read()) as job, job.opening():
+        with Job.started(comm, Settings.of(settings)) as job, job.opening():
             self._join(job)
             job.watch(self, self._nodes)
 
@@ -90,7 +90,7 @@ class Communicator(GroupCalls, Scope):
         name: unlike that of others over a part of the same world.
         """
         made = cls.__new__(cls)
-        made._open(Job(transport, settings or Settings.read()), transport, name)
+        made._open(Job(transport, Settings.of(settings)), transport, name)
         return made
 
     def _join(self, job: Job) -> None:
@@ -271,7 +271,8 @@ class Communicator(GroupCalls, Scope):
         the array is of the same library. device: "cuda" for memory of this rank's GPU, in an
         allocation of its own.
 
-        Raises: MemoryError where no space is left; CommError for "cuda" without a GPU.
+        Raises: MemoryError where no space is left; CommError for "cuda" without a GPU; TypeError
+        for a dtype that no operation takes.
         """
         lengths: Iterable[Any] = shape if isinstance(shape, Iterable) else (shape,)
         shape = tuple(map(operator.index, lengths))

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from .arguments import require_callable, whole
 from .communicator import Communicator
 from .errors import PeerLost
 from .settings import Settings
@@ -21,10 +22,10 @@ def run_local(
 
     Returns: what main returned, by rank.
     Raises: what main raised on the rank that failed first; the others get PeerLost where they wait
-    for it. ValueError for a size below 1.
+    for it. ValueError for a size below 1; TypeError for another that is no whole number.
     """
-    if size < 1:
-        raise ValueError(f"expected 1 rank or more, got {size}")
+    size = whole("size", size, 1)
+    require_callable("main", main)
     world = World(size)
     results: dict[int, Result] = {}
     errors: list[tuple[int, BaseException]] = []

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, SupportsFloat
+from types import NoneType
+from typing import Any
 
+from .arguments import require, seconds, shown, whole
 from .texts import shown_ranks
 
 
@@ -49,16 +51,20 @@ class Settings:
     watch: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.timeout, SupportsFloat):
-            raise TypeError(f"timeout: expected seconds, got {self.timeout!r}")
-        if not self.timeout > 0:
-            raise ValueError(f"timeout must be above 0 s, got {self.timeout}")
+        seconds("timeout", self.timeout)
         for field in ("segment_bytes", "max_message_bytes"):
-            nbytes = getattr(self, field)
-            if not hasattr(nbytes, "__index__"):
-                raise TypeError(f"{field}: expected a whole number, got {nbytes!r}")
-            if not 1 <= nbytes < 1 << 31:
+            if not 1 <= (nbytes := whole(field, getattr(self, field))) < 1 << 31:
                 raise ValueError(f"{field} must be in 1..{(1 << 31) - 1}, got {nbytes}")
+        for field in ("abort", "compiled", "shared", "cma", "watch"):
+            if (value := getattr(self, field)) not in (0, 1):
+                raise TypeError(f"{field}: expected a bool, got {shown(value)}")
+        require("tuning", self.tuning, (Path, NoneType))
+
+    @classmethod
+    def of(cls, given: Settings | None) -> Settings:
+        """Return those that are given, or for None what is read; TypeError for anything else."""
+        require("settings", given, (cls, NoneType))
+        return cls.read() if given is None else given
 
     @property
     def alike(self) -> tuple[int, ...]:
@@ -74,14 +80,14 @@ class Settings:
         """
         environ = _or_own(environ)
         found: dict[str, Any] = {"tuning": _tuning(environ)}
-        for field, parse in _PARSERS.items():
+        for field, (parse, expected) in _PARSERS.items():
             name = f"RINGFOLD_{field.upper()}"
             if name not in environ:
                 continue
             try:
                 found[field] = parse(environ[name])
             except (ValueError, KeyError):
-                raise ValueError(f"{name}={environ[name]!r} cannot be read") from None
+                raise ValueError(f"{name}: expected {expected}, got {environ[name]!r}") from None
             try:
                 cls(**{field: found[field]})
             except ValueError as error:
@@ -195,14 +201,17 @@ def unlike(rows: Sequence[Sequence[int]]) -> str:
     return "; ".join(told)
 
 
-_PARSERS: dict[str, Callable[[str], object]] = {
-    "timeout": float,
-    "segment_bytes": int,
-    "max_message_bytes": int,
-    "abort": lambda text: {"0": False, "1": True}[text],
-    "compiled": lambda text: {"0": False, "1": True}[text],
-    "shared": lambda text: {"0": False, "1": True}[text],
-    "cma": lambda text: {"0": False, "1": True}[text],
+Parser = tuple[Callable[[str], object], str]
+"""What reads a text, and what it expects."""
+
+_SECONDS: Parser = float, "seconds, such as 60"
+_BYTES: Parser = int, "a whole number of bytes, such as 524288"
+_SWITCH: Parser = {"0": False, "1": True}.__getitem__, "0 or 1"
+_PARSERS = {
+    "timeout": _SECONDS,
+    "segment_bytes": _BYTES,
+    "max_message_bytes": _BYTES,
+    **dict.fromkeys(("abort", "compiled", "shared", "cma"), _SWITCH),
 }
 
 

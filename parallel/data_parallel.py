@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
+from ..comm.arguments import require, whole
 from .bucket_plan import START_BYTES
 from .carried import Carried
+from .demands import require_comm
 from .drift import GradientReport, check_replicas, report_gradients
 from .finite import FiniteCheck
 from .gpu_threads import check_gpu_threads
@@ -18,6 +21,7 @@ from .gradient_sync import GradientSync
 from .hooks import WireHook, wire_format
 from .join import check_at_end, turns
 from .kinship import Mode
+from .loss_scale import LossScaler
 from .reducer import Reducer
 from .reduction import ReductionRecord
 from .replicas import broadcast_tensors, check_equal, check_root, check_sendable, describe
@@ -29,7 +33,6 @@ from .weights import begin_weighing, sum_of_weights
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
-    from .loss_scale import LossScaler
 
 
 __all__ = ["DataParallel"]
@@ -98,6 +101,8 @@ class DataParallel(Transparent):
         loss_scaler: LossScaler | None = None,
     ) -> None:
         super().__init__()
+        require("module", module, nn.Module)
+        require_comm(comm)
         self.module = module
         self.comm: Communicator | None = comm
         self._root = root
@@ -109,6 +114,9 @@ class DataParallel(Transparent):
             if wire is not None and wire_dtype is not None:
                 raise ValueError(f"expected wire or wire_dtype, got both: {wire} and {wire_dtype}")
             check_root(comm, root)
+            if bucket_bytes != "auto":
+                whole("bucket_bytes", bucket_bytes, 1, "25 << 20, or 'auto'")
+            require("loss_scaler", loss_scaler, (LossScaler, NoneType))
             form = wire_format(wire or wire_dtype)
             one = f"bucket_bytes {bucket_bytes}", f"wire {form}", f"root {root}"
             scaled = f"loss_scaler {'none' if loss_scaler is None else 'given'}"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..comm.errors import MismatchError
 from ..comm.texts import shown_ranks
+from .demands import require_comm
 from .objects import allgather_objects
 from .replicas import flat_bytes
 
@@ -27,6 +28,7 @@ def check_replicas(comm: Communicator, named: Iterable[tuple[str, Tensor]]) -> s
     Names, shapes and dtypes count as well. Collective. MismatchError on every rank, naming the
     first tensor that differs and which ranks hold which, and how many others do.
     """
+    require_comm(comm)
     digests = {name: _digest(name, tensor) for name, tensor in named}
     whole = hashlib.sha256(b"".join(digests.values())).digest()
     rows = comm.allgather(np.frombuffer(whole, dtype=np.uint8))

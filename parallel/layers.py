@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..comm.arguments import require
 
 __all__ = ["MODULE_HOOKS", "Named", "RankLayers", "named_layers"]
 
@@ -29,6 +31,7 @@ def named_layers(layers: nn.Sequential | nn.ModuleList | Sequence[nn.Module]) ->
         raise TypeError(
             f"expected an nn.Sequential or a list of layers, got a {type(layers).__name__}"
         )
+    require("layers", layers, Iterable, "an nn.Sequential")
     named = [(str(index), layer) for index, layer in enumerate(layers)]
     for name, layer in named:
         if not isinstance(layer, nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..comm.arguments import require, whole
 from ..comm.texts import shown_ranks
+from .demands import require_comm
 from .finite import all_finite
 
 if TYPE_CHECKING:
@@ -71,6 +74,12 @@ class LossScaler:
         least: float = 2.0**-14,
         most: float = 2.0**24,
     ) -> None:
+        require_comm(comm)
+        factors = {"factor": factor, "growth": growth, "backoff": backoff}
+        bounds = {"least": least, "most": most}
+        for name, value in {**factors, **bounds}.items():
+            require(name, value, Real)
+        whole("interval", interval)
         if not (math.isfinite(factor) and least <= factor <= most and least > 0):
             raise ValueError(f"expected 0 < least <= factor <= most, got {least}, {factor}, {most}")
         if not (growth >= 1 and 0 < backoff < 1 and interval >= 1):
@@ -78,8 +87,7 @@ class LossScaler:
                 "expected growth >= 1, 0 < backoff < 1 and interval >= 1, got "
                 f"{growth}, {backoff}, {interval}"
             )
-        factors = {"factor": factor, "growth": growth, "backoff": backoff}
-        for name, value in {**factors, "least": least, "most": most}.items():
+        for name, value in {**factors, **bounds}.items():
             if math.frexp(value)[0] != 0.5:
                 # Dividing by another one would round, so that skipped steps were not all it cost.
                 raise ValueError(f"expected a power of two for {name}, got {value}")

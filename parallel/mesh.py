@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..comm.arguments import whole
 from ..comm.scope import Scope
+from .demands import require_comm
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -33,6 +35,8 @@ class Mesh(Scope):
 
         ValueError on every rank unless data x pipe is the number of ranks.
         """
+        require_comm(comm)
+        data, pipe = None if data is None else whole("data", data), whole("pipe", pipe)
         if data is None and pipe >= 1 and comm.size % pipe == 0:
             data = comm.size // pipe
         if data is None or data < 1 or pipe < 1 or data * pipe != comm.size:

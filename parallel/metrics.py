@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from .demands import require_comm
 from .objects import allgather_objects
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Metrics:
     """
 
     def __init__(self, comm: Communicator) -> None:
+        require_comm(comm)
         self._comm = comm
         self._sums: dict[str, float] = {}
 

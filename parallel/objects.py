@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from .demands import require_comm
+
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
 
@@ -21,6 +23,7 @@ def allgather_objects(value: Value, comm: Communicator) -> list[Value]:
 
     Raises: TypeError, on every rank, for a value that has no pickle.
     """
+    require_comm(comm)
     text, error = _pickled(value)
     described = comm.allgather(_describe(text, error))
     lengths = described[:, 0]
@@ -39,6 +42,7 @@ def broadcast_object(value: Value | None, comm: Communicator, root: int = 0) -> 
 
     Raises: TypeError, on every rank, for a value that has no pickle.
     """
+    require_comm(comm)
     nothing = np.zeros(0, np.uint8), None
     text, error = _pickled(value) if comm.rank == root else nothing
     length, failed = comm.broadcast(_describe(text, error), root=root)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .demands import require_comm
 from .objects import broadcast_object
 from .optimizer_dict import ids_of, load_into, state_dict_of
 from .replicas import check_equal, check_root, dtype_name
@@ -40,6 +41,7 @@ def broadcast_optimizer(optimizer: Optimizer, comm: Communicator, root: int = 0)
     every rank, for entries without a pickle, and for a state_dict that does not tell which state is
     whose. ValueError, too, where a load_state_dict of its own, or a hook, raises on some rank.
     """
+    require_comm(comm)
     check_root(comm, root)
     kind = type(optimizer).__name__
     told: dict[str, Any] = {}

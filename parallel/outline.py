@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from operator import index
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..comm.arguments import require, require_callable, whole
+from ..comm.communicator import Communicator
 from .actions import Action
 from .hooks import wire_format
 from .layers import Named, named_layers
+from .loss_scale import LossScaler
 from .mesh import Mesh
 from .partition import stages_of
 from .plan_check import num_stages_of
 from .replicas import describe, device_of
 from .shared_weights import refuse_gradient_hooks
 
-__all__ = ["Choices", "Outline", "require_mesh"]
+__all__ = ["Choices", "Outline", "require_mesh", "require_scaler"]
 
 _LOSS_REDUCTIONS = ("mean", "sum")
 _REDUCTIONS = ("bucket", "tree")
@@ -28,9 +32,14 @@ _REDUCTIONS = ("bucket", "tree")
 
 def require_mesh(given: object) -> None:
     """Raise TypeError for what is no Mesh."""
-    if not isinstance(given, Mesh):
-        kind = type(given).__name__
-        raise TypeError(f"expected a Mesh, such as Mesh(comm, pipe=2), got a {kind}")
+    require("mesh", given, Mesh, "Mesh(comm, pipe=2)")
+
+
+def require_scaler(given: object, comm: Communicator) -> None:
+    """Raise TypeError for what is no LossScaler, nor None; ValueError for one of other ranks."""
+    require("loss_scaler", given, (LossScaler, NoneType))
+    if isinstance(given, LossScaler):
+        given.require(comm)
 
 
 @dataclass(frozen=True)
@@ -52,8 +61,8 @@ class Choices:
     device: torch.device | str | None
 
     def check(self) -> None:
-        """Raise ValueError for what no rank can do."""
-        if self.microbatches < 1:
+        """Raise ValueError or TypeError for what no rank can do."""
+        if whole("microbatches", self.microbatches) < 1:
             raise ValueError(f"expected at least 1 micro-batch, got {self.microbatches}")
         _check_word("loss_reduction", self.loss_reduction, _LOSS_REDUCTIONS)
         _check_word("reduction", self.reduction, _REDUCTIONS)
@@ -61,6 +70,10 @@ class Choices:
             raise ValueError(
                 f"reduction 'tree' adds gradients as they are, not as {self.wire_dtype}"
             )
+        whole("bucket_bytes", self.bucket_bytes, 1)
+        if self.boundaries is not None:
+            require("boundaries", self.boundaries, Iterable, "[2, 5]")
+        require("recompute", self.recompute, (bool, Iterable))
         wire_format(self.wire_dtype)
 
     def lines(self, layers: nn.Module) -> list[str]:
@@ -105,6 +118,8 @@ class Outline:
         plan_of: returns the plan of a number of micro-batches.
         """
         choices.check()
+        if loss_fn is not None:
+            require_callable("loss_fn", loss_fn)
         learned = loss_fn.parameters() if isinstance(loss_fn, nn.Module) else ()
         if mesh.data.size > 1 and any(parameter.requires_grad for parameter in learned):
             raise TypeError(

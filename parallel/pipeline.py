@@ -22,7 +22,7 @@ from .gpu_threads import check_gpu_threads
 from .loss_scale import LossScaler
 from .mesh import Mesh
 from .messages import broadcast_value
-from .outline import Choices, Outline, require_mesh
+from .outline import Choices, Outline, require_mesh, require_scaler
 from .partition import cut
 from .plan import CheckedPlans, PlanFunction, plan_function
 from .plan_check import stage_peaks
@@ -158,8 +158,7 @@ class Pipeline:
 
         def described() -> list[str]:
             self._plan = CheckedPlans(plan_function(schedule, stages_per_rank), mesh.pipe.size)
-            if loss_scaler is not None:
-                loss_scaler.require(mesh.pipe)
+            require_scaler(loss_scaler, mesh.pipe)
             outlines.append(Outline.of(layers, mesh, choices, self._plan, loss_fn))
             return outlines[0].lines(choices)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from ..comm.arguments import require_callable, whole
 from .actions import Action, Kind
 from .plan_check import Placed, PlanError, PlanReport, check_plan, draw
 
@@ -158,11 +159,14 @@ def plan_function(schedule: str | PlanFunction, stages_per_rank: int | None = No
 
     ValueError as `plan_named` has it, or for a function together with stages_per_rank.
     """
+    if stages_per_rank is not None:
+        whole("stages_per_rank", stages_per_rank)
     if isinstance(schedule, str):
         number = 2 if schedule == "interleaved" else 1
         return plan_named(schedule, number if stages_per_rank is None else stages_per_rank)
     if stages_per_rank is not None:
         raise ValueError("a plan function says itself which stages a rank has: no stages_per_rank")
+    require_callable("schedule", schedule)
     return schedule
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..comm.arguments import whole
 from .hooks import GradientBucket, Rounds, narrowed
 from .replicas import numbers_of
 
@@ -69,8 +70,7 @@ class PowerSGD:
     _memory: dict[str, _Memory] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"expected a rank of at least 1, got {self.rank}")
+        whole("rank", self.rank, 1)
 
     def __call__(self, bucket: GradientBucket, comm: Communicator) -> Rounds:
         """Reduce one bucket."""

@@ -11,12 +11,14 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from numbers import Real
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..comm.arguments import require
 from ..kernels.masks import mask, random_words
 from .device_masks import mask_on_device
 from .draws import Draws, Samples
@@ -69,6 +71,7 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float = 0.5, *, seed: int = 0) -> None:
         super().__init__()
+        require("p", p, Real)
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"expected a probability between 0 and 1, got {p}")
         self.p = p

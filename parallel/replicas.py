@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from ..comm.arguments import whole
 from ..comm.dtypes import DTYPES
 from ..comm.texts import gather_texts, shown_ranks
 from .buckets import Member, plan_buckets
@@ -195,5 +196,5 @@ def broadcast_tensors(
 
 def check_root(comm: Communicator, root: int) -> None:
     """Refuse a root that is no rank of the communicator; the same on every rank."""
-    if not 0 <= root < comm.size:
+    if not 0 <= whole("root", root) < comm.size:
         raise ValueError(f"expected a root from 0 to {comm.size - 1}, got {root}")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import index
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ..comm.arguments import whole
 
 __all__ = ["GlobalBatchSampler", "NoneIfEmpty", "ShardSampler", "epoch_order", "part_bounds"]
 
@@ -49,27 +50,14 @@ def _pad(order: Order, multiple: int) -> Order:
 TAILS: Mapping[str, Callable[[Order, int], Order]] = {"keep": _keep, "drop": _drop, "pad": _pad}
 
 
-def _whole(name: str, value: Any, least: int) -> int:
-    """Return a whole number, or raise TypeError for what is none, ValueError for less."""
-    try:
-        number = index(value)
-    except TypeError:
-        hint = ", such as len(dataset)" if name == "num_samples" else ""
-        raise TypeError(
-            f"expected a whole number for {name}{hint}, got {type(value).__name__}"
-        ) from None
-    if number < least:
-        raise ValueError(f"expected {name} >= {least}, got {number}")
-    return number
-
-
 class _Epochs:
     """Hold what both samplers share: checked arguments, the epoch, its order, and what is done."""
 
     def __init__(
         self, num_samples: int, rank: int, size: int, tail: str, shuffle: bool, seed: int
     ) -> None:
-        self.num_samples = _whole("num_samples", num_samples, 0)
+        self.num_samples = whole("num_samples", num_samples, 0, "len(dataset)")
+        rank, size = whole("rank", rank), whole("size", size)
         if size < 1 or not 0 <= rank < size:
             raise ValueError(f"expected 0 <= rank < size, got rank {rank} of {size}")
         if tail not in TAILS:
@@ -78,7 +66,7 @@ class _Epochs:
         self.size = size
         self.tail = tail
         self.shuffle = shuffle
-        self.seed = _whole("seed", seed, 0)
+        self.seed = whole("seed", seed, 0)
         self.epoch = 0
         self.done = 0
 
@@ -89,7 +77,7 @@ class _Epochs:
             GlobalBatchSampler, samples of a ShardSampler: what has been trained on before a run
             that goes on in the middle of an epoch. Batches are the same for any number of ranks.
         """
-        epoch, done = _whole("epoch", epoch, 0), _whole("done", done, 0)
+        epoch, done = whole("epoch", epoch, 0), whole("done", done, 0)
         if done > self._count():
             raise ValueError(f"expected done <= {self._count()}, all of an epoch, got {done}")
         self.epoch, self.done = epoch, done
@@ -177,7 +165,7 @@ class GlobalBatchSampler(_Epochs):
         uneven: bool = False,
     ) -> None:
         super().__init__(num_samples, rank, size, tail, shuffle, seed)
-        batch_size = _whole("batch_size", batch_size, 1)
+        batch_size = whole("batch_size", batch_size, 1)
         if batch_size % size and not uneven:
             raise ValueError(f"global batch of {batch_size} is not divisible by {size} ranks")
         self.batch_size = batch_size

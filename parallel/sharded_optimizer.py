@@ -29,7 +29,9 @@ from torch.optim import (
     Rprop,
 )
 
+from ..comm.arguments import require, whole
 from .clip import clip_over_stages, refuse_one_stage
+from .demands import require_comm
 from .optimizer_dict import has_hooks, has_own_dict, hooked_load, hooked_state_dict
 from .replicas import check_equal, check_sendable, describe
 from .shard import Shard, shards_of
@@ -90,6 +92,9 @@ class ShardedOptimizer(Optimizer):
         bucket_bytes: int = 4 << 20,
         **hyper: Any,
     ) -> None:
+        require_comm(comm)
+        require("optimizer", optimizer, type, "torch.optim.AdamW")
+        whole("bucket_bytes", bucket_bytes, 1)
         if not issubclass(optimizer, _ELEMENTWISE):
             known = ", ".join(kind.__name__ for kind in _ELEMENTWISE)
             raise TypeError(
@@ -117,8 +122,8 @@ class ShardedOptimizer(Optimizer):
                 f"{optimizer.__name__} cannot be sharded: it has a state_dict, or hooks of one, of "
                 "its own, and what is told here is the state of parts of parameters"
             )
-        whole = list(map(_whole, self._inner.param_groups, groups))
-        super().__init__(whole, dict(self._inner.defaults))
+        unsplit = list(map(_whole, self._inner.param_groups, groups))
+        super().__init__(unsplit, dict(self._inner.defaults))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -327,6 +332,7 @@ def _whole(inner: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]
 
 def _groups(named: Named | Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return groups whose "params" are lists of (name, parameter)."""
+    require("named", named, Iterable, "model.named_parameters()")
     given: Sequence[Any] = list(named)
     groups = given if given and isinstance(given[0], dict) else [{"params": given}]
     made = [{**group, "params": list(group["params"])} for group in groups]

@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from ..comm.arguments import require
+from .demands import require_comm
 from .meeting import Call, meet
 from .replicas import check_equal
 
@@ -49,6 +51,7 @@ class SyncBatchNorm(_BatchNorm):
         channel: Communicator | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats)
+        require_comm(comm if channel is None else channel)
         self.channel = comm.split(0, key=comm.rank) if channel is None else channel
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,6 +128,8 @@ def convert_sync_batchnorm(module: nn.Module, comm: Communicator) -> nn.Module:
     On every rank, before anything is replaced: TypeError by name for a layer with a forward of its
     own, which would be lost; ValueError for a lazy one, or if the layers differ between ranks.
     """
+    require("module", module, nn.Module)
+    require_comm(comm)
     check_equal(comm, lambda: _replaceable(module), "BatchNorm layers")
     return _convert(module, comm.split(0, key=comm.rank), {})
 

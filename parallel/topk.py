@@ -10,11 +10,13 @@ import math
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..comm.arguments import require
 from .hooks import GradientBucket, Rounds, narrowed
 from .replicas import numbers_of
 
@@ -55,6 +57,7 @@ class TopK:
     _errors: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
+        require("ratio", self.ratio, Real)
         if not 0 < self.ratio <= 1:
             raise ValueError(f"expected a ratio above 0 and at most 1, got {self.ratio}")
 

@@ -23,6 +23,7 @@ from ..comm.trace_file import (
     summarize,
     table,
 )
+from .demands import require_comm
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -62,6 +63,7 @@ def trace(comm: Communicator, path: Path | str | None = None) -> Iterator[Trace]
     cannot write the file: before the program within begins, as far as that can be known then, else
     at the end, with the rows there.
     """
+    require_comm(comm)
     # Where it is now, wherever the program within goes.
     file = None if path is None else Path(os.path.abspath(path))
     _require_none(comm, "" if file is None or comm.rank else why_unwritable(file))

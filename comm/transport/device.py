@@ -14,10 +14,8 @@ from functools import cache, cached_property, partial
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
+from ..buffer import element_of
 from ..device import LEGACY_STREAM, Bytes, DeviceArray, Event, Stream, library_of
-from ..dtypes import dtype_named
 from ..errors import CommError
 from .cuda_arithmetic import CudaArithmetic
 from .cuda_ipc import CudaPeering
@@ -237,11 +235,9 @@ def empty(node_rank: int, shape: tuple[int, ...], dtype: Any) -> Any:
     """
     cupy = load_cupy()
     runtime = cupy.cuda.runtime
-    family, _, name = str(dtype).rpartition(".")
-    foreign = dtype_named(name) if family == "torch" else None
-    storage = np.dtype(dtype) if foreign is None else foreign.storage
+    family, _, storage = element_of(dtype)
     ordinal = ordinal_of(node_rank, runtime.getDeviceCount())
     plain = _opened(ordinal).peering.allocate(shape, storage)
-    if foreign is None:
+    if family == "numpy":
         return plain
     return importlib.import_module(family).from_dlpack(plain).view(dtype)

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ...comm.arguments import seconds, whole
 from ...comm.scope import Scope
 from ...comm.texts import gather_texts
+from ..demands import require_comm
 from .agreement import agree
 from .attempt import Attempt
 from .errors import CheckpointError
@@ -81,15 +83,16 @@ class Checkpoints(Scope):
         keep: int | None = None,
         patience: float = 600.0,
     ) -> None:
-        if keep is not None and keep < 1:
-            raise ValueError(f"expected keep >= 1 or None, got {keep}")
+        require_comm(comm)
+        if keep is not None:
+            whole("keep", keep, 1)
         self.folder = Path(os.path.abspath(folder))  # wherever the program goes meanwhile
         self.comm = comm
         self.stood_still = 0.0
         self.writing = 0.0
         self.count = 0
         self._keep = keep
-        self._patience = patience
+        self._patience = seconds("patience", patience)
         self._writing: Writing | None = None
         self._others: Work | None = None  # which come once their files are written
         self._snapshot = Snapshot()

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from . import __version__, units
 from .builders import ALL_ROOTS, Misuse, find_builder
@@ -19,6 +18,7 @@ from .comm.text_file import prepare_file, write_whole
 from .comm.topology import Cluster, Link, Nodes
 from .comm.verify import verify
 from .output import status_of
+from .workloads.numbers import path
 
 REFUSED, MISUSED = 1, 2
 """Exit status: the algorithm is wrong, or runs differ; the command is wrong."""
@@ -103,9 +103,9 @@ def _parser() -> argparse.ArgumentParser:
 
     runs = commands.add_parser("compare", help="find where two runs of train.py part")
     runs.add_argument(
-        "first", type=Path, metavar="A", help="report of train.py; with --dump, weights too"
+        "first", type=path, metavar="A", help="report of train.py; with --dump, weights too"
     )
-    runs.add_argument("second", type=Path, metavar="B")
+    runs.add_argument("second", type=path, metavar="B")
     runs.add_argument("--rtol", type=float, default=0.0, help="relative difference to allow")
     runs.set_defaults(run=_compare)
 
@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         "tune",
         help="measure the links (start it with mpirun); later runs choose algorithms by them",
     )
-    tuning.add_argument("--out", type=Path, help="file to write (default: where runs look for it)")
+    tuning.add_argument("--out", type=path, help="file to write (default: where runs look for it)")
     tuning.set_defaults(run=_tune)
 
     health = commands.add_parser(
@@ -247,13 +247,13 @@ def _tune(arguments: argparse.Namespace) -> int:
     from .comm.texts import gather_texts
     from .comm.tune import measure
 
-    path = arguments.out or Settings.read().tuning
-    if path is None:
+    file = arguments.out or Settings.read().tuning
+    if file is None:
         raise Misuse("there is no HOME to write to: name a file by --out")
     with Communicator() as comm:
         if comm.size == 1:
             raise Misuse("one rank has no links to measure; try: mpirun -n 4 ringfold tune")
-        refused = prepare_file(path) if comm.rank == 0 else ""
+        refused = prepare_file(file) if comm.rank == 0 else ""
         if told := next(filter(None, gather_texts(comm, refused)), ""):
             raise Misuse(f"{told}; name a file by --out")
         tuning = measure(comm)
@@ -267,11 +267,11 @@ def _tune(arguments: argparse.Namespace) -> int:
                         f"GB/s; the model misses by {100 * link.error:.0f} % (median)"
                     )
             try:
-                write_whole(path, tuning.text())
+                write_whole(file, tuning.text())
             except OSError as error:
-                print(f"ringfold: {path} cannot be written: {error.strerror}", file=sys.stderr)
+                print(f"ringfold: {file} cannot be written: {error.strerror}", file=sys.stderr)
                 return REFUSED
-            print(f"written to {path}")
+            print(f"written to {file}")
     return 0
 
 

@@ -67,8 +67,10 @@ def compare(first: Path, second: Path, rtol: float = 0.0) -> list[Difference]:
 def _read(path: Path) -> dict[str, Any]:
     try:
         report = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise Unreadable(f"{path}: {error}") from None
+    except OSError as error:
+        raise Unreadable(f"{path}: expected a report of train.py: {error.strerror}") from None
+    except ValueError as error:
+        raise Unreadable(f"{path}: expected a report of train.py: {error}") from None
     if not isinstance(report, dict) or not isinstance(report.get("losses"), list):
         raise Unreadable(f"{path} is no report of train.py")
     metrics = report.setdefault("final_metric", {})

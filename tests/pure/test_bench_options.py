@@ -30,7 +30,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
         (["--sizes", "1e999"], "--sizes: expected a size that is finite"),
         (["--sizes", "4,0"], "--sizes: expected 1 B or more, got '4,0'"),
         (["--peers", "nccl"], "--peers: unknown 'nccl', expected: mpi, gloo"),
-        (["--json", ""], "--json: expected the name of a file"),
+        (["--json", ""], "--json: expected a path, got ''"),
         (["--bogus"], "unrecognized arguments: --bogus"),
     ],
 )

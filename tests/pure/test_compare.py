@@ -148,6 +148,12 @@ def test_what_cannot_be_read_is_named(run, tmp_path, capsys):
             compare(good, bad)
     assert main(["compare", str(good), str(tmp_path / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
+    assert main(["compare", str(good), str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert told == f"ringfold: {tmp_path}: expected a report of train.py: Is a directory\n"
+    with pytest.raises(SystemExit, match="2"):
+        main(["compare", "", str(good)])
+    assert "argument A: expected a path, got ''" in capsys.readouterr().err
     next((tmp_path / "a").iterdir()).write_bytes(b"damaged")
     with pytest.raises(Unreadable, match="safetensors"):
         compare(good, run("b"))

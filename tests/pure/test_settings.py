@@ -46,11 +46,19 @@ def test_what_is_out_of_range_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "name, value",
-    [("TIMEOUT", "soon"), ("SEGMENT_BYTES", "1.5"), ("ABORT", "yes")],
+    "name, value, expected",
+    [
+        ("TIMEOUT", "soon", "seconds, such as 60"),
+        ("TIMEOUT", "", "seconds, such as 60"),
+        ("SEGMENT_BYTES", "1.5", "a whole number of bytes, such as 524288"),
+        ("MAX_MESSAGE_BYTES", "512KiB", "a whole number of bytes, such as 524288"),
+        ("ABORT", "yes", "0 or 1"),
+        ("SHARED", "no", "0 or 1"),
+    ],
 )
-def test_what_cannot_be_read_is_named(name: str, value: str) -> None:
-    with pytest.raises(ValueError, match=f"RINGFOLD_{name}='{value}' cannot be read"):
+def test_what_cannot_be_read_is_named(name: str, value: str, expected: str) -> None:
+    """It was said that it cannot be read, and not what can."""
+    with pytest.raises(ValueError, match=f"^RINGFOLD_{name}: expected {expected}, got '{value}'$"):
         Settings.read({f"RINGFOLD_{name}": value})
 
 
@@ -84,9 +92,12 @@ def test_impossible_settings_are_refused(changes: dict[str, float]) -> None:
         Settings(**changes)
 
 
-@pytest.mark.parametrize("changes", [{"timeout": "60"}, {"segment_bytes": 1e6}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"timeout": "60"}, {"segment_bytes": 1e6}, {"shared": "no"}, {"abort": None}, {"tuning": "x"}],
+)
 def test_settings_of_another_type_are_refused_at_once(changes: dict[str, Any]) -> None:
-    """A float opened a communicator, and broke its first large message off."""
+    """A float opened a communicator, and broke its first large message off; "no" was yes."""
     with pytest.raises(TypeError, match=f"{next(iter(changes))}: expected .*, got "):
         Settings(**changes)
 

@@ -104,7 +104,7 @@ def test_hook_with_weights_missing_gradients_and_a_late_parameter():
 
 def test_bad_wires():
     for wire, message in (
-        ("powersgd:0", "powersgd:RANK: expected a rank of at least 1, got 0"),
+        ("powersgd:0", "powersgd:RANK: expected rank >= 1, got 0"),
         ("powersgd:x", "powersgd:RANK"),
         ("topk:2", "topk:RATIO: expected a ratio above 0 and at most 1, got 2"),
         ("top", "unknown wire dtype 'top'.*topk:RATIO"),

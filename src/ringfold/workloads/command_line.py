@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from os.path import isfile
-from pathlib import Path
 from typing import NoReturn
 
 from ..parallel.plan import PLANS
 from . import WORKLOADS
-from .numbers import positive, whole
+from .numbers import path, positive, whole
 from .options import TREE_MICROBATCHES, Options, UsageError, written_plan
 
 __all__ = ["parse"]
@@ -44,7 +43,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     if found.trace is not None and (found.elastic is not None or found.membership):
         raise UsageError("--trace is of ranks that stay: leave out --elastic and --membership")
     check_effect(found)
-    files = [path.absolute() for path in (found.trace, found.report) if path is not None]
+    files = [file.absolute() for file in (found.trace, found.report) if file is not None]
     if len(files) > len(set(files)):
         raise UsageError(f"--trace and --report name one file, {found.report}")
     defaults = WORKLOADS[found.workload]
@@ -216,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     store = parser.add_argument_group("checkpoints")
     store.add_argument(
-        "--checkpoint", type=_path, metavar="DIR", help="write checkpoints into this folder"
+        "--checkpoint", type=path, metavar="DIR", help="write checkpoints into this folder"
     )
     store.add_argument(
         "--every",
@@ -249,26 +248,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RANK:STEP,...",
         help="let ranks leave before these steps, to compare an elastic run with",
     )
-    parser.add_argument("--report", type=_path, metavar="FILE", help="write a JSON report")
+    parser.add_argument("--report", type=path, metavar="FILE", help="write a JSON report")
     parser.add_argument(
         "--trace",
-        type=_path,
+        type=path,
         metavar="FILE",
         help="write a timeline of all ranks, for ui.perfetto.dev, and print what time went to",
     )
     parser.add_argument(
         "--dump",
-        type=_path,
+        type=path,
         metavar="DIR",
         help="write the weights after every step, for `ringfold compare`",
     )
     return parser
-
-
-def _path(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("expected a path, got ''")
-    return Path(text)
 
 
 def _schedule(text: str) -> str:
@@ -306,7 +299,7 @@ def _probability(text: str) -> float:
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
     if not 0 <= number < 1:
-        raise argparse.ArgumentTypeError(f"expected a probability below 1, got {text}")
+        raise argparse.ArgumentTypeError(f"expected 0 or more, and less than 1, got {text}")
     return number
 
 
@@ -323,9 +316,15 @@ def _departures(text: str) -> tuple[tuple[int, int], ...]:
 
 def _wire(text: str) -> str:
     name, _, argument = text.partition(":")
-    readers: dict[str, Callable[[str], object]] = {"powersgd": whole(1), "topk": _ratio}
+    readers: dict[str, tuple[Callable[[str], object], str]] = {
+        "powersgd": (whole(1), "RANK, such as powersgd:4"),
+        "topk": (_ratio, "RATIO, such as topk:0.01"),
+    }
     if name in readers:
-        readers[name](argument)
+        read, told = readers[name]
+        if not argument:
+            raise argparse.ArgumentTypeError(f"expected {name}:{told}, got {text!r}")
+        read(argument)
     elif text not in WIRE_DTYPES:
         known = ", ".join((*WIRE_DTYPES, "powersgd:RANK", "topk:RATIO"))
         raise argparse.ArgumentTypeError(f"expected one of {known}, got {text!r}")

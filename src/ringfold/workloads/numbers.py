@@ -1,12 +1,13 @@
-"""Read numbers of a command line; what is none of them is an error of argparse."""
+"""Read numbers and paths of a command line; what is none of them is an error of argparse."""
 
 from __future__ import annotations
 
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 
-__all__ = ["positive", "whole"]
+__all__ = ["path", "positive", "whole"]
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -35,3 +36,10 @@ def positive(text: str) -> float:
     if not (math.isfinite(number) and number > 0):
         raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text}")
     return number
+
+
+def path(text: str) -> Path:
+    """Read the path of a file or a folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return Path(text)
