@@ -159,8 +159,10 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _simulate(arguments: argparse.Namespace) -> int:
-    if arguments.ranks < 1:
-        raise Misuse(f"--ranks must be 1 or more, got {arguments.ranks}")
+    if not 1 <= arguments.ranks <= units.MOST_RANKS:
+        raise Misuse(
+            f"--ranks must be 1 or more, {units.MOST_RANKS} at the most, got {arguments.ranks}"
+        )
     nodes = Nodes.blocks(arguments.ranks, arguments.ranks_per_node)
     if arguments.map_by == "node":
         nodes = Nodes.labelled([rank % len(nodes.members) for rank in range(nodes.size)])

@@ -15,6 +15,8 @@ BYTES = {
     "KB": 1000,
 }
 SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+MOST_RANKS = 1_000_000
+"""Of a schedule that is judged: it takes minutes, and gigabytes, beyond."""
 RATES = {
     **{f"{unit}/s": float(factor) for unit, factor in BYTES.items() if unit},
     **{f"{letter}bit/s": 1000**power / 8 for power, letter in enumerate(("", "k", "M", "G", "T"))},
@@ -50,16 +52,20 @@ def read_rate(text: str) -> float:
 
 
 def read_sizes(text: str) -> tuple[int, ...]:
-    """Read numbers and ranges, ends included: 2-64 or 1,2,5-8."""
-    sizes: list[int] = []
+    """Read numbers and ranges, ends included: 2-64 or 1,2,5-8; each number once."""
+    sizes: dict[int, None] = {}
     for part in text.split(","):
         low, dash, high = part.partition("-")
         try:
-            sizes += range(int(low), int(high if dash else low) + 1)
+            first, last = int(low), int(high if dash else low)
         except ValueError:
             raise ValueError(f"expected sizes such as 2-64 or 1,2,5-8, got {text!r}") from None
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"expected sizes of 1 or more, got {text!r}")
+        if not 1 <= first <= last <= MOST_RANKS:
+            expected = (
+                f"sizes of 1 or more, {MOST_RANKS} at the most, the lower end of a range first"
+            )
+            raise ValueError(f"expected {expected}, got {text!r}")
+        sizes.update(dict.fromkeys(range(first, last + 1)))
     return tuple(sizes)
 
 

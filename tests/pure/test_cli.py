@@ -311,7 +311,11 @@ def test_where_a_table_cannot_be_written_is_known_before_it_is_measured(tmp_path
         ("verify OWN:number", "returned int, expected a Schedule"),
         ("verify allreduce:ring --sizes 0-3", "sizes of 1 or more"),
         ("verify allreduce:ring --sizes some", "expected sizes such as"),
+        ("verify allreduce:ring --sizes 1-100000000000000", "sizes of 1 or more, 1000000 at the m"),
+        ("verify allreduce:ring --sizes 1000000000000", "sizes of 1 or more, 1000000 at the most"),
+        ("verify allreduce:ring --sizes 3,5-2", "the lower end of a range first, got '3,5-2'"),
         ("simulate allreduce:ring --ranks 0", "--ranks must be 1 or more"),
+        ("simulate allreduce:ring --ranks 99999999999", "--ranks must be 1 or more, 1000000 at"),
         ("simulate allreduce:ring --latency 5parsec", "expected a time"),
         ("simulate allreduce:ring --bandwidth 5", "expected a bandwidth"),
         ("simulate allreduce:ring --nbytes many", "expected a size"),
@@ -353,7 +357,7 @@ def test_units() -> None:
     assert units.read_seconds("5us") == pytest.approx(5e-6)
     assert units.read_seconds("2e-3") == pytest.approx(2e-3)
     assert units.read_rate("25GB/s") == 25e9 and units.read_rate("1Gbit/s") == 125e6
-    assert units.read_sizes("1,2,5-8") == (1, 2, 5, 6, 7, 8)
+    assert units.read_sizes("1,2,5-8,2,7-9") == (1, 2, 5, 6, 7, 8, 9)
     assert units.show_nbytes(1 << 20) == "1 MiB" and units.show_nbytes(5) == "5 B"
     assert units.show_seconds(1.5e-6) == "1.5 us" and units.show_seconds(0) == "0 ns"
 
