@@ -172,7 +172,7 @@ def machine(mpi: str | None = None) -> dict[str, Any]:
         "numpy": np.__version__,
         "mpi": mpi or mpi_version(),
         "malloc": os.environ.get("GLIBC_TUNABLES", ""),
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).parents[1]),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -184,18 +184,24 @@ def mpi_version() -> str:
     return MPI.Get_library_version().strip("\0").splitlines()[0]
 
 
-def _commit() -> str:
+def commit_of(checkout: Path) -> str:
+    """Return the commit of a checkout, with -dirty where a file of it is another than it was there.
+
+    Results are no such files: a run of several benchmarks writes them between two.
+    """
+    of_code = ["--", ".", ":(exclude)benchmarks/results"]
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        name = _git(checkout, "describe", "--always")
+        changed = _git(checkout, "status", "--porcelain", "--untracked-files=no", *of_code)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found.stdout.strip()
+    return f"{name}-dirty" if changed else name
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "--no-optional-locks", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def write_json(

@@ -1,6 +1,7 @@
 """The report of the benchmarks: the worst place decides, and what is missing is said to be."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import report
+from harness import commit_of
 
 
 def row(impl: str, nbytes: int, ranks: int, median_us: float, dtype: str = "float32") -> dict:
@@ -141,3 +143,26 @@ def test_a_file_that_is_no_result_is_named_in_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert str(tmp_path / "foreign.json") in line and told in line
     assert not (tmp_path / "README.md").exists()
+
+
+def test_results_that_a_run_has_written_do_not_change_its_commit(tmp_path: Path) -> None:
+    """`make bench` wrote one result, and the next was of "a1ac688-dirty"."""
+
+    def git(*arguments: str) -> None:
+        who = ["-c", "user.name=x", "-c", "user.email=x@localhost"]
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True)
+
+    result = tmp_path / "benchmarks" / "results" / "a.json"
+    code = tmp_path / "benchmarks" / "a.py"
+    result.parent.mkdir(parents=True)
+    for path in (result, code):
+        path.write_text("1")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message=first")
+    clean = commit_of(tmp_path)
+    assert "dirty" not in clean
+    result.write_text("2")
+    assert commit_of(tmp_path) == clean
+    code.write_text("2")
+    assert commit_of(tmp_path) == f"{clean}-dirty"
