@@ -37,7 +37,8 @@ def plain_parser(description: str | None, *, repeats: int | None = None) -> Pars
         parser.add_argument(
             "--repeats", type=whole(1), default=repeats, help="at most (default: %(default)s)"
         )
-    parser.add_argument("--json", type=path, metavar="FILE")
+    told = "the results, in a folder that is made if need be"
+    parser.add_argument("--json", type=path, metavar="FILE", help=told)
     return parser
 
 
@@ -64,7 +65,7 @@ def parser_of(
     parser.add_argument(
         "--budget", type=positive, default=budget, help="seconds for the repetitions of a contest"
     )
-    parser.add_argument("--plot", type=path, metavar="FILE", help="a picture, as PNG")
+    parser.add_argument("--plot", type=path, metavar="FILE", help="a picture, as PNG, likewise")
     return parser
 
 

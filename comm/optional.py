@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Iterable, Mapping
+from types import ModuleType
 from typing import Any
 
 
@@ -24,6 +25,15 @@ def look_up(package: str, homes: Mapping[str, str], name: str, library: str) -> 
             raise
         told = f"{package}.{name} needs {library}: pip install 'ringfold[{library}]'"
         raise ModuleNotFoundError(told, name=error.name) from None
+
+
+def listed(found: Mapping[str, object], public: Iterable[str]) -> list[str]:
+    """Return what dir() of a package shows: public names, modules, and what begins with _.
+
+    found: all that it has, what it has imported for itself included.
+    """
+    own = (name for name, value in found.items() if name[0] == "_" or isinstance(value, ModuleType))
+    return sorted({*own, *public})
 
 
 def usable(names: Iterable[str], bare: Iterable[str], library: str) -> list[str]:

@@ -103,7 +103,9 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_public()])
+    from .comm.optional import listed
+
+    return listed(globals(), _public())
 
 
 def _public() -> list[str]:

@@ -113,7 +113,11 @@ def _parser() -> argparse.ArgumentParser:
         "tune",
         help="measure the links (start it with mpirun); later runs choose algorithms by them",
     )
-    tuning.add_argument("--out", type=path, help="file to write (default: where runs look for it)")
+    tuning.add_argument(
+        "--out",
+        type=path,
+        help="file to write, in a folder that is made if need be (default: where runs look for it)",
+    )
     tuning.set_defaults(run=_tune)
 
     health = commands.add_parser(

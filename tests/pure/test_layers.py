@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -251,3 +252,5 @@ def test_with_torch_all_names_are_listed(name):
     (listed,) = [ast.literal_eval(n.value) for n in lists if n.targets[0].id == "__all__"]
     assert sorted(listed) == sorted(package._HOMES) == package.__all__
     assert set(package.__all__) <= set(dir(package))
+    others = {found for found in dir(package) if found[0] != "_"} - set(package.__all__)
+    assert all(inspect.ismodule(getattr(package, found)) for found in others)  # no Any

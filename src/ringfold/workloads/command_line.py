@@ -248,7 +248,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RANK:STEP,...",
         help="let ranks leave before these steps, to compare an elastic run with",
     )
-    parser.add_argument("--report", type=path, metavar="FILE", help="write a JSON report")
+    parser.add_argument(
+        "--report",
+        type=path,
+        metavar="FILE",
+        help="write a JSON report, into a folder that is there",
+    )
     parser.add_argument(
         "--trace",
         type=path,
