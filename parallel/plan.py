@@ -55,7 +55,7 @@ def naive(stage: int, num_stages: int, num_microbatches: int) -> tuple[Action, .
 
 
 def gpipe(stage: int, num_stages: int, num_microbatches: int) -> tuple[Action, ...]:
-    """Run all forwards, then all backwards (Huang et al. 2019, GPipe, section 2.3).
+    """Run all forwards, then all backwards (Huang et al. 2019, GPipe).
 
     Every stage keeps the activations of all micro-batches. Drawn for 2 stages, 3 micro-batches,
     a backward as long as a forward:
@@ -91,7 +91,7 @@ def one_f_one_b(stage: int, num_stages: int, num_microbatches: int) -> tuple[Act
 
 
 def zero_bubble(stage: int, num_stages: int, num_microbatches: int) -> tuple[Action, ...]:
-    """Split backwards, and fill the drain with gradients of weights (Qi et al. 2023, section 2.2,
+    """Split backwards, and fill the drain with gradients of weights (Qi et al. 2023, section 2.1,
     ZB-H1).
 
     The order of 1F1B, with the weights of stage s up to s micro-batches behind: every stage keeps

@@ -1,6 +1,6 @@
 """Split a backward in two: first the gradients of what came in, later those of the weights.
 
-Qi et al., "Zero Bubble Pipeline Parallelism", 2023, section 3. The graph of a stage has nodes that
+Qi et al., "Zero Bubble Pipeline Parallelism", 2023, section 2. The graph of a stage has nodes that
 lead to its input, and some of those have edges to weights as well, such as the product of a linear
 layer. The first half runs the nodes on the way to the input and notes the gradient that each such
 *fork* gets. The second half runs the forks alone, from the gradients noted, towards their weights:
