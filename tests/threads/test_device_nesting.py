@@ -43,6 +43,12 @@ def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def in_short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a few thousand elements pass in several pieces: messages are of 50."""
+    monkeypatch.setattr(device_nesting, "PIECE_BYTES", 3000)
+
+
+@pytest.fixture
 def on_nodes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     """Run main on nodes of some widths; node_of: of every rank, where nodes are not neighbours."""
 
@@ -71,13 +77,14 @@ def on_nodes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     return run
 
 
+@pytest.mark.usefixtures("in_short_pieces")
 @pytest.mark.parametrize("registered", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_op_and_length(on_nodes, shape, registered) -> None:
     nodes, width = shape
 
     def main(comm: Communicator, gpu: FakeGpu) -> None:
-        for count in (1, 17, 100, 1000, 10007):
+        for count in (1, 17, 100, 2503):
             for op in FOLDS:
                 x = late(gpu, data(comm.rank, count, np.float32), registered)
                 work = comm.allreduce(x, op, blocking=False)
@@ -103,6 +110,7 @@ SCATTERED = {
 """(nodes, ranks of each) -> the node of every rank."""
 
 
+@pytest.mark.usefixtures("in_short_pieces")
 @pytest.mark.parametrize(
     ("registered", "scattered", "aware"),
     [(True, False, UNAWARE), (False, True, UNAWARE), (True, True, AWARE), (False, False, AWARE)],
@@ -122,7 +130,7 @@ def test_the_other_collectives(on_nodes, shape, registered, scattered, aware) ->
         def fresh() -> FakeArray:
             return late(gpu, rows[comm.rank], registered)
 
-        for count in (2, 4001):  # fewer than ranks, and an odd number
+        for count in (2, 1001):  # fewer than ranks, and an odd number
             rows = rows_of(comm, count)
             low, high = bounds(count, comm.size, comm.rank)
             for root in {0, count % comm.size}:
