@@ -22,7 +22,7 @@ from options import parser_of, read
 from plots import plot_bars
 
 import ringfold
-from ringfold.comm.fingerprint import shares_of, tag_of
+from ringfold.comm.fingerprint import history_with, shares_of, tag_of
 from ringfold.comm.meeting import Meeting
 from ringfold.comm.trace import Ring
 from ringfold.kernels import meeting as meetings
@@ -67,8 +67,10 @@ def message_checks(ring: Ring) -> Callable[[int], None]:
     at = [int(word) for word in (Word.RING, Word.CALLED, Word.SEQUENCE)]
 
     def repeat(repetitions: int) -> None:
+        history = 0
         for sequence in range(repetitions):
-            tag_of(sequence, 0x9E3779B9, shares)
+            history = history_with(history, 0x9E3779B9)
+            tag_of(sequence, history, shares)
             words[at[0]], words[at[1]], words[at[2]] = ring.address, 1, sequence
         compiled_note(ring.address, repetitions)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import count, takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from . import fused
 from .cma import access
 from .memory import Block
 from .node_memory import NodeMemory, patience, yielding
-from .notices import MESSAGES
+from .notices import MESSAGES, Row
 from .trace import Entry, Ring, entries_in
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Board:
         return None
 
     def note_in(self, ring: Ring, counter: Words, settle: Callable[[int], None]) -> None:
-        """Note every work in a ring, and count it in the first word of `counter`.
+        """Note every work in a ring, and count it in `counter`, see `kernels.records.Count`.
 
         settle: is told the number of a call in which all ranks have seen that they differ.
         """
@@ -104,20 +105,28 @@ class Board:
         """Return the last operations of a rank of the group."""
         return entries_in(self._traces[rank])
 
-    def entries(self, group: str, sequence: int) -> list[Entry | None]:
-        """Return what each rank called as number `sequence` of a group, None for unknown."""
-        return [
-            next(
-                (
-                    entry
-                    for entry in reversed(self.recent(rank))
-                    if (entry.group, entry.sequence) == (group, sequence)
-                    and entry.signature.operation not in MESSAGES
-                ),
-                None,
-            )
-            for rank in range(self.size)
-        ]
+    def differing(self, group: str, sequence: int) -> dict[int, Entry]:
+        """Return what the ranks, as far as is known, called as number `sequence` of a group.
+
+        Or before, by messages since the ranks last met, where these calls are the first to differ.
+        """
+        called = [self._calls(rank, group) for rank in range(self.size)]
+
+        def at(number: int) -> dict[int, Entry]:
+            return {rank: calls[number] for rank, calls in enumerate(called) if number in calls}
+
+        def sent(number: int) -> bool:
+            return any(entry.way for entry in at(number).values())
+
+        numbers = [sequence, *takewhile(sent, count(sequence - 1, -1))]
+        return at(next((number for number in reversed(numbers) if differ(at(number))), sequence))
+
+    def _calls(self, rank: int, group: str) -> dict[int, Entry]:
+        return {
+            entry.sequence: entry
+            for entry in self.recent(rank)
+            if entry.group == group and entry.signature.operation not in MESSAGES
+        }
 
     def lists(self) -> Words:
         """Return a table of addresses that programs name, to fill in: a row for each Where."""
@@ -138,6 +147,12 @@ class Board:
         for block in self._blocks:
             self.memory.release(block)
         self._blocks = ()
+
+
+def differ(calls: Mapping[int, Entry]) -> bool:
+    """Tell whether ranks disagree about a call, given what each called."""
+    rows = [Row.of(call) for call in calls.values()]
+    return any(row.differs(rows[0]) for row in rows)
 
 
 def _places(size: int) -> dict[int, int]:

@@ -3,6 +3,10 @@
 Calls that differ have other tags, so that no message of one is ever taken for the other's: ranks
 that disagree wait instead of adding what does not belong together, at no cost to those that agree.
 What they called is then compared by `comm.inquiry`.
+
+Where each rank only sends, as where each takes itself for the root of a broadcast, nobody waits. So
+a tag holds the history of the group's calls, not the call's own fingerprint alone: behind calls
+that differ no messages meet either. A meeting on a board compares the history since the last one.
 """
 
 from __future__ import annotations
@@ -13,6 +17,8 @@ from functools import lru_cache
 from .trace import Signature
 
 _MOST_BITS = 30
+_WORD, _FACTOR = (1 << 32) - 1, 0x9E3779B1
+"""Odd, so that histories that differ do so behind every further call that is alike."""
 
 Shares = tuple[int, int, int]
 
@@ -34,9 +40,15 @@ def fingerprint(signature: Signature, way: str) -> int:
     return zlib.crc32(repr(agreed(signature, way)).encode())
 
 
-def tag_of(sequence: int, mark: int, shares: Shares) -> int:
-    """Return the tag of a group's collective number `sequence` with a fingerprint.
+def history_with(history: int, mark: int) -> int:
+    """Return the history of calls, 0 before the first, with one more that has this fingerprint."""
+    return (history * _FACTOR + mark) & _WORD
 
+
+def tag_of(sequence: int, mark: int, shares: Shares) -> int:
+    """Return the tag of a group's collective number `sequence`.
+
+    mark: the history of calls up to it, or its fingerprint alone.
     shares: of the transport's tags, from `shares_of`.
     """
     away, low, mask = shares

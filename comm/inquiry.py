@@ -27,12 +27,13 @@ from .notices import (
     Row,
     Stuck,
     Verdict,
+    calls_of,
     decode,
     encode,
     rows_of,
     table,
 )
-from .trace import Ring
+from .trace import Ring, State
 from .transport.base import Transport
 from .where import state
 from .work import Work
@@ -47,6 +48,8 @@ _LATE = 64
 """So many closed groups are remembered: what others tell of one may come a moment later."""
 
 _ROWS = 6
+"""So many calls are told, up to the first that still runs, or is asked for, and all behind it."""
+
 _EVERYBODY = 64
 """In larger groups, a rank that waits tells those it waits for, and some others."""
 
@@ -77,6 +80,13 @@ class Inquiry:
         """Return this rank's last collectives in a group, the oldest first."""
         return rows_of(self._ring, group, messages=False)
 
+    def _shown(self, group: str, asked: float = math.inf) -> tuple[Row, ...]:
+        """Return those of the rows that others compare; asked: the first of which they tell."""
+        calls = calls_of(self._ring, group, messages=False)
+        running = [call.sequence for call in calls if call.state is State.RUNNING]
+        first = min([asked, *running, *(call.sequence for call in calls[-1:])])
+        return tuple(Row.of(call) for call in calls if call.sequence > first - _ROWS)
+
     def listen(self) -> None:
         """Read what others have told; any thread may."""
         with self._lock:
@@ -96,7 +106,8 @@ class Inquiry:
             if notice.group not in self._closed:
                 self._told[notice.group, src] = notice.rows
             if not notice.answer:
-                own = Called(notice.group, self.rows(notice.group)[-_ROWS:], answer=True)
+                asked = min((row.sequence for row in notice.rows), default=math.inf)
+                own = Called(notice.group, self._shown(notice.group, asked), answer=True)
                 self._transport.tell([src], encode(own))
         elif isinstance(notice, Verdict):
             new = notice.sequence > self._settled.get(notice.group, 0)
@@ -127,7 +138,7 @@ class Inquiry:
         if group:
             if waited >= ASK_SECONDS and not work.told:
                 work.told = True
-                self._tell(work, Called(group, self.rows(group)[-_ROWS:]))
+                self._tell(work, Called(group, self._shown(group)))
             self._judge(group, work.transport.world, heeds=assembling)
         if waited >= ASK_SECONDS and (patient or assembling):
             self._chase(work, waited)
@@ -191,7 +202,8 @@ class Inquiry:
             if verdict is None:
                 return
             self._verdicts.pop(group, None)
-            self._settled[group] = verdict.sequence
+            # Calls behind the first that differ may differ, too, where nobody has waited in them.
+            self._settled[group] = max(verdict.sequence, _last(self.rows(group)))
             self._since.pop(group, None)
             others = [rank for rank in members if rank != self._transport.rank]
             self._transport.tell(others, encode(verdict))

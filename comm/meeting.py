@@ -21,7 +21,7 @@ from ..kernels.records import (
     WorkWord,
 )
 from . import fused
-from .board import Board
+from .board import Board, differ
 from .buffer import address_of
 from .call_codes import describe_code
 from .errors import CommError, MismatchError
@@ -199,10 +199,11 @@ class Meeting:
         if own is None:
             return table(DIFFER, shown)
         board.settle(own.sequence)
-        for rank, entry in enumerate(board.entries(own.group, own.sequence)):
-            if entry is not None:
-                shown[rank] = str(Row.of(entry))
-        return table(f"{DIFFER} in {own.group}", shown)
+        found = board.differing(own.group, own.sequence)
+        ways = len({entry.way for entry in found.values()}) > 1
+        shown |= {rank: Row.of(entry).told(ways) for rank, entry in found.items()}
+        before = "" if differ(found) else ", longer before than is kept"
+        return table(f"{DIFFER} in {own.group}{before}", shown)
 
     def _entry(self) -> Entry | None:
         """Return what this rank's ring of operations says of the present run."""

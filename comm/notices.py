@@ -154,13 +154,18 @@ def table(title: str, rows: dict[int, str]) -> str:
     return f"{title}: " + "; ".join(shown)
 
 
-def rows_of(ring: Ring, group: str, *, messages: bool) -> tuple[Row, ...]:
+def calls_of(ring: Ring, group: str, *, messages: bool) -> list[Entry]:
     """Return a rank's last collectives in a group, or its last messages, the oldest first."""
-    return tuple(
-        Row.of(entry)
+    return [
+        entry
         for entry in ring.entries(_LOOK_BACK)
         if entry.group == group and (entry.signature.operation in MESSAGES) is messages
-    )
+    ]
+
+
+def rows_of(ring: Ring, group: str, *, messages: bool) -> tuple[Row, ...]:
+    """Return the same as others need to know them."""
+    return tuple(map(Row.of, calls_of(ring, group, messages=messages)))
 
 
 DIFFER = "the ranks' calls differ"

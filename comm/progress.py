@@ -268,6 +268,19 @@ class Progress:
             for one in self.works:
                 if one.group == group:
                     one.fail(error)
+        self.begin_anew(group)
+
+    def settle(self, group: str, sequence: int) -> None:
+        """Go on behind a call in which the ranks of a group differ, as each of them was told."""
+        if self.inquiry is not None:
+            self.inquiry.settle(group, sequence)
+        self.begin_anew(group)
+
+    def begin_anew(self, group: str) -> None:
+        """Let the ranks of a group go on, whatever they have called so far."""
+        runner = self.group(group)
+        if runner is not None:
+            runner.begin_anew()
 
     def drain(self, timeout: float, picks: Picks, before: str) -> None:
         """Advance until no work that `picks` picks is in flight, the works' own errors aside.

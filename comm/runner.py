@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..kernels.records import Status
+from ..kernels.records import Count, Status
 from .errors import CommError
-from .fingerprint import shares_of, tag_of
+from .fingerprint import history_with, shares_of, tag_of
 from .forks import in_fork
 from .progress import Progress
 from .timeline import WAIT
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .meeting import Meeting
     from .notices import Standing
 
-_COLLECTIVES, _MESSAGES = 0, 1
+_COLLECTIVES, _MESSAGES, _HISTORY = map(int, (Count.COLLECTIVES, Count.MESSAGES, Count.HISTORY))
 _DONE, _REFUSED = int(Status.DONE), int(Status.REFUSED)
 
 
@@ -32,7 +32,7 @@ class Runner:
     """Run what was prepared for one group.
 
     name: what the group is called.
-    counter: how many collectives, and messages, the group has begun.
+    counter: how many collectives, and messages, the group has begun, and the history of the former.
     messages: how many sends and receives were begun, by (operation, peer).
     closed: whether the group takes no more calls.
     attentive: whether a call has to look at more than the group's own state: it is closed, this
@@ -41,7 +41,7 @@ class Runner:
 
     def __init__(self, transport: Transport, progress: Progress, name: str) -> None:
         self.name = name
-        self.counter = np.zeros(2, np.int64)
+        self.counter = np.zeros(Count.WORDS, np.int64)
         self._counts = self.counter.data
         self.messages: Counter[tuple[str, int]] = Counter()
         self._shares = shares_of(transport.max_tag)
@@ -63,6 +63,10 @@ class Runner:
         """Refuse every call from now on."""
         self.closed, self._why = True, why
         self.attend()
+
+    def begin_anew(self) -> None:
+        """Let ranks go on that differ in what they have called so far, as is known by now."""
+        self._counts[_HISTORY] = 0
 
     def lacks(self, other: Standing) -> bool:
         """Tell whether another rank of the group waits for a call that this one has not made.
@@ -188,12 +192,16 @@ class Runner:
         message = None if prepared.channel is Channel.COLLECTIVE else prepared.signature
 
         def begin() -> Steps:
-            counter = _COLLECTIVES
+            counts, tag = self._counts, 0
             if message is not None:
-                counter = _MESSAGES
                 self.messages[message.operation, message.peer] += 1
-            self._counts[counter] = sequence = self._counts[counter] + 1
-            tag = tag_of(sequence, prepared.mark, self._shares)
+                counts[_MESSAGES] = sequence = counts[_MESSAGES] + 1
+            else:
+                history = history_with(counts[_HISTORY], prepared.mark)
+                # Side by side: what a signal's handler raises does not come between them.
+                counts[_HISTORY] = history
+                counts[_COLLECTIVES] = sequence = counts[_COLLECTIVES] + 1
+                tag = tag_of(sequence, history, self._shares)
             if prepared.note is not None:
                 prepared.note(self._ring, call, sequence)
                 return prepared.run(tag)

@@ -39,6 +39,7 @@ class Splitting:
     def part(self, color: int | None, key: int) -> tuple[Transport | None, str]:
         """Return what carries the messages of the rank's part, and that part's name; collective."""
         self._assemble()
+        self._job.progress.begin_anew(self._name)
         part = self._transport.split(color, key)
         self._count += 1
         return part, group_within(self._name, str(self._count))

@@ -14,6 +14,7 @@ from itertools import pairwise
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from .errors import MismatchError
 from .transport.base import Channel, Request, Transport
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class Work:
         self.background = False
         self.told = False
         self.overdue = False  # somebody has waited for it in vain
+        self._differs = False  # by itself it has found that the ranks' calls do; to be told
         # Where it stands among the group's calls: see notices.Standing.
         self.home, self.sequence, self.peer, self.count = group, 0, -1, 0
         self._steps = steps
@@ -160,6 +162,7 @@ class Work:
         except BaseException as error:  # the waiter raises it, whatever it is
             if self._steps is not None:
                 steps.close()  # which a signal may have met right behind a step
+                self._differs = isinstance(error, MismatchError) and bool(self.group)
                 self._end(None, error)
             # Ctrl-C, or what another signal's handler raises, came by chance while this work went
             # on: it is for whoever runs now. The work ends all the same: its steps are broken off.
@@ -229,6 +232,9 @@ class Work:
             self._progress.require_own(self.transport.rank)
             self._progress.wait(self, timeout)
         if self._error is not None:
+            if self._differs:  # here, where all ranks are behind the same calls
+                self._differs = False
+                self._progress.settle(self.group, self.sequence)
             raise self._error
         if type(self._result) is Behind:
             self._result = self._result.settle()

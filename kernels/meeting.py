@@ -20,6 +20,7 @@ from .records import (
     NOTE_BYTES,
     ROW_WORDS,
     BoardWord,
+    Count,
     Note,
     Outcome,
     Place,
@@ -39,8 +40,8 @@ _FLAGS, _NOTES, _BASES = int(BoardWord.FLAGS), int(BoardWord.NOTES), int(BoardWo
 _RANK, _SIZE, _ARRIVED = int(BoardWord.RANK), int(BoardWord.SIZE), int(BoardWord.ARRIVED)
 _TICKETS, _TURN, _YIELD = int(BoardWord.TICKET), int(BoardWord.TURN), int(BoardWord.YIELD)
 _BELL, _BELLS, _BOARD_WORDS = int(BoardWord.BELL), int(BoardWord.BELLS), int(BoardWord.WORDS)
-_PLACE, _CALL, _ROOT, _NOTE_WORDS = int(Note.PLACE), int(Note.CALL), int(Note.ROOT), int(Note.WORDS)
-_ADDRESS, _PEERS = int(Note.ADDRESS), int(Where.PEERS)
+_PLACE, _CALL, _HISTORY, _ADDRESS = map(int, (Note.PLACE, Note.CALL, Note.HISTORY, Note.ADDRESS))
+_NOTE_WORDS, _PEERS = int(Note.WORDS), int(Where.PEERS)
 _PRIVATE = int(Place.PRIVATE)
 _ON_BOARD, _STATUS, _TICKET, _ROW = map(
     int, (WorkWord.BOARD, WorkWord.STATUS, WorkWord.TICKET, WorkWord.ROW)
@@ -52,16 +53,19 @@ _LOCK, _WORK_WORDS = int(WorkWord.LOCK), int(WorkWord.WORDS)
 _SPINS, _YIELDS, _BROKEN = map(int, (BoardWord.SPINS, BoardWord.YIELDS, BoardWord.BROKEN))
 _REFUSED = np.int64(Status.REFUSED)
 _RING, _COUNTER = int(BoardWord.RING), int(BoardWord.COUNTER)
+_COLLECTIVES, _BEFORE, _COUNTS = int(Count.COLLECTIVES), int(Count.HISTORY), int(Count.WORDS)
 _CALLED, _ENTRY = int(WorkWord.CALLED), int(WorkWord.ENTRY)
 _WELL, _BADLY = int(Outcome.DONE), int(Outcome.FAILED)
 
 
 @compiled
 def _note_start(work: Any, board: Any) -> Any:
-    """Note in the rank's ring that a work begins."""
-    counter = words_at(board[_COUNTER], 1)
-    counter[0] += 1
-    work[_ENTRY] = note_start(board[_RING], work[_CALLED], counter[0])
+    """Note in the rank's ring that a work begins, and for the others what was called before it."""
+    counts = words_at(board[_COUNTER], _COUNTS)
+    counts[_COLLECTIVES] += 1
+    work[_NOTE + _HISTORY] = counts[_BEFORE]
+    counts[_BEFORE] = 0
+    work[_ENTRY] = note_start(board[_RING], work[_CALLED], counts[_COLLECTIVES])
 
 
 @compiled
@@ -82,7 +86,7 @@ def _compare(work: Any, board: Any) -> Any:
     private, shared = 0, 0
     for r in range(size):
         note = words_at(block + r * NOTE_BYTES, _NOTE_WORDS)
-        for word in range(_CALL, _ROOT + 1):
+        for word in range(_CALL, _HISTORY + 1):
             if note[word] != first[word]:
                 return _MISMATCH
         place = note[_PLACE]

@@ -54,7 +54,7 @@ class BoardWord(IntEnum):
     returns.
     BROKEN: not 0 where a work was given up halfway.
     RING: address of the rank's ring of operations.
-    COUNTER: address of the number of collectives that the group has begun.
+    COUNTER: address of what the rank counts of the group; see Count.
     BELL: address of the rank's BellWord record.
     BELLS: address of a table of the addresses of all ranks' bells.
     READ, WRITE: addresses of process_vm_readv and process_vm_writev, 0 where the ranks have no
@@ -100,11 +100,25 @@ class BellWord(IntEnum):
     WORDS = 5
 
 
+class Count(IntEnum):
+    """Words of what a rank counts of a group.
+
+    COLLECTIVES, MESSAGES: how many it has begun.
+    HISTORY: of the collectives by messages since it last came to a board; see `comm.fingerprint`.
+    """
+
+    COLLECTIVES = 0
+    MESSAGES = 1
+    HISTORY = 2
+    WORDS = 3
+
+
 class Note(IntEnum):
     """What a rank tells the others at the first meeting of a work.
 
     PLACE: where its buffer lies in its memory, or one of the values of Place.
-    The words from CALL to ROOT must be the same on every rank.
+    The words from CALL to HISTORY must be the same on every rank.
+    HISTORY: of what it has called by messages since the last meeting.
     ADDRESS: of its buffer, in its own process.
     """
 
@@ -112,7 +126,8 @@ class Note(IntEnum):
     CALL = 1
     COUNT = 2
     ROOT = 3
-    ADDRESS = 4
+    HISTORY = 4
+    ADDRESS = 5
     WORDS = 8
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -65,6 +66,16 @@ def root(comm: Communicator, odd: bool) -> None:
     comm.barrier()
 
 
+def roots_of_scatter(comm: Communicator, odd: bool) -> None:
+    comm.scatter(np.ones((comm.size, 3)), root=comm.rank if odd else 0)
+    comm.barrier()
+
+
+def roots_by_name(comm: Communicator, odd: bool) -> None:
+    comm.broadcast(np.ones(3), root=comm.rank if odd else 0, algorithm="tree")
+    comm.barrier()
+
+
 def order(comm: Communicator, odd: bool) -> None:
     if odd:
         comm.allgather(np.ones(3))
@@ -112,6 +123,8 @@ CASES: dict[Callable[[Communicator, bool], None], tuple[str, str]] = {
     dtypes: ("allreduce(sum, float64)", "allreduce(sum, int64)"),
     ops: ("allreduce(sum, float64)", "allreduce(max, float64)"),
     root: ("root 0", "root 1"),
+    roots_of_scatter: ("root 0", ", root "),
+    roots_by_name: ("root 0", ", root "),
     order: ("allreduce(sum, float64)", "allgather(float64)"),
     missing: ("allreduce(sum, float64)", "barrier()"),
     parts: ("split()", "allreduce(sum, float64)"),
@@ -157,6 +170,36 @@ def test_a_group_goes_on_after_a_call_that_all_were_told_of(group: Communicator)
         with pytest.raises(MismatchError):
             part.allreduce(np.ones(3 + (part.rank == odd_one)))
         assert part.allreduce(np.array([1.0]))[0] == part.size
+    part.close()
+
+
+def test_a_group_goes_on_after_calls_in_which_nobody_waited(group: Communicator) -> None:
+    """Each rank scattered as the root of its own: nobody was ever told, in shared memory either."""
+    part = group.split(0)
+    assert part is not None
+    rows = np.full((part.size, 3), part.rank)
+    for _ in range(2 * (part.size > 1)):
+        part.scatter(rows, root=part.rank)
+        with pytest.raises(MismatchError, match=f"scatter.*root {part.size - 1}"):
+            part.allreduce(np.ones(3))
+        assert part.scatter(rows, root=0)[0] == 0
+        assert part.allreduce(np.array([1.0]))[0] == part.size
+    part.close()
+
+
+def test_works_in_flight_behind_calls_in_which_nobody_waited(group: Communicator) -> None:
+    """Each call tells what was called since the one before; in shared memory the first one does."""
+    part = group.split(0)
+    assert part is not None
+    if part.size > 1:
+        part.scatter(np.ones((part.size, 3)), root=part.rank)
+        works = [part.allreduce(np.ones(3), blocking=False) for _ in range(3)]
+        with pytest.raises(MismatchError):
+            works[0].wait()
+        with suppress(MismatchError):  # by messages they are behind it
+            works[2].wait()
+        assert part.allreduce(np.array([1.0]))[0] == part.size
+        assert part.scatter(np.ones((part.size, 3)), root=0)[0] == 1
     part.close()
 
 
