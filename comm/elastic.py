@@ -47,11 +47,14 @@ class Elastic(Scope):
     """Hold the communicator of the ranks that live, through the death of others.
 
         with ringfold.Elastic() as world:
-            done = 0
-            while done < steps or not world.finished():
+            done, finished = 0, False
+            while not finished:
                 try:
-                    ...                 # one step over world.comm
-                    done += 1
+                    if done < steps:
+                        ...             # one step over world.comm
+                        done += 1
+                    else:
+                        finished = world.finished()
                 except ringfold.PeerLost:
                     ...                 # checkpoints.give_up(), where there are some
                     loss = world.recover(done)

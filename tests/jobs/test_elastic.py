@@ -4,11 +4,14 @@ import copy
 import json
 import random
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ringfold import Elastic
 
 TRAINING = """
 import hashlib
@@ -52,10 +55,12 @@ began = os.environ["OMPI_COMM_WORLD_RANK"]
 with ringfold.Elastic() as world:
     model, optimizer = make()
     engine = DataParallel(model, world.comm, bucket_bytes=500)
-    done, lost = 0, None
-    while done < STEPS or not world.finished():
+    done, lost, finished = 0, None, False
+    while not finished:
         try:
-            if done < STEPS:
+            if done == STEPS:
+                finished = world.finished()
+            else:
                 if deaths.get(began) == str(done):
                     os.kill(os.getpid(), signal.SIGKILL)
                 one_step(engine, optimizer, world.comm, done)
@@ -173,7 +178,7 @@ began = int(os.environ["OMPI_COMM_WORLD_RANK"])
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 with ringfold.Elastic() as world:
     done = 0
-    while done < 9 or not world.finished():
+    while done < 9:
         try:
             if done == 3 and began == 1:
                 print("told to end")
@@ -199,6 +204,38 @@ def test_a_rank_that_ends_by_itself_is_lost_and_the_status_is_that_of_who_is_lef
     lines = done.stdout.splitlines()
     assert lines.count("told to end") == 1
     assert lines.count("LOST 1 AT 3 LEFT 2") == 2
+
+
+AT_THE_END = """
+import os, signal, time
+import numpy as np
+import ringfold
+
+steps, me = 3, os.environ["OMPI_COMM_WORLD_RANK"]
+
+def step(world, done):
+    world.comm.allreduce(np.ones(3))
+    world.commit()
+    if done == steps - 1 and me == "2":
+        time.sleep(1)  # the others ask meanwhile whether all have finished
+        os.kill(os.getpid(), signal.SIGKILL)
+
+LOOP
+    print("END", done, world.comm.size, *world.losses[0].ranks)
+"""
+
+
+def test_a_rank_dies_behind_the_last_step_of_the_loop_that_the_docstring_shows(
+    job: Callable[..., Any],
+) -> None:
+    """Its end was asked for outside of `try`, so that the loss of a rank there ended the others."""
+    lines = (Elastic.__doc__ or "").splitlines()
+    loop = textwrap.dedent("\n".join(line for line in lines if line.startswith(" " * 8)))
+    loop, steps = re.subn(r"\.\.\. +# one step .*", "step(world, done)", loop)
+    assert steps == 1, loop
+    done = job(3, AT_THE_END.replace("LOOP", loop), ft=True, timeout=100)
+    assert done.returncode == 0 and not done.leftovers, done.output
+    assert done.stdout.splitlines().count("END 3 2 2") == 2, done.output
 
 
 TRAIN = Path(__file__).parents[2] / "train.py"
