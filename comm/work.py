@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from .errors import MismatchError
 from .transport.base import Channel, Request, Transport
@@ -224,10 +225,13 @@ class Work:
         """Wait until the work has ended and return its result.
 
         timeout: seconds; the communicator's own where None. With less than 2 s the error says for
-            whom it waited, but not where they are.
+            whom it waited, but not where they are; with 0 or less it looks once.
 
         Raises: CommTimeout when time is up, the work going on; else what ended the work.
+        TypeError or ValueError for a timeout that is no number of seconds, ended or not.
         """
+        if timeout is not None:
+            _require_seconds(timeout)
         if self._steps is not None:
             self._progress.require_own(self.transport.rank)
             self._progress.wait(self, timeout)
@@ -239,6 +243,14 @@ class Work:
         if type(self._result) is Behind:
             self._result = self._result.settle()
         return self._result
+
+
+def _require_seconds(timeout: float) -> None:
+    """Raise an error where a timeout is no number, or one that never runs out nor lasts."""
+    if not isinstance(timeout, SupportsFloat):
+        raise TypeError(f"timeout: expected seconds, got {timeout!r:.80}")
+    if math.isnan(timeout):
+        raise ValueError(f"timeout: expected seconds, got {timeout}")
 
 
 def _of_a_signal(error: BaseException) -> bool:

@@ -1,5 +1,6 @@
 """Failures at a rank: everybody else learns of it, and nobody waits for ever."""
 
+import math
 import threading
 import time
 from contextlib import suppress
@@ -193,6 +194,30 @@ def test_a_short_wait_asks_nobody_where_it_is(monkeypatch: pytest.MonkeyPatch) -
         else:
             comm.barrier()
             comm.send(np.full(3, 7.0), 0)
+
+    run_local(2, main)
+
+
+@pytest.mark.parametrize(
+    ("timeout", "error"), [(float("nan"), ValueError), ("3", TypeError), ([1], TypeError)]
+)
+def test_a_timeout_that_is_no_number_of_seconds_is_refused(
+    timeout: object, error: type[Exception]
+) -> None:
+    """NaN never ran out; others were taken where the work had ended, and broke the wait else."""
+
+    def main(comm: Communicator) -> None:
+        work = comm.irecv(np.zeros(3), 1 - comm.rank)
+        for _ in range(2):
+            with pytest.raises(error, match=r"^timeout: expected seconds, got \S"):
+                work.wait(timeout=timeout)  # type: ignore[arg-type]
+            for short in (0, -1, np.float32(0), -math.inf):
+                if not work.ended:
+                    with pytest.raises(CommTimeout):
+                        work.wait(timeout=short)
+            comm.barrier()
+            comm.isend(np.ones(3), 1 - comm.rank)
+            assert work.wait(timeout=math.inf)[0] == 1
 
     run_local(2, main)
 
