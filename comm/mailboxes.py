@@ -221,14 +221,17 @@ class Mailboxes:
     def _accept(
         self, bytes_: _Bytes, src: int, tag: int, *, notes: bool = False
     ) -> Generator[list[Request], bool | None, Message]:
-        """Take the next message, or break it off.  notes: take a note as one."""
+        """Take the next message, or break it off.
+
+        notes: take a note as one; bytes that have come instead are left to who takes them.
+        """
         ordinal, message = self._next(src, tag), None
         try:
             message = self._await(bytes_, src, tag, ordinal)
             if notes:
                 message.hope()
             status = yield from message.steps(self._patience)
-            if status == Status.BYTES:
+            if status == Status.BYTES and not notes:
                 yield from self._ask(message, bytes_, src)
         except BaseException:
             self.break_off(message, src, tag, ordinal)
