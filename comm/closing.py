@@ -23,6 +23,7 @@ class Closing:
 
     coming: what waits for all ranks of the group, for the first time, or the second.
     start: starts a work of such steps.
+    together: whether the ranks come together, as far as is known; False once some did not.
     """
 
     def __init__(
@@ -33,12 +34,13 @@ class Closing:
         name: str,
         coming: Callable[[int], Steps],
         start: Callable[[Callable[[], Steps]], Work],
+        together: bool,
     ) -> None:
         self._transport, self._progress, self._name = transport, progress, name
         self._coming, self._start = coming, start
         self._timeout = timeout
         self._end = 0.0
-        self._together = transport.together
+        self.together = together and transport.together
         self._steps: dict[int, Lasting] = {}
         self._works: dict[int, Work] = {}
 
@@ -67,11 +69,11 @@ class Closing:
 
         Again after an interruption: what was sent then still counts.
         """
-        if self._transport.size == 1 or not self._together:
+        if self._transport.size == 1 or not self.together:
             return False
-        while self._together and not self._meet(number):
+        while self.together and not self._meet(number):
             pass
-        return self._together
+        return self.together
 
     def _meet(self, number: int) -> bool:
         """Wait for all ranks; tell whether that is over, or to be gone on with.
@@ -92,9 +94,9 @@ class Closing:
         except CommTimeout as error:
             self._leave(error)
         except CommError:  # a rank is gone
-            self._together = False
+            self.together = False
         return True
 
     def _leave(self, error: CommError) -> None:
         say(f"closing {self._name} without the others: {error}")
-        self._together = False
+        self.together = False

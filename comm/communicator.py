@@ -320,12 +320,22 @@ class Communicator(GroupCalls, Scope):
         Groups that were split from it go on. A receive whose message no rank has sent before
         it came here ends with CommError.
         """
-        if self._runner.closed:
-            return
+        if not self._runner.closed:
+            self._close(together=True)
+
+    def _close(self, *, together: bool) -> None:
+        """together: whether the ranks may all come; else they are not waited for."""
         self._progress.require_uninterrupted()
+        self._runner.leaving = True
         coming, come = self._operations.coming("close"), partial(self._come, "close")
         closing = self._closing = self._closing or Closing(
-            self._transport, self._progress, self._settings.timeout, self.name, coming, come
+            self._transport,
+            self._progress,
+            self._settings.timeout,
+            self.name,
+            coming,
+            come,
+            together,
         )
         self._job.kept += closing.finish()
         kept = [] if self._device_operations is None else self._device_operations.close()
@@ -333,8 +343,8 @@ class Communicator(GroupCalls, Scope):
         del kept
         self._runner.close()
         self._progress.forget(self.name)
-        if self.node is not self:
-            self.node.close()
+        if self.node is not self:  # of whom some did not come before, either
+            self.node._close(together=closing.together)
         self._job.closing |= self._transport is self._job.transport
         if self._job.closing:
             self._job.leave_when_idle()

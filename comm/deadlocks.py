@@ -67,10 +67,12 @@ class Deadlocks:
     def _standing(self, work: Work) -> Standing | None:
         """Return how this rank waits; None where the wait may end by itself, or nobody can tell.
 
-        After an error in a group its ranks may count its calls apart.
+        After an error in a group its ranks may count its calls apart, but who closes it waits for
+        the others to do so, whatever they have called before.
         """
         transport, last = work.transport, self._cycles.own
-        if transport.soiled or not self._alone():  # first: another thread may be making groups
+        lost = transport.soiled and work.receipt.operation != "close"
+        if lost or not self._alone():  # first: another thread may be making groups
             return None
         group = self._group(work.home)
         if group is None:

@@ -162,7 +162,7 @@ class Inquiry:
         found = []
         for place in needs(row.signature, transport.rank, transport.size):
             rows = self._told.get((work.group, transport.world[place]))
-            late = place in near if rows is None else _last(rows) < row.sequence
+            late = place in near if rows is None else not _made(rows, row)
             if late:
                 found.append(transport.world[place])
         return found[:_EVERYBODY]
@@ -269,6 +269,13 @@ class Inquiry:
 
 def _last(rows: tuple[Row, ...]) -> int:
     return max((row.sequence for row in rows), default=0)
+
+
+def _made(rows: tuple[Row, ...], row: Row) -> bool:
+    """Tell whether a rank that has told these calls has made one; a close counts by itself."""
+    if row.signature.operation == "close":
+        return any(one.signature.operation == "close" for one in rows)
+    return _last(rows) >= row.sequence
 
 
 def _first_difference(

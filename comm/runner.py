@@ -34,7 +34,7 @@ class Runner:
     name: what the group is called.
     counter: how many collectives, and messages, the group has begun, and the history of the former.
     messages: how many sends and receives were begun, by (operation, peer).
-    closed: whether the group takes no more calls.
+    closed: whether the group takes no more calls.  leaving: whether this rank has come to close it.
     attentive: whether a call has to look at more than the group's own state: it is closed, this
         rank records what it does, or this is a fork of the rank's process.
     """
@@ -45,7 +45,7 @@ class Runner:
         self._counts = self.counter.data
         self.messages: Counter[tuple[str, int]] = Counter()
         self._shares = shares_of(transport.max_tag)
-        self.closed, self._why = False, ""
+        self.closed, self.leaving, self._why = False, False, ""
         self._transport = transport
         self._progress = progress
         self._ring = progress.ring
@@ -71,11 +71,14 @@ class Runner:
     def lacks(self, other: Standing) -> bool:
         """Tell whether another rank of the group waits for a call that this one has not made.
 
-        After an error ranks may count apart, so that nothing is certain any more.
+        After an error ranks may count apart, so that nothing is certain any more, but whether this
+        rank has come to close the group.
         """
+        operation, peer = other.row.signature.operation, other.place
+        if operation == "close":
+            return not self.leaving
         if self._transport.soiled:
             return False
-        operation, peer = other.row.signature.operation, other.place
         if operation == "recv":
             return self.messages["send", peer] <= other.count
         if operation == "send":

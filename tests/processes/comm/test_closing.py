@@ -152,6 +152,41 @@ def test_ranks_that_reduce_meanwhile_are_told_and_are_waited_for(
     assert "without the others" not in capfd.readouterr().err
 
 
+def test_who_closes_a_group_that_others_have_left_after_an_error(comm: Communicator) -> None:
+    """Nothing was judged in the group, for the error in it, until time was up in it and elsewhere.
+
+    All learn of it in the same call of the group that it was split from, which then goes on.
+    """
+    with reopened(comm, shared=False) as group:
+        part = group.split(0)
+        assert part is not None
+        start = time.monotonic()
+        if group.rank != 1:
+            with pytest.raises(MismatchError, match=r"rank 1: close\(\)"):
+                part.allreduce(np.ones(3))
+        else:
+            part.close()
+        with pytest.raises(MismatchError, match=r"wait for each other.* in close\(\)"):
+            group.allreduce(np.ones(1000), algorithm="ring")  # no rank ends without all others
+        part.close()
+        assert group.allreduce(np.ones(3))[0] == group.size
+        assert time.monotonic() - start < 10
+
+
+def test_a_group_is_closed_without_the_others_once(
+    comm: Communicator, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They were waited for again in the group of each node, for as long."""
+    with reopened(comm, shared=False, timeout=1.0) as group:
+        part = group.split(0)
+        assert part is not None
+        if group.rank == 1:
+            part.close()
+            told = capfd.readouterr().err
+            assert told.count("without the others") == 1 and f"closing {part.name} " in told
+        comm.barrier()
+
+
 def mapped() -> int:
     """Count the memories of ranks that this process has mapped."""
     maps = Path("/proc/self/maps").read_text().splitlines()
