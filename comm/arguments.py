@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable
 from numbers import Real
@@ -41,12 +42,15 @@ def whole(name: str, value: Any, least: int | None = None, such_as: str = "") ->
     return number
 
 
-def seconds(name: str, value: Any) -> float:
-    """Return a time above 0 s; TypeError for what is none, ValueError for another one."""
+def seconds(name: str, value: Any, *, positive: bool = True) -> float:
+    """Return a time, above 0 s where `positive`; TypeError or ValueError for what is none."""
     if not isinstance(value, SupportsFloat):
         raise TypeError(f"{name}: expected seconds, got {shown(value)}")
-    if not (time := float(value)) > 0:
+    time = float(value)
+    if positive and not time > 0:
         raise ValueError(f"{name} must be above 0 s, got {time}")
+    if math.isnan(time):
+        raise ValueError(f"{name}: expected seconds, got {time}")
     return time
 
 

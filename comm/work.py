@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import signal
 import sys
@@ -13,8 +12,9 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import FrameType
-from typing import TYPE_CHECKING, Any, SupportsFloat
+from typing import TYPE_CHECKING, Any
 
+from .arguments import seconds
 from .errors import MismatchError
 from .transport.base import Channel, Request, Transport
 
@@ -231,7 +231,7 @@ class Work:
         TypeError or ValueError for a timeout that is no number of seconds, ended or not.
         """
         if timeout is not None:
-            _require_seconds(timeout)
+            seconds("timeout", timeout, positive=False)
         if self._steps is not None:
             self._progress.require_own(self.transport.rank)
             self._progress.wait(self, timeout)
@@ -243,14 +243,6 @@ class Work:
         if type(self._result) is Behind:
             self._result = self._result.settle()
         return self._result
-
-
-def _require_seconds(timeout: float) -> None:
-    """Raise an error where a timeout is no number, or one that never runs out nor lasts."""
-    if not isinstance(timeout, SupportsFloat):
-        raise TypeError(f"timeout: expected seconds, got {timeout!r:.80}")
-    if math.isnan(timeout):
-        raise ValueError(f"timeout: expected seconds, got {timeout}")
 
 
 def _of_a_signal(error: BaseException) -> bool:
