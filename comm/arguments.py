@@ -42,6 +42,19 @@ def whole(name: str, value: Any, least: int | None = None, such_as: str = "") ->
     return number
 
 
+def words(name: str, value: Any) -> tuple[str, ...] | None:
+    """Return a command, or None where there is none; TypeError for a text, or what has no words."""
+    if value is None:
+        return None
+    found = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else ()
+    if not found or not all(isinstance(word, str) for word in found):
+        raise TypeError(
+            f"{name}: expected the words of a command, such as ['python', 'train.py'], got "
+            f"{shown(value)}"
+        )
+    return found
+
+
 def seconds(name: str, value: Any, *, positive: bool = True) -> float:
     """Return a time, above 0 s where `positive`; TypeError or ValueError for what is none."""
     if not isinstance(value, SupportsFloat):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import watchdog
+from .arguments import whole, words
 from .communicator import Communicator
 from .errors import CommError, PeerLost
 from .guard import Guard
@@ -82,7 +83,7 @@ class Elastic(Scope):
 
     Open it before anything imports mpi4py.MPI: where a rank has died, MPI_Finalize may wait for
     it for ever, and is left out then. Collective. CommError unless the job was started so that MPI
-    goes on: mpirun --with-ft ulfm.
+    goes on: mpirun --with-ft ulfm. TypeError or ValueError before that for arguments that are none.
     """
 
     comm: Communicator
@@ -94,8 +95,8 @@ class Elastic(Scope):
         command: Sequence[str] | None = None,
         attempts: int = 3,
     ) -> None:
-        if attempts < 1:
-            raise ValueError(f"expected attempts >= 1, got {attempts}")
+        settings = Settings.of(settings)
+        command, attempts = words("command", command), whole("attempts", attempts, 1)
         if not survives_failures():
             raise CommError(
                 "MPI ends this job when a rank dies: start it by mpirun --with-ft ulfm, of Open "
@@ -103,7 +104,7 @@ class Elastic(Scope):
             )
         from .transport.mpi_survivors import Survivors
 
-        self._settings = settings or Settings.read()
+        self._settings = settings
         if self._settings.watch:
             watchdog.catch(self)  # while one communicator is given up for another, too
         self._command, self._folder = command, started_in()

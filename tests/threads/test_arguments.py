@@ -63,6 +63,11 @@ OTHERS: list[tuple[str, Make]] = [
     ("main", lambda comm: ringfold.run_local(1, 3)),  # type: ignore[arg-type]
     ("settings", lambda comm: ringfold.run_local(1, id, settings=3)),  # type: ignore[arg-type]
     ("settings", lambda comm: ringfold.Communicator(settings=3)),  # type: ignore[arg-type]
+    ("settings", lambda comm: ringfold.Elastic(settings=3)),  # type: ignore[arg-type]
+    ("attempts", lambda comm: ringfold.Elastic(attempts=1.5)),  # type: ignore[arg-type]
+    ("command", lambda comm: ringfold.Elastic(command="python train.py")),
+    ("command", lambda comm: ringfold.Elastic(command=["python", 3])),  # type: ignore[list-item]
+    ("command", lambda comm: ringfold.Elastic(command=[])),
 ]
 
 OF_A_PIPELINE = {
