@@ -52,7 +52,8 @@ class GroupCalls:
     ) -> Any:
         """Combine all ranks' x element by element, in place, and return x.
 
-        op: sum, mean (over the ranks; floats only), min, max or prod; bool allows min and max.
+        op: sum, mean (over the ranks; of no integers), min, max or prod; bool allows min and max,
+        complex numbers sum and mean.
         """
         try:
             known = self._memo.find((id(x), op))

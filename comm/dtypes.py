@@ -8,6 +8,7 @@ import numpy as np
 
 OPS = ("sum", "mean", "min", "max", "prod")
 _INTEGER_OPS = ("sum", "min", "max", "prod")
+_COMPLEX_OPS = ("sum", "mean")
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,8 @@ class DType:
     """One element type.
 
     storage: the NumPy dtype that holds its bits (bfloat16 lives in uint16).
-    ops: the reductions that it allows; an integer mean would round, so there is none.
+    ops: the reductions that it allows; a mean of integers would round, so there is none, and
+    complex numbers have no order.
     wide: reductions add in float32 inside and round once at the end.
     """
 
@@ -23,6 +25,11 @@ class DType:
     storage: np.dtype[np.generic]
     ops: tuple[str, ...]
     wide: bool = False
+
+    @property
+    def on_devices(self) -> bool:
+        """Tell whether GPUs have kernels that reduce it; what they lack is reduced on the host."""
+        return self.storage.kind not in "bc"
 
     @property
     def itemsize(self) -> int:
@@ -40,10 +47,9 @@ class DType:
         if op not in OPS:
             raise ValueError(f"unknown op {op!r}; there is: {', '.join(OPS)}")
         if op not in self.ops:
-            allowed = ", ".join(self.ops) or (
-                "none (it can be moved, not reduced; pass a view of its real and imaginary parts)"
+            raise TypeError(
+                f"op {op!r} is not defined for {self.name}; allowed: {', '.join(self.ops)}"
             )
-            raise TypeError(f"op {op!r} is not defined for {self.name}; allowed: {allowed}")
 
 
 def _table() -> dict[str, DType]:
@@ -53,8 +59,8 @@ def _table() -> dict[str, DType]:
         DType("float32", np.dtype(np.float32), OPS),
         DType("float64", np.dtype(np.float64), OPS),
         DType("bool", np.dtype(np.bool_), ("min", "max")),
-        DType("complex64", np.dtype(np.complex64), ()),
-        DType("complex128", np.dtype(np.complex128), ()),
+        DType("complex64", np.dtype(np.complex64), _COMPLEX_OPS),
+        DType("complex128", np.dtype(np.complex128), _COMPLEX_OPS),
     ]
     for sign in ("int", "uint"):
         for bits in (8, 16, 32, 64):

@@ -9,20 +9,21 @@ from typing import Any, NamedTuple
 import numba
 
 from . import scalars
-from .storage import STORAGE
+from .storage import PARTS, STORAGE
 
 
 class Element(NamedTuple):
     """How one dtype is stored, computed with and checked.
 
     `scalar` is the NumPy type in memory, `widen` and `narrow` lead to the arithmetic type and back,
-    `is_finite` takes what is stored.
+    `is_finite` takes what is stored. `scalars` of them are one element: two of a complex number.
     """
 
     scalar: Any
     widen: Callable[[Any], Any] = scalars.identity
     narrow: Callable[[Any], Any] = scalars.identity
     is_finite: Callable[[Any], Any] = scalars.float_is_finite
+    scalars: int = 1
 
     @property
     def type(self) -> Any:
@@ -46,4 +47,5 @@ ELEMENTS: Mapping[str, Element] = MappingProxyType(
             scalars.bfloat16_is_finite,
         ),
     }
+    | {name: Element(STORAGE[part].type, scalars=2) for name, part in PARTS.items()}
 )

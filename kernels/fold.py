@@ -18,7 +18,7 @@ from .operations import check_operation
 from .records import FOLD_BLOCK, FOLD_WORDS
 from .reduce import OPS
 from .scalars import compiled, pointer_to
-from .storage import FLOATS, HALVES, STORAGE
+from .storage import FLOATS, HALVES, PARTS, STORAGE
 
 
 @compiled
@@ -45,10 +45,10 @@ def fold_callback(op: str, dtype: str) -> int:
     """
     mean = op == "mean"
     name = "sum" if mean else op
-    check_operation(name, dtype, among=(*HALVES, *FLOATS) if mean else tuple(STORAGE))
+    check_operation(name, dtype, among=(*HALVES, *FLOATS, *PARTS) if mean else tuple(STORAGE))
     element = ELEMENTS[dtype]
     stored, widen, narrow = element.scalar, element.widen, element.narrow
-    itemsize = STORAGE[dtype].itemsize
+    scalars, itemsize = element.scalars, np.dtype(stored).itemsize
     wide = np.float32 if dtype in HALVES else element.scalar
     operation = OPS[dtype][name]
     before = _divide if mean and dtype in HALVES else _keep
@@ -60,7 +60,7 @@ def fold_callback(op: str, dtype: str) -> int:
         sources = carray(pointer_to(words[0], np.int64), words[1])
         targets = carray(pointer_to(words[3], np.int64), words[4])
         first, last = wide(factors[8]), wide(factors[9])
-        count, skip, into = words[6], words[2], words[5]
+        count, skip, into = words[6] * scalars, words[2], words[5]
         if sources.size == 2 and targets.size <= 2:
             a = carray(pointer_to(sources[0] + skip, stored), count)
             b = carray(pointer_to(sources[1] + skip, stored), count)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from .storage import STORAGE, listed
+from .storage import PARTS, STORAGE, listed
 
 _ALL = tuple(STORAGE)
 _NUMBERS = tuple(name for name in STORAGE if name != "bool")
+_REALS = tuple(name for name in _NUMBERS if name not in PARTS)
+_ORDERED = (*_REALS, "bool")
 
 # On bool, min is "all" and max is "any"; sums and products of bool have no agreed meaning.
 ALLOWED: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {"sum": _NUMBERS, "prod": _NUMBERS, "min": _ALL, "max": _ALL}
+    {"sum": _NUMBERS, "prod": _REALS, "min": _ORDERED, "max": _ORDERED}
 )
 
 

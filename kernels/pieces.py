@@ -37,6 +37,7 @@ def _piecewise(
     into: tuple[Any, Callable[[Any], Any], Callable[[Any], Any]],
     incoming: tuple[Any, Callable[[Any], Any]],
     scale: Callable[[Any, Any], Any],
+    scalars: int = 1,
 ) -> Callable[[Any], Any]:
     """Return target = narrow(operation(widen(target), scale(widen(incoming), divisor)))."""
     stored, widen, narrow = into
@@ -45,8 +46,9 @@ def _piecewise(
     def piece(record: Any) -> Any:
         words = carray(pointer_to(record, np.int64), PIECE_WORDS)
         divisor = np.float32(carray(pointer_to(record, np.float64), PIECE_WORDS)[3])
-        target = carray(pointer_to(words[0], stored), words[2])
-        source = carray(pointer_to(words[1], arriving), words[2])
+        count = words[2] * scalars
+        target = carray(pointer_to(words[0], stored), count)
+        source = carray(pointer_to(words[1], arriving), count)
         for i in range(target.size):
             value = scale(widen_incoming(source[i]), divisor)
             target[i] = stored(narrow(operation(widen(target[i]), value)))
@@ -70,6 +72,7 @@ def combine_callback(op: str, dtype: str) -> int:
         (element.scalar, element.widen, element.narrow),
         (element.scalar, element.widen),
         _keep,
+        element.scalars,
     )
     return compile_callback(f"piece_combine_{op}_{dtype}", function)
 

@@ -12,7 +12,18 @@ from . import scalars
 from .compiled import Kernel, compile_kernel, flat
 from .elements import ELEMENTS, Element
 from .operations import check_operation
-from .storage import FLOATS, HALVES, STORAGE, Array, bits, check_array, check_divisor, storage
+from .storage import (
+    FLOATS,
+    HALVES,
+    PARTS,
+    STORAGE,
+    Array,
+    bits,
+    check_array,
+    check_divisor,
+    parts,
+    storage,
+)
 
 Fold = Callable[[Array, Array], None]
 
@@ -32,7 +43,7 @@ _BOOL_OPS = {"min": operator.and_, "max": operator.or_}
 
 OPS: Mapping[str, Mapping[str, Callable[[Any, Any], Any]]] = MappingProxyType(
     {name: _INTEGER_OPS for name in STORAGE}
-    | {name: _FLOAT_OPS for name in (*HALVES, *FLOATS)}
+    | {name: _FLOAT_OPS for name in (*HALVES, *FLOATS, *PARTS)}
     | {"bool": _BOOL_OPS}
 )
 
@@ -55,7 +66,7 @@ def _fold(
 def combine_kernel(op: str, dtype: str) -> Kernel:
     """Return `combine(op, dtype)` as a compiled function, for calls from compiled code.
 
-    It takes contiguous 1-d arrays; float16 and bfloat16 both as uint16 bits.
+    It takes contiguous 1-d arrays; both half widths as uint16 bits, complex ones as their parts.
     """
     check_operation(op, dtype)
     element = ELEMENTS[dtype]
@@ -84,8 +95,11 @@ def _from_storage(kernel: Kernel, dtype: str) -> Fold:
     def fold(target: Array, incoming: Array) -> None:
         kernel(bits(target), bits(incoming))
 
+    def fold_parts(target: Array, incoming: Array) -> None:
+        kernel(parts(target), parts(incoming))
+
     # Numba has no float16 arrays on the host; all other storage goes in as it is.
-    return fold if dtype == "float16" else kernel
+    return fold_parts if dtype in PARTS else fold if dtype == "float16" else kernel
 
 
 def combine(op: str, dtype: str) -> Fold:
@@ -120,8 +134,9 @@ def divide_kernel(dtype: str) -> Kernel:
 
 
 def divide(target: Array, divisor: float) -> None:
-    """Divide a float32 or float64 array in place; the quotient is rounded once."""
+    """Divide an array of floats or complex numbers in place; each quotient is rounded once."""
     check_divisor(divisor)
+    target = parts(target)
     dtype = target.dtype.name
     storage(dtype, FLOATS)
     check_array(target, dtype, "target", writes=True)

@@ -22,6 +22,7 @@ from .storage import (
     check_array,
     check_divisor,
     check_same_size,
+    parts,
     storage,
 )
 from .table import Packed, PointerTable, check_transfer
@@ -125,6 +126,7 @@ def accumulate(op: str, dtype: str) -> Fold:
 def divide(target: Array, divisor: float) -> None:
     """Define `reduce.divide`."""
     check_divisor(divisor)
+    target = parts(target)
     storage(target.dtype.name, FLOATS)
     check_array(target, target.dtype.name, "target", writes=True)
     with np.errstate(all="ignore"):

@@ -28,11 +28,15 @@ STORAGE: Mapping[str, np.dtype[Any]] = MappingProxyType(
         "uint32": np.dtype(np.uint32),
         "uint64": np.dtype(np.uint64),
         "bool": np.dtype(np.bool_),
+        "complex64": np.dtype(np.complex64),
+        "complex128": np.dtype(np.complex128),
     }
 )
 
 HALVES = ("float16", "bfloat16")
 FLOATS = ("float32", "float64")
+PARTS: Mapping[str, str] = MappingProxyType({"complex64": "float32", "complex128": "float64"})
+"""Complex dtype -> the dtype of its real and its imaginary part, which are added each by itself."""
 
 
 def listed(names: Any) -> str:
@@ -50,6 +54,12 @@ def storage(dtype: str, allowed: tuple[str, ...] = tuple(STORAGE)) -> np.dtype[A
 def bits(array: Array) -> Array:
     """View half-width storage as uint16, and leave every other array as it is."""
     return array.view(np.uint16) if array.dtype == np.float16 else array
+
+
+def parts(array: Array) -> Array:
+    """View complex storage as real and imaginary parts, and leave every other array as it is."""
+    part = PARTS.get(array.dtype.name)
+    return array if part is None else array.view(part)
 
 
 def check_array(array: Array, dtype: str, what: str, *, writes: bool = False) -> None:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from ringfold import Communicator, Settings
 from ringfold.comm.algorithms import BUILDERS
 from ringfold.comm.chunks import bounds
+from ringfold.comm.dtypes import dtype_named
 from ringfold.comm.transport.base import Channel
 from ringfold.comm.transport.mpi import MpiTransport
 
@@ -33,7 +34,10 @@ def lengths(size: int) -> list[int]:
 
 def data(rank: int, count: int, dtype: Any) -> Array:
     """Return a rank's elements: small whole numbers, exact in half precision when added."""
-    return ((np.arange(count) % SEVENS + 1) * (rank + 1)).astype(dtype)
+    values = (np.arange(count) % SEVENS + 1) * (rank + 1)
+    if np.dtype(dtype).kind == "c":
+        values = values + 1j * (count - np.arange(count)) * (rank - 2)
+    return values.astype(dtype)
 
 
 FOLDS: dict[str, Callable[[Array], Array]] = {
@@ -46,8 +50,9 @@ FOLDS: dict[str, Callable[[Array], Array]] = {
 
 
 def expected(op: str, size: int, count: int, dtype: Any) -> Array:
-    """Return the reduction of all ranks' data, computed in float64."""
-    rows = np.stack([data(rank, count, np.float64) for rank in range(size)])
+    """Return the reduction of all ranks' data, computed in float64 or complex128."""
+    wide = np.result_type(dtype, np.float64)
+    rows = np.stack([data(rank, count, wide) for rank in range(size)])
     return FOLDS[op](rows).astype(dtype)
 
 
@@ -79,7 +84,7 @@ def reopened(comm: Communicator, **changes: Any) -> Iterator[Communicator]:
 def check_allreduce(comm: Communicator, algorithm: str, dtype: Any = np.float64) -> None:
     for count in lengths(comm.size):
         for op in ("sum", "mean", "max"):
-            if op == "mean" and np.dtype(dtype).kind != "f":
+            if op not in dtype_named(np.dtype(dtype).name).ops:
                 continue
             with guarded(data(comm.rank, count, dtype)) as x:
                 assert comm.allreduce(x, op, algorithm=algorithm) is x
@@ -96,16 +101,16 @@ def check_reduce(comm: Communicator, algorithm: str) -> None:
                 np.testing.assert_array_equal(x, right)
 
 
-def check_reduce_scatter(comm: Communicator, algorithm: str) -> None:
+def check_reduce_scatter(comm: Communicator, algorithm: str, dtype: Any = np.float32) -> None:
     for count in lengths(comm.size):
-        mine = data(comm.rank, count, np.float32)
+        mine = data(comm.rank, count, dtype)
         low, high = bounds(count, comm.size, comm.rank)
         with guarded(mine) as x:
             part = comm.reduce_scatter(x, algorithm=algorithm)
             np.testing.assert_array_equal(x, mine)
-        right = expected("sum", comm.size, count, np.float32)[low:high]
+        right = expected("sum", comm.size, count, dtype)[low:high]
         np.testing.assert_array_equal(part, right)
-        assert part.dtype == np.float32
+        assert part.dtype == dtype
 
 
 def check_broadcast(comm: Communicator, algorithm: str) -> None:
@@ -182,6 +187,7 @@ NUMBERS = [
     "float32",
     "float64",
     *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)),
+    "complex64",
 ]
 
 

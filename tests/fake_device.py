@@ -197,7 +197,7 @@ class FakeArithmetic:
         self.allocated = 0
 
     def knows(self, op: str, dtype: str) -> bool:
-        return dtype != "bool" and op in DTYPES[dtype].ops
+        return DTYPES[dtype].on_devices and op in DTYPES[dtype].ops
 
     def allocate(self, nbytes: int) -> tuple[int, FakeArray]:
         self.allocated += 1
@@ -327,7 +327,7 @@ class FakePeering:
         event.place = self.gpu.record(stream)
 
     def folds(self, op: str, dtype: str) -> bool:
-        return dtype != "bool" and op in DTYPES[dtype].ops
+        return DTYPES[dtype].on_devices and op in DTYPES[dtype].ops
 
     def fold(
         self,

@@ -17,7 +17,7 @@ class CudaArithmetic:
 
     def knows(self, op: str, dtype: str) -> bool:
         """Tell whether `combine` knows an op on a type."""
-        return op in DTYPES[dtype].ops and dtype != "bool"
+        return DTYPES[dtype].on_devices and op in DTYPES[dtype].ops
 
     def allocate(self, nbytes: int) -> tuple[int, Any]:
         """Return new memory: an allocation of its own, as MPI libraries map whole ones.

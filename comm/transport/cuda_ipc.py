@@ -83,7 +83,7 @@ class CudaPeering:
 
     def folds(self, op: str, dtype: str) -> bool:
         """Tell whether `fold` knows an op on a type."""
-        return dtype != "bool" and op in DTYPES[dtype].ops
+        return DTYPES[dtype].on_devices and op in DTYPES[dtype].ops
 
     def fold(
         self,

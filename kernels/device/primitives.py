@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..storage import STORAGE
+from ..storage import PARTS, STORAGE
 
 Function = Callable[..., Any]
 
@@ -95,7 +95,9 @@ _MASKS: Mapping[str, int] = MappingProxyType({"float16": 0x7C00, "bfloat16": 0x7
 
 @functools.cache
 def element(dtype: str) -> DeviceElement:
-    """Return the element of a dtype. bool is a byte of 0 or 1 here."""
+    """Return the element of a dtype; TypeError for a complex one. bool is a byte of 0 or 1 here."""
+    if dtype in PARTS:
+        raise TypeError(f"GPUs have no kernels for {dtype}; pass its parts, as {PARTS[dtype]}")
     p = primitives()
     if dtype in _MASKS:
         mask = np.uint16(_MASKS[dtype])

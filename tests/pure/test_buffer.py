@@ -205,5 +205,5 @@ def test_ops_and_types_are_refused_by_name() -> None:
         dtype_named("float32").require("avg")
     with pytest.raises(TypeError, match=r"'mean' is not defined for int32; allowed: sum, min"):
         dtype_named("int32").require("mean")
-    with pytest.raises(TypeError, match=r"complex64; allowed: none .*a view of its real"):
-        dtype_named("complex64").require("sum")
+    with pytest.raises(TypeError, match=r"'max' is not defined for complex64; allowed: sum, mean$"):
+        dtype_named("complex64").require("max")

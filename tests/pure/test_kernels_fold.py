@@ -9,7 +9,7 @@ from ringfold.kernels import reference
 from ringfold.kernels.fold import fold_callback
 from ringfold.kernels.operations import ALLOWED
 from ringfold.kernels.records import FOLD_BLOCK, FOLD_WORDS, SCRATCH_BYTES
-from ringfold.kernels.storage import FLOATS, HALVES, STORAGE
+from ringfold.kernels.storage import FLOATS, HALVES, PARTS, STORAGE
 
 FIRST = (*HALVES, *FLOATS, "int64", "uint8", "bool")
 """Types on which every op is compiled in each run; of the other integers, sums alone."""
@@ -20,7 +20,7 @@ PAIRS = [
     for op, dtypes in ALLOWED.items()
     for dtype in dtypes
 ]
-MEANS = [("mean", dtype) for dtype in (*HALVES, *FLOATS)]
+MEANS = [("mean", dtype) for dtype in (*HALVES, *FLOATS, *PARTS)]
 SIZES = [0, 1, 3, 17, FOLD_BLOCK, FOLD_BLOCK + 5]
 
 
@@ -30,6 +30,8 @@ def buffers(dtype, num, count):
     rows = generator.normal(0, 3, (num, count + 2))
     if dtype == "bool":
         return list(rows > 0)
+    if dtype in PARTS:
+        return list((rows + 1j * rows[:, ::-1]).astype(STORAGE[dtype]))
     if dtype == "bfloat16":
         return [reference.from_float32(row.astype(np.float32), dtype) for row in rows]
     return list(rows.astype(STORAGE[dtype]) if np.dtype(STORAGE[dtype]).kind in "fi"
@@ -60,7 +62,7 @@ def folded(op, dtype, sources, divisors):
     for x in wide[1:]:
         combine(total, x)
     if op == "mean":
-        total = total / total.dtype.type(divisors[1])
+        reference.divide(total, divisors[1])
     return reference.from_float32(total, dtype) if half else total
 
 

@@ -17,6 +17,7 @@ CASES = [
     ("max", "int8"),
     ("sum", "uint64"),
     ("min", "bool"),
+    ("sum", "complex128"),
 ]
 
 
@@ -34,7 +35,7 @@ def elements(dtype: str, count: int, seed: int) -> Any:
     values = np.random.default_rng(seed).integers(0, 9, count)
     if dtype == "bfloat16":
         return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-    return values.astype(STORAGE[dtype])
+    return (values * (1 - 2j) if dtype.startswith("complex") else values).astype(STORAGE[dtype])
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 1001])

@@ -50,6 +50,22 @@ def test_every_op_and_length(size: int) -> None:
     on_node(size, main)
 
 
+def test_complex_numbers_are_added_on_the_host() -> None:
+    def main(comm: Communicator, gpu: FakeGpu) -> None:
+        for op in ("sum", "mean"):
+            x = late(gpu, data(comm.rank, 1001, np.complex64))
+            work = comm.allreduce(x, op, blocking=False)
+            work.wait()
+            assert work.receipt.transport == "staged, local"
+            np.testing.assert_array_equal(x.get(), expected(op, 2, 1001, np.complex64))
+        part = comm.reduce_scatter(late(gpu, data(comm.rank, 1001, np.complex64)))
+        low, high = bounds(1001, 2, comm.rank)
+        right = expected("sum", 2, 1001, np.complex64)[low:high]
+        np.testing.assert_array_equal(part.get(), right)
+
+    on_node(2, main)
+
+
 @pytest.mark.parametrize(("size", "cards"), [(2, 1), (5, 1), (4, 2), (5, 3)])
 def test_of_ranks_that_share_a_card_one_folds(size: int, cards: int) -> None:
     """The results are the same; ranks that take turns on a card need not wait for their turn."""

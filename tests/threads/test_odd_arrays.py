@@ -1,5 +1,6 @@
 """Arrays as programs have them: not aligned, of derived classes."""
 
+import contract
 import numpy as np
 import pytest
 import torch
@@ -57,6 +58,26 @@ def test_numbers_at_their_ends_raise_nothing_whatever_numpy_is_told(op: str, dty
     for rows in run_local(2, main):
         assert rows[:, 0].isnan().all() if op in ("sum", "mean") else rows[:, 0].isinf().all()
         assert rows[:, 3].isnan().all()
+
+
+def test_complex_numbers_are_added_by_their_parts() -> None:
+    """Sums were refused, of strided views and of parts of an odd number of elements as well."""
+
+    def main(comm: Communicator) -> None:
+        for algorithm in names("reduce_scatter"):
+            contract.check_reduce_scatter(comm, algorithm, np.complex64)
+        table = np.zeros((5, 4), np.complex128)
+        table[:, 1] = np.arange(5) + 1j * comm.rank
+        comm.allreduce(table[:, 1], "mean")
+        np.testing.assert_array_equal(table[:, 1], np.arange(5) + 1j)
+        assert not table[:, [0, 2, 3]].any()
+        lone = torch.tensor([complex(0, np.inf), 1 - 2j]).conj()
+        found = comm.allreduce(lone.resolve_conj(), "mean")
+        assert found.tolist() == [complex(0, -np.inf), 1 + 2j]
+        with pytest.raises(TypeError, match=r"'prod' is not defined for complex128; .*sum, mean$"):
+            comm.allreduce(table, "prod")
+
+    run_local(3, main)
 
 
 @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
