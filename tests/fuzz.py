@@ -117,8 +117,7 @@ def _step(rng: random.Random, index: int, size: int) -> Step:
     group = rng.choice(groups_of(size))
     # In groups of different sizes rows and roots must fit all of them.
     sizes = {len(group.members(rank)) for rank in range(size)} - {0}
-    reducible = [name for name in TYPES if DTYPES[name].ops]
-    dtype = rng.choice(reducible if operation in REDUCING else TYPES)
+    dtype = rng.choice(TYPES)
     op = rng.choice(DTYPES[dtype].ops) if operation in REDUCING else ""
     named = [a for c, a in BUILDERS if c == operation and a != "hierarchical"]
     plain = operation in ("message", "barrier", "scatter") or rng.random() < 0.75
@@ -221,7 +220,9 @@ def values(seed: int, step: Step, rank: int, turn: int, shape: tuple[int, ...]) 
     mixed = (index + index // 7 + 3 * rank + 5 * step.index + 11 * turn + seed) % 7
     if step.op == "prod":
         mixed = mixed % 2 + 1
-    elif dtype.storage.kind in "ifc":
+    elif dtype.storage.kind == "c":
+        mixed = (mixed - 3) * (1 - 2j) + 1j * rank
+    elif dtype.storage.kind in "if":
         mixed = mixed - 3
     elif dtype.storage.kind == "b":
         mixed = mixed % 2
@@ -229,8 +230,9 @@ def values(seed: int, step: Step, rank: int, turn: int, shape: tuple[int, ...]) 
 
 
 def combined(op: str, rows: list[Array]) -> Array:
-    """Return the reduction of the members' arrays, computed in float64."""
-    folded = FOLDS[op](np.stack([row.astype(np.float64) for row in rows]))
+    """Return the reduction of the members' arrays, computed in float64 or complex128."""
+    wide = np.result_type(rows[0].dtype, np.float64)
+    folded = FOLDS[op](np.stack([row.astype(wide) for row in rows]))
     return folded.astype(rows[0].dtype)
 
 
