@@ -7,7 +7,8 @@
 # environment of its own, from the wheels in DIR where one is named, and then without network.
 # An nvidia-nvvm among them is taken whatever PYTHON has, and must be of the driver's CUDA (13.0.*):
 # NVVM 13.5 writes PTX 9.5, which a driver of 13.0 refuses ("Unsupported .version 9.5; current version
-# is '9.0'"). A toolkit that has nvcc on PATH needs none: its folder becomes CUDA_HOME.
+# is '9.0'"). A toolkit, of an nvcc on PATH or in /usr/local/cuda, needs none: its folder becomes
+# CUDA_HOME. (That wheel has 59 MiB, and 28 without the program cicc, which nothing here calls.)
 # Results go to benchmarks/results (--out), eight files at most: what each benchmark has measured, as
 # soon as it has, and gpu.log with all that was said. Ends with 77 where there is no GPU, 2 where
 # something is missing, 1 where a step has failed; the others run all the same. Each step has a time
@@ -74,13 +75,33 @@ if [ "$(id -u)" = 0 ]; then
   export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 fi
 
-# Numba finds the compiler of a toolkit by this.
-if [ -z "${CUDA_HOME:-}${CUDA_PATH:-}" ] && nvcc=$(command -v nvcc); then
-  toolkit=$(dirname "$(dirname "$(readlink -f "$nvcc")")")
-  if [ -d "$toolkit/nvvm" ]; then export CUDA_HOME=$toolkit; fi
+# Numba finds the compiler of a toolkit by CUDA_HOME. What is on PATH may be a script: nvcc itself
+# tells where it lies.
+if [ -z "${CUDA_HOME:-}${CUDA_PATH:-}" ]; then
+  here=$(timeout 20 nvcc --dryrun -x cu -c /dev/null 2>&1 | sed -n 's/^#\$ _HERE_=//p' || true)
+  for toolkit in ${here:+"$here/.."} /usr/local/cuda; do
+    if [ -d "$toolkit/nvvm" ]; then
+      CUDA_HOME=$(cd "$toolkit" && pwd)
+      export CUDA_HOME
+      break
+    fi
+  done
+fi
+# A toolkit put together from wheels has the compiler among its other libraries, where Numba does not look.
+toolkit=${CUDA_HOME:-${CUDA_PATH:-}}
+if [ -n "$toolkit" ] && ! compgen -G "$toolkit/nvvm/lib64/libnvvm.so*" > /dev/null; then
+  beside=build/gpu/nvvm
+  rm -rf "$beside" && mkdir -p "$beside"
+  find "$toolkit/lib64/" "$toolkit/lib/" -maxdepth 1 -name 'libnvvm.so*' -exec ln -sf {} "$beside" ';' 2> /dev/null || true
+  export LD_LIBRARY_PATH="$PWD/$beside${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
 fi
 
-lacks() { ! "$venv/bin/python" -c "import $1" 2>/dev/null; }
+lacks() {
+  local status=0
+  timeout -k 5 90 "$venv/bin/python" -c "import $1" 2> /dev/null || status=$?
+  if [ "$status" -ge 124 ]; then refuse "import $1 has not ended in 90 s"; fi
+  [ "$status" -ne 0 ]
+}
 install() {
   local name=${*: -1}
   echo "gpu.sh: installing $name"
@@ -154,7 +175,8 @@ find_sanitizer() {
 if [ -z "$(find_sanitizer)" ]; then (install nvidia-cuda-sanitizer-api) || true; fi
 if [ -n "$setup_only" ]; then exit "$((failed * 2))"; fi
 
-if ! no_gpu=$(python -c '
+status=0
+no_gpu=$(timeout -k 5 60 python -c '
 from ringfold.comm.transport.device import load_cupy
 import sys
 try:
@@ -162,7 +184,9 @@ try:
 except RuntimeError as error:
     print(error)
     sys.exit(1)
-'); then
+') || status=$?
+if [ "$status" -ge 124 ]; then refuse "the GPU has not answered in 60 s"; fi
+if [ "$status" -ne 0 ]; then
   echo "gpu.sh: $no_gpu; nothing was measured" >&2
   exit 77
 fi
@@ -173,7 +197,12 @@ ulimit -c 0 # of processes with a GPU's memory
 mkdir -p "$out"
 log=$out/gpu.log
 echo "gpu.sh: all that is said goes to $log"
-{ date; nvidia-smi || true; "$venv/bin/python" -m pip list 2> /dev/null || true; echo "$no_kernels"; } > "$log" 2>&1
+{
+  date
+  timeout -k 2 15 nvidia-smi || true
+  timeout -k 2 30 "$venv/bin/python" -m pip list 2> /dev/null || true
+  echo "$no_kernels"
+} > "$log" 2>&1
 least=5
 summary=()
 told() { echo "gpu.sh: $*" | tee -a "$log"; }

@@ -155,18 +155,42 @@ def test_the_sanitizer_of_a_wheel_is_found_and_can_be_run(folder: str, tmp_path:
 
 
 def test_a_toolkit_is_found_by_its_compiler(tmp_path: Path) -> None:
-    script = (BENCHMARKS / "gpu.sh").read_text()
-    found = re.search(r'^if \[ -z "\$\{CUDA_HOME.*?^fi$', script, re.MULTILINE | re.DOTALL)
-    assert found is not None
-    toolkit, links = tmp_path / "cuda-13.0", tmp_path / "bin"
-    for folder in (toolkit / "bin", toolkit / "nvvm", links):
+    """Which may be a script on PATH, and lie beside a library where Numba does not look for it."""
+    found = part("# Numba finds the compiler", "lacks() {").removesuffix("lacks() {")
+    toolkit, scripts = tmp_path / "cuda-13.0", tmp_path / "bin"
+    for folder in (toolkit / "bin", toolkit / "nvvm" / "lib64", toolkit / "lib", scripts):
         folder.mkdir(parents=True)
-    (toolkit / "bin" / "nvcc").write_text("#!/bin/sh\n")
-    (toolkit / "bin" / "nvcc").chmod(0o755)
-    (links / "nvcc").symlink_to(toolkit / "bin" / "nvcc")
-    told = f"PATH={links}:$PATH\n{found[0]}\necho ${{CUDA_HOME:-}}"
-    clean = ("env", "-u", "CUDA_HOME", "-u", "CUDA_PATH")
-    assert run(*clean, "bash", "-euc", told).stdout == f"{toolkit}\n"
-    assert run(*clean, "CUDA_HOME=/mine", "bash", "-euc", told).stdout == "/mine\n"
-    (toolkit / "nvvm").rmdir()
-    assert run(*clean, "bash", "-euc", told).stdout == "\n"
+    (scripts / "nvcc").write_text(f"#!/bin/sh\necho '#$ _HERE_={toolkit}/bin' >&2; false\n")
+    (scripts / "nvcc").chmod(0o755)
+    told = f"cd {tmp_path}; PATH={scripts}:$PATH\n{found}\necho ${{CUDA_HOME:-}} $LD_LIBRARY_PATH"
+
+    def home(*environment: str) -> list[str]:
+        clean = ("env", "-u", "CUDA_HOME", "-u", "CUDA_PATH", "LD_LIBRARY_PATH=/others")
+        return run(*clean, *environment, "bash", "-euc", told).stdout.split()
+
+    (toolkit / "lib" / "libnvvm.so.4").touch()
+    beside = tmp_path / "build" / "gpu" / "nvvm"
+    assert home() == [str(toolkit), f"{beside}:/others"]
+    assert [path.name for path in beside.iterdir()] == ["libnvvm.so.4"]
+    (toolkit / "nvvm" / "lib64" / "libnvvm.so.4").touch()
+    assert home() == [str(toolkit), "/others"]
+    assert home(f"CUDA_HOME={toolkit}/lib/..") == [f"{toolkit}/lib/..", "/others"]
+    shutil.rmtree(toolkit / "nvvm")
+    usual = Path("/usr/local/cuda")
+    assert home()[0] == (str(usual) if (usual / "nvvm").exists() else "/others")
+
+
+def test_what_hangs_before_the_first_step_is_ended(tmp_path: Path) -> None:
+    """A driver that did not answer kept all steps from being begun."""
+    for name in ("nvidia-smi", "bin/python"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("#!/bin/sh\nexec sleep 50\n")
+        (tmp_path / name).chmod(0o755)
+    soon = (
+        f"PATH={tmp_path}:$PATH venv={tmp_path} log={tmp_path}/log no_kernels=none\n"
+        'refuse() { echo "$*"; exit 2; }\ntimeout() { command timeout -k 1 1 "${@:4}"; }\n'
+    )
+    done = run("bash", "-euc", f"{soon}{part('{', '}')}")
+    assert done.returncode == 0 and done.stdout.endswith("none\n"), done
+    done = run("bash", "-euc", f"{soon}{part('lacks() {', '}')}\nif lacks numpy; then echo so; fi")
+    assert (done.returncode, done.stdout) == (2, "import numpy has not ended in 90 s\n"), done
