@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
@@ -11,6 +11,7 @@ from .memo import Memo
 from .operations import Operations
 from .runner import Runner
 from .schedule import Algorithm
+from .several import first_ended
 from .work import Prepared, Work
 
 if TYPE_CHECKING:
@@ -228,6 +229,18 @@ class GroupCalls:
         """Start to receive into x; wait() returns x."""
         work: Work = self._start(self._side(x).recv(x, src, tag), False)
         return work
+
+    def wait_any(self, works: Sequence[Work], timeout: float | None = None) -> int:
+        """Wait until one of several works has ended, well or not, and return its place among them.
+
+        works: of any group of this rank; of several that have ended it is the first. What ended it
+            is told by its wait(). One irecv for each rank that may send stands for a receive
+            from any source.
+        timeout: seconds; the communicator's own where None.
+
+        Raises: CommTimeout when time is up, all of them going on; ValueError without works.
+        """
+        return first_ended(works, timeout, self._runner.progress)
 
     # -- plans -------------------------------------------------------------------------------
 

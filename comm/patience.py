@@ -86,11 +86,18 @@ class Watch:
 
         Raises: PeerLost, CommTimeout, MismatchError.
         """
-        transport = self._work.transport
         self._spins += 1
-        transport.pause(self._spins)
-        if self._work.ended:  # by another thread, with all that there was to ask, as MPI is
-            return
+        self._work.transport.pause(self._spins)
+        if not self._work.ended:  # by another thread, with all that there was to ask, as MPI is
+            self.look(whole=True)
+
+    def look(self, *, whole: bool) -> None:
+        """Look now and then for lost peers, for calls that differ, and whether time is up.
+
+        whole: the death of any rank of the group counts.
+        Raises: PeerLost, CommTimeout, MismatchError.
+        """
+        transport = self._work.transport
         now = time.monotonic()
         if now - self._checked < min(CHECK, self._timeout):
             return
@@ -98,7 +105,7 @@ class Watch:
         waited = self._waited.look()
         if self._inquiry is not None:  # first: a rank that leaves may have said why
             self._inquiry.look(self._work, waited, self._patient)
-        if self._doubts.arise(self._work, whole=True):
+        if self._doubts.arise(self._work, whole):
             return
         peers = peers_of(self._work)
         if waited >= self._timeout:

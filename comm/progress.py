@@ -6,11 +6,12 @@ for one, or a background thread that looks now and then while nobody waits.
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ..kernels.say import say
@@ -203,6 +204,23 @@ class Progress:
                 "nothing can be started, waited for or closed, only done() can be asked"
             )
 
+    def poll(self, works: Sequence[Work]) -> None:
+        """Advance all works once, and end those of `works` that cannot end by themselves any more.
+
+        Who asks whether a work has ended, and does something else meanwhile, has to learn as well
+        as who waits that a peer has gone, or has called something else.
+        """
+        self.advance()
+        for work in works:
+            if work.ended or self._advancing:  # a signal's handler asks, say, between its steps
+                continue
+            if work.watch is None:
+                work.watch = Watch(work, math.inf, self.inquiry, self.deaths, False, False)
+            try:
+                work.watch.look(whole=bool(work.group))
+            except (PeerLost, MismatchError) as error:
+                self._despair(work, error)
+
     def wait(self, work: Work, timeout: float | None = None) -> None:
         """Advance works until `work` has ended.
 
@@ -231,24 +249,27 @@ class Progress:
                 if work.ended:
                     return
                 watch.pause()
-        except PeerLost as error:
-            self._lose(work, error)
-            raise
         except CommTimeout:
             work.overdue = overdue or asks  # a look alone is not in vain
             raise
-        except MismatchError as error:
-            if work.group:
-                self.disagree(work.group, error)
-            else:
-                with self._lock:
-                    work.fail(error)
+        except (PeerLost, MismatchError) as error:
+            self._despair(work, error)
             raise
         finally:
             with self._lock:
                 self._waiting -= counted
             if self._deserted and self._background.runs:
                 self._background.wake(self)
+
+    def _despair(self, work: Work, error: PeerLost | MismatchError) -> None:
+        """Fail a work that will never end, and what hangs on it."""
+        if isinstance(error, PeerLost):
+            self._lose(work, error)
+        elif work.group:
+            self.disagree(work.group, error)
+        else:
+            with self._lock:
+                work.fail(error)
 
     def _lose(self, work: Work, error: PeerLost) -> None:
         """Fail a work that waits for a lost rank, and will never end; its buffers may be let go.

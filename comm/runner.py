@@ -35,6 +35,7 @@ class Runner:
     counter: how many collectives, and messages, the group has begun, and the history of the former.
     messages: how many sends and receives were begun, by (operation, peer).
     closed: whether the group takes no more calls.  leaving: whether this rank has come to close it.
+    progress: of this rank's works.
     attentive: whether a call has to look at more than the group's own state: it is closed, this
         rank records what it does, or this is a fork of the rank's process.
     """
@@ -47,7 +48,7 @@ class Runner:
         self._shares = shares_of(transport.max_tag)
         self.closed, self.leaving, self._why = False, False, ""
         self._transport = transport
-        self._progress = progress
+        self.progress = progress
         self._ring = progress.ring
         self._sites = Sites()
         self._process = os.getpid()
@@ -56,7 +57,7 @@ class Runner:
 
     def attend(self) -> None:
         """Decide anew what calls have to look at."""
-        recorded = self._progress.timeline is not None
+        recorded = self.progress.timeline is not None
         self.attentive = self.closed or recorded or os.getpid() != self._process
 
     def close(self, why: str = "the communicator is closed") -> None:
@@ -93,7 +94,7 @@ class Runner:
         return work.count
 
     def _receiving(self, peer: int) -> int:
-        works = (work for work in tuple(self._progress.works) if work.transport is self._transport)
+        works = (work for work in tuple(self.progress.works) if work.transport is self._transport)
         return sum(work.receipt.operation == "recv" and work.peer == peer for work in works)
 
     def require_open(self) -> None:
@@ -106,7 +107,7 @@ class Runner:
 
     def _keep_up(self) -> None:
         """Let who records this rank take what is to leave the ring of operations."""
-        timeline = self._progress.timeline
+        timeline = self.progress.timeline
         if timeline is not None:
             timeline.keep_up()
 
@@ -118,7 +119,7 @@ class Runner:
             self._keep_up()
             start = time.monotonic_ns()
         try:
-            if not self._progress.works:
+            if not self.progress.works:
                 status = meeting.launch()
                 if status != _DONE:
                     steps = self._steps(meeting, status, owner)
@@ -128,8 +129,8 @@ class Runner:
         except BaseException as error:
             self._forsake(meeting, receipt, owner, error)
             raise
-        if start and self._progress.timeline is not None:
-            self._progress.timeline.add(WAIT, receipt.operation, start)
+        if start and self.progress.timeline is not None:
+            self.progress.timeline.add(WAIT, receipt.operation, start)
         return owner
 
     def fly(self, meeting: Meeting, receipt: Receipt, owner: Any) -> Work:
@@ -138,13 +139,13 @@ class Runner:
         if self.attentive:
             self._keep_up()
         try:
-            if self._progress.works:
+            if self.progress.works:
                 return self._advance(
                     lambda: self._steps(meeting, meeting.launch(), owner), receipt, True
                 )
             status = meeting.launch()
             if status == _DONE:
-                return Work(None, receipt, self._transport, self._progress, self.name, owner)
+                return Work(None, receipt, self._transport, self.progress, self.name, owner)
             return self._advance(lambda: self._steps(meeting, status, owner), receipt, True)
         except BaseException as error:
             self._forsake(meeting, receipt, owner, error)
@@ -161,7 +162,7 @@ class Runner:
     ) -> None:
         """Give up a meeting that an exception has come out of, also one that no work has yet."""
         self._break_off(receipt, error)
-        if all(work.receipt is not receipt for work in self._progress.works):
+        if all(work.receipt is not receipt for work in self.progress.works):
             meeting.abandon(owner)
 
     def _break_off(self, receipt: Receipt, error: BaseException) -> None:
@@ -171,7 +172,7 @@ class Runner:
         receive: its message is left to the next call.
         """
         if receipt.operation == "recv" or not isinstance(error, CommError):
-            self._progress.give_up(lambda work: work.receipt is receipt, lambda _: error)
+            self.progress.give_up(lambda work: work.receipt is receipt, lambda _: error)
 
     def start(self, prepared: Prepared, blocking: bool) -> Any:
         """Note a call and begin it."""
@@ -235,7 +236,7 @@ class Runner:
         def make() -> Work:
             if self.closed:  # by another thread, which ends MPI, since this call looked
                 self.require_open()
-            work = Work(begin(), receipt, self._transport, self._progress, group)
+            work = Work(begin(), receipt, self._transport, self.progress, group)
             work.home = self.name
             if message is None:
                 work.sequence = self._counts[_COLLECTIVES]
@@ -244,4 +245,4 @@ class Runner:
                 work.count = self.messages[message.operation, message.peer]
             return work
 
-        return self._progress.start(make, background)
+        return self.progress.start(make, background)

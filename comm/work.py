@@ -20,6 +20,7 @@ from .transport.base import Channel, Request, Transport
 
 if TYPE_CHECKING:
     from .meeting import Meeting
+    from .patience import Watch
     from .progress import Progress
     from .trace import Signature
 
@@ -131,6 +132,7 @@ class Work:
         self.background = False
         self.told = False
         self.overdue = False  # somebody has waited for it in vain
+        self.watch: Watch | None = None  # of who asks, and does not wait
         self._differs = False  # by itself it has found that the ranks' calls do; to be told
         # Where it stands among the group's calls: see notices.Standing.
         self.home, self.sequence, self.peer, self.count = group, 0, -1, 0
@@ -209,10 +211,13 @@ class Work:
         return f"{self.receipt.operation} ({self.receipt.nbytes} bytes) for ranks {peers}"
 
     def done(self) -> bool:
-        """Tell whether the work has ended, well or not; never waits."""
+        """Tell whether the work has ended, well or not; never waits.
+
+        A work that cannot end any more, of a peer that is gone, say, ends at that: wait() raises.
+        """
         if self._steps is not None:
             self._progress.require_own(self.transport.rank)
-            self._progress.advance()
+            self._progress.poll([self])
         if type(self._result) is Behind:
             self._result = self._result.settle()
         return self._steps is None
