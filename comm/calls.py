@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
+from . import uneven
 from .device import on_device
 from .memo import Memo
 from .operations import Operations
@@ -24,6 +25,9 @@ Later = Literal[False]
 
 class GroupCalls:
     """The calls of one group, which a Communicator opens and closes."""
+
+    rank: int
+    size: int
 
     def __init__(self, runner: Runner, operations: Operations) -> None:
         self._runner = runner
@@ -196,6 +200,33 @@ class GroupCalls:
     def alltoall(self, x: Any, *, algorithm: Algorithm = None, blocking: bool = True) -> Any:
         """Send row r of x to rank r; return a new array whose row r is what rank r sent here."""
         return self._start(self._side(x).alltoall(x, algorithm), blocking)
+
+    # -- collectives of rows of which each rank has another number ---------------------------
+
+    def allgatherv(self, x: Array) -> Array:
+        """Return all ranks' x, joined along the first axis, which may be of another length on each.
+
+        Raises: MismatchError, on every rank, where dtypes or the other axes differ.
+        """
+        joined: Array = uneven.allgatherv(self, self._side(x), x)
+        return joined
+
+    def gatherv(self, x: Array, root: int = 0) -> Array | None:
+        """Return, at root, all ranks' x, as `allgatherv` joins them; None on the other ranks."""
+        joined: Array | None = uneven.gatherv(self, self._side(x), x, root)
+        return joined
+
+    def alltoallv(self, x: Array, counts: Iterable[int]) -> tuple[Array, list[int]]:
+        """Send rows of x to each rank; return what came, by rank, and how many from each.
+
+        counts: how many rows each rank gets, the first ones rank 0; together those of x. With the
+            counts that came, the same call sends results back to where they belong.
+
+        Raises: ValueError for counts that are not so; MismatchError, on every rank, where dtypes or
+        the other axes differ.
+        """
+        rows: tuple[Array, list[int]] = uneven.alltoallv(self, self._side(x), x, counts)
+        return rows
 
     @overload
     def barrier(self, *, algorithm: Algorithm = ..., blocking: Later) -> Work: ...

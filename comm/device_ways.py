@@ -142,6 +142,18 @@ class DeviceWays:
             return side.alltoall(array, algorithm)
         return self._told(self._staged.alltoall(array, algorithm))
 
+    # -- arrays ------------------------------------------------------------------------------
+
+    def kind(self, x: Any) -> tuple[str, tuple[int, ...]]:
+        """Return the element type's name, and the shape."""
+        array = describe(x, writable=False)
+        return array.dtype.name, array.shape
+
+    def like(self, x: Any, shape: tuple[int, ...]) -> Any:
+        """Return a new array of x's library, device and element type."""
+        array = describe(x, writable=False)
+        return self._like(self._find(array), array, shape)
+
     # -- point to point ----------------------------------------------------------------------
 
     def send(self, x: Any, dst: int, tag: int = 0) -> Prepared:

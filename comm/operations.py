@@ -125,6 +125,17 @@ class Operations:
         """Prepare to come together by such steps."""
         return self._messaging.come(name, steps)
 
+    # -- arrays ------------------------------------------------------------------------------
+
+    def kind(self, x: Any) -> tuple[str, tuple[int, ...]]:
+        """Return the element type's name, and the shape."""
+        buffer = self._wrap(x, writable=False)
+        return buffer.dtype.name, buffer.shape
+
+    def like(self, x: Any, shape: tuple[int, ...]) -> Any:
+        """Return a new array of x's library and element type."""
+        return wrap(x, writable=False).like(shape)
+
     # -- point to point ----------------------------------------------------------------------
 
     def send(self, x: Any, dst: int, tag: int = 0) -> Prepared:
@@ -195,11 +206,16 @@ class Operations:
             )
         return rank
 
+    @property
+    def highest_tag(self) -> int:
+        """Return the highest tag that a message can have."""
+        return self._transport.max_tag
+
     def tag(self, tag: int) -> int:
         """Return a tag that every message can have, or raise an error."""
         tag = _whole(tag, "tag")
-        if not 0 <= tag <= self._transport.max_tag:
-            raise ValueError(f"tag {tag} is outside 0..{self._transport.max_tag}")
+        if not 0 <= tag <= self.highest_tag:
+            raise ValueError(f"tag {tag} is outside 0..{self.highest_tag}")
         return tag
 
     def _rows(self, x: Any) -> Buffer:

@@ -13,19 +13,30 @@ that of a `DataParallel` is one, for a `Pipeline` take `mesh.data.split(0)`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .meeting import meet
+from ..comm.uneven import checked_counts
+from .meeting import Call, meet, note
 from .replicas import real_view
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
 
-__all__ = ["allgather", "allreduce", "alltoall", "broadcast", "reduce_scatter"]
+__all__ = [
+    "allgather",
+    "allgatherv",
+    "allreduce",
+    "alltoall",
+    "alltoallv",
+    "broadcast",
+    "reduce_scatter",
+]
 
 
 def allreduce(x: Tensor, comm: Communicator, op: Literal["sum", "mean"] = "sum") -> Tensor:
@@ -50,6 +61,22 @@ def alltoall(x: Tensor, comm: Communicator) -> Tensor:
     """Return the rows that the ranks have for this one: (size, *shape) -> the same. Collective."""
     _require_rows(x, comm)
     return _apply(x, comm, Alltoall())
+
+
+def allgatherv(x: Tensor, comm: Communicator) -> Tensor:
+    """Return all ranks' x joined along the first axis, of another length on each. Collective."""
+    counts = _exchanged(comm.allgather, [len(x)], comm, Allgather())
+    return _apply(x, comm, Allgatherv(counts))
+
+
+def alltoallv(x: Tensor, counts: Iterable[int], comm: Communicator) -> tuple[Tensor, list[int]]:
+    """Send the first counts[0] rows of x to rank 0, and so on. Collective.
+
+    Returns: the rows that the ranks have for this one, and how many from each.
+    """
+    sent = checked_counts(counts, comm.size, len(x))
+    received = _exchanged(comm.alltoall, sent, comm, Alltoall())
+    return _apply(x, comm, Alltoallv(tuple(sent), received)), list(received)
 
 
 def broadcast(x: Tensor, comm: Communicator, root: int = 0) -> Tensor:
@@ -110,6 +137,51 @@ class Alltoall:
 
 
 @dataclass(frozen=True)
+class Allgatherv:
+    """counts: how many rows each rank has."""
+
+    counts: tuple[int, ...]
+
+    def __call__(self, x: Tensor, comm: Communicator) -> Tensor:
+        return comm.allgatherv(_dense(x))
+
+    @property
+    def transposed(self) -> Move:
+        return ReduceScatterv(self.counts)
+
+
+@dataclass(frozen=True)
+class ReduceScatterv:
+    """Add what all ranks have for this one; counts: how many rows each rank gets."""
+
+    counts: tuple[int, ...]
+
+    def __call__(self, x: Tensor, comm: Communicator) -> Tensor:
+        rows, _ = comm.alltoallv(_dense(x), self.counts)
+        return rows.reshape(comm.size, self.counts[comm.rank], *x.shape[1:]).sum(0)
+
+    @property
+    def transposed(self) -> Move:
+        return Allgatherv(self.counts)
+
+
+@dataclass(frozen=True)
+class Alltoallv:
+    """sent, received: how many rows go to each rank, and come from each."""
+
+    sent: tuple[int, ...]
+    received: tuple[int, ...]
+
+    def __call__(self, x: Tensor, comm: Communicator) -> Tensor:
+        rows, _ = comm.alltoallv(_dense(x), self.sent)
+        return rows
+
+    @property
+    def transposed(self) -> Move:
+        return Alltoallv(self.received, self.sent)
+
+
+@dataclass(frozen=True)
 class Broadcast:
     root: int
 
@@ -136,7 +208,17 @@ class Reduce:
         return Broadcast(self.root)
 
 
-Move = Allreduce | Allgather | ReduceScatter | Alltoall | Broadcast | Reduce
+Move = (
+    Allreduce
+    | Allgather
+    | ReduceScatter
+    | Alltoall
+    | Allgatherv
+    | ReduceScatterv
+    | Alltoallv
+    | Broadcast
+    | Reduce
+)
 """A linear map of the ranks' tensors."""
 
 
@@ -182,6 +264,19 @@ def _meet(x: Tensor, comm: Communicator, move: Move) -> Any:
     # So that all ranks take part in backward, whoever of them has an x that needs a gradient.
     anchor = torch.empty(0, device="cpu", requires_grad=True)
     return _Linear.apply(x, anchor, comm, move)  # type: ignore[no-untyped-call]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _exchanged(
+    call: Callable[[Any], Any], counts: list[int], comm: Communicator, move: Move
+) -> tuple[int, ...]:
+    """Return the counts that a call brings; noted, as its move, as is all that layers call.
+
+    By NumPy: a tensor that is made within one of torch.func's transforms has no memory.
+    """
+    found = call(np.array(counts, np.int64))
+    note(Call(move, comm, (len(counts),), torch.int64, torch.device("cpu")))
+    return tuple(found.ravel().tolist())
 
 
 def _copy(x: Tensor) -> Tensor:

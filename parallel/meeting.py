@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..comm.communicator import Communicator
     from .stage import Stage
 
-__all__ = ["Call", "Meetings", "meet"]
+__all__ = ["Call", "Meetings", "meet", "note"]
 
 Move = Callable[[Tensor, "Communicator"], Tensor]
 
@@ -44,9 +44,14 @@ class Call:
 def meet(x: Tensor, comm: Communicator, move: Move) -> Tensor:
     """Make a call, which is noted while somebody notes what layers call."""
     result = move(x, comm)
-    if comm.noted is not None:
-        comm.noted.append(Call(move, comm, tuple(x.shape), x.dtype, x.device))
+    note(Call(move, comm, tuple(x.shape), x.dtype, x.device))
     return result
+
+
+def note(call: Call) -> None:
+    """Note a call that was made, while somebody notes what layers call."""
+    if call.comm.noted is not None:
+        call.comm.noted.append(call)
 
 
 class Meetings:

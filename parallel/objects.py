@@ -26,11 +26,8 @@ def allgather_objects(value: Value, comm: Communicator) -> list[Value]:
     require_comm(comm)
     text, error = _pickled(value)
     described = comm.allgather(_describe(text, error))
-    lengths = described[:, 0]
-    padded = np.zeros(int(lengths.max()), dtype=np.uint8)
-    padded[: text.size] = text
-    rows = comm.allgather(padded)
-    texts = [row[:n].tobytes() for row, n in zip(rows, lengths, strict=True)]
+    joined = comm.allgatherv(text)
+    texts = [part.tobytes() for part in np.split(joined, np.cumsum(described[:-1, 0]))]
     for rank, (text_of, failed) in enumerate(zip(texts, described[:, 1], strict=True)):
         if failed:
             raise _refusal(rank, text_of) from error

@@ -251,6 +251,40 @@ def check_groups(comm: Communicator) -> None:
     assert comm.node.node is comm.node
 
 
+def check_uneven_rows(comm: Communicator, place: Callable[[Array], Any] = np.asarray) -> None:
+    """Join rows of which each rank has another number, send them apart, and back again.
+
+    place: makes the array that is passed of its values; `get` of what comes back has them, if any.
+    """
+    size, rank = comm.size, comm.rank
+
+    def plain(x: Any) -> Array:
+        return np.asarray(x.get() if hasattr(x, "get") else x)
+
+    for scale in (0, 1, 3000):
+        lengths_of = [scale * ((one + 1) % 3) for one in range(size)]
+        rows = [data(one, 2 * n, np.float32).reshape(n, 2) for one, n in enumerate(lengths_of)]
+        x = place(rows[rank])
+        everything = comm.allgatherv(x)
+        np.testing.assert_array_equal(plain(everything), np.concatenate(rows))
+        assert type(everything) is type(x)
+        for root in {0, size - 1}:
+            found = comm.gatherv(x, root)
+            assert (found is None) == (rank != root)
+            if found is not None:
+                np.testing.assert_array_equal(plain(found), np.concatenate(rows))
+
+        counts = [[scale * ((src + 2 * dst) % 3) for dst in range(size)] for src in range(size)]
+        cells = [[np.full((n, 3), 10 * s + d, np.int16) for d, n in enumerate(counts[s])]
+                 for s in range(size)]  # fmt: skip
+        y, came = comm.alltoallv(place(np.concatenate(cells[rank])), counts[rank])
+        assert came == [counts[src][rank] for src in range(size)]
+        np.testing.assert_array_equal(plain(y), np.concatenate([row[rank] for row in cells]))
+        back, again = comm.alltoallv(y, came)
+        assert again == counts[rank]
+        np.testing.assert_array_equal(plain(back), np.concatenate(cells[rank]))
+
+
 def check_plans(comm: Communicator) -> None:
     """Run one plan many times on an array that changes between the steps."""
     x = comm.empty(1003, np.float32)

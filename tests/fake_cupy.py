@@ -451,6 +451,13 @@ def module(runtime: Runtime) -> Any:
                 )
             self._put(..., values)
 
+        def __getitem__(self, where: Any) -> ndarray:
+            if where is Ellipsis:
+                return self
+            part = self.host[where]
+            assert part.flags.c_contiguous
+            return ndarray(part.shape, part.dtype, SimpleNamespace(ptr=part.ctypes.data, of=self))
+
         def __setitem__(self, where: Any, values: Any) -> None:
             if isinstance(values, np.ndarray) and values.ndim:
                 raise ValueError("non-scalar numpy.ndarray cannot be used for fill")
@@ -494,10 +501,6 @@ def module(runtime: Runtime) -> Any:
 
         def __int__(self) -> int:
             return int(self.get())
-
-        def __getitem__(self, where: Any) -> ndarray:
-            assert where is Ellipsis
-            return self
 
         def __iadd__(self, other: Any) -> ndarray:
             self[...] = on_stream(np.add, self, self.dtype.type(other))

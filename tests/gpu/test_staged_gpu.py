@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from contract import FOLDS, data, expected, lengths
+from contract import FOLDS, check_uneven_rows, data, expected, lengths
 from gpu_job import run_ranks
 
 from ringfold import Communicator, Settings, run_local
@@ -74,6 +74,13 @@ def test_movements_and_messages(size: int) -> None:
             np.testing.assert_array_equal(y.get(), rows[comm.rank - 1])
 
     run(size, main)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_uneven_rows(size: int) -> None:
+    import cupy
+
+    run(size, lambda comm: check_uneven_rows(comm, cupy.asarray))
 
 
 def test_more_than_many_windows() -> None:

@@ -30,8 +30,14 @@ def alone(name: str, xs: list[torch.Tensor], rank: int) -> torch.Tensor:
         "allgather": lambda: all_of_them,
         "reduce_scatter": lambda: all_of_them.sum(0)[rank],
         "alltoall": lambda: all_of_them[:, rank],
+        "allgatherv": lambda: torch.cat([x[: r + 1] for r, x in enumerate(xs)]),
+        "alltoallv": lambda: xs[rank - 1],
         "broadcast": lambda: all_of_them[-1],
     }[name]()
+
+
+def to_the_next(x, comm) -> list[int]:
+    return [len(x) if rank == (comm.rank + 1) % comm.size else 0 for rank in range(comm.size)]
 
 
 CALLS = {
@@ -40,6 +46,8 @@ CALLS = {
     "allgather": autograd.allgather,
     "reduce_scatter": autograd.reduce_scatter,
     "alltoall": autograd.alltoall,
+    "allgatherv": lambda x, comm: autograd.allgatherv(x[: comm.rank + 1], comm),
+    "alltoallv": lambda x, comm: autograd.alltoallv(x, to_the_next(x, comm), comm)[0],
     "broadcast": lambda x, comm: autograd.broadcast(x, comm, root=comm.size - 1),
 }
 

@@ -31,6 +31,7 @@ def test_every_type_is_reduced(dtype: str) -> None:
         contract.check_messages,
         contract.check_overlapping_works,
         contract.check_groups,
+        contract.check_uneven_rows,
         contract.check_plans,
     ],
 )

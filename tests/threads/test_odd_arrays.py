@@ -1,11 +1,13 @@
 """Arrays as programs have them: not aligned, of derived classes."""
 
+import array
+
 import contract
 import numpy as np
 import pytest
 import torch
 
-from ringfold import Communicator, run_local
+from ringfold import Communicator, MismatchError, run_local
 from ringfold.comm.algorithms import names
 
 
@@ -76,6 +78,37 @@ def test_complex_numbers_are_added_by_their_parts() -> None:
         assert found.tolist() == [complex(0, -np.inf), 1 + 2j]
         with pytest.raises(TypeError, match=r"'prod' is not defined for complex128; .*sum, mean$"):
             comm.allreduce(table, "prod")
+
+    run_local(3, main)
+
+
+def test_uneven_rows_of_every_kind_and_those_that_do_not_fit() -> None:
+    """Each rank finds out what is wrong with any rank's rows, and the group goes on."""
+
+    def main(comm: Communicator) -> None:
+        mine = torch.arange(3.0 * comm.rank, requires_grad=True).reshape(comm.rank, 3).bfloat16()
+        every = comm.allgatherv(mine)
+        assert every.dtype == torch.bfloat16 and not every.requires_grad
+        assert every.tolist() == [[0.0, 1.0, 2.0], [0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]
+        letters = array.array("d", [comm.rank] * (comm.rank + 1))
+        assert comm.allgatherv(letters).tolist() == [0, 1, 1, 2, 2, 2]
+        strided = np.arange(12.0).reshape(4, 3).T[: comm.rank]
+        assert comm.allgatherv(strided).tolist() == [[0, 3, 6, 9], [0, 3, 6, 9], [1, 4, 7, 10]]
+
+        wrong = np.zeros((2, 5 if comm.rank == 1 else 4))
+        for call in (comm.allgatherv, comm.gatherv, lambda x: comm.alltoallv(x, [2, 0, 0])):
+            with pytest.raises(MismatchError, match=r"rank 0: float64 of shape \(n, 4\); rank 1: "):
+                call(wrong)
+        with pytest.raises(MismatchError, match="rank 2: int8 of shape"):
+            comm.allgatherv(np.zeros(1, np.int8 if comm.rank == 2 else np.int16))
+        with pytest.raises(ValueError, match="expected an array with a first axis"):
+            comm.allgatherv(np.array(1.0))
+        for counts in ([1, 1], [3, -1, 0], [1, 1, 1]):
+            with pytest.raises(ValueError, match=r"3 numbers of rows, a rank each, .* the 2 rows"):
+                comm.alltoallv(np.zeros(2), counts)
+        with pytest.raises(TypeError, match="counts: expected whole numbers, got"):
+            comm.alltoallv(np.zeros(2), [1.0, 1.0, 0.0])  # type: ignore[list-item]
+        assert comm.allreduce(np.ones(1))[0] == 3
 
     run_local(3, main)
 

@@ -25,6 +25,7 @@ def test_every_type_is_reduced(comm: Communicator, dtype: str) -> None:
         contract.check_messages,
         contract.check_overlapping_works,
         contract.check_groups,
+        contract.check_uneven_rows,
         contract.check_plans,
     ],
 )
