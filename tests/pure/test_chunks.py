@@ -26,8 +26,8 @@ def test_nested_chunks_join_to_the_owners_parts(count: int, owners: int, per_own
             nested_begin(count, owners, num_chunks, owner * per_owner + inner)
             for inner in range(per_owner)
         ]
-        assert begins[0] == low
-        assert begins == sorted(begins) and begins[-1] <= high
+        assert begins == (low + bounds(high - low, per_owner, np.arange(per_owner))[0]).tolist()
+    assert nested_begin(count, owners, num_chunks, num_chunks) == count
 
 
 @pytest.mark.parametrize(

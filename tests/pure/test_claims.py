@@ -239,3 +239,18 @@ def test_what_is_called_alike_is_a_rule(kind: str, said: str) -> None:
         at = 0 if schedule.collective.name == "reduce_scatter" else 1
         shown = said.replace("Listless", told.split()[4]) if kind == "list" else said
         assert told.startswith(f"round {at}: {shown}")
+
+
+@dataclass(frozen=True)
+class Loose(Hop):
+    """Not hashable, for its field."""
+
+    of: Any = field(default_factory=list)
+
+
+def test_peers_that_are_called_alike_can_be_remembered() -> None:
+    """Of chunks it was tested; of peers a TypeError without rule and round would have passed."""
+    chain = Schedule(BROADCAST, 3, 1, (Round(Hop(0), All()), Round(Hop(1, Loose(1)), All())))
+    for judge in (verify, lambda s: price(s, 64, FLAT)):
+        said = "round 1: the rule Loose cannot be hashed (unhashable type: 'list')"
+        assert str(refusal(judge, chain)).startswith(said)

@@ -17,6 +17,7 @@ from ringfold.parallel.plan import (
     interleaved,
     naive,
     one_f_one_b,
+    plan_function,
     plan_named,
     whole_plan,
     zero_bubble,
@@ -66,6 +67,15 @@ def test_drawing_of_long_backwards():
     assert drawn.splitlines() == [
         "stage 0 | F0 F1 .  .  .  B0 -  B1 -",
         "stage 1 | .  F0 F1 B0 -  B1 -  .  .",
+    ]
+
+
+def test_what_takes_no_time_takes_no_room_in_a_drawing():
+    plan = whole_plan(zero_bubble, 2, 2)
+    drawn = draw(check_plan(plan, 2, backward_cost=2, weight_cost=0))
+    assert drawn.splitlines() == [
+        "stage 0 | F0 F1 .  .  I0 -  .  I1 -",
+        "stage 1 | .  F0 I0 -  F1 I1 -  .  .",
     ]
 
 
@@ -168,6 +178,11 @@ def test_deadlock_of_several_stages_a_rank():
     )
 
 
+def test_interleaved_has_two_stages_a_rank_unless_another_number_is_asked_for():
+    assert PLANS["interleaved"](0, 2, 3) == interleaved(0, 2, 3, stages_per_rank=2)
+    assert plan_function("interleaved")(0, 2, 3) == interleaved(0, 2, 3)
+
+
 def test_several_stages_a_rank_are_refused_where_the_plan_has_one():
     with pytest.raises(ValueError, match="'1f1b' has one stage a rank, not 2: choose interleaved"):
         plan_named("1f1b", 2)
@@ -264,3 +279,9 @@ def test_unknown_name_lists_the_known_ones():
 def test_stage_outside_of_the_pipe(function, stage, num_stages):
     with pytest.raises(ValueError, match="0 <= stage < num_stages"):
         function(stage, num_stages, 1)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_fewer_than_no_microbatches(name):
+    with pytest.raises(ValueError, match="num_microbatches >= 0, got -1"):
+        PLANS[name](0, 2, -1)
