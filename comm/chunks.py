@@ -31,7 +31,7 @@ def bounds(count: int, num_chunks: int, chunk: Index) -> tuple[Index, Index]:
 
 
 def nested_begin(count: int, num_owners: int, num_chunks: int, chunk: int) -> int:
-    """Return the first element of `chunk` where chunks subdivide the owners' parts.
+    """Return the first element of `chunk`, up to num_chunks, where chunks subdivide owners' parts.
 
     num_chunks is a multiple of num_owners; owner o holds chunks o*k .. (o+1)*k - 1, and their
     union is exactly `bounds(count, num_owners, o)`, whatever k is.

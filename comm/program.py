@@ -103,18 +103,11 @@ def _pieces(
             begins = [cell % size if sending else cell // size for cell in range(low, high)]
             pieces += [(begin(count, size, at), begin(count, size, at + 1)) for at in begins]
         elif schedule.collective.owned:
-            pieces.append(
-                (nested_begin(count, size, num_chunks, low), _owned_end(schedule, count, high))
-            )
+            low, high = (nested_begin(count, size, num_chunks, edge) for edge in (low, high))
+            pieces.append((low, high))
         else:
             pieces.append((begin(count, num_chunks, low), begin(count, num_chunks, high)))
     return [(offset, end - offset) for offset, end in pieces if end > offset]
-
-
-def _owned_end(schedule: Schedule, count: int, high: int) -> int:
-    if high == schedule.num_chunks:
-        return count
-    return nested_begin(count, schedule.size, schedule.num_chunks, high)
 
 
 def with_accumulator(program: Program) -> Program:
