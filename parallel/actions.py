@@ -39,6 +39,9 @@ class Action:
     microbatch: int
     stage: int
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", Kind(self.kind))  # of a user's it may be the letter
+
     def __str__(self) -> str:
         return f"{self.kind}{self.microbatch}"
 

@@ -79,7 +79,9 @@ def check_plan(
     are of one stage. weight_cost: the part of backward_cost that a split backward spends on
     weights, by default half. PlanError names the rank and the action that is missing, doubled or
     foreign; on a deadlock it names the stuck action of every rank and what that waits for.
+    TypeError for what is no Action.
     """
+    _require_actions(rows)
     names = _Names(len(rows), num_stages_of(rows))
     for rank, actions in enumerate(rows):
         _check_complete(names, rank, actions, num_microbatches)
@@ -149,6 +151,17 @@ def draw(report: PlanReport) -> str:
         text = " ".join(cell.ljust(width) for cell in cells).rstrip()
         lines.append(f"{names.row(rank)} | {text}")
     return "\n".join(lines)
+
+
+def _require_actions(rows: Sequence[Sequence[Action]]) -> None:
+    """Refuse what only a plan function of a user's tells, before stages are counted by it."""
+    for rank, actions in enumerate(rows):
+        for position, action in enumerate(actions):
+            where = f"rank {rank}, position {position}"
+            if not isinstance(action, Action):
+                raise TypeError(f"{where}: expected an Action, got {action!r:.80}")
+            if min(action.microbatch, action.stage) < 0:
+                raise PlanError(f"{where}: {action.placed} has a number below 0")
 
 
 def _check_complete(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfold.parallel.actions import Kind, parse_actions
+from ringfold.parallel.actions import Action, Kind, parse_actions
 from ringfold.parallel.plan import (
     PLANS,
     PlanError,
@@ -248,6 +248,23 @@ def test_incomplete_plans_are_refused(rows, message):
 def test_action_of_another_stage_is_refused():
     with pytest.raises(PlanError, match="stage 1, position 0: F0 belongs to stage 0"):
         check_plan([parse_actions("F0 B0", 0), parse_actions("F0 B0", 0)], 1)
+
+
+def test_numbers_below_zero_are_named():
+    """F-1 was said to double a backward that is split; F0@-1 on stage 0, to belong to stage 0."""
+    for bad in (Action(Kind.FORWARD, -1, 0), Action(Kind.FORWARD, 0, -1)):
+        with pytest.raises(PlanError) as caught:
+            check_plan([parse_actions("F0 B0", 0), [*parse_actions("F0 B0", 1), bad]], 1)
+        assert str(caught.value) == f"rank 1, position 2: {bad.placed} has a number below 0"
+
+
+def test_what_is_no_action_is_named():
+    """It was an AttributeError; and a kind told by its letter, a deadlock of F0 with itself."""
+    with pytest.raises(TypeError, match=r"^rank 0, position 0: expected an Action, got 'F0'"):
+        check_plan([["F0", "B0"]], 1)
+    assert Action("F", 0, 0).kind is Kind.FORWARD
+    with pytest.raises(ValueError, match="'X' is not a valid Kind"):
+        Action("X", 0, 0)
 
 
 @given(st.data())
