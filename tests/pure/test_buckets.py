@@ -95,12 +95,12 @@ def test_every_tensor_once_within_the_limit(members, limit, random):
 def test_finish_time_by_hand():
     """Ready at 1 and 5; each takes 2 s and a second per byte, one after the other."""
     members = [member(1), member(2)]
-    pace = Pace(latency=2.0, seconds_per_byte=1.0)
+    pace = Pace(latency=2.0, seconds_per_byte=0.5)
     apart = plan_buckets(members, 8, [0, 1])
-    assert finish_time(apart, [4, 4], [1.0, 5.0], pace) == 1 + (2 + 4) + (2 + 8)
-    assert finish_time(apart, [4, 4], [1.0, 50.0], pace) == 50 + 2 + 8
+    assert finish_time(apart, [4, 4], [1.0, 5.0], pace) == 1 + (2 + 2) + (2 + 4)
+    assert finish_time(apart, [4, 4], [1.0, 50.0], pace) == 50 + 2 + 4
     together = plan_buckets(members, 12, [0, 1])
-    assert finish_time(together, [4, 4], [1.0, 5.0], pace) == 5 + 2 + 12
+    assert finish_time(together, [4, 4], [1.0, 5.0], pace) == 5 + 2 + 6
     assert finish_time((), [], [], pace) == 0.0
 
 

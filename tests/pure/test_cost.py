@@ -313,6 +313,7 @@ def test_rounds_that_are_alike_cost_the_same(name: tuple[str, str]) -> None:
             "the nodes hold 4 ranks, the schedule is for 2",
         ),
         (lambda: price(build("barrier", "dissemination", 2), -1, FLAT), "nbytes"),
+        (lambda: price(build("allreduce", "ring", 2), 8, FLAT, itemsize=0), "itemsize >= 1"),
     ],
 )
 def test_impossible_numbers_are_refused(make: object, text: str) -> None:
