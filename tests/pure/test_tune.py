@@ -49,6 +49,7 @@ def test_a_fit_finds_the_numbers_that_made_the_times(monkeypatch):
 def test_what_would_be_negative_is_nothing():
     a = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     np.testing.assert_allclose(tune._nonnegative(a, np.array([1.0, -1.0, 0.0])), [0.5, 0.0])
+    np.testing.assert_allclose(tune._nonnegative(a[:, ::-1], np.array([1.0, -1, 0])), [0.0, 0.5])
     np.testing.assert_allclose(tune._nonnegative(a, -np.ones(3)), [0.0, 0.0])
 
 
@@ -135,6 +136,11 @@ def test_a_table_that_cannot_be_read_is_ignored(capfd):
     told = capfd.readouterr().err.splitlines()
     assert len(told) == 1
     assert told[0].startswith("ringfold: /there/tuning.json is ignored: [Errno 13] Permission")
+
+
+def test_a_machine_tells_its_processor():
+    processor = Machine.here("some MPI 1.0").processor
+    assert len(processor) > 1 and processor == processor.strip()
 
 
 def test_another_machines_table_is_refused():
