@@ -178,6 +178,31 @@ def test_what_needs_pickle_is_refused_by_its_path(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_tells_its_state_but_takes_none_is_refused_when_it_is_saved(tmp_path):
+    """Not in the run that is to go on, which has nothing to give it to."""
+
+    class Meter:
+        def state_dict(self):
+            return {"seen": 3}
+
+    with pytest.raises(CheckpointError, match="v: a Meter cannot be kept without pickle"):
+        run_local(1, lambda comm: ringfold.save(tmp_path, {"v": Meter()}, comm))
+
+
+@pytest.mark.parametrize(
+    "value", [np.int64(3), np.float32(0.5), np.float64(0.1), np.bool_(True), np.array(7)], ids=repr
+)
+def test_a_scalar_of_numpys_comes_back_as_pythons(tmp_path, value):
+    """A metric that is kept as it was computed."""
+
+    def main(comm):
+        ringfold.save(tmp_path, {"best": {"loss": value}}, comm)
+        return ringfold.load(tmp_path, {"best": None}, comm).values["best"]["loss"]
+
+    (found,) = run_local(1, main)
+    assert type(found) is type(value.item()) and found == value
+
+
 @pytest.mark.parametrize(
     ("value", "why"),
     [
