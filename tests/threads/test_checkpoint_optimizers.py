@@ -175,6 +175,25 @@ def test_a_group_without_parameters_on_a_rank_has_the_rate_of_the_others(tmp_pat
     assert (0 in [number for number, _ in rows[-1]]) == (after == 2)
 
 
+def test_a_group_without_parameters_keeps_its_rate_where_others_of_its_number_differ(tmp_path):
+    """Nobody can tell which of them it is."""
+
+    def write(comm):
+        engine, optimizer = by_layer(comm, 1, 3)
+        ringfold.save(tmp_path, {"m": engine, "o": optimizer}, comm)
+
+    def read(comm):
+        engine, optimizer = by_layer(comm, 5, 4)
+        groups = [{"params": [], "lr": 7.0}, *optimizer.param_groups]
+        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+        ringfold.load(tmp_path, {"m": engine, "o": optimizer}, comm)
+        return [group["lr"] for group in optimizer.param_groups]
+
+    run_local(2, write)
+    for first, *others in run_local(2, read):
+        assert first == 7.0 and len(others) >= 3 and max(others) < 1
+
+
 def test_groups_are_joined_where_they_are_alike_and_divided_into_copies(tmp_path):
     def groups(model, *rates):
         rows = zip((model[0].parameters(), model[4].parameters()), rates, strict=True)
