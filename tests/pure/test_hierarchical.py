@@ -1,5 +1,7 @@
 """Schedules in two levels: proven for any node groups, and cheaper where cards are shared."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,9 +17,9 @@ from ringfold.comm.cost import price
 from ringfold.comm.errors import ScheduleError
 from ringfold.comm.evaluation import draw, moves
 from ringfold.comm.listed import side_by_side
-from ringfold.comm.nesting import nest, nest_broadcast
+from ringfold.comm.nesting import AcrossChunks, InsideChunks, nest, nest_broadcast
 from ringfold.comm.places import among, renumber
-from ringfold.comm.schedule import Schedule
+from ringfold.comm.schedule import Rotated, Schedule
 from ringfold.comm.topology import Cluster, Link, Nodes
 from ringfold.comm.transform import compose
 from ringfold.comm.verify import verify
@@ -150,10 +152,50 @@ def test_what_a_lane_has_a_place_for_is_priced() -> None:
     assert found.bytes_sent == flat.bytes_sent + 2 * within.bytes_sent
 
 
+def test_a_nested_schedule_on_finer_chunks_claims_its_own_lengths() -> None:
+    """A price looks at what is called alike, and that is counted in the same chunks."""
+    halves = InsideChunks(Rotated(0), 2, 2, 2).span(np.arange(4), 4, 4)
+    assert [found.tolist() for found in halves] == [[0, 2, 0, 2], [2] * 4]
+    fine = AcrossChunks(Rotated(1), width=2, num_flat=2, scale=3, stride=6)
+    first, length = fine.span(np.arange(4), 4, 12)
+    assert (first.tolist(), length.tolist()) == ([3, 9, 0, 6], [3] * 4)
+    assert fine.alike().span(np.arange(4), 4, 12)[1].tolist() == [3] * 4
+
+
+def test_some_ranks_of_a_group_run_a_schedule_on_finer_chunks() -> None:
+    """Its chunks are runs of theirs, with formulas as with tables; the others sit it out."""
+    flat, ranks = ring_allreduce(3), (4, 1, 3)
+    right = [
+        sorted((ranks[src], ranks[dst], 2 * at, 2 * n) for src, dst, at, n in moves(round, 3, 3))
+        for round in flat.rounds
+    ]
+    for rounds in (among(ranks, flat, 6), side_by_side(ALLREDUCE, 5, [(ranks, flat)], 6)):
+        assert [list(moves(round, 5, 6)) for round in rounds] == right
+    assert side_by_side(ALLREDUCE, 5, [], 6) == ()
+
+
 @pytest.mark.parametrize(
     "make, text",
     [
         (lambda: nest(ring_reduce_scatter(2), ring_allreduce(2), ring_allgather(3)), "cannot nest"),
+        (
+            lambda: nest(
+                ring_reduce_scatter(2),
+                ring_allreduce(2),
+                replace(ring_allgather(2), num_chunks=4),
+            ),
+            "num_chunks=2, .* does not meet .*num_chunks=4, .* in size and num_chunks",
+        ),
+        (
+            lambda: draw(
+                nest(
+                    ring_reduce_scatter(2),
+                    compose(ring_reduce_scatter(3), build("allgather", "recursive_doubling", 3)),
+                    ring_allgather(2),
+                )
+            ),
+            "round 5: a run of chunks that wraps around a lane's part has no place",
+        ),
         (
             lambda: nest(ring_allgather(2), ring_allreduce(2), ring_allgather(2)),
             "cannot nest: .* expected a schedule for reduce_scatter in its place",
@@ -208,6 +250,8 @@ def test_nodes_hold_every_rank_once(members: tuple[tuple[int, ...], ...]) -> Non
 
 
 def test_nodes_of_another_size_are_refused() -> None:
+    with pytest.raises(ValueError, match="ranks_per_node must be 1 or more, got 0"):
+        Nodes.blocks(4, 0)
     with pytest.raises(ValueError, match="the nodes hold 4 ranks, expected 6"):
         build("allreduce", "hierarchical", 6, nodes=Nodes.blocks(4, 2))
 

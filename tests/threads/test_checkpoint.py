@@ -19,6 +19,7 @@ import ringfold
 from ringfold import CheckpointError, Checkpoints, Mesh, Pipeline, RandomStreams, run_local
 from ringfold.parallel.checkpoint.errors import Damaged
 from ringfold.parallel.checkpoint.manifest import Entry, Manifest, from_text, to_text
+from ringfold.parallel.checkpoint.samples import are_apart, samples_of
 from ringfold.parallel.checkpoint.shares import assign
 
 OPTIMIZERS = {
@@ -762,3 +763,24 @@ def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(tmp_path, kills):
     assert done.returncode == 0, done.stderr
     step, within = map(int, done.stdout.split())
     assert step > 0 and within > 0  # some were written, and some kills fell into the writing
+
+
+def test_tensors_are_apart_where_half_of_their_samples_are_far_from_each_other():
+    """By more than a sixteenth, as replicas of half width on other processors are not."""
+    ones = [1.0] * 8
+    assert are_apart([1.07] * 4 + ones[:4], ones) and are_apart(ones, [1.07] * 4 + ones[:4])
+    assert not are_apart([1.07] * 3 + ones[:5], ones)
+    assert not are_apart([1.06] * 8, ones) and not are_apart([float("nan")] * 8, ones)
+    assert are_apart([1e-9], [0.0]) and not are_apart([0.0], [0.0]) and not are_apart([], [])
+
+
+@pytest.mark.parametrize("number", [1, 7, 8, 9, 16, 100])
+def test_samples_are_evenly_spaced_however_a_tensor_lies(number):
+    row = torch.arange(float(2 * number))
+    tensors = {"whole": row, "turned": row.reshape(2, number).t().contiguous().t()}
+    tensors |= {"ints": row.long(), "none": row[:0], "sparse": row.to_sparse(), "half": row.half()}
+    found = samples_of(tensors)
+    step = max(1, 2 * number // 8)
+    assert found["whole"] == found["turned"] == row[::step][:8].tolist() == found["half"]
+    assert [found[name] for name in ("ints", "none", "sparse")] == [[], [], []]
+    assert samples_of({}) == {}
