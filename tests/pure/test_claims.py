@@ -254,3 +254,28 @@ def test_peers_that_are_called_alike_can_be_remembered() -> None:
     for judge in (verify, lambda s: price(s, 64, FLAT)):
         said = "round 1: the rule Loose cannot be hashed (unhashable type: 'list')"
         assert str(refusal(judge, chain)).startswith(said)
+
+
+@dataclass(frozen=True)
+class Counted(Listless):
+    """Not hashable, but alike to what is."""
+
+    def alike(self) -> Chunks:
+        return Rotated(0)
+
+
+@dataclass(frozen=True)
+class Shifted(Loose):
+    """The same of peers."""
+
+    def alike(self) -> Peers:
+        return Hop(self.source)
+
+
+@pytest.mark.parametrize("judge", [verify, lambda s: price(s, 64, FLAT)])
+def test_rules_are_to_be_remembered_themselves(judge: Any) -> None:
+    """Not only what they are alike to: a proven schedule is the key of what is known of it."""
+    gather = Schedule(ALLGATHER, 2, 2, (Round(Shift(1), Counted([])),))
+    assert "round 0: the rule Counted cannot be hashed" in str(refusal(judge, gather))
+    chain = Schedule(BROADCAST, 2, 1, (Round(Shifted(0), All()),))
+    assert "round 0: the rule Shifted cannot be hashed" in str(refusal(judge, chain))

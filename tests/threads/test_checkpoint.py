@@ -17,6 +17,7 @@ from torch import nn
 
 import ringfold
 from ringfold import CheckpointError, Checkpoints, Mesh, Pipeline, RandomStreams, run_local
+from ringfold.parallel.checkpoint import manifest
 from ringfold.parallel.checkpoint.errors import Damaged
 from ringfold.parallel.checkpoint.manifest import Entry, Manifest, from_text, to_text
 from ringfold.parallel.checkpoint.samples import are_apart, samples_of
@@ -784,3 +785,13 @@ def test_samples_are_evenly_spaced_however_a_tensor_lies(number):
     assert found["whole"] == found["turned"] == row[::step][:8].tolist() == found["half"]
     assert [found[name] for name in ("ints", "none", "sparse")] == [[], [], []]
     assert samples_of({}) == {}
+
+
+def test_a_manifest_of_another_format_is_refused_by_both_names(monkeypatch):
+    """Of a later version, whose checksum is right."""
+    monkeypatch.setattr(manifest, "FORMAT", "ringfold checkpoint 2")
+    text = to_text(Manifest(1, 1, {}, {}, {}))
+    monkeypatch.undo()
+    says = "expected format 'ringfold checkpoint 1', got 'ringfold checkpoint 2'"
+    with pytest.raises(Damaged, match=says):
+        from_text(text)
