@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -795,3 +796,17 @@ def test_a_manifest_of_another_format_is_refused_by_both_names(monkeypatch):
     says = "expected format 'ringfold checkpoint 1', got 'ringfold checkpoint 2'"
     with pytest.raises(Damaged, match=says):
         from_text(text)
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ({"v": {(1, 2): 3}}, "v: a tuple as a key cannot be kept"),
+        ({"v": torch.ones(2, dtype=torch.complex128)}, "tensor v: torch.complex128 has no place"),
+        ({"a/b": 1}, "expected names without slash or colon in a state, got 'a/b'"),
+        ({"a:b": 1}, "expected names without slash or colon in a state, got 'a:b'"),
+    ],
+)
+def test_what_has_no_place_in_a_checkpoint_is_refused_when_it_is_saved(tmp_path, state, says):
+    with pytest.raises(CheckpointError, match=re.escape(says)):
+        run_local(1, lambda comm: ringfold.save(tmp_path, state, comm))
