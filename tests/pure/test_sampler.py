@@ -5,7 +5,13 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from ringfold.parallel.sampler import GlobalBatchSampler, ShardSampler, epoch_order, part_bounds
+from ringfold.parallel.sampler import (
+    GlobalBatchSampler,
+    NoneIfEmpty,
+    ShardSampler,
+    epoch_order,
+    part_bounds,
+)
 
 COUNTS = (0, 1, 2, 3, 9, 10, 12)
 RANKS = (1, 2, 3, 4)
@@ -163,6 +169,11 @@ def test_what_is_no_whole_number_is_refused_at_once(make, told):
     """It was an error of NumPy's in the first iteration."""
     with pytest.raises(TypeError, match=told):
         make()
+
+
+def test_a_collate_of_ones_own_is_given_the_samples():
+    """torch.stack, by which it was tested, does what the default does."""
+    assert NoneIfEmpty(tuple)([1, 2]) == (1, 2) and NoneIfEmpty(tuple)([]) is None
 
 
 def test_unknown_tail():
