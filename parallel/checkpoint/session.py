@@ -163,7 +163,10 @@ class Checkpoints(Scope):
         return self._writing is not None and self._writing.running
 
     def wait(self) -> Path | None:
-        """Return when the checkpoint begun last is whole on the disk, with its path on rank 0."""
+        """Return when the checkpoint begun last is whole on the disk, with its path on rank 0.
+
+        Which warns of an old one that cannot be removed: it stays.
+        """
         writing = self._writing
         if writing is None:
             return None
@@ -185,6 +188,8 @@ class Checkpoints(Scope):
             raise
         self._writing = None
         self.writing += writing.seconds
+        if writing.stays:
+            warnings.warn(writing.stays, RuntimeWarning, stacklevel=2)
         return writing.path
 
     def load(self, state: Mapping[str, Any], step: int | None = None) -> Loaded:

@@ -26,6 +26,7 @@ __all__ = [
     "part_name",
     "places",
     "read_manifest",
+    "thin_out",
     "wrong_step",
 ]
 
@@ -105,20 +106,34 @@ def part_name(rank: int) -> str:
     return f"rank-{rank:05d}"
 
 
-def commit(partial: Partial, manifest: Manifest, keep: int | None) -> Path:
-    """Write the manifest, give the folder its name, and remove all but the newest `keep`."""
+def commit(partial: Partial, manifest: Manifest) -> Path:
+    """Write the manifest, and give the folder its name."""
     write_text(partial.path / MANIFEST, to_text(manifest))
     fsync_folder(partial.path)
     final = _name(partial.path, manifest.step)
     fsync_folder(final.parent)
     partial.release()
-    for place in places(final.parent)[keep:] if keep is not None else ():
+    return final
+
+
+def thin_out(root: Path, keep: int) -> str:
+    """Remove all but the newest `keep` checkpoints; return why one stays, or no text."""
+    problems = []
+    try:
+        old = places(root)[keep:]
+    except OSError as error:
+        return f"old checkpoints stay: {error}"
+    for place in old:
         # Renamed first, so that a kill does not leave half a checkpoint under a whole one's name.
         dying = place.path.with_name(f"{PARTIAL}old-{place.path.name}")
-        with suppress(FileNotFoundError):  # another run keeps as few, and was faster
+        try:
             place.path.rename(dying)
+        except FileNotFoundError:  # another run keeps as few, and was faster
+            pass
+        except OSError as error:  # such as another user's, where the folder has the sticky bit
+            problems.append(f"{place.path} is to go, but stays: {error.strerror}")
         remove(dying)
-    return final
+    return next(iter(problems), "")
 
 
 def _name(partial: Path, step: int) -> Path:

@@ -20,7 +20,7 @@ from torch import Tensor
 from .files import write_tensors, write_text
 from .manifest import Entry, Manifest
 from .partial import Partial
-from .store import commit, part_name
+from .store import commit, part_name, thin_out
 
 __all__ = ["Job", "Writing"]
 
@@ -48,13 +48,17 @@ class Job:
 
 
 class Writing:
-    """One checkpoint on its way to the disk, in a thread."""
+    """One checkpoint on its way to the disk, in a thread.
+
+    path: of the whole checkpoint, on rank 0.  stays: why an old one could not be removed then.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.seconds = 0.0
         self.error: str = ""
         self.path: Path | None = None
+        self.stays = ""
         self._own_done = threading.Event()
         self._own_error = ""
         self._given_up = threading.Event()
@@ -88,7 +92,9 @@ class Writing:
             self._own_done.set()
             if job.made is not None:
                 rows = [done, *(self._result_of(rank) for rank in range(1, job.num_ranks))]
-                self.path = commit(job.made, self._manifest(rows), job.keep)
+                self.path = commit(job.made, self._manifest(rows))
+                if job.keep is not None:
+                    self.stays = thin_out(self.path.parent, job.keep)
         except Exception as error:  # the waiter reports it, on all ranks
             self.error = f"{type(error).__name__}: {self._cause(error)}"
             if not self._own_done.is_set():

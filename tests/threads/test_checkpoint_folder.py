@@ -152,6 +152,34 @@ def test_two_that_take_the_same_number_at_once_get_two(tmp_path, monkeypatch):
     assert names(tmp_path) == ["000001-step-3", "000002-step-3"]
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_stays_and_the_new_one_counts(
+    tmp_path, monkeypatch
+):
+    """As another user's, where the folder has the sticky bit: every save was said to have failed,
+    although its checkpoint was whole, and others that were old enough stayed, too.
+    """
+    run_local(1, lambda comm: ringfold.save(tmp_path, numbers(1), comm, step=1))
+    rename = type(tmp_path).rename
+
+    def refuse(path, target):
+        if path.name == "000001-step-1":
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        return rename(path, target)
+
+    monkeypatch.setattr(type(tmp_path), "rename", refuse)
+
+    def main(comm):
+        checkpoints = Checkpoints(tmp_path, comm, keep=1)
+        for step in (2, 3, 4):
+            checkpoints.save(numbers(step), step)
+            checkpoints.wait()
+        return checkpoints.newest()
+
+    with pytest.warns(RuntimeWarning, match="1 is to go, but stays: Operation not permitted"):
+        assert run_local(2, main) == [4, 4]
+    assert names(tmp_path) == ["000001-step-1", "000004-step-4"]
+
+
 @pytest.mark.parametrize("step", [100.0, -1, "best", True, None, torch.tensor(3.0), np.int64(-2)])
 def test_a_step_that_would_not_be_found_again_is_refused_on_all_ranks(tmp_path, step):
     def main(comm):
