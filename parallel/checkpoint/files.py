@@ -22,7 +22,15 @@ from ..replicas import flat_bytes
 from .errors import Damaged
 from .manifest import Entry
 
-__all__ = ["DTYPES", "fsync_folder", "raw_bytes", "read_tensors", "write_tensors", "write_text"]
+__all__ = [
+    "DTYPES",
+    "METADATA",
+    "fsync_folder",
+    "raw_bytes",
+    "read_tensors",
+    "write_tensors",
+    "write_text",
+]
 
 DTYPES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",
@@ -45,6 +53,12 @@ DTYPES: Mapping[torch.dtype, str] = {
 }
 """What every release of the library reads that this package takes."""
 
+METADATA = "__metadata__"
+"""What a header keeps for texts; no tensor can have the name."""
+
+_LONGEST = 100_000_000
+"""Bytes of a header that the library reads."""
+
 _PIECE = 1 << 22
 """Bytes written and hashed at once, each without the interpreter lock."""
 
@@ -60,7 +74,8 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, dict[str, Entry]]:
     """Write contiguous host tensors to a new file, down to the disk; return bytes and entries.
 
-    OSError as the system gives it, such as for a full disk.
+    OSError as the system gives it, such as for a full disk. ValueError for more names than a file
+    can have.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, object] = {}
@@ -75,6 +90,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, dict[
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > _LONGEST:
+        raise ValueError(
+            f"the names and shapes of {len(names)} tensors take {len(text)} bytes, of which a "
+            f"safetensors file can have {_LONGEST}: spread them over more ranks"
+        )
     total = 8 + len(text) + offset
     entries = {}
     with path.open("xb", buffering=0) as file:

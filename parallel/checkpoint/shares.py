@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .errors import CheckpointError
-from .files import DTYPES
+from .files import DTYPES, METADATA
 from .samples import are_apart, samples_of
 from .state import Captured, parts_of
 
@@ -41,13 +41,17 @@ def captured_by(
         except Exception as error:  # code of the user's
             cause = cause or error
             complaints.append(f"{path} did not tell its state: {type(error).__name__}: {error}")
-    refused = ((name, _refusal(tensor)) for name, tensor in captured.tensors.items())
+    refused = ((name, _refusal(name, tensor)) for name, tensor in captured.tensors.items())
     complaints += [f"tensor {name}: {why}" for name, why in refused if why]
     return captured, next(iter(complaints), ""), cause
 
 
-def _refusal(tensor: Tensor) -> str:
+def _refusal(name: str, tensor: Tensor) -> str:
     """Return why a tensor cannot be kept, or no text."""
+    if name == METADATA:
+        return "safetensors files hold something else under this name"
+    if not _is_utf8(name):
+        return "a safetensors file holds no name that is not UTF-8"
     if is_lazy(tensor):
         return "a lazy layer has not made it yet"
     if tensor.is_meta:
@@ -56,6 +60,14 @@ def _refusal(tensor: Tensor) -> str:
         kind = "a nested one" if tensor.is_nested else str(tensor.layout)
         return f"expected a dense one, got {kind}"
     return "" if tensor.dtype in DTYPES else f"{tensor.dtype} has no place in a safetensors file"
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # of a lone surrogate
+        return False
+    return True
 
 
 def summary_of(captured: Captured, step: int | None = None) -> str:

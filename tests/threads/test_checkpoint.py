@@ -18,7 +18,7 @@ from torch import nn
 
 import ringfold
 from ringfold import CheckpointError, Checkpoints, Mesh, Pipeline, RandomStreams, run_local
-from ringfold.parallel.checkpoint import manifest
+from ringfold.parallel.checkpoint import files, manifest
 from ringfold.parallel.checkpoint.errors import Damaged
 from ringfold.parallel.checkpoint.manifest import Entry, Manifest, from_text, to_text
 from ringfold.parallel.checkpoint.samples import are_apart, samples_of
@@ -204,6 +204,40 @@ def test_a_scalar_of_numpys_comes_back_as_pythons(tmp_path, value):
 
     (found,) = run_local(1, main)
     assert type(found) is type(value.item()) and found == value
+
+
+@pytest.mark.parametrize(
+    ("state", "why"),
+    [
+        ({"__metadata__": torch.ones(2)}, "tensor __metadata__: safetensors files hold something"),
+        ({"v": {"\ud800": torch.ones(2)}}, r"tensor v/\\ud800: a safetensors file holds no name"),
+    ],
+)
+def test_a_name_that_a_file_cannot_hold_is_refused(tmp_path, state, why):
+    """It was saved, and no load ever read it."""
+
+    def main(comm):
+        with pytest.raises(CheckpointError, match=f"rank 1: {why}"):
+            ringfold.save(tmp_path, state if comm.rank else {}, comm)
+        plain = {"__metadata__": 1, "v": {"__metadata__": torch.ones(2), "\ud800": "\ud800"}}
+        ringfold.save(tmp_path, plain, comm)
+        same(dict(ringfold.load(tmp_path, dict.fromkeys(plain), comm).values), plain)
+
+    run_local(2, main)
+
+
+def test_more_names_than_a_file_can_have_are_refused(tmp_path, monkeypatch):
+    """As a million of them: the file was written, and no load ever read it."""
+    monkeypatch.setattr(files, "_LONGEST", 5_000)
+    few, many = ({f"{n:03}": torch.ones(()) for n in range(count)} for count in (100, 300))
+
+    def main(comm):
+        ringfold.save(tmp_path, {"v": few}, comm)
+        with pytest.raises(CheckpointError, match=r"150 tensors take .* bytes, of .* 5000"):
+            ringfold.save(tmp_path, {"v": many}, comm)
+
+    run_local(2, main)
+    assert [path.name for path in tmp_path.iterdir()] == ["000001-step-0"]
 
 
 @pytest.mark.parametrize(
