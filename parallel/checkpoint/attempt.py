@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ...comm.texts import gather_texts
-from .errors import CheckpointError, Damaged
+from .errors import CheckpointError, Damaged, text_of
 from .files import read_tensors
+from .fitting import wanted_by
 from .manifest import Manifest
 from .state import Part
 from .store import Place, read_manifest
@@ -31,6 +32,7 @@ class Attempt:
         self.place, self.parts = place, parts
         self.manifest: Manifest
         self.tensors: dict[str, Tensor] = {}
+        self._cause: Exception | None = None
 
     def problem(self, comm: Communicator) -> str | None:
         """Read, and return what is damaged, on any rank; None if nothing is.  Collective.
@@ -44,7 +46,7 @@ class Attempt:
             return str(damaged[0])
         misfit = next((row["misfit"] for row in rows if row["misfit"]), None)
         if misfit is not None:
-            raise CheckpointError(f"{path} does not fit: {misfit}")
+            raise CheckpointError(f"{path} does not fit: {misfit}") from self._cause
         wanted = {name for row in rows for name in row["wanted"]}
         for name, part in self.parts.items():
             inside = {n for n in self.manifest.tensors if n.startswith(f"{name}/")}
@@ -63,11 +65,11 @@ class Attempt:
             if not self.place.path.is_dir():
                 raise Damaged("this rank does not see the folder")
             self.manifest = read_manifest(self.place)
-            wanted = [name for part in self.parts.values() for name in part.wanted(self.manifest)]
+            wanted = wanted_by(self.parts, self.manifest)
             entries = {name: self.manifest.tensors[name] for name in wanted}
             self.tensors = read_tensors(self.place.path, self.manifest.files, entries)
         except Damaged as error:
             damaged = str(error)
-        except CheckpointError as error:
-            misfit = str(error)
+        except Exception as error:  # such as a MemoryError: the others wait to be told
+            misfit, self._cause = text_of(error), error
         return json.dumps({"damaged": damaged, "misfit": misfit, "wanted": wanted})

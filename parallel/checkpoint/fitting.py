@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError
+from .errors import CheckpointError, text_of
 from .files import DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
     from .manifest import Entry, Manifest
+    from .state import Part
 
-__all__ = ["entry_at", "fit", "fit_shared", "value_at"]
+__all__ = ["entry_at", "fit", "fit_shared", "value_at", "wanted_by"]
 
 
 def entry_at(manifest: Manifest, path: str) -> Entry:
@@ -62,3 +63,19 @@ def value_at(manifest: Manifest, path: str) -> Any:
     if path not in manifest.values:
         raise CheckpointError(f"{path}: {manifest.title} has no such value")
     return manifest.values[path]
+
+
+def wanted_by(parts: Mapping[str, Part], manifest: Manifest) -> list[str]:
+    """Return the tensors that this rank needs of a checkpoint, not collectively.
+
+    CheckpointError if one does not fit, or an object does not tell what it is.
+    """
+    found = []
+    for path, part in parts.items():
+        try:
+            found += part.wanted(manifest)
+        except CheckpointError:
+            raise
+        except Exception as error:  # code of the user's
+            raise CheckpointError(f"{path} did not tell its state: {text_of(error)}") from error
+    return found

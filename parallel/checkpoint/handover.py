@@ -17,13 +17,13 @@ from torch import Tensor
 from ...comm.texts import gather_texts
 from ..replicas import flat_bytes
 from ..sharded_optimizer import ShardedOptimizer
-from .agreement import agree
-from .errors import CheckpointError
+from .agreement import agree, together
 from .files import DTYPES
+from .fitting import wanted_by
 from .manifest import HANDED_OVER, Entry, Manifest
 from .restoring import restored
 from .shares import captured_by, share_out, summary_of
-from .state import parts_of
+from .state import Part, parts_of
 
 if TYPE_CHECKING:
     from ...comm.communicator import Communicator
@@ -54,14 +54,12 @@ def hand_over(comm: Communicator, old: Mapping[str, Any], new: Mapping[str, Any]
     kinds = {name: kind for row in rows for name, kind in row["tensors"].items()}
     entries = {n: Entry("", dtype, tuple(shape), "") for n, (_, dtype, shape) in kinds.items()}
     manifest = Manifest(HANDED_OVER, comm.size, {}, entries, values)
-    parts = parts_of(new, comm.rank, comm.size)
-    wanted: set[str] = set()
-    complaint = ""
-    try:
-        wanted = {name for part in parts.values() for name in part.wanted(manifest)}
-    except CheckpointError as error:
-        complaint = str(error)
-    agree(comm, complaint, _WHAT)
+
+    def look() -> tuple[dict[str, Part], set[str]]:
+        parts = parts_of(new, comm.rank, comm.size)
+        return parts, set(wanted_by(parts, manifest))
+
+    parts, wanted = together(comm, _WHAT, look)
     tensors = _send(comm, owners, captured.tensors, entries, wanted)
     return restored(comm, _WHAT, parts, manifest, tensors)
 

@@ -193,18 +193,9 @@ class OptimizerPart:
         except TypeError as error:
             raise CheckpointError(f"{self.path}: {error}") from None
 
-    def _fit_dict(self) -> None:
-        """Raise CheckpointError if the optimizer does not tell what its parameters are called."""
-        try:
-            frame = self._frame()
-        except Exception as error:  # code of the user's
-            told = f"{type(error).__name__}: {error}"
-            raise CheckpointError(f"{self.path} did not tell its state: {told}") from error
-        self._ids(frame)
-
     def wanted(self, manifest: Manifest) -> list[str]:
         self._fit_kind(manifest)
-        self._fit_dict()
+        self._ids(self._frame())  # refused where it does not tell what its parameters are called
         found = references(manifest.values.get(f"{self.path}/beside"))
         for index, names in enumerate(self._saved(manifest)):
             home = self._saved_group(manifest, index, names)
@@ -255,7 +246,7 @@ def _told(kind: dict[str, Any]) -> str:
 def _digest(hyper: dict[str, Any], path: str) -> str:
     """Return a short digest of hyper-parameters, the same for every group that has the same.
 
-    path: for the TypeError of a value that cannot be kept.
+    path: for the CheckpointError of a value that cannot be kept.
     """
     tensors: dict[str, Tensor] = {}
     found = hashlib.sha256(json.dumps(encode(hyper, path, tensors)).encode())

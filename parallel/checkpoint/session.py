@@ -18,9 +18,9 @@ from ...comm.arguments import seconds, whole
 from ...comm.scope import Scope
 from ...comm.texts import gather_texts
 from ..demands import require_comm
-from .agreement import agree
+from .agreement import agree, together
 from .attempt import Attempt
-from .errors import CheckpointError
+from .errors import CheckpointError, text_of
 from .partial import Partial, make_partial
 from .restoring import restored
 from .shares import captured_by, share_out, summary_of
@@ -115,8 +115,8 @@ class Checkpoints(Scope):
             complaint = ""
             try:
                 copies = self._snapshot.take(mine)
-            except (OSError, MemoryError) as error:
-                complaint = f"no memory for copies of the state: {error}"
+            except Exception as error:  # no memory, on the host or on a GPU
+                complaint = f"no copies of the state: {text_of(error)}"
             folder, made = self._open(step, nbytes, complaint)
             self._writing = Writing(
                 Job(
@@ -202,10 +202,12 @@ class Checkpoints(Scope):
         Waits for what is being written. The folder may be a checkpoint itself, such as a copy.
         CheckpointError where none is whole, or one does not fit.
         """
-        parts = parts_of(state, self.comm.rank, self.comm.size)
+        comm = self.comm
+        what = f"loading from {self.folder}"
+        parts = together(comm, what, lambda: parts_of(state, comm.rank, comm.size))
         attempt, damaged = self._newest_whole(parts, step)
         place = attempt.place
-        values = restored(self.comm, str(place.path), parts, attempt.manifest, attempt.tensors)
+        values = restored(comm, str(place.path), parts, attempt.manifest, attempt.tensors)
         return Loaded(place.step, place.path, values, damaged)
 
     def _newest_whole(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .errors import CheckpointError
+from .errors import CheckpointError, text_of
 from .files import DTYPES, METADATA
 from .samples import are_apart, samples_of
 from .state import Captured, parts_of
@@ -28,19 +28,19 @@ def captured_by(
     captured = Captured()
     try:
         parts = parts_of(state, comm.rank, comm.size)
-    except TypeError as error:
-        return captured, str(error), error
+    except Exception as error:
+        return captured, text_of(error), error
     complaints: list[str] = []
     cause: Exception | None = None
     # To the end in any case: to capture a part may be collective, and others may see no fault.
     for path, part in parts.items():
         try:
             part.capture(captured)
-        except (TypeError, CheckpointError) as error:
+        except CheckpointError as error:
             complaints.append(str(error))
         except Exception as error:  # code of the user's
             cause = cause or error
-            complaints.append(f"{path} did not tell its state: {type(error).__name__}: {error}")
+            complaints.append(f"{path} did not tell its state: {text_of(error)}")
     refused = ((name, _refusal(name, tensor)) for name, tensor in captured.tensors.items())
     complaints += [f"tensor {name}: {why}" for name, why in refused if why]
     return captured, next(iter(complaints), ""), cause

@@ -18,6 +18,7 @@ from ..data_parallel import DataParallel
 from ..pipeline import Pipeline
 from ..sharded_optimizer import ShardedOptimizer
 from .carried_part import CarriedPart
+from .errors import CheckpointError
 from .fitting import entry_at, fit, fit_shared, value_at
 from .loading import is_extra, loaded_by_code
 from .manifest import Manifest
@@ -52,7 +53,7 @@ class Part(Protocol):
     """Whether every tensor of the checkpoint under this name must be wanted by some rank."""
 
     def capture(self, into: Captured) -> None:
-        """Add this rank's tensors and values; TypeError for what cannot be kept."""
+        """Add this rank's tensors and values; CheckpointError for what cannot be kept."""
 
     def wanted(self, manifest: Manifest) -> list[str]:
         """Return the tensors that this rank needs; CheckpointError if one does not fit."""
@@ -148,12 +149,12 @@ class Value:
 
 
 def parts_of(state: Mapping[str, Any], rank: int, num_ranks: int) -> dict[str, Part]:
-    """Choose how each object of a state is kept; TypeError for a name that holds a slash."""
+    """Choose how each object of a state is kept; CheckpointError for a name that holds a slash."""
     names = names_of(state)
     parts: dict[str, Part] = {}
     for path, value in state.items():
         if not isinstance(path, str) or not path or "/" in path or ":" in path:
-            raise TypeError(f"expected names without slash or colon in a state, got {path!r}")
+            raise CheckpointError(f"expected names without slash or colon in a state, got {path!r}")
         if isinstance(value, nn.Module) or hasattr(value, "named_parameters"):
             parts[path] = Model(path, value)
             for place, engine in _engines(value, num_ranks):

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import CheckpointError
+
 __all__ = ["decode", "encode", "references"]
 
 _TUPLE, _FLOAT, _TENSOR, _KEYS = "tuple", "float", "tensor", "mapping"
@@ -23,15 +25,15 @@ def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     And of Counter, by which torch's MultiStepLR has its milestones, torch's dtypes, and NumPy's
     arrays of numbers. What comes from one of these classes comes back as it: a named tuple as a
     tuple.
-    Tensors are put into `tensors` under their path. TypeError names the path of anything else, and
-    the places of two tensors whose keys make one path.
+    Tensors are put into `tensors` under their path. CheckpointError names the path of anything
+    else, and the places of two tensors whose keys make one path.
     """
     places: dict[str, str] = {}
 
     def put(tensor: Tensor, path: str, place: str) -> None:
         if path in tensors:
             other = places.get(path, "another tensor of the state")
-            raise TypeError(f"{place} and {other} would both be kept as {path}")
+            raise CheckpointError(f"{place} and {other} would both be kept as {path}")
         tensors[path], places[path] = tensor, place
 
     return _encode(value, path, path, put)
@@ -64,13 +66,15 @@ def _encode(value: Any, path: str, place: str, put: Callable[[Tensor, str, str],
         case torch.dtype():
             return {_DTYPE: str(value).removeprefix("torch.")}
         case np.ma.MaskedArray():  # before arrays, which it is one of
-            raise TypeError(f"{path}: a masked array cannot be kept; keep its data and its mask")
+            raise CheckpointError(
+                f"{path}: a masked array cannot be kept; keep its data and its mask"
+            )
         case np.ndarray() if value.ndim:
             put(_tensor_of(value, path), path, place)
             return {_ARRAY: path}
         case _ if hasattr(value, "item") and getattr(value, "shape", None) == ():
             return _encode(value.item(), path, place, put)  # a NumPy scalar
-    raise TypeError(f"{path}: a {type(value).__name__} cannot be kept without pickle")
+    raise CheckpointError(f"{path}: a {type(value).__name__} cannot be kept without pickle")
 
 
 def decode(value: Any, tensor: Callable[[str], Any]) -> Any:
@@ -107,7 +111,7 @@ def _tensor_of(array: np.ndarray[Any, Any], path: str) -> Tensor:
     try:
         return torch.from_numpy(np.array(array, order="C"))
     except (TypeError, ValueError):  # of text, objects, dates, or another machine's byte order
-        raise TypeError(f"{path}: an array of {array.dtype} cannot be kept") from None
+        raise CheckpointError(f"{path}: an array of {array.dtype} cannot be kept") from None
 
 
 def _array_of(found: Any) -> Any:
@@ -117,5 +121,6 @@ def _array_of(found: Any) -> Any:
 
 def _key(key: Any, path: str) -> str | int:
     if not isinstance(key, (str, int)):
-        raise TypeError(f"{path}: a {type(key).__name__} as a key cannot be kept without pickle")
+        kind = type(key).__name__
+        raise CheckpointError(f"{path}: a {kind} as a key cannot be kept without pickle")
     return key

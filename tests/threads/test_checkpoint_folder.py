@@ -399,7 +399,7 @@ def test_what_keeps_one_rank_from_writing_is_told_at_once(tmp_path, monkeypatch,
     told = {
         "result": "rank 1: OSError: .* No space left on device",
         "folder": "rank 0: FileNotFoundError: .* has been removed",
-        "memory": "rank 1: no memory for copies of the state",
+        "memory": "rank 1: no copies of the state: MemoryError",
     }[what.split()[0]]
 
     def main(comm):

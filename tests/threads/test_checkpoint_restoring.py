@@ -8,6 +8,9 @@ from torch import nn
 
 import ringfold
 from ringfold import CheckpointError, Mesh, Pipeline, run_local
+from ringfold.parallel.checkpoint import attempt
+from ringfold.parallel.checkpoint.handover import hand_over
+from ringfold.parallel.checkpoint.snapshot import Snapshot
 
 
 class Kept:
@@ -168,6 +171,93 @@ def test_an_object_that_does_not_tell_its_state_on_one_rank_is_told_on_all(tmp_p
 
     run_local(2, main)
     assert [*tmp_path.iterdir()] == []
+
+
+class Mute(Times):
+    """A module that at times does not tell its state."""
+
+    error = None
+
+    def state_dict(self, *given, **named):
+        if self.error is not None:
+            raise self.error
+        return super().state_dict(*given, **named)
+
+
+@pytest.mark.parametrize("how", ["load", "hand_over"])
+def test_a_module_that_does_not_tell_what_it_needs_on_one_rank_is_told_on_all(tmp_path, how):
+    """It was a bare error there, and the others waited for a rank that had gone on."""
+
+    def main(comm):
+        old, new = Mute(2), Mute(3)
+        ringfold.save(tmp_path, {"m": old}, comm)
+        new.error = RuntimeError("no server") if comm.rank else None
+        with pytest.raises(CheckpointError) as caught:
+            if how == "load":
+                ringfold.load(tmp_path, {"m": new}, comm)
+            else:
+                hand_over(comm, {"m": old}, {"m": new})
+        assert new.w == 3
+        cause = caught.value.__cause__ and caught.value.__cause__.__cause__
+        return str(caught.value), type(cause)
+
+    (text, nothing), (same, cause) = run_local(2, main)
+    assert text == same and (nothing, cause) == (type(None), RuntimeError)
+    assert text.endswith("m did not tell its state: RuntimeError: no server")
+
+
+@pytest.mark.parametrize("state", [{"a/b": None}, None])
+def test_a_state_that_is_none_on_one_rank_is_told_on_all(tmp_path, state):
+    """`load` raised on that rank alone."""
+
+    def main(comm):
+        ringfold.save(tmp_path, {"v": 1}, comm)
+        given = state if comm.rank else {"v": None}
+        for use in (ringfold.load, ringfold.save):
+            with pytest.raises(CheckpointError, match=r"rank 1: (expected names|Attrib)"):
+                use(tmp_path, given, comm)
+
+    run_local(2, main)
+
+
+def test_an_object_that_fails_without_a_word_is_not_left_out(tmp_path):
+    """A TypeError without text was no complaint: all was saved but the object's state."""
+
+    def main(comm):
+        mute = Mute(2)
+        mute.error = TypeError()
+        with pytest.raises(CheckpointError, match="rank 0: m did not tell its state: TypeError"):
+            ringfold.save(tmp_path, {"m": mute}, comm)
+
+    run_local(1, main)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory")])
+def test_a_rank_without_memory_to_read_or_copy_is_told_on_all(tmp_path, monkeypatch, error):
+    """The others waited for it."""
+    read, take = attempt.read_tensors, Snapshot.take
+
+    def short(call):
+        def instead(*given):
+            if any(isinstance(names, dict) and "m1/w" in names for names in given):
+                raise error
+            return call(*given)
+
+        return instead
+
+    def main(comm):
+        state = {f"m{comm.rank}": Times(2)}
+        ringfold.save(tmp_path, state, comm)
+        comm.barrier()
+        if comm.rank == 0:
+            monkeypatch.setattr(attempt, "read_tensors", short(read))
+            monkeypatch.setattr(Snapshot, "take", short(take))
+        comm.barrier()
+        for use in (ringfold.load, ringfold.save):
+            with pytest.raises(CheckpointError, match=type(error).__name__):
+                use(tmp_path, state, comm)
+
+    run_local(2, main)
 
 
 def test_two_values_of_a_weight_that_stages_share_are_refused(tmp_path):
