@@ -18,13 +18,16 @@ __all__ = ["decode", "encode", "references"]
 _TUPLE, _FLOAT, _TENSOR, _KEYS = "tuple", "float", "tensor", "mapping"
 _COUNTER, _ARRAY, _DTYPE = "counter", "array", "dtype"
 
+_BITS = 14_000
+"""Of an int at most: Python writes and reads no more than 4300 digits."""
+
 
 def encode(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Return JSON for a nesting of dict, list, tuple, str, int, float, bool, None and tensors.
 
     And of Counter, by which torch's MultiStepLR has its milestones, torch's dtypes, and NumPy's
     arrays of numbers. What comes from one of these classes comes back as it: a named tuple as a
-    tuple.
+    tuple, and NumPy's single bool, int or float as Python's.
     Tensors are put into `tensors` under their path. CheckpointError names the path of anything
     else, and the places of two tensors whose keys make one path.
     """
@@ -51,6 +54,8 @@ def _encode(value: Any, path: str, place: str, put: Callable[[Tensor, str, str],
             return {_TENSOR: path}
         case None | bool() | str():
             return value
+        case int() if value.bit_length() > _BITS:
+            raise CheckpointError(f"{path}: a number of {value.bit_length()} bits cannot be kept")
         case int():
             return int(value)
         case float():
@@ -69,11 +74,11 @@ def _encode(value: Any, path: str, place: str, put: Callable[[Tensor, str, str],
             raise CheckpointError(
                 f"{path}: a masked array cannot be kept; keep its data and its mask"
             )
-        case np.ndarray() if value.ndim:
+        case np.ndarray():
             put(_tensor_of(value, path), path, place)
             return {_ARRAY: path}
-        case _ if hasattr(value, "item") and getattr(value, "shape", None) == ():
-            return _encode(value.item(), path, place, put)  # a NumPy scalar
+        case _ if _is_scalar(value) and isinstance(plain := value.item(), (bool, int, float)):
+            return _encode(plain, path, place, put)
     raise CheckpointError(f"{path}: a {type(value).__name__} cannot be kept without pickle")
 
 
@@ -112,6 +117,15 @@ def _tensor_of(array: np.ndarray[Any, Any], path: str) -> Tensor:
         return torch.from_numpy(np.array(array, order="C"))
     except (TypeError, ValueError):  # of text, objects, dates, or another machine's byte order
         raise CheckpointError(f"{path}: an array of {array.dtype} cannot be kept") from None
+
+
+def _is_scalar(value: Any) -> bool:
+    """Tell whether a value is NumPy's way of one bool, int or float, or CuPy's.
+
+    Not of what `item` gives an int for that is none, such as the nanoseconds of a date.
+    """
+    kind = getattr(getattr(value, "dtype", None), "kind", "")
+    return kind in ("b", "i", "u", "f") and getattr(value, "shape", None) == ()
 
 
 def _array_of(found: Any) -> Any:

@@ -245,13 +245,21 @@ def test_more_names_than_a_file_can_have_are_refused(tmp_path, monkeypatch):
     [
         (np.ma.masked_array([1, 2], [0, 1]), "v/a: a masked array cannot be kept"),
         (np.ma.masked, "v/a: a masked array cannot be kept"),
+        (np.datetime64("2024-01-01", "ns"), "v/a: a datetime64 cannot be kept"),
+        (np.timedelta64(5, "ns"), "v/a: a timedelta64 cannot be kept"),
+        (np.zeros(1, "i4,f8")[0], "v/a: a void cannot be kept"),
+        (np.longdouble(1), "v/a: a (longdouble|float128) cannot be kept"),
+        (np.array(1, "m8[ns]"), r"v/a: an array of timedelta64\[ns\] cannot be kept"),
+        pytest.param(1 << 20_000, "v/a: a number of 20001 bits cannot be kept", id="wide"),
         (torch.ones(3, device="meta"), "tensor v/a: on the meta device it has no values"),
         (nn.LazyLinear(2).weight, "tensor v/a: a lazy layer has not made it yet"),
         (torch.ones(3).to_sparse(), "tensor v/a: expected a dense one, got torch.sparse_coo"),
     ],
 )
 def test_what_would_lose_something_or_has_no_values_is_refused_by_its_path(tmp_path, value, why):
-    """A mask was lost without a word; a tensor without memory ended one rank, without its name."""
+    """Masks, fields and units were lost without a word; a tensor without memory, or a number of
+    very many digits, ended one rank, without its name.
+    """
 
     def main(comm):
         with pytest.raises(CheckpointError, match=rf"rank 1: {why}"):
@@ -312,17 +320,33 @@ def test_plain_values_under_such_keys_come_back(tmp_path):
 
 
 def test_none_is_a_value_and_arrays_come_back_as_arrays(tmp_path):
+    """One of no dimension came back as a float."""
     order = np.arange(12, dtype=np.int16).reshape(3, 4)[::-1]
+    one = np.array(2.5, np.float32)
 
     def main(comm):
-        ringfold.save(tmp_path, {"best": None, "order": order}, comm)
-        found = ringfold.load(tmp_path, {"best": 7, "order": None}, comm).values
+        ringfold.save(tmp_path, {"best": None, "order": order, "one": one}, comm)
+        found = ringfold.load(tmp_path, {"best": 7, "order": None, "one": None}, comm).values
+        assert isinstance(found["one"], np.ndarray) and found["one"].dtype == one.dtype
+        assert found["one"].shape == () and found["one"] == one
         assert found["best"] is None and found["order"].dtype == order.dtype
         np.testing.assert_array_equal(found["order"], order)
         with pytest.raises(CheckpointError, match=r"v/0: an array of <U1 cannot be kept"):
             ringfold.save(tmp_path, {"v": [np.array(["a", "b"])]}, comm)
 
     run_local(2, main)
+
+
+@pytest.mark.parametrize(
+    ("value", "plain"),
+    [(np.bool_(True), True), (np.uint8(7), 7), (np.float32(0.5), 0.5), (np.float64(0.1), 0.1)],
+)
+def test_numbers_of_numpy_come_back_as_those_of_python(tmp_path, value, plain):
+    def main(comm):
+        ringfold.save(tmp_path, {"v": [value]}, comm)
+        same(ringfold.load(tmp_path, {"v": None}, comm).values["v"], [plain])
+
+    run_local(1, main)
 
 
 def test_a_scheduler_of_milestones_goes_on(tmp_path):
