@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .agree import settle
 from .options import UsageError
 
 if TYPE_CHECKING:
@@ -32,7 +35,7 @@ class Dump:
 
         again: the run goes on, and the dump with it.
 
-        Raises: UsageError where it cannot be made, or holds a dump already.
+        Raises: UsageError where it cannot be made or written, or holds a dump already.
         """
         self.folder, self.mesh, self.engine = folder, mesh, engine
         if mesh.data.rank == 0 and mesh.pipe.rank == 0 and not again:
@@ -42,9 +45,19 @@ class Dump:
                 raise UsageError(f"--dump {folder}: {error.strerror}") from None
             if any(folder.glob("step*.safetensors")):
                 raise UsageError(f"--dump {folder} holds a dump already; name another folder")
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise UsageError(f"--dump {folder} may not be written")
 
     def after(self, step: int) -> None:
-        """Write what step number `step`, from 1 on, has made of the weights."""
+        """Write what step number `step`, from 1 on, has made of the weights.
+
+        Collective.  UsageError on all ranks where one cannot, as for a full disk: who asks for a
+        dump trains for its sake.
+        """
+        settle(self.mesh.comm, lambda: self._write(step))
+
+    def _write(self, step: int) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         if self.mesh.data.rank != 0:
@@ -53,4 +66,10 @@ class Dump:
             name: parameter.detach().contiguous().clone()
             for name, parameter in self.engine.named_parameters()
         }
-        save_file(tensors, self.folder / _PATTERN.format(step=step, stage=self.mesh.pipe.rank))
+        path = self.folder / _PATTERN.format(step=step, stage=self.mesh.pipe.rank)
+        try:
+            save_file(tensors, path)
+        except (OSError, SafetensorError) as error:  # the library's, of a full disk, too
+            with suppress(OSError):  # half a file would be no step that `compare` can read
+                path.unlink()
+            raise UsageError(f"cannot write the dump: {path}: {error}") from None
