@@ -20,7 +20,10 @@ from .dtypes import DTYPES, DType, dtype_named
 
 Bytes = npt.NDArray[np.uint8]
 Stream = int
-"""A stream's handle, as CUDA counts them: 1 is the legacy default stream."""
+"""A stream's handle, as CUDA counts them: 1 is the legacy default stream.
+
+A device's are of a class of their own, which keeps the stream.
+"""
 
 LEGACY_STREAM = 1
 
@@ -80,7 +83,10 @@ class Device(Protocol):
         ...
 
     def caller(self, array: DeviceArray) -> Stream:
-        """Return the stream that the caller's own work on an array goes to at this moment."""
+        """Return the stream that the caller's own work on an array goes to at this moment.
+
+        It lives as long as the handle, as one of `make_stream` does: keep that, and not its number.
+        """
         ...
 
     def make_stream(self) -> Stream:

@@ -4,7 +4,8 @@ It stands in for what `ringfold.comm.transport` calls of CuPy and of CUDA's runt
 arguments, and is as strict: an address outside of every allocation, a handle of this very process,
 an event that is not for other processes, or memory that is registered twice are errors. What is put
 on a stream runs a little later, and each stream on its own, so that what is not ordered by events
-goes wrong. In Numba's simulator, kernels run on these streams as well.
+goes wrong. A stream is destroyed with the last reference to it, as CuPy's are, and may then not be
+named again. In Numba's simulator, kernels run on these streams as well.
 
     fake_cupy.install(folder)   # a folder of this job alone; before anything imports cupy
     pytest -p fake_cupy tests/gpu/test_staged_gpu.py    # tests of a GPU, without one
@@ -39,8 +40,9 @@ HANDLE_BYTES = 64
 MPS_ENABLED = 133
 
 
-NOT_READY, ILLEGAL_ADDRESS = 600, 700
+INVALID_HANDLE, NOT_READY, ILLEGAL_ADDRESS = 400, 600, 700
 ERRORS = {
+    INVALID_HANDLE: "cudaErrorInvalidResourceHandle: invalid resource handle",
     NOT_READY: "cudaErrorNotReady: device not ready",
     ILLEGAL_ADDRESS: "cudaErrorIllegalAddress: an illegal memory access was encountered",
 }
@@ -77,10 +79,11 @@ class SharedWords:
 
 
 class Worker:
-    """One stream: runs its jobs in their order, late."""
+    """One stream: runs its jobs in their order, late; also those of before it was destroyed."""
 
     def __init__(self) -> None:
-        self.jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.destroyed = False
         self.failed: BaseException | None = None
         self._random = random.Random(id(self))
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -89,16 +92,23 @@ class Worker:
     def _run(self) -> None:
         while True:
             job = self.jobs.get()
+            if job is None:
+                return
             time.sleep((1 + self._random.random()) / 2 * LATE)
             try:
                 job()
             except BaseException as error:  # told by whoever synchronises
                 self.failed = error
 
+    def destroy(self) -> None:
+        self.destroyed = True
+        self.jobs.put(None)
+
     def synchronize(self) -> None:
         ended = threading.Event()
         self.jobs.put(ended.set)
-        ended.wait()
+        while not ended.wait(0.01) and self.thread.is_alive():
+            continue
         if self.failed is not None:
             raise CUDARuntimeError(f"a job of this stream failed: {self.failed!r}")
 
@@ -121,6 +131,7 @@ class Runtime:
         self._events: dict[int, tuple[str, SharedWords, bool]] = {}
         self._workers: dict[int, Worker] = {}
         self._numbers = itertools.count(2)
+        self._streams = itertools.count(100)
         self._lock = threading.RLock()
 
     # -- memory ------------------------------------------------------------------------------
@@ -231,14 +242,35 @@ class Runtime:
 
     # -- streams and events ------------------------------------------------------------------
 
+    @property
+    def streams(self) -> list[int]:
+        """Return the streams that there are, but for the default one."""
+        with self._lock:
+            return [
+                one for one, worker in self._workers.items() if not worker.destroyed and one > 1
+            ]
+
+    def streamCreateWithFlags(self, flags: int) -> int:
+        with self._lock:
+            stream = next(self._streams)
+            self._workers[stream] = Worker()
+            return stream
+
+    def streamDestroy(self, stream: int) -> None:
+        """As CUDA's, which returns at once; what is on the stream still runs."""
+        self.worker(stream).destroy()
+
     def put(self, stream: int, job: Callable[[], Any]) -> None:
         self.worker(stream).jobs.put(job)
 
     def worker(self, stream: int) -> Worker:
         with self._lock:
-            if (stream or 1) not in self._workers:
-                self._workers[stream or 1] = Worker()
-            return self._workers[stream or 1]
+            worker = self._workers.get(stream or 1)
+            if worker is None and stream in (0, 1):
+                worker = self._workers[1] = Worker()
+            if worker is None or worker.destroyed:
+                raise CUDARuntimeError(INVALID_HANDLE)
+            return worker
 
     def make_event(self, interprocess: bool) -> int:
         name = f"{os.getpid()}-event-{next(self._numbers)}"
@@ -330,7 +362,7 @@ _CURRENT = threading.local()
 def current_stream() -> int:
     """Return the handle of this thread's current stream; 0 for the default one."""
     stack = getattr(_CURRENT, "stack", [])
-    return stack[-1] if stack else 0
+    return stack[-1].ptr if stack else 0
 
 
 def module(runtime: Runtime) -> Any:
@@ -348,13 +380,17 @@ def module(runtime: Runtime) -> Any:
             return None
 
     class Stream:
-        numbers = itertools.count(100)
+        null: Any = None
 
         def __init__(self, null: bool = False, non_blocking: bool = False) -> None:
-            self.ptr = 0 if null else next(self.numbers)
+            self.ptr = 0 if null else runtime.streamCreateWithFlags(int(non_blocking))
+
+        def __del__(self) -> None:
+            if self.ptr:
+                runtime.streamDestroy(self.ptr)
 
         def __enter__(self) -> Stream:
-            _CURRENT.stack = [*getattr(_CURRENT, "stack", []), self.ptr]
+            _CURRENT.stack = [*getattr(_CURRENT, "stack", []), self]
             return self
 
         def __exit__(self, *_: object) -> None:
@@ -362,6 +398,8 @@ def module(runtime: Runtime) -> Any:
 
         def synchronize(self) -> None:
             runtime.streamSynchronize(self.ptr)
+
+    Stream.null = Stream(null=True)
 
     class Event:
         def __init__(
@@ -538,7 +576,7 @@ def module(runtime: Runtime) -> Any:
         Event=Event,
         UnownedMemory=UnownedMemory,
         MemoryPointer=MemoryPointer,
-        get_current_stream=lambda: SimpleNamespace(ptr=current_stream()),
+        get_current_stream=lambda: (getattr(_CURRENT, "stack", [])[-1:] or [Stream.null])[0],
     )
     made_module: Any = types.ModuleType("cupy")
     made_module.fake, made_module.__version__ = True, "14, pretended"

@@ -17,13 +17,15 @@ from typing import Any
 from ..buffer import element_of
 from ..device import LEGACY_STREAM, Bytes, DeviceArray, Event, Stream, library_of
 from ..errors import CommError
+from . import cuda_stream
 from .cuda_arithmetic import CudaArithmetic
 from .cuda_ipc import CudaPeering
 from .cuda_memory import CudaMemory
 
 _CURRENT: Mapping[str, Callable[[Any, int], int]] = MappingProxyType(
     {
-        "cupy": lambda cupy, ordinal: int(cupy.cuda.get_current_stream().ptr),
+        "cupy": lambda cupy, ordinal: cuda_stream.current(cupy),
+        # Never destroyed: torch has a pool of them.
         "torch": lambda torch, ordinal: int(torch.cuda.current_stream(ordinal).cuda_stream),
     }
 )
@@ -144,9 +146,12 @@ class CudaDevice:
         return None if why else CudaArithmetic(self._cupy, self._ordinal, self._memory)
 
     def caller(self, array: DeviceArray) -> Stream:
-        """Return the stream that the array names, else its library's current one."""
+        """Return the stream that the array names, else its library's current one.
+
+        It lives as long as what is returned: a program may leave it during an operation.
+        """
         if array.stream is not None:
-            return array.stream
+            return cuda_stream.named(self._cupy, array)
         family = library_of(array.owner)
         current = _CURRENT.get(family)
         if current is None:

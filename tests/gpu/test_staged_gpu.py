@@ -83,6 +83,26 @@ def test_uneven_rows(size: int) -> None:
     run(size, lambda comm: check_uneven_rows(comm, cupy.asarray))
 
 
+def test_a_stream_may_be_left_before_the_wait() -> None:
+    """CuPy destroys it then, unless an operation that is to follow it keeps it."""
+    import cupy
+
+    def main(comm: Communicator) -> None:
+        other = 1 - comm.rank
+        with cupy.cuda.Stream(non_blocking=True):
+            x, y = cupy.full(1000, 1.0, cupy.float32), cupy.zeros(1000, cupy.float32)
+            works = [
+                comm.allreduce(x, blocking=False),
+                comm.isend(cupy.full(1000, 3.0, cupy.float32), other),
+                comm.irecv(y, other),
+            ]
+        for work in works:
+            work.wait()
+        assert bool((x == 2).all()) and bool((y == 3).all())
+
+    run(2, main)
+
+
 def test_more_than_many_windows() -> None:
     import cupy
 

@@ -1,5 +1,6 @@
 """What can be told of the CUDA device without one: the map of ranks, and what is missing."""
 
+import gc
 import sys
 import threading
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 from fake_device import FakeArray, FakeGpu
 
 from ringfold import CommError, run_local
-from ringfold.comm.device import LEGACY_STREAM, describe
-from ringfold.comm.device_wait import reached, wait_here
+from ringfold.comm.device import LEGACY_STREAM, DeviceArray, describe
+from ringfold.comm.device_wait import following, reached, wait_here
+from ringfold.comm.dtypes import DTYPES
 from ringfold.comm.transport.device import CudaDevice, load_cupy, ordinal_of
 
 
@@ -66,7 +68,10 @@ def current(stream: int) -> Any:
 
 def test_the_callers_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one that the array names comes first; torch's arrays name none, so torch is asked."""
-    cuda = SimpleNamespace(runtime=None, Device=lambda ordinal: None)
+    null = SimpleNamespace(ptr=0)
+    cuda = SimpleNamespace(
+        runtime=None, Device=lambda ordinal: None, get_current_stream=lambda: null
+    )
     device = CudaDevice(SimpleNamespace(cuda=cuda), 0)
     assert device.caller(describe(FakeArray(FakeGpu(), np.zeros(2), stream=5), writable=True)) == 5
 
@@ -79,6 +84,41 @@ def test_the_callers_stream(monkeypatch: pytest.MonkeyPatch) -> None:
         assert device.caller(tensor) == told
     unknown = describe(FakeArray(FakeGpu(), np.zeros(2), stream=None), writable=True)
     assert device.caller(unknown) == LEGACY_STREAM
+
+
+def test_a_stream_that_a_program_has_left_is_followed(tmp_path: Path) -> None:
+    """CuPy destroys a stream with the last reference to it, which may be before the wait.
+
+    `with cupy.cuda.Stream(): work = comm.allreduce(x, blocking=False)` named a dead one from there.
+    """
+    runtime = fake_cupy.Runtime(tmp_path)
+    cupy = fake_cupy.module(runtime)
+    device = CudaDevice(cupy, 0)
+    with cupy.cuda.Stream():
+        array = describe(cupy.zeros(3), writable=True)
+        follow = following(device, array, device.caller(array), device.record(1))
+    gc.collect()
+    assert len(runtime.streams) == 1
+    follow(array.owner)
+    follow(None)  # as where nobody waits
+    del follow
+    assert not runtime.streams
+    with pytest.raises(fake_cupy.CUDARuntimeError, match="invalid resource handle"):
+        device.record(100)
+
+
+def test_a_stream_that_an_array_has_is_kept(tmp_path: Path) -> None:
+    """Numba's name the stream that they were made on, and a result of theirs is CuPy's."""
+    runtime = fake_cupy.Runtime(tmp_path)
+    cupy = fake_cupy.module(runtime)
+    device = CudaDevice(cupy, 0)
+    stream = cupy.cuda.Stream()
+    owner: Any = SimpleNamespace(stream=stream)
+    caller = device.caller(DeviceArray(owner, 0, (), DTYPES["float32"], stream.ptr))
+    del stream, owner
+    device.record(caller)
+    del caller
+    assert not runtime.streams
 
 
 @pytest.mark.timeout(20)
