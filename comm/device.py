@@ -216,6 +216,10 @@ class Peering(Protocol):
         """Return another process's event."""
         ...
 
+    def close_event(self, event: Event) -> None:
+        """Give back what `open_event` returned, before its owner may let go of it."""
+        ...
+
     def place(self, event: Event, stream: Stream) -> None:
         """Put an event of `make_event` on a stream, anew."""
         ...

@@ -77,10 +77,11 @@ class DeviceMail:
         self.refused: dict[int, str] = {}
 
     def close(self) -> None:
-        """Give back the others' rooms; after the last message has ended.
+        """Give back the others' rooms and events; after the last message has ended.
 
-        Nothing of this rank waits for the others' events any more, then: to destroy an event that a
-        stream waits for is undefined. So this is to be kept until all ranks have closed theirs.
+        Nothing of this rank waits for the others' events any more, then: for an owner to destroy an
+        event that another's stream waits for is undefined. So this is to be kept until all ranks
+        have closed theirs.
         """
         device, stream = self._lane.device, self._lane.inward
         for berth in (berth for free in self._berths.values() for berth in free):
@@ -88,6 +89,9 @@ class DeviceMail:
                 device.follow(stream, berth.taken)
         for one in filter(None, (stream, self._stream)):
             passes(device.record(one))
+        events, self._events = self._events, {}
+        for event in events.values():
+            self._peering.close_event(event)
         opened, self._opened = self._opened, {}
         for address in opened.values():
             self._peering.close(address)

@@ -74,6 +74,9 @@ class DeviceOperations:
         if ipc is not None:
             ipc.close()
         kept = self.messages.close()
+        lanes, self._lanes = self._lanes, {}
+        # With a lane go its streams, and pinned memory, where copies may still be at.
+        self._abandoned += [lane for lane in lanes.values() if not lane.ends()]
         if group is not None:
             group.close()
         return kept

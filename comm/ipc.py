@@ -115,14 +115,19 @@ class Ipc:
         for line, (_, handle) in zip(handles, mine, strict=True):
             line[: len(handle)] = np.frombuffer(handle, np.uint8)
         everyone = comm.allgather(handles)
-        self._events = [
-            [
-                own if rank == comm.rank else peering.open_event(everyone[rank, which].tobytes())
-                for rank in range(comm.size)
+        self._theirs: list[Event] = []
+        try:
+            self._events = [
+                [
+                    own if rank == comm.rank else self._open_event(everyone[rank, which])
+                    for rank in range(comm.size)
+                ]
+                for which, own in enumerate(self._mine)
             ]
-            for which, own in enumerate(self._mine)
-        ]
-        self.stream = device.make_stream()
+            self.stream = device.make_stream()
+        except BaseException:
+            self._close_events()
+            raise
 
     def offer(self, signature: Signature, array: DeviceArray) -> Offer:
         """Return what this rank brings to a collective on an array."""
@@ -212,15 +217,25 @@ class Ipc:
         return self._folders if signature.operation in _FOLDING else self._all
 
     def close(self) -> None:
-        """Give back the others' memory; after the last operation has ended.
+        """Give back the others' memory and events; after the last operation has ended.
 
-        Nothing of this rank waits for the others' events any more, then. They must not be destroyed
-        before, so that this is to be kept until all ranks have closed theirs.
+        Nothing of this rank waits for the others' events any more, then. Their owners must not
+        destroy them before, so that this is to be kept until all ranks have closed theirs.
         """
         passes(self._device.record(self.stream))
+        self._close_events()
         opened, self._opened = self._opened, {}
         for address in opened.values():
             self._peering.close(address)
+
+    def _open_event(self, handle: npt.NDArray[np.uint8]) -> Event:
+        self._theirs.append(self._peering.open_event(handle.tobytes()))
+        return self._theirs[-1]
+
+    def _close_events(self) -> None:
+        theirs, self._theirs = self._theirs, []
+        for event in theirs:
+            self._peering.close_event(event)
 
     def _shape(self, signature: Signature, array: DeviceArray) -> Shape:
         size = self._comm.size

@@ -47,6 +47,7 @@ def open_ipc(comm: Communicator, device: Device) -> tuple[Ipc | None, str]:
     events, (x, right) = mine
     made, why = _attempt(lambda: Ipc(comm, device, peering, events))
     if not _agree(comm, made is not None):
+        give_up(comm, made)
         return None, why or "another rank cannot open events"
     assert made is not None
     array = describe(x, writable=True)
@@ -90,9 +91,10 @@ def _said(error: Exception) -> str:
     return lines[0] if isinstance(error, CommError) else f"{type(error).__name__}: {lines[0]}"
 
 
-def give_up(comm: Communicator, made: Ipc) -> None:
-    """Close it, and keep its events until nobody waits for them; collective."""
-    _attempt(made.close)
+def give_up(comm: Communicator, made: Ipc | None) -> None:
+    """Close it, if it was made, and keep its events until nobody has them; collective."""
+    if made is not None:
+        _attempt(made.close)
     comm.barrier()
 
 

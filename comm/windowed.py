@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .device import Device, DeviceArray, Event, Stream, renewed
-from .device_wait import reached
+from .device_wait import passes, reached
 from .staging import Place, Staging, Typed
 from .windows import Window
 from .work import Steps
@@ -37,6 +37,14 @@ class Lane:
     def caller(self, array: DeviceArray) -> Stream:
         """Return the caller's stream as it is now: a plan may have been made under another."""
         return self.device.caller(renewed(array))
+
+    def ends(self) -> bool:
+        """Wait for all copies, and tell whether they have ended: none does after an error."""
+        try:
+            behind = [self.device.record(stream) for stream in (self.inward, self.outward)]
+        except Exception:  # a device that has failed refuses that, too, in words of its library
+            return False
+        return all(map(passes, behind))
 
     def fetch(self, address: int, nbytes: int, ready: Event) -> tuple[Place, Event]:
         """Start to copy device memory into a place; it is the host's when the event has ended.

@@ -155,7 +155,7 @@ class Runtime:
         if all(worker.thread is not threading.current_thread() for worker in self._all()):
             self.deviceSynchronize()
         name = self._files[ptr][0]
-        if name.partition("-")[0] != str(os.getpid()):
+        if not self._owns(name):
             raise CUDARuntimeError("memory of another process is freed")
         self._forget(ptr)
         (self.folder / name).unlink()
@@ -226,12 +226,12 @@ class Runtime:
     def _name(self, handle: bytes) -> str:
         assert isinstance(handle, bytes) and len(handle) == HANDLE_BYTES
         name = handle.rstrip(b"\0").decode()
-        if name.partition("-")[0] == str(os.getpid()):
+        if self._owns(name):
             raise CUDARuntimeError("cudaErrorInvalidResourceHandle: of this very process")
         return name
 
     def ipcGetEventHandle(self, event: int) -> bytes:
-        name, _, interprocess = self._events[event]
+        name, _, interprocess = self._find_event(event)
         if not interprocess:
             raise CUDARuntimeError("cudaErrorInvalidResourceHandle: not an interprocess event")
         self._shown.add(name)
@@ -281,18 +281,38 @@ class Runtime:
         self._events[number] = name, SharedWords(self.folder / name, new=new), interprocess
         return number
 
-    def forget_event(self, event: int) -> None:
-        name, shared, _ = self._events.pop(event)
+    @property
+    def opened_events(self) -> list[str]:
+        """Return the events of other processes that are open here."""
+        return [name for name, _, _ in list(self._events.values()) if not self._owns(name)]
+
+    def eventDestroy(self, event: int) -> None:
+        """As CUDA's, which does not wait; but what its owner has destroyed may not be named."""
+        name, shared, _ = self._find_event(event)
+        del self._events[event]
+        if not self._owns(name):
+            if shared.words[2]:
+                raise CUDARuntimeError("an event is named that its owner has destroyed")
+            return
         if name in self._shown:
             shared.words[2] = 1
         (self.folder / name).unlink(missing_ok=True)
+
+    def _find_event(self, event: int) -> tuple[str, SharedWords, bool]:
+        if event not in self._events:
+            raise CUDARuntimeError(INVALID_HANDLE)
+        return self._events[event]
+
+    @staticmethod
+    def _owns(name: str) -> bool:
+        return name.partition("-")[0] == str(os.getpid())
 
     def memsetAsync(self, ptr: int, value: int, size: int, stream: int) -> None:
         target = self.find(ptr, size)
         self.put(stream, lambda: target.fill(value))
 
     def eventRecord(self, event: int, stream: int) -> None:
-        words = self._events[event][1].words
+        words = self._find_event(event)[1].words
         words[0] += 1
         number = int(words[0])
 
@@ -305,13 +325,13 @@ class Runtime:
         """As CuPy's, which returns the status: errors of the device, as all calls from there on."""
         if any(worker.failed is not None for worker in self._all()):
             return ILLEGAL_ADDRESS
-        shared = self._events[event][1]
+        shared = self._find_event(event)[1]
         return 0 if shared.reached >= shared.recorded else NOT_READY
 
     def streamWaitEvent(self, stream: int, event: int, flags: int = 0) -> None:
-        name, shared, _ = self._events[event]
+        name, shared, _ = self._find_event(event)
         number = shared.recorded
-        if self.forget_others and name.partition("-")[0] != str(os.getpid()):
+        if self.forget_others and not self._owns(name):
             return
 
         def wait() -> None:
@@ -408,7 +428,7 @@ def module(runtime: Runtime) -> Any:
             if interprocess and not disable_timing:
                 raise CUDARuntimeError("cudaErrorInvalidValue: such events have no clock")
             self.ptr = runtime.make_event(interprocess)
-            weakref.finalize(self, runtime.forget_event, self.ptr).atexit = False
+            weakref.finalize(self, runtime.eventDestroy, self.ptr).atexit = False
 
         @property
         def done(self) -> bool:

@@ -276,6 +276,7 @@ class FakeNode:
         self.events: list[SharedEvent] = []
         self.gpus: list[FakeGpu] = []
         self.opened = 0
+        self.opened_events: list[SharedEvent] = []
 
 
 @dataclass
@@ -321,7 +322,15 @@ class FakePeering:
 
     def open_event(self, handle: bytes) -> SharedEvent:
         self._refuse("open_event")
-        return self.node.events[int.from_bytes(handle[:8], "little")]
+        with self.node.lock:
+            event = self.node.events[int.from_bytes(handle[:8], "little")]
+            self.node.opened_events.append(event)
+            return event
+
+    def close_event(self, event: SharedEvent) -> None:
+        with self.node.lock:
+            at = [one is event for one in self.node.opened_events].index(True)
+            del self.node.opened_events[at]
 
     def place(self, event: SharedEvent, stream: int) -> None:
         event.place = self.gpu.record(stream)

@@ -42,7 +42,7 @@ class CudaArithmetic:
         from ...kernels.device.launch import Launcher
         from ...kernels.device.table import Span
 
-        launcher = Launcher(self._ordinal, stream)
+        launcher = Launcher(self._ordinal, int(stream))
         combine(op, dtype, Span(target, count), Span(incoming, count), launcher)
 
     def convert(
@@ -60,6 +60,6 @@ class CudaArithmetic:
         from ...kernels.device.pack import cast
         from ...kernels.device.table import Span
 
-        launcher = Launcher(self._ordinal, stream)
+        launcher = Launcher(self._ordinal, int(stream))
         spans = Span(source, count), Span(target, count)
         cast(spans[0], source_dtype, spans[1], target_dtype, launcher, divisor=divisor)

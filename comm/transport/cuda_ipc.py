@@ -76,6 +76,16 @@ class CudaPeering:
         with self._told("another rank's event cannot be opened"):
             return self._event_of(OpenedEvent(int(self._runtime.ipcOpenEventHandle(handle))))
 
+    def close_event(self, event: Event) -> None:
+        """Give back what `open_event` returned, before its owner may let go of it.
+
+        A stream may still wait for it: cudaEventDestroy returns at once then, and what the event
+        takes is released when that has come. With one that its owner has destroyed, nothing may be
+        done (CUDA Runtime API, Event Management and cudaIpcOpenEventHandle).
+        """
+        with self._told("another rank's event cannot be given back"):
+            self._runtime.eventDestroy(self._handle_of(event))
+
     def place(self, event: Event, stream: Stream) -> None:
         """Put an event of `make_event` on a stream, anew."""
         with self._cupy.cuda.Device(self._ordinal):
@@ -117,6 +127,7 @@ class CudaPeering:
         from ...kernels.device.fold import Peers
         from ...kernels.device.launch import Launcher
 
+        stream = int(stream)  # which keeps none, as this would for longer than who has it
         known = self._tables.get((addresses, stream))
         if known is None:
             if len(self._tables) >= _TABLES:

@@ -132,7 +132,6 @@ class CudaDevice:
         self._runtime = cupy.cuda.runtime
         self._ordinal = ordinal
         self._device = cupy.cuda.Device(ordinal)
-        self._streams: list[Any] = []
         self._memory = CudaMemory(cupy, ordinal)
         self._event_of = partial(CudaEvent, self._runtime, self.name)
         self.peering = CudaPeering(cupy, ordinal, self._memory, self._event_of, _handle_of)
@@ -162,8 +161,7 @@ class CudaDevice:
         """Return a new stream, which the default stream does not wait for."""
         with self._device:
             stream = self._cupy.cuda.Stream(non_blocking=True)
-        self._streams.append(stream)  # other threads make theirs meanwhile
-        return int(stream.ptr)
+        return cuda_stream.kept(int(stream.ptr), stream)
 
     def record(self, stream: Stream) -> Event:
         """Put an event on a stream."""

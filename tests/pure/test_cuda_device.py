@@ -121,6 +121,20 @@ def test_a_stream_that_an_array_has_is_kept(tmp_path: Path) -> None:
     assert not runtime.streams
 
 
+def test_a_stream_goes_with_its_handle(tmp_path: Path) -> None:
+    """Those of each communicator were kept for as long as the process lived."""
+    runtime = fake_cupy.Runtime(tmp_path)
+    device = CudaDevice(fake_cupy.module(runtime), 0)
+    ran = threading.Event()
+    stream = device.make_stream()
+    runtime.put(stream, ran.set)
+    event = device.record(stream)
+    del stream
+    assert not runtime.streams
+    wait_here(event)  # what was on it has run
+    assert ran.is_set()
+
+
 @pytest.mark.timeout(20)
 def test_what_fails_on_the_device_is_told_and_not_waited_for(tmp_path: Path) -> None:
     """An event behind it never ends, and by CuPy's `done` it is as one that has not ended yet."""

@@ -46,6 +46,12 @@ def test_events_live_until_all_ranks_have_closed(tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stdout.count("right") == 2, done.stdout + done.stderr
 
 
+def test_groups_that_have_closed_leave_nothing(tmp_path: Path) -> None:
+    """Each left three streams and four events of other ranks on the GPU."""
+    done = run(2, "leaving_job.py", str(tmp_path))
+    assert done.returncode == 0 and done.stdout.count("right") == 2, done.stdout + done.stderr
+
+
 def test_doctor_tells_the_ways_of_gpu_memory(tmp_path: Path) -> None:
     done = run(3, "doctor_job.py", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -71,7 +71,7 @@ def on_nodes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
             lambda comm: main(comm, use_fake(comm, node=nodes[node_of[comm.rank]], aware=aware)),
             settings=Settings(timeout=timeout, segment_bytes=400, max_message_bytes=200),
         )
-        assert all(node.opened == 0 for node in nodes)
+        assert all(node.opened == 0 and not node.opened_events for node in nodes)
         return found
 
     return run

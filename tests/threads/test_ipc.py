@@ -32,7 +32,7 @@ def late(gpu: FakeGpu, values: np.ndarray, registered: bool = True) -> FakeArray
 def on_node(size: int, main: Callable[[Communicator, FakeGpu], Any]) -> list[Any]:
     node = FakeNode()
     found = run_local(size, lambda comm: main(comm, use_fake(comm, node=node)), settings=SETTINGS)
-    assert node.opened == 0
+    assert node.opened == 0 and not node.opened_events
     return found
 
 
@@ -356,6 +356,7 @@ def test_what_one_rank_refuses_no_rank_uses(call: str, words: str) -> None:
     node = FakeNode()
     reasons = run_local(2, lambda comm: main(comm, use_fake(comm, node=node)), settings=SETTINGS)
     assert words in reasons[1] and "no ipc" in reasons[0]
+    assert node.opened == 0 and not node.opened_events
 
 
 @pytest.mark.parametrize("which", ["ready", "done"])

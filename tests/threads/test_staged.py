@@ -104,6 +104,20 @@ def test_staging_memory_is_used_again() -> None:
     assert max(run_local(2, main, settings=Settings(timeout=20))) <= 4
 
 
+def test_copies_have_ended_when_a_group_is_closed() -> None:
+    """With it goes the pinned memory that they read, and the streams that they are on."""
+
+    def main(comm: Communicator) -> None:
+        with comm.split(0) as group:
+            gpu = use_fake(group)
+            x = late(gpu, np.full(30, comm.rank + 1.0, np.float32))
+            group.allreduce(x)
+        assert not any(gpu._streams[stream] for stream in (101, 102))
+        assert (x.get() == 3).all()
+
+    run_local(2, main, settings=Settings(timeout=20))
+
+
 def test_a_plan_and_a_receipt() -> None:
     def main(comm: Communicator) -> None:
         gpu = use_fake(comm, window_bytes=400)
