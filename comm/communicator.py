@@ -271,8 +271,8 @@ class Communicator(GroupCalls, Scope):
         the array is of the same library. device: "cuda" for memory of this rank's GPU, in an
         allocation of its own.
 
-        Raises: MemoryError where no space is left; CommError for "cuda" without a GPU; TypeError
-        for a dtype that no operation takes.
+        Raises: MemoryError where no space is left, of "cuda" behind what CuPy and torch had spare;
+        CommError for "cuda" without a GPU; TypeError for a dtype that no operation takes.
         """
         lengths: Iterable[Any] = shape if isinstance(shape, Iterable) else (shape,)
         shape = tuple(map(operator.index, lengths))

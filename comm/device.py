@@ -196,7 +196,7 @@ class Peering(Protocol):
     def room(self, nbytes: int) -> tuple[int, Any]:
         """Return the address of new registered memory, and what owns it.
 
-        Raises: CommError where none is left.
+        Raises: OutOfMemory where none is left.
         """
         ...
 

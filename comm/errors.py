@@ -19,6 +19,10 @@ class PeerLost(CommError):
     """Raise when a rank that is waited for has left the job or failed."""
 
 
+class OutOfMemory(CommError, MemoryError):
+    """Raise where a GPU has no memory left for what ranks open."""
+
+
 class NotFinite(CommError, FloatingPointError):
     """Raise on every rank where a gradient of one rank is infinite or NaN.
 

@@ -40,8 +40,9 @@ HANDLE_BYTES = 64
 MPS_ENABLED = 133
 
 
-INVALID_HANDLE, NOT_READY, ILLEGAL_ADDRESS = 400, 600, 700
+OUT_OF_MEMORY, INVALID_HANDLE, NOT_READY, ILLEGAL_ADDRESS, UNKNOWN = 2, 400, 600, 700, 999
 ERRORS = {
+    OUT_OF_MEMORY: "cudaErrorMemoryAllocation: out of memory",
     INVALID_HANDLE: "cudaErrorInvalidResourceHandle: invalid resource handle",
     NOT_READY: "cudaErrorNotReady: device not ready",
     ILLEGAL_ADDRESS: "cudaErrorIllegalAddress: an illegal memory access was encountered",
@@ -53,6 +54,7 @@ class CUDARuntimeError(RuntimeError):
 
     def __init__(self, status: int | str) -> None:
         super().__init__(ERRORS[status] if isinstance(status, int) else status)
+        self.status = status if isinstance(status, int) else UNKNOWN
 
 
 def view(address: int, nbytes: int) -> np.ndarray:
@@ -117,11 +119,15 @@ class Runtime:
     """The calls of CUDA's runtime, as CuPy has them."""
 
     CUDARuntimeError = CUDARuntimeError
+    errorMemoryAllocation = OUT_OF_MEMORY
     memcpyHostToDevice, memcpyDeviceToHost, memcpyDeviceToDevice, memcpyDefault = 1, 2, 3, 4
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.forget_others = False  # a mutation: events of other processes hold up nothing
+        self.capacity = sys.maxsize  # of what this process allocates, pools included
+        self.pooled: list[int] = []  # that a library has freed, and keeps
+        self.allocated = 0
         self.spans: dict[int, int] = {}
         self.registered: dict[int, int] = {}
         self.opened: dict[int, str] = {}
@@ -137,6 +143,10 @@ class Runtime:
     # -- memory ------------------------------------------------------------------------------
 
     def malloc(self, size: int) -> int:
+        with self._lock:
+            if self.allocated + sum(self.pooled) + size > self.capacity:
+                raise CUDARuntimeError(OUT_OF_MEMORY)
+            self.allocated += size
         name = f"{os.getpid()}-{next(self._numbers)}"
         (self.folder / name).write_bytes(bytes([0xEE]) * size)
         return self._map(name)
@@ -157,6 +167,7 @@ class Runtime:
         name = self._files[ptr][0]
         if not self._owns(name):
             raise CUDARuntimeError("memory of another process is freed")
+        self.allocated -= self.spans[ptr]
         self._forget(ptr)
         (self.folder / name).unlink()
 
@@ -601,6 +612,9 @@ def module(runtime: Runtime) -> Any:
     made_module: Any = types.ModuleType("cupy")
     made_module.fake, made_module.__version__ = True, "14, pretended"
     made_module.cuda, made_module.ndarray = cuda, ndarray
+    made_module.get_default_memory_pool = lambda: SimpleNamespace(
+        free_all_blocks=runtime.pooled.clear
+    )
     made_module.empty, made_module.asarray = empty, asarray
     made_module.copyto = lambda target, source: target.__setitem__(..., source)
     made_module.arange = lambda *a, dtype=None: asarray(np.arange(*a, dtype=dtype))

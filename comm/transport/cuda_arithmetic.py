@@ -22,7 +22,7 @@ class CudaArithmetic:
     def allocate(self, nbytes: int) -> tuple[int, Any]:
         """Return new memory: an allocation of its own, as MPI libraries map whole ones.
 
-        Raises: CommError where there is none left.
+        Raises: OutOfMemory where there is none left.
         """
         made = self._memory.allocate(nbytes)
         return made.piece.base, made

@@ -2,13 +2,17 @@
 
 Source: CUDA Runtime API, section Device Management, cudaIpc*. A handle stands for a whole
 allocation, no process can open its own, and memory must not be freed that others have open. Nobody
-tells when they no longer have, so what was shown to others is used again here, and never freed.
+tells when they no longer have, so what was shown to others is used again here, and never freed:
+by what is half as large or more, and by anything smaller before the device is said to be full.
 """
 
 from __future__ import annotations
 
+import gc
+import math
 import os
 import secrets
+import sys
 import threading
 import weakref
 from collections import deque
@@ -18,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..device import Exported
-from ..errors import CommError
+from ..errors import CommError, OutOfMemory
 
 BLOCK_BYTES = 2 << 20
 """Smaller allocations may be pieces of one block, and a handle opens the block, with what else is
@@ -38,6 +42,18 @@ class Piece:
     handle: bytes = b""
 
 
+def give_back(cupy: Any) -> None:
+    """Let libraries give unused memory of the current device back to CUDA, as CuPy and torch do.
+
+    They do so where an allocation of theirs fails, and cannot know of others'.
+    """
+    gc.collect()
+    cupy.get_default_memory_pool().free_all_blocks()
+    torch = sys.modules.get("torch")  # which has none where nobody has imported it
+    if torch is not None:
+        torch.cuda.empty_cache()
+
+
 class Allocation:
     """A piece in use, which is given back when nobody refers to this."""
 
@@ -50,7 +66,8 @@ class CudaMemory:
     """The memory of one GPU of this process."""
 
     def __init__(self, cupy: Any, ordinal: int) -> None:
-        self._runtime, self._device = cupy.cuda.runtime, cupy.cuda.Device(ordinal)
+        self._cupy, self._runtime = cupy, cupy.cuda.runtime
+        self._device = cupy.cuda.Device(ordinal)
         self._process = os.getpid()
         self._allocations: weakref.WeakSet[Allocation] = weakref.WeakSet()
         self._spare: deque[Piece] = deque()
@@ -70,30 +87,66 @@ class CudaMemory:
     def allocate(self, nbytes: int) -> Allocation:
         """Return memory in whole blocks of its own.
 
-        Raises: CommError where there is none left.
+        Raises: OutOfMemory where there is none left; CommError where the device refuses it.
         """
         size = max(1, -(-nbytes // BLOCK_BYTES)) * BLOCK_BYTES
-        with self.told(f"no {nbytes} bytes of GPU memory are left"):
-            piece = self._unused(size)
-            if piece is None:
-                base = int(self._runtime.malloc(size))
-                piece = Piece(base, size, secrets.randbits(62) | 1)
-            else:
-                # Streams follow what other ranks still do with it, and all of them end here.
-                self._runtime.deviceSynchronize()
+        with self.told(f"{nbytes} bytes of GPU memory cannot be had"):
+            piece = self._again(size, 2 * size) or self._new(size) or self._again(size)
+        if piece is None:
+            raise OutOfMemory(self._full(nbytes))
         made = Allocation(piece, self._return)
         with self._listing:
             self._allocations.add(made)
         return made
 
-    def _unused(self, size: int) -> Piece | None:
-        with self._listing:
-            for _ in range(len(self._spare)):
-                piece = self._spare.popleft()
-                if piece.nbytes == size:
-                    return piece
-                self._spare.append(piece)
+    def _new(self, size: int) -> Piece | None:
+        """Return memory of CUDA's; None where nothing is left that libraries do not use."""
+        base = self._malloc(size)
+        if base is None:
+            give_back(self._cupy)
+            base = self._malloc(size)
+        return None if base is None else Piece(base, size, secrets.randbits(62) | 1)
+
+    def _malloc(self, size: int) -> int | None:
+        try:
+            return int(self._runtime.malloc(size))
+        except self._runtime.CUDARuntimeError as error:
+            if error.status != self._runtime.errorMemoryAllocation:
+                raise
         return None
+
+    def _again(self, size: int, most: float = math.inf) -> Piece | None:
+        """Return a spare piece for new use."""
+        piece = self._unused(size, most)
+        if piece is not None:
+            # Streams follow what other ranks still do with it, and all of them end here.
+            self._runtime.deviceSynchronize()
+        return piece
+
+    def _unused(self, size: int, most: float = math.inf) -> Piece | None:
+        """Return the smallest spare piece of `size` to `most` bytes."""
+        best: Piece | None = None
+        with self._listing:
+            for _ in range(len(self._spare)):  # which grows meanwhile, see `_return`
+                piece = self._spare.popleft()
+                if not size <= piece.nbytes <= most:
+                    self._spare.append(piece)
+                elif best is None:
+                    best = piece
+                else:
+                    best, other = sorted((best, piece), key=lambda one: one.nbytes)
+                    self._spare.append(other)
+        return best
+
+    def _full(self, nbytes: int) -> str:
+        with self._listing:
+            spare = sum(self._spare[at].nbytes for at in range(len(self._spare)))
+            used = sum(one.piece.nbytes for one in self._allocations)
+        return (
+            f"no {nbytes} bytes of GPU memory are left, with what CuPy and torch have given back: "
+            f"{used} bytes are in use as registered memory, and {spare}, which other ranks may "
+            "have open, are kept for what fits there"
+        )
 
     def _return(self, piece: Piece) -> None:
         # Called by the garbage collector, at any moment and in any thread; so it takes no lock. A

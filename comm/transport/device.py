@@ -234,7 +234,7 @@ def empty(node_rank: int, shape: tuple[int, ...], dtype: Any) -> Any:
     Its memory is an allocation of its own, not a piece of a pool, so that it can be opened by other
     processes as a whole.
 
-    Raises: CommError without a GPU.
+    Raises: CommError without a GPU; OutOfMemory where it has none left.
     """
     cupy = load_cupy()
     runtime = cupy.cuda.runtime

@@ -3,11 +3,17 @@
 import contextlib
 import itertools
 import os
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ringfold.comm.transport.cuda_memory import BLOCK_BYTES, CudaMemory, Piece
+import fake_cupy
+import pytest
+
+from ringfold import CommError
+from ringfold.comm.transport.cuda_memory import BLOCK_BYTES, Allocation, CudaMemory, Piece
 
 
 def memory_of_nothing() -> CudaMemory:
@@ -21,6 +27,72 @@ def memory_of_nothing() -> CudaMemory:
     )
     cuda = SimpleNamespace(runtime=runtime, Device=lambda ordinal: contextlib.nullcontext())
     return CudaMemory(SimpleNamespace(cuda=cuda), 0)
+
+
+def memory_of(tmp_path: Path, blocks: int) -> tuple[CudaMemory, fake_cupy.Runtime]:
+    """Return the memory of a pretended card of so many blocks."""
+    runtime = fake_cupy.Runtime(tmp_path)
+    runtime.capacity = blocks * BLOCK_BYTES
+    return CudaMemory(fake_cupy.module(runtime), 0), runtime
+
+
+@pytest.mark.parametrize("holder", ["cupy", "torch", "garbage"])
+def test_memory_that_nobody_uses_is_asked_back(
+    holder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pools had it, or a cycle that was not collected yet, and training ended with a CommError."""
+    memory, runtime = memory_of(tmp_path, 3)
+    empty = SimpleNamespace(empty_cache=lambda: None)
+    if holder == "cupy":
+        runtime.pooled.append(2 * BLOCK_BYTES)
+    elif holder == "torch":
+        runtime.capacity = 0
+        empty = SimpleNamespace(empty_cache=lambda: setattr(runtime, "capacity", 3 * BLOCK_BYTES))
+    else:
+        cycle: list[Any] = [memory.allocate(2 * BLOCK_BYTES)]
+        cycle.append(cycle)
+        del cycle
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=empty))
+    kept = memory.allocate(2 * BLOCK_BYTES)
+    assert runtime.allocated == kept.piece.nbytes and not runtime.pooled
+
+
+def test_memory_that_is_full_is_told(tmp_path: Path) -> None:
+    memory, runtime = memory_of(tmp_path, 3)
+    kept = memory.allocate(2 * BLOCK_BYTES)
+    with pytest.raises(MemoryError, match=f"no {2 * BLOCK_BYTES} bytes .* {2 * BLOCK_BYTES} bytes"):
+        memory.allocate(2 * BLOCK_BYTES)
+    with pytest.raises(CommError, match="bytes of GPU memory are left"):
+        memory.allocate(2 * BLOCK_BYTES)
+    del kept
+    memory.allocate(3 * BLOCK_BYTES)
+
+    def malloc(size: int) -> int:
+        raise fake_cupy.CUDARuntimeError(fake_cupy.ILLEGAL_ADDRESS)
+
+    runtime.malloc = malloc  # type: ignore[method-assign]
+    with pytest.raises(CommError, match="cannot be had: cudaErrorIllegalAddress") as told:
+        memory.allocate(1)
+    assert not isinstance(told.value, MemoryError)
+
+
+def shown(memory: CudaMemory, blocks: int) -> Allocation:
+    made = memory.allocate(blocks * BLOCK_BYTES)
+    assert memory.export(made.piece.base, 1) is not None
+    return made
+
+
+def test_arrays_of_many_lengths_use_shown_memory_again(tmp_path: Path) -> None:
+    """Only those of the very same length did: a card was full of what nobody used."""
+    memory, runtime = memory_of(tmp_path, 32)
+    for blocks in range(9, 0, -1):
+        shown(memory, blocks)
+    assert runtime.allocated == (9 + 4 + 1) * BLOCK_BYTES
+    one, other = shown(memory, 3), shown(memory, 3)
+    assert [made.piece.nbytes // BLOCK_BYTES for made in (one, other)] == [4, 3]
+    runtime.capacity = 0
+    last = shown(memory, 2)
+    assert last.piece.nbytes == 9 * BLOCK_BYTES
 
 
 def test_memory_is_shown_while_somebody_allocates() -> None:
