@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..comm.errors import OutOfMemory
 from .buckets import Bucket
 from .flatten import Flattened, Home, wire_of
 from .flight import Load
@@ -70,8 +72,16 @@ class Counters:
 
 
 def _allocate(comm: Communicator, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return registered memory of a device, or any memory where the communicator has none of it."""
+    """Return registered memory of a device, or any memory where the communicator has none of it.
+
+    Ranks may differ in that: what one of them has not registered passes through the host's memory.
+    """
     if device.type not in ("cpu", "cuda"):
         return torch.empty(length, dtype=dtype, device=device)
-    flat: Tensor = comm.empty(length, dtype, device=device.type)
+    try:
+        flat: Tensor = comm.empty(length, dtype, device=device.type)
+    except OutOfMemory as error:  # which torch may still have, within what it uses in part
+        why = f"rank {comm.rank}: a bucket is reduced through the host's memory: {error}"
+        warnings.warn(why, RuntimeWarning, stacklevel=2)
+        return torch.empty(length, dtype=dtype, device=device)
     return flat if flat.device == device else torch.empty(length, dtype=dtype, device=device)

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ringfold import Communicator, DataParallel, Mesh, Pipeline, Settings, run_local
 from ringfold.comm import device_nesting
+from ringfold.comm.errors import OutOfMemory
 from ringfold.comm.transport import device
 from ringfold.comm.transport.local import LocalTransport
 from ringfold.parallel import (
@@ -105,6 +106,28 @@ def test_data_parallel(wire: str | None) -> None:
         return of_model(model)
 
     on_both(2, train)
+
+
+def test_buckets_where_no_memory_is_left_to_register(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one rank: backward ended with a CommError, though torch had memory of its own."""
+    empty = device.empty
+
+    def full(node_rank: int, *arguments: Any) -> Tensor:
+        if node_rank == 1:
+            raise OutOfMemory("no bytes of GPU memory are left")
+        return empty(node_rank, *arguments)
+
+    monkeypatch.setattr(device, "empty", full)
+
+    def train(comm: Communicator, move: Any, put: Any) -> list[Tensor]:
+        model = DataParallel(move(nn.Sequential(*plain_layers())), comm, bucket_bytes=150)
+        for step in range(2):
+            x, y = map(put, batch(comm.rank, step))
+            (model(x) - y).square().mean().backward()
+        return [p.grad for p in model.parameters()]
+
+    with pytest.warns(RuntimeWarning, match="rank 1: a bucket .* no bytes of GPU memory"):
+        on_both(2, train)
 
 
 class Waits(TorchFunctionMode):
