@@ -8,11 +8,12 @@ runs behind the last kernel. Sums are made by kernels: half widths in float32, r
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .arithmetic import mean_scales
 from .chunks import bounds
-from .device import Device, DeviceArithmetic, DeviceArray, Like, Stream, describe, renewed
+from .device import Device, DeviceArithmetic, DeviceArray, Like, describe, renewed
 from .device_executor import Memory, Site, execute_on_device, landing_bytes
 from .device_wait import following, reached
 from .dtypes import DTYPES
@@ -30,11 +31,8 @@ if TYPE_CHECKING:
 
 WAY = "gpu-aware mpi"
 
-Run = Callable[[int, Stream, list[object]], Steps]
-"""(tag, the caller's stream, what is kept where they are broken off) -> steps.
-
-The caller's work has run when they begin.
-"""
+Run = Callable[[int, int], Steps]
+"""(tag, address of what takes the result) -> steps; the caller's work has run when they begin."""
 
 
 class Direct:
@@ -71,9 +69,8 @@ class Direct:
         signature = Signature("allreduce", op, array.dtype.name, array.count)
         chosen = self._choose(signature, array.count, algorithm)
 
-        def run(tag: int, caller: Stream, keeps: list[object]) -> Steps:
-            yield from self._reduce(chosen, array, array.address, op, tag)
-            return array.owner
+        def run(tag: int, into: int) -> Steps:
+            yield from self._reduce(chosen, array, into, op, tag)
 
         return self._prepared(signature, chosen, array, array.nbytes, run)
 
@@ -82,14 +79,13 @@ class Direct:
         signature = Signature("reduce", op, array.dtype.name, array.count, root)
         chosen = self._choose(signature, array.count, algorithm, root)
 
-        def run(tag: int, caller: Stream, keeps: list[object]) -> Steps:
+        def run(tag: int, into: int) -> Steps:
             if self._group.rank == root:
-                yield from self._reduce(chosen, array, array.address, op, tag)
+                yield from self._reduce(chosen, array, into, op, tag)
             else:
                 piece = yield from self._copy(array)
                 yield from self._reduce(chosen, array, piece[0], op, tag)
                 self._give(piece)
-            return array.owner
 
         return self._prepared(signature, chosen, array, array.nbytes, run)
 
@@ -100,17 +96,16 @@ class Direct:
         low, high = bounds(array.count, self._group.size, self._group.rank)
         item = array.dtype.itemsize
 
-        def run(tag: int, caller: Stream, keeps: list[object]) -> Steps:
-            result, into = self._made(array, (high - low,), caller, keeps)
+        def run(tag: int, into: int) -> Steps:
             piece = yield from self._copy(array)
             yield from self._reduce(chosen, array, piece[0], op, tag)
             if high > low:
                 size = (high - low) * item
                 self._arithmetic.copy(into, piece[0] + low * item, size, self._stream)
             self._give(piece)
-            return result
 
-        return self._prepared(signature, chosen, array, array.nbytes, run)
+        make = partial(self._like, self._device, array, (high - low,))
+        return self._prepared(signature, chosen, array, array.nbytes, run, make)
 
     def _reduce(self, chosen: Chosen, array: DeviceArray, address: int, op: str, tag: int) -> Steps:
         """Reduce count elements at an address in place; half widths in a copy of float32."""
@@ -139,9 +134,8 @@ class Direct:
         signature = Signature("broadcast", "", array.dtype.name, array.count, root)
         chosen = self._choose(signature, array.count, algorithm, root)
 
-        def run(tag: int, caller: Stream, keeps: list[object]) -> Steps:
-            yield from self._move(chosen, array, array.address, array.address, tag)
-            return array.owner
+        def run(tag: int, into: int) -> Steps:
+            yield from self._move(chosen, array, into, into, tag)
 
         return self._prepared(signature, chosen, array, array.nbytes, run)
 
@@ -151,13 +145,12 @@ class Direct:
         signature = Signature("allgather", "", array.dtype.name, array.count)
         chosen = self._choose(signature, array.count * size, algorithm)
 
-        def run(tag: int, caller: Stream, keeps: list[object]) -> Steps:
-            result, into = self._made(array, (size, *array.shape), caller, keeps)
+        def run(tag: int, into: int) -> Steps:
             yield from self._own_row(array, into)
             yield from self._move(chosen, array, into, into, tag)
-            return result
 
-        return self._prepared(signature, chosen, array, array.nbytes * size, run)
+        make = partial(self._like, self._device, array, (size, *array.shape))
+        return self._prepared(signature, chosen, array, array.nbytes * size, run, make)
 
     def gather(self, array: DeviceArray, root: int, algorithm: Algorithm) -> Prepared:
         """Return a row from every rank at root; elsewhere rows may pass through scratch memory."""
@@ -165,19 +158,21 @@ class Direct:
         signature = Signature("gather", "", array.dtype.name, array.count, root)
         chosen = self._choose(signature, array.count * size, algorithm, root)
 
-        def run(tag: int, caller: Stream, keeps: list[object]) -> Steps:
+        def run(tag: int, into: int) -> Steps:
             if self._group.rank == root:
-                result, into = self._made(array, (size, *array.shape), caller, keeps)
                 yield from self._own_row(array, into)
                 yield from self._move(chosen, array, into, into, tag)
-                return result
+                return
             piece = self._scratch.take(array.nbytes * size)
             yield from self._own_row(array, piece[0])
             yield from self._move(chosen, array, piece[0], piece[0], tag)
             self._give(piece)
-            return None
 
-        return self._prepared(signature, chosen, array, array.nbytes * size, run)
+        def make() -> Any:
+            at_root = self._group.rank == root
+            return self._like(self._device, array, (size, *array.shape)) if at_root else None
+
+        return self._prepared(signature, chosen, array, array.nbytes * size, run, make)
 
     def alltoall(self, array: DeviceArray, algorithm: Algorithm) -> Prepared:
         """Return row r from rank r."""
@@ -185,16 +180,15 @@ class Direct:
         chosen = self._choose(signature, array.count, algorithm)
         row = array.nbytes // self._group.size
 
-        def run(tag: int, caller: Stream, keeps: list[object]) -> Steps:
-            result, into = self._made(array, array.shape, caller, keeps)
+        def run(tag: int, into: int) -> Steps:
             if row:
                 at = self._group.rank * row
                 self._arithmetic.copy(into + at, array.address + at, row, self._stream)
             yield from self._settled()
             yield from self._move(chosen, array, array.address, into, tag)
-            return result
 
-        return self._prepared(signature, chosen, array, array.nbytes, run)
+        make = partial(self._like, self._device, array, array.shape)
+        return self._prepared(signature, chosen, array, array.nbytes, run, make)
 
     # -- parts of them -----------------------------------------------------------------------
 
@@ -207,19 +201,32 @@ class Direct:
         )
 
     def _prepared(
-        self, signature: Signature, chosen: Chosen, array: DeviceArray, nbytes: int, run: Run
+        self,
+        signature: Signature,
+        chosen: Chosen,
+        array: DeviceArray,
+        nbytes: int,
+        run: Run,
+        make: Callable[[], Any] | None = None,
     ) -> Prepared:
+        """make: return what takes the result, or None where nothing comes; array itself without."""
+
         def begin(tag: int) -> Steps:
             device = self._device
             caller = device.caller(renewed(array))
+            result, into = array.owner, array.address
+            if make is not None:
+                # When the caller calls: memory comes from the pool of the stream that is current.
+                result = make()
+                into = 0 if result is None else describe(result, writable=True).address
+            # Behind the making of the result, too: the caller's stream may still be at its memory.
             device.follow(self._stream, device.record(caller))
-            yield from self._settled()
-            keeps: list[object] = [array]
             try:
-                result = yield from run(tag, caller, keeps)
+                yield from self._settled()
+                yield from run(tag, into)
                 last = device.record(self._stream)
             except BaseException:
-                self._abandoned.append(keeps)
+                self._abandoned.append([array, result])
                 raise
             return Behind(result, following(device, array, caller, last))
 
@@ -241,15 +248,6 @@ class Direct:
     def _settled(self) -> Steps:
         """Wait for all that is on this side's stream, so that messages may touch it."""
         yield from reached(self._device.record(self._stream), self._group.rank)
-
-    def _made(
-        self, array: DeviceArray, shape: tuple[int, ...], caller: Stream, keeps: list[object]
-    ) -> tuple[Any, int]:
-        """Return a new array and its address; this side's stream runs behind its making."""
-        result = self._like(self._device, array, shape)
-        keeps.append(result)
-        self._device.follow(self._stream, self._device.record(caller))
-        return result, describe(result, writable=True).address
 
     def _own_row(self, array: DeviceArray, into: int) -> Steps:
         if array.nbytes:

@@ -56,6 +56,35 @@ def test_the_receipt_names_the_way() -> None:
     run_local(3, main, settings=SETTINGS)
 
 
+@pytest.mark.parametrize("name", ["allgather", "gather", "reduce_scatter", "alltoall"])
+def test_what_takes_the_result_is_made_when_the_caller_calls(name: str) -> None:
+    """Later another stream may be the current one, whose pool lends memory that it is still at.
+
+    What the caller's stream is at then is not followed: recorded behind the making, it is.
+    """
+
+    def main(comm: Communicator) -> None:
+        gpu = use_fake(comm, aware=AWARE)
+        x = late(gpu, np.ones((2, 5), np.float32))
+        getattr(comm, name)(x)  # at the first call ranks try each other
+        like, made = gpu.like, []
+
+        def logged(*arguments: Any) -> Any:
+            made.append(len([entry for entry in gpu.log if entry[:2] == ("record", 7)]))
+            return like(*arguments)
+
+        gpu.like = logged  # type: ignore[method-assign]
+        before = len([entry for entry in gpu.log if entry[:2] == ("record", 7)])
+        work = getattr(comm, name)(x, blocking=False)
+        assert work.receipt.transport == "gpu-aware mpi"
+        gone = name == "gather" and comm.rank != 0
+        assert made == ([] if gone else [before])
+        work.wait()
+        assert len(made) == (not gone)
+
+    run_local(2, main, settings=SETTINGS)
+
+
 def test_where_the_probe_says_no_all_is_staged_and_told() -> None:
     def main(comm: Communicator) -> None:
         gpu = use_fake(comm, aware=UNAWARE)
