@@ -15,22 +15,21 @@ from ..comm.timeline import STEP, span
 from .actions import Action
 from .addition import InBuckets, InTree
 from .balancing import balanced_stages
-from .batch import row_bounds, split_batch, split_rows
+from .batch import split_batch
 from .carried import Carried
+from .evaluation import Evaluator
 from .finite import FiniteCheck
 from .gpu_threads import check_gpu_threads
 from .loss_scale import LossScaler
 from .mesh import Mesh
-from .messages import broadcast_value
 from .outline import Choices, Outline, require_mesh, require_scaler
 from .partition import cut
 from .plan import CheckedPlans, PlanFunction, plan_function
 from .plan_check import stage_peaks
-from .random_keys import Samples
 from .reducer import Reducer
 from .reduction import ReductionRecord
 from .replicas import check_equal, check_sendable, numbers_of
-from .rows import agree_on_rows, agree_on_rows_of_pipe
+from .rows import agree_on_rows
 from .share import counts_of, share_of
 from .sparse import sparse_parameters
 from .split_model import SplitModel
@@ -198,6 +197,7 @@ class Pipeline:
         self._channel = channel = mesh.pipe.split(0, key=mesh.pipe.rank)
         stages = self._model.stages
         self._worker = Worker(stages, num_stages, channel, loss_fn, reducer, tree, self._finite)
+        self._evaluator = Evaluator(mesh.pipe, self._model, self._worker, choices)
 
     @property
     def stage(self) -> int:
@@ -227,10 +227,7 @@ class Pipeline:
         as Ctrl-C or a CommTimeout, is raised as it is, and later steps are refused.
         """
         self._worker.require_whole()
-        if not self._choices.has_loss:
-            raise ValueError(
-                "a pipeline without loss_fn on its last stage cannot train, only evaluate"
-            )
+        self._require_loss("train, only give outputs")
         rows, meeting = agree_on_rows(self.mesh, x, y, self._model.meets_replicas)
         # On all ranks before anything is sent, as a plan may refuse what one replica has.
         for count in counts_of(rows, self._choices.microbatches, in_tree=self._adding.in_tree):
@@ -287,22 +284,17 @@ class Pipeline:
         have said; a Dropout in training mode takes the rows of x for those of a batch of
         `steps_taken`. The outputs of the micro-batches are joined along their first dimension.
         """
-        self._worker.require_whole()
-        bounds = row_bounds(agree_on_rows_of_pipe(self.mesh.pipe, x), self._choices.microbatches)
-        batch = Batch(
-            inputs=split_rows(x, bounds) if self._is_first else [],
-            samples=[Samples(self.steps_taken, first, end - first) for first, end in bounds],
-        )
-        self._model.ties.follow()
-        self._worker.evaluate(len(bounds), batch)
-        where = "output of the last stage"
-        joined = self._worker.join(batch, where) if self._is_last and not self._failed else None
-        with self._worker.ending():
-            failed = self.mesh.pipe.allreduce(np.array([self._failed]), op="max")[0]
-        if failed:
-            raise_together(self.mesh.pipe, self._worker.failure)
-        last = self.mesh.pipe.size - 1
-        return broadcast_value(self.mesh.pipe, joined, last, where, self._model.device)
+        return self._evaluator.outputs(x, self.steps_taken)
+
+    def evaluate(self, x: Any = None, y: Any = None) -> Tensor:
+        """Run a batch as `forward` does, and return its loss on every rank, the outputs on none.
+
+        x, y: as in `step`, of at least one row. Returns: the loss of this replica's batch, a mean
+        or a sum as loss_reduction says: a float64 tensor of no dimension. Collective over mesh.pipe
+        only, and no gradient changes. Raises as `step` does.
+        """
+        self._require_loss("tell a loss, only give outputs")
+        return self._evaluator.loss(x, y, self.steps_taken)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters of this rank's stages, a shared one once.
@@ -374,6 +366,10 @@ class Pipeline:
             "a Pipeline belongs to its ranks, and has no copy and no pickle: take its "
             "state_dict(), or copies of what named_parameters() yields, as for an average"
         )
+
+    def _require_loss(self, what: str) -> None:
+        if not self._choices.has_loss:
+            raise ValueError(f"a pipeline without loss_fn on its last stage cannot {what}")
 
     @property
     def _is_first(self) -> bool:

@@ -60,27 +60,34 @@ def agree_on_rows(mesh: Mesh, x: Any, y: Any, meets: bool = False) -> tuple[tupl
     return tuple(map(int, rows_x)), bool(table[:, 2].any())
 
 
-def agree_on_rows_of_pipe(pipe: Communicator, x: Any) -> int:
-    """Return the rows of x as the first stage has it, at least one.
+def agree_on_rows_of_pipe(pipe: Communicator, x: Any, y: Any = None) -> int:
+    """Return the rows of x as the first stage has it, at least one; y, if given, has as many.
 
     Collective over `pipe`; raises on every rank as `agree_on_rows` does.
     """
     error: Exception | None = None
-    rows = np.array([_NOT_GIVEN], dtype=np.int64)
-    if pipe.rank == 0:
-        try:
-            rows[0] = count_rows(x, "x")
-            if rows[0] == 0:
+    last = pipe.size - 1
+    mine = np.array([_NOT_GIVEN, _NOT_GIVEN], dtype=np.int64)
+    try:
+        if pipe.rank == 0:
+            mine[0] = count_rows(x, "x")
+            if mine[0] == 0:
                 raise ValueError("x: expected at least one row, got none")
-        except (TypeError, ValueError) as caught:
-            error, rows[0] = caught, _REFUSED
-    pipe.broadcast(rows, root=0)
-    if rows[0] == _REFUSED:
-        text = gather_texts(pipe, _told(error))[0]
+        if pipe.rank == last and y is not None:
+            mine[1] = count_rows(y, "y")
+    except (TypeError, ValueError) as caught:
+        error, mine[:] = caught, _REFUSED
+    table = pipe.allgather(mine)
+    if _REFUSED in table:
+        texts = gather_texts(pipe, _told(error))
         if error is not None:
             raise error
-        raise ValueError(f"the batch was refused on the first stage: {text}")
-    return int(rows[0])
+        place = "first" if texts[0] else "last"
+        raise ValueError(f"the batch was refused on the {place} stage: {texts[0] or texts[last]}")
+    rows, of_targets = int(table[0, 0]), int(table[last, 1])
+    if of_targets not in (_NOT_GIVEN, rows):
+        raise ValueError(f"x has {rows} rows on the first stage, y has {of_targets} on the last")
+    return rows
 
 
 def _told(error: Exception | None) -> str:

@@ -32,13 +32,15 @@ class Batch:
     inputs: on the first stage.  targets: on the last stage.
     scales: what a micro-batch's loss is multiplied by before its gradient is taken.
     samples: where a micro-batch's rows are in the global batch, for random layers.
-    losses, outputs: filled on the last stage, by training and by evaluation.
+    judged: an evaluation is for the losses, and the outputs are let go.
+    losses, outputs: filled on the last stage.
     """
 
     inputs: list[Any] = field(default_factory=list)
     targets: list[Any] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
     samples: list[Samples] = field(default_factory=list)
+    judged: bool = False
     losses: dict[int, Tensor] = field(default_factory=dict)
     outputs: list[Any] = field(default_factory=list)
 
@@ -188,6 +190,9 @@ class StageWorker:
         if not self._is_last:
             self._send_on(microbatch, *take_apart(output, f"output of stage {self._index}"))
             return
+        if batch.judged:
+            batch.losses[microbatch] = self._loss_of(output, batch.targets[microbatch]).clone()
+            return
         if len(batch.outputs) < len(batch.samples) - 1:
             # It may be memory of its layer's own, that the next micro-batch is written to.
             output = clone_tensors(output, "output of the last stage")
@@ -221,10 +226,7 @@ class StageWorker:
             self._stage.end_at_outputs(microbatch)
             self._send_on(microbatch, out, outputs)
             return
-        assert self._loss_fn is not None
-        loss = self._loss_fn(output, batch.targets[microbatch])
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise TypeError(f"expected loss_fn to return a tensor of one element, got {loss!r}")
+        loss = self._loss_of(output, batch.targets[microbatch])
         if not loss.requires_grad and self._stage.needs_gradients(description):
             raise TypeError(
                 "the loss needs no gradient, although parameters do: is step called under "
@@ -232,6 +234,13 @@ class StageWorker:
             )
         self._stage.begin_backward_at(microbatch, loss)
         batch.losses[microbatch] = loss.detach().clone()  # its owner may write to it meanwhile
+
+    def _loss_of(self, output: Any, target: Any) -> Tensor:
+        assert self._loss_fn is not None
+        loss = self._loss_fn(output, target)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise TypeError(f"expected loss_fn to return a tensor of one element, got {loss!r}")
+        return loss
 
     def _backward(self, microbatch: int, batch: Batch) -> None:
         gradients = self._take_gradients(microbatch, batch)
