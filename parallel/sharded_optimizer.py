@@ -67,6 +67,7 @@ class ShardedOptimizer(Optimizer):
     reduce: False if gradients have been averaged when `step` runs, as DataParallel and Pipeline do
         while backward goes on. True if each rank holds its own: `step` then averages them by
         reduce-scatter, which halves the gradients' traffic, after backward.
+        With a scaled loss that takes a LossScaler: torch's GradScaler looks at this rank's alone.
     bucket_bytes: parameters that travel together, in bytes.
     hyper: of the optimizer, by keyword.
 
@@ -104,6 +105,8 @@ class ShardedOptimizer(Optimizer):
         groups = _groups(named)
         self._comm = comm
         self._reduce = reduce
+        # Asks torch's GradScaler to call step in any case, so that every rank hears of it there.
+        self._step_supports_amp_scaling = reduce
         # The gradients that the pieces were given theirs of, by clip_grad_norm_; None if it was not
         # called since the last step.
         self._brought: list[_Seen] | None = None
@@ -127,7 +130,11 @@ class ShardedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters, on every rank to the same values; collective."""
+        """Update the parameters, on every rank to the same values; collective.
+
+        TypeError with `reduce`, on every rank, where torch's GradScaler calls it.
+        """
+        self._refuse_grad_scaler()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -261,6 +268,16 @@ class ShardedOptimizer(Optimizer):
             {**group, "params": [piece.parameter for shard in shards for piece in shard.pieces]}
             for group, shards in zip(groups, cut, strict=True)
         ]
+
+    def _refuse_grad_scaler(self) -> None:
+        """Raise TypeError in a step of torch's GradScaler, which has set these two attributes."""
+        given = [vars(self).pop(name, None) for name in ("found_inf", "grad_scale")]
+        if any(value is not None for value in given):
+            raise TypeError(
+                "a ShardedOptimizer with reduce=True averages gradients in step, and torch's "
+                "GradScaler skips a step by what this rank has before: ranks would skip, and set "
+                "their scale, apart; use ringfold.LossScaler(comm)"
+            )
 
     def _all_shards(self) -> list[Shard]:
         return [shard for shards in self._shards for shard in shards]

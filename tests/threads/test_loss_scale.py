@@ -387,3 +387,53 @@ def test_a_wire_that_keeps_errors_has_to_know_the_scaler() -> None:
             ringfold.DataParallel(layer(), comm, loss_scaler=scaler if comm.rank else None)
 
     run_local(2, main)
+
+
+def test_torchs_own_scaler_is_refused_where_it_cannot_see_the_mean() -> None:
+    """It looked at one rank's gradients, before `step` averages them: the rank with an infinity
+    skipped alone, and from then on one rank's step k was averaged with the other's step k + 1."""
+
+    def main(comm: Communicator) -> list[torch.Tensor]:
+        model = layer()
+        named = model.named_parameters()
+        optimizer = ringfold.ShardedOptimizer(named, comm, torch.optim.SGD, lr=0.1, reduce=True)
+        for unscales in (False, True):
+            scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+            x = torch.full((2, 4), float("inf") if comm.rank else 1.0)
+            scaler.scale(model(x).square().sum()).backward()
+            if unscales:
+                scaler.unscale_(optimizer)
+            with pytest.raises(TypeError, match="LossScaler"):
+                scaler.step(optimizer)
+            optimizer.zero_grad()
+        before = weights(model.parameters())
+        model(torch.ones(2, 4)).square().sum().backward()
+        torch.amp.GradScaler("cpu", enabled=False).step(optimizer)
+        assert not torch.equal(before[0], model.weight)
+        return weights(model.parameters())
+
+    one, other = run_local(2, main)
+    assert all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_torchs_own_scaler_decides_alike_where_gradients_are_the_mean(sharded: bool) -> None:
+    def main(comm: Communicator) -> tuple[float, list[torch.Tensor]]:
+        model = ringfold.DataParallel(layer(), comm)
+        optimizer = (
+            ringfold.ShardedOptimizer(model.named_parameters(), comm, torch.optim.SGD, lr=0.1)
+            if sharded
+            else torch.optim.SGD(model.parameters(), lr=0.1)
+        )
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for step in range(3):
+            optimizer.zero_grad()
+            x = torch.full((2, 4), float("inf") if comm.rank == step == 1 else 1.0)
+            scaler.scale(model(x).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return scaler.get_scale(), weights(model.parameters())
+
+    (scale, one), (other_scale, other) = run_local(2, main)
+    assert scale == other_scale == 2.0
+    assert all(map(torch.equal, one, other)) and one[0].isfinite().all()
