@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Number
 from types import MappingProxyType
 from typing import Any
 
@@ -21,6 +22,8 @@ Array = npt.NDArray[Any]
 
 _ON_HOST: Mapping[str, Mapping[str, str]] = MappingProxyType({"torch": {"device": "cpu"}})
 """Array library -> what its `empty` takes so that no default device of the program counts."""
+
+_IN_AN_ARRAY = "pass it as np.array([x])"
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def wrap(x: Any, *, writable: bool, what: str = "x", keeps: bool = False) -> Buf
     """
     view, dtype = _view(x, what)
     if writable:
-        _require_target(view, what)
+        _require_target(x, view, what)
     flat = view.reshape(-1) if _is_flat(view) else np.empty(view.size, view.dtype)
     return Buffer(x, view, flat, dtype, library_of(x), {} if keeps else None)
 
@@ -208,15 +211,19 @@ def _view(x: Any, what: str) -> tuple[Array, DType]:
                 return adapt(x)
             except TypeError as error:
                 raise TypeError(f"{what}: {error}") from None
+    hint = f"; {_IN_AN_ARRAY}" if isinstance(x, Number) else ""
     raise TypeError(
         f"{what}: expected an array (NumPy, torch, DLPack or buffer protocol), "
-        f"got {type(x).__name__}"
+        f"got {type(x).__name__}{hint}"
     )
 
 
-def _require_target(view: Array, what: str) -> None:
+def _require_target(x: Any, view: Array, what: str) -> None:
     if not view.flags.writeable:
-        raise ValueError(f"{what}: the result is written in place, but the array is read-only")
+        scalar = isinstance(x, np.generic)  # as np.sum returns, and as mpi4py's allreduce takes
+        hint = f"a NumPy scalar is read-only; {_IN_AN_ARRAY}"
+        shown = hint if scalar else "the array is read-only"
+        raise ValueError(f"{what}: the result is written in place, but {shown}")
     extent = view.itemsize
     steps = sorted(
         (abs(step), length)

@@ -102,7 +102,9 @@ def test_the_buffer_protocol(x: object) -> None:
     "x, error, text",
     [
         ([1.0, 2.0], TypeError, "expected an array .*got list"),
-        (3.0, TypeError, "got float"),
+        (3.0, TypeError, r"got float; pass it as np.array\(\[x\]\)"),
+        (3, TypeError, r"got int; pass it as np.array\(\[x\]\)"),
+        (np.sum(np.ones(3)), ValueError, r"a NumPy scalar is read-only; pass it as np.array"),
         (np.array(["a"]), TypeError, "dtype str"),
         (np.array([None]), TypeError, "dtype object"),
         (np.zeros(3, ">f4"), TypeError, "byte order"),
