@@ -38,4 +38,4 @@ def test_example(job: Callable[..., Any], example: Path, ranks: int) -> None:
 
 
 def test_there_is_something_to_run() -> None:
-    assert len(BLOCKS) >= 4 and len(COMMANDS) >= 2
+    assert len(BLOCKS) >= 6 and len(COMMANDS) >= 2
