@@ -42,15 +42,12 @@ class RandomStreams:
     def read(self) -> dict[str, Any]:
         """Return all states as plain values and tensors."""
         version, words, gauss = random.getstate()
-        numpy_state: Any = np.random.get_state(legacy=True)
-        name, keys, place, has_gauss, cached = numpy_state
-        assert name == "MT19937", name
         cuda = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         return {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state() if cuda else None,
             "python": (version, torch.tensor(words, dtype=torch.int64, device="cpu"), gauss),
-            "numpy": (torch.from_numpy(keys.astype(np.int64)), place, has_gauss, cached),
+            "numpy": _global_state(),
             "generators": {
                 key: generator.get_state()
                 if isinstance(generator, torch.Generator)
@@ -66,8 +63,7 @@ class RandomStreams:
             torch.cuda.set_rng_state(state["cuda"])
         version, words, gauss = state["python"]
         random.setstate((version, tuple(words.tolist()), gauss))
-        keys, place, has_gauss, cached = state["numpy"]
-        np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), place, has_gauss, cached))
+        _set_global_state(state["numpy"])
         for key, generator in self.generators.items():
             if isinstance(generator, torch.Generator):
                 generator.set_state(state["generators"][key])
@@ -78,7 +74,7 @@ class RandomStreams:
         """Start all streams anew."""
         torch.manual_seed(seed)
         random.seed(seed)
-        np.random.seed(seed % 2**32)
+        _seed_global(seed, len(self.generators))
         for index, generator in enumerate(self.generators.values()):
             if isinstance(generator, torch.Generator):
                 generator.manual_seed(seed + 1 + index)
@@ -111,18 +107,16 @@ class StreamsPart:
     def _fit_generators(self, manifest: Manifest) -> None:
         """Raise CheckpointError unless each has a state of its kind there."""
         source = self._source(manifest)
-        kept = decode(manifest.values[source], _Reference)["generators"]
+        state = decode(manifest.values[source], _Reference)
+        kept = state["generators"]
+        _fit_kind(manifest, f"{source}/numpy", _global_kind(), _kind_of_state(state["numpy"]))
         for key, generator in self.streams.generators.items():
             where = f"{source}/generators/{key}"
             if key not in kept:
                 raise CheckpointError(
                     f"{where}: {manifest.title} has no such stream, only {sorted(kept)}"
                 )
-            expected, found = _kind(generator), _kind_of_state(kept[key])
-            if found != expected:
-                raise CheckpointError(
-                    f"{where}: expected a state of {expected}, {manifest.title} has one of {found}"
-                )
+            _fit_kind(manifest, where, _kind(generator), _kind_of_state(kept[key]))
             if isinstance(generator, torch.Generator):  # on another device it has another size
                 fit(manifest, kept[key].path, generator.get_state())
 
@@ -143,6 +137,13 @@ class _Reference:
     path: str
 
 
+def _fit_kind(manifest: Manifest, where: str, expected: str, found: str) -> None:
+    if found != expected:
+        raise CheckpointError(
+            f"{where}: expected a state of {expected}, {manifest.title} has one of {found}"
+        )
+
+
 def _kind(generator: Generator) -> str:
     if isinstance(generator, torch.Generator):
         return "torch.Generator"
@@ -150,7 +151,42 @@ def _kind(generator: Generator) -> str:
 
 
 def _kind_of_state(state: Any) -> str:
+    if isinstance(state, tuple):  # of NumPy's global stream, as it is without a word from the user
+        return "MT19937"
     return "torch.Generator" if isinstance(state, _Reference) else str(state["bit_generator"])
+
+
+def _global_kind() -> str:
+    """Return the bit generator of NumPy's global stream; np.random.set_bit_generator changes it."""
+    return str(np.random.get_state(legacy=False)["bit_generator"])
+
+
+def _global_state() -> Any:
+    """Return the state of NumPy's global stream: of MT19937 a tuple, as checkpoints always had."""
+    state = np.random.get_state(legacy=False)
+    if state["bit_generator"] != "MT19937":
+        return _plain(state)
+    twister = state["state"]
+    keys = torch.from_numpy(twister["key"].astype(np.int64))
+    return keys, twister["pos"], state["has_gauss"], state["gauss"]
+
+
+def _set_global_state(state: Any) -> None:
+    if not isinstance(state, tuple):
+        np.random.set_state(_numpy(state))
+        return
+    keys, place, has_gauss, cached = state
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), place, has_gauss, cached))
+
+
+def _seed_global(seed: int, index: int) -> None:
+    """Start NumPy's global stream anew.  index: no other stream's."""
+    kind = type(np.random.get_bit_generator())
+    if kind is np.random.MT19937:
+        np.random.seed(seed % 2**32)
+    else:
+        fresh: Any = kind(np.random.SeedSequence([seed, index]))
+        np.random.set_state(fresh.state)
 
 
 def _plain(value: Any) -> Any:

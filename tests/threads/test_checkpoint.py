@@ -733,6 +733,45 @@ def test_a_stream_of_another_kind_is_refused_by_both_names(tmp_path, kept, here)
     run_local(1, main)
 
 
+@pytest.fixture
+def pcg64():
+    """Let NumPy's global stream draw by PCG64."""
+    before = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(3))
+    yield
+    np.random.set_bit_generator(before)
+
+
+def test_numpys_global_stream_goes_on_with_another_bit_generator(tmp_path, pcg64):
+    """After np.random.set_bit_generator a save ended in "too many values to unpack", and a resume
+    on another number of ranks would have seeded it as only MT19937 can be."""
+
+    def main(comm):
+        np.random.normal()  # one more is kept for the next call
+        ringfold.save(tmp_path, {"random": RandomStreams()}, comm)
+        expected = np.random.normal(size=3).tolist(), np.random.rand(3).tolist()
+        ringfold.load(tmp_path, {"random": RandomStreams()}, comm)
+        assert (np.random.normal(size=3).tolist(), np.random.rand(3).tolist()) == expected
+
+    draws = []
+    with torch.random.fork_rng():
+        run_local(1, main)
+        for seed in (5, 6, 5):  # as a resume on another number of ranks does
+            RandomStreams().seed(seed)
+            draws.append(np.random.rand())
+    assert draws[0] == draws[2] != draws[1]
+
+
+def test_a_global_stream_of_another_kind_is_refused_by_both_names(tmp_path, pcg64):
+    def main(comm):
+        ringfold.save(tmp_path, {"random": RandomStreams()}, comm)
+        np.random.set_bit_generator(np.random.MT19937(3))
+        with pytest.raises(CheckpointError, match=r"/numpy: expected a state of MT19937, .* PCG64"):
+            ringfold.load(tmp_path, {"random": RandomStreams()}, comm)
+
+    run_local(1, main)
+
+
 def test_a_manifest_reads_back_what_it_was_and_nothing_else():
     manifest = Manifest(
         3, 2, {"f": 10}, {"a/b": Entry("f", "F32", (2, 0), "00")}, {"v": {"mapping": [[1, None]]}}
