@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from .notices import ASSEMBLING, MESSAGES, Probe, Row, Standing
+from .texts import few
 from .trace import Signature
 
 _FIRST, _LONGEST = 0.5, 8.0
@@ -129,8 +130,8 @@ class Cycles:
 def told(cycle: tuple[Standing, ...]) -> str:
     """Return a cycle as text."""
     after = (*cycle[1:], cycle[0])
-    rows = (
+    rows = [
         f"rank {one.rank} for rank {next_.rank} in {one.group}, in {one.row}"
         for one, next_ in zip(cycle, after, strict=True)
-    )
-    return f"ranks wait for each other, in different calls: {'; '.join(rows)}"
+    ]
+    return f"ranks wait for each other, in different calls: {few(rows, '; ')}"

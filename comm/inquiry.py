@@ -31,8 +31,8 @@ from .notices import (
     decode,
     encode,
     rows_of,
-    table,
 )
+from .texts import table
 from .trace import Ring, State
 from .transport.base import Transport
 from .where import state

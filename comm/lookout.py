@@ -22,6 +22,7 @@ from .company import company, sees_launcher
 from .deaths import STOPPED_SECONDS, Process
 from .ending import Told, told_to_end
 from .settings import Seat, Settings
+from .texts import listed
 from .waited import Waited
 
 Why = Callable[[float], str]
@@ -133,7 +134,8 @@ class Lookout:
         if seat.local_size == seat.size:
             return " and ".join(f"rank {rank}" for rank in range(seat.size) if rank not in known)
         count = seat.local_size - len(known)
-        return f"{count} of the ranks of {socket.gethostname()}, other than {sorted(known)},"
+        others = listed(sorted(known))
+        return f"{count} of the ranks of {socket.gethostname()}, other than {others},"
 
     def _complete(self) -> None:
         """Look for those who were not there yet."""

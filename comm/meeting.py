@@ -27,8 +27,9 @@ from .call_codes import describe_code
 from .errors import CommError, MismatchError
 from .fused_pulls import shown_bytes
 from .fused_rows import INPUT, OUTPUT, Rows, Shape
-from .notices import DIFFER, Row, table
+from .notices import DIFFER, Row
 from .serving import Waiting
+from .texts import table
 from .trace import Entry, Ring
 from .transport.base import Request
 from .work import Steps

@@ -16,8 +16,10 @@ from .ipc import Ipc, Launch, Offer, Words
 from .nested_launches import Call, Launches, RowsCall
 from .nested_pieces import Part, Piece
 from .nested_seats import Seats
+from .notices import DIFFER
 from .scratch import Piece as Room
 from .scratch import Place, Scratch
+from .texts import table
 from .trace import Signature
 from .waits import seen_from
 from .work import Prepared, Steps
@@ -194,9 +196,9 @@ class NestedNode:
         self._scratch.give(room, self._device.record(self.stream))
 
     def _mismatch(self, rows: Words) -> str:
-        told = []
+        told = {}
         for rank, row in zip(self._neighbours, rows.tolist(), strict=True):
             root = row[4] % (self._size + 1) - 1
             text = f"{describe_code(row[2])} of {row[3]} elements"
-            told.append(f"rank {rank}: {text}{f', root {root}' if root >= 0 else ''}")
-        return f"the ranks' calls differ: {'; '.join(told)}"
+            told[rank] = f"{text}{f', root {root}' if root >= 0 else ''}"
+        return table(DIFFER, told)

@@ -148,12 +148,6 @@ def _row(fields: dict[str, Any]) -> Row:
     return Row(**{**fields, "signature": Signature(*fields["signature"])})
 
 
-def table(title: str, rows: dict[int, str]) -> str:
-    """Return one text with a row per rank."""
-    shown = (f"rank {rank}: {row}" for rank, row in sorted(rows.items()))
-    return f"{title}: " + "; ".join(shown)
-
-
 def calls_of(ring: Ring, group: str, *, messages: bool) -> list[Entry]:
     """Return a rank's last collectives in a group, or its last messages, the oldest first."""
     return [

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .deaths import Deaths
 from .errors import CommTimeout, PeerLost
 from .inquiry import Inquiry
+from .texts import listed
 from .waited import Waited
 
 if TYPE_CHECKING:
@@ -114,5 +115,5 @@ class Watch:
                 around = "; " + self._inquiry.around(self._work, _ANSWERS)
             raise CommTimeout(
                 f"rank {transport.rank} waited {waited:.1f} s in {receipt.operation} "
-                f"({receipt.algorithm}, {receipt.nbytes} bytes) for ranks {peers}{around}"
+                f"({receipt.algorithm}, {receipt.nbytes} bytes) for ranks {listed(peers)}{around}"
             )

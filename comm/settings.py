@@ -11,7 +11,7 @@ from types import NoneType
 from typing import Any
 
 from .arguments import require, seconds, shown, whole
-from .texts import shown_ranks
+from .texts import few, shown_ranks
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,8 @@ def unlike(rows: Sequence[Sequence[int]]) -> str:
             holders: dict[int, list[int]] = {}
             for rank, value in enumerate(values):
                 holders.setdefault(value, []).append(rank)
-            found = (f"{kind(value)} on {shown_ranks(ranks)}" for value, ranks in holders.items())
-            told.append(f"{field}{name} is {', '.join(found)}")
+            found = [f"{kind(value)} on {shown_ranks(ranks)}" for value, ranks in holders.items()]
+            told.append(f"{field}{name} is {few(found)}")
     return "; ".join(told)
 
 

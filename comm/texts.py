@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,11 +13,37 @@ if TYPE_CHECKING:
 _SHOWN = 8
 
 
+def few(parts: Sequence[str], between: str = ", ") -> str:
+    """Return parts joined, of very many the first; a thousand ranks' make no line to be read."""
+    more = f" and {len(parts) - _SHOWN} more" if len(parts) > _SHOWN else ""
+    return between.join(parts[:_SHOWN]) + more
+
+
 def shown_ranks(ranks: Sequence[int]) -> str:
     """Return "rank 2" or "ranks 0, 3", of very many the first."""
-    shown = ", ".join(map(str, ranks[:_SHOWN]))
-    more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
+    return f"rank{'s' if len(ranks) > 1 else ''} {few([*map(str, ranks)])}"
+
+
+def listed(ranks: Sequence[int]) -> str:
+    """Return "[0, 3]", of very many the first."""
+    return f"[{few([*map(str, ranks)])}]"
+
+
+def table(title: str, rows: Mapping[int, str]) -> str:
+    """Return one text with a row per rank; of very many, one for all that have it alike.
+
+    And of very many such rows that of most ranks, and those of fewest, as of one that is astray.
+    """
+    if len(rows) <= _SHOWN:
+        return f"{title}: " + "; ".join(f"rank {rank}: {rows[rank]}" for rank in sorted(rows))
+    alike: dict[str, list[int]] = {}
+    for rank in sorted(rows):
+        alike.setdefault(rows[rank], []).append(rank)
+    groups = sorted(alike.values(), key=len)
+    groups[_SHOWN - 1 : -1] = []
+    left = len(rows) - sum(map(len, groups))
+    shown = [f"{shown_ranks(ranks)}: {rows[ranks[0]]}" for ranks in sorted(groups)]
+    return f"{title}: {'; '.join(shown)}" + (f"; and {left} ranks more" if left else "")
 
 
 def gather_texts(comm: Communicator, text: str) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from .clock import Offset, between
 from .intervals import Intervals, common, length, union, without
+from .texts import few
 from .timeline import COMPUTE, PACK, STEP, WAIT, Timeline
 
 if TYPE_CHECKING:
@@ -305,7 +306,7 @@ def table(rows: Sequence[RankSummary]) -> str:
         "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
         for line in lines
     ]
-    lost = ", ".join(f"rank {row.rank} {row.lost}" for row in rows if row.lost)
+    lost = few([f"rank {row.rank} {row.lost}" for row in rows if row.lost])
     if lost:
         shown.append(f"operations that are not in here, as they were not recorded: {lost}")
     return "\n".join(shown)

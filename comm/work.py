@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import seconds
 from .errors import MismatchError
+from .texts import listed
 from .transport.base import Channel, Request, Transport
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ class Work:
 
     def __str__(self) -> str:
         peers = sorted({request.peer for request in self.pending})
-        return f"{self.receipt.operation} ({self.receipt.nbytes} bytes) for ranks {peers}"
+        return f"{self.receipt.operation} ({self.receipt.nbytes} bytes) for ranks {listed(peers)}"
 
     def done(self) -> bool:
         """Tell whether the work has ended, well or not; never waits.

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from ..comm.errors import MismatchError
-from ..comm.texts import shown_ranks
+from ..comm.texts import few, shown_ranks
 from .demands import require_comm
 from .objects import allgather_objects
 from .replicas import flat_bytes
@@ -41,7 +41,7 @@ def check_replicas(comm: Communicator, named: Iterable[tuple[str, Tensor]]) -> s
     holders: dict[bytes | None, list[int]] = {}
     for rank, found in enumerate(everyone):
         holders.setdefault(found.get(first), []).append(rank)
-    groups = " from ".join(shown_ranks(ranks) for ranks in holders.values())
+    groups = few([shown_ranks(ranks) for ranks in holders.values()], " from ")
     raise MismatchError(
         f"replicas differ in {len(differing)} of {len(names)} tensors, first in {first}: {groups}"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..comm.texts import few
 from .actions import Action, Kind
 
 __all__ = [
@@ -209,7 +210,7 @@ def _describe_deadlock(
             f"{names.row(rank)} is stuck at {names.action(action)}, "
             f"waiting for {waits} of stage {waits.stage}"
         )
-    return "deadlock: " + "; ".join(stuck)
+    return "deadlock: " + few(stuck, "; ")
 
 
 _WHOLE = (Kind.FORWARD, Kind.BACKWARD)

@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..comm.arguments import whole
 from ..comm.dtypes import DTYPES
-from ..comm.texts import gather_texts, shown_ranks
+from ..comm.texts import few, gather_texts, shown_ranks
 from .buckets import Member, plan_buckets
 from .gradient_dtype import gradient_dtype
 
@@ -161,8 +161,8 @@ def check_equal(
     for position, column in enumerate(columns):
         if len(set(column)) > 1:
             holders = {line: [r for r, c in enumerate(column) if c == line] for line in column}
-            shown = "; ".join(
-                f"{line or 'nothing'} on {shown_ranks(r)}" for line, r in holders.items()
+            shown = few(
+                [f"{line or 'nothing'} on {shown_ranks(r)}" for line, r in holders.items()], "; "
             )
             raise ValueError(f"{what} differ between ranks, first at entry {position}: {shown}")
 

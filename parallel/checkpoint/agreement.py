@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from ...comm.texts import gather_texts
+from ...comm.texts import gather_texts, shown_ranks
 from .errors import CheckpointError, text_of
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def agree(comm: Communicator, complaint: str, what: str, cause: Exception | None
     found = {rank: text for rank, text in enumerate(gather_texts(comm, complaint)) if text}
     if found:
         ranks = sorted(found)
-        others = f" (also on ranks {ranks[1:]})" if len(ranks) > 1 else ""
+        others = f" (also on {shown_ranks(ranks[1:])})" if len(ranks) > 1 else ""
         raise CheckpointError(f"{what}: rank {ranks[0]}: {found[ranks[0]]}{others}") from cause
 
 
