@@ -16,6 +16,9 @@ from .topology import Nodes
 from .tune import Tuning
 from .verify import Proof, verify
 
+_ROWS = 1 << 16
+"""Ranks whose rows are kept, over all programs of a group: a program has some for each."""
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -45,7 +48,8 @@ class Choice:
         self._nodes: Nodes | None = None
         self._tuning: Tuning | None = None
         self._named = lru_cache(maxsize=256)(self._evaluate_named)
-        self._lowered = lru_cache(maxsize=256)(self._lower_named)
+        few = max(8, min(256, _ROWS // size))
+        self._lowered = lru_cache(maxsize=few)(self._lower_named)
         self._proven = lru_cache(maxsize=64)(self._prove)
 
     @property

@@ -16,9 +16,9 @@ Pure functions; addresses come in when a program is bound to a group (`comm.boar
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 
+from .byte_cache import ByteCache
 from .fused_folds import FOLDS
 from .fused_pulls import PULLS, pull_cma, pull_eager, pull_shared, pull_staged
 from .fused_rows import Rows, Shape
@@ -77,9 +77,14 @@ _FORMS: Mapping[str, Callable[[str, Shape], Rows]] = {
 """form -> what lowers a collective, by name, to it."""
 
 
-@functools.lru_cache(maxsize=512)
-def lower(form: str, name: str, shape: Shape) -> Rows:
-    """Return a program, made once: a new array of a known shape is met in every training step."""
+def _lowered(form: str, name: str, shape: Shape) -> Rows:
     rows = _FORMS[form](name, shape)
     rows.setflags(write=False)
     return rows
+
+
+lower = ByteCache(_lowered, 16 << 20)
+"""(form, name, shape) -> the program, made once: every training step has new arrays of old shapes.
+
+By bytes: that of a small array has some hundred, of a gigabyte on 64 ranks 25 million.
+"""
