@@ -240,7 +240,12 @@ class GroupCalls:
     # -- point to point ----------------------------------------------------------------------
 
     def send(self, x: Any, dst: int, tag: int = 0) -> None:
-        """Send x to rank dst; when it returns, x may be changed."""
+        """Send x to rank dst; when it returns, x may be changed.
+
+        It may return before its recv has begun, and it may wait for that, whatever x's size: by the
+        transport, and by what is under way. Ranks that all send before they receive rely on the
+        former; isend does not wait.
+        """
         self._start(self._side(x).send(x, dst, tag), True)
 
     def recv(self, x: Array, src: int, tag: int = 0) -> Array:
