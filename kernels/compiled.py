@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ Kernel = Callable[..., Any]
 @functools.cache
 def _fingerprint() -> str:
     digest = hashlib.sha256(numba.__version__.encode())
+    # Numba has an index for each Python, all in one folder where several share a checkout.
+    digest.update(f"{sys.implementation.cache_tag}{sys.abiflags}".encode())
     digest.update(llvmlite.binding.get_host_cpu_name().encode())
     digest.update(llvmlite.binding.get_host_cpu_features().flatten().encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import zlib
+from types import SimpleNamespace
 
 import numba
 import numpy as np
@@ -49,6 +50,17 @@ def test_one_process_compiles_and_says_so(tmp_path):
     assert words.startswith("ringfold: compiling kernels for this machine, once; they are kept in ")
     again = start(tmp_path, script).communicate(timeout=100)
     assert again == ("0\n", "")
+
+
+def test_kernels_of_another_python_are_not_taken_for_this_ones(monkeypatch, tmp_path):
+    """Its index was, in a checkout that two Pythons share: every rank compiled, without a word."""
+    other = SimpleNamespace(cache_tag="cpython-399")
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled.sys, "implementation", other)
+        name = f"twice_{compiled._fingerprint.__wrapped__()}"
+    (tmp_path / f"script.{name}-10.py399.nbi").touch()
+    own = f"twice_{compiled._fingerprint()}"
+    assert compiled._kept(tmp_path, name) and not compiled._kept(tmp_path, own)
 
 
 def test_numbers_are_converted_and_nothing_else_is_taken():
