@@ -15,6 +15,11 @@ def library_of(mpi: Any) -> str:
     return first.strip("\0 ")
 
 
+def short(library: str) -> str:
+    """Return the name and version of `library_of` to be read: MPICH sets its own in columns."""
+    return " ".join(library.partition(", package")[0].split())
+
+
 def require_own_place() -> None:
     """Raise CommError, before MPI starts, in a process that a rank of the job has started.
 
@@ -46,7 +51,7 @@ def require_whole_world(mpi: Any) -> None:
     alone = " ".join(f"-u {name}" for name in told)
     raise CommError(
         f"the launcher has started {max(told.values())} processes ({said}), but each is alone for "
-        f"{library_of(mpi).partition(', package')[0]}, whose launcher it is not; start with the "
+        f"{short(library_of(mpi))}, whose launcher it is not; start with the "
         "mpirun of the MPI library that mpi4py uses, or let srun speak to it (--mpi=pmix for Open "
         f"MPI, --mpi=pmi2 for MPICH); where each is meant to run by itself, with env {alone}"
     )

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, Protocol
 
+from ..errors import CommError
 from ..lookout import Lookout
 from ..settings import Seat, fit_to_start_mpi, free_place, hold_place
 
@@ -35,12 +36,13 @@ def import_mpi(make_lookout: Callable[[], Lookout] | None) -> Any:
     """Import mpi4py's MPI, and start MPI where nobody has; end it then when Python ends.
 
     make_lookout: makes what sees to it meanwhile, where MPI is to be started.
-    Raises: ImportError, RuntimeError without an MPI library.
+    Raises: ImportError, RuntimeError without an MPI library; CommError with too old an mpi4py.
     """
-    if "mpi4py.MPI" in sys.modules:
-        return _module()
     import mpi4py
 
+    require_version(mpi4py.__version__)
+    if "mpi4py.MPI" in sys.modules:
+        return _module()
     rc: Any = mpi4py.rc
     if not rc.initialize:  # whoever has switched this off starts MPI
         return _module()
@@ -58,6 +60,12 @@ def import_mpi(make_lookout: Callable[[], Lookout] | None) -> Any:
         if rc.finalize is not False:
             atexit.register(_end, mpi, lookout, os.getpid())
     return mpi
+
+
+def require_version(version: str) -> None:
+    """Raise CommError for an mpi4py before 4: tests run on 4.1 and newer."""
+    if int(version.partition(".")[0]) < 4:
+        raise CommError(f"expected mpi4py 4.1 or newer, got {version}: pip install -U mpi4py")
 
 
 def _module() -> Any:

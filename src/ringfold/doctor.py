@@ -121,11 +121,11 @@ def _compilation() -> Finding:
 
 def _mpi(comm: Communicator) -> list[Finding]:
     from .comm.transport.mpi import thread_level
+    from .comm.transport.mpi_launch import short
 
     level = thread_level()
     threads = f"thread level {level}"
-    library = comm.library.partition(", package")[0]
-    found = [good("MPI", f"{library}; {comm.size} ranks, {_nodes(comm)} nodes")]
+    found = [good("MPI", f"{short(comm.library)}; {comm.size} ranks, {_nodes(comm)} nodes")]
     if level == "MULTIPLE":
         return [*found, good("threads", f"{threads}: works advance while nobody waits")]
     return [
