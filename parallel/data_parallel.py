@@ -248,6 +248,9 @@ class DataParallel(Transparent):
             replaces that, and ranks that have run out weigh 0. "all": over all ranks, those that
             have run out counting as zeros; `weighted` must not be used then.
 
+        With SyncBatchNorm layers ranks meet in forward, too: run a batch without rows in place of
+        `reduce_gradients`, as model(x[:0]).sum().backward(), or stop together.
+
         Buffers are sent from `root`, or while it has no batch from the next rank that has one. One
         reduction per turn: accumulate within a turn under `no_sync`. Collective: every rank
         iterates to the end. ValueError for other words.

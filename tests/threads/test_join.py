@@ -7,6 +7,7 @@ from torch import nn
 from ringfold import DataParallel, run_local
 from ringfold.comm.errors import PeerLost
 from ringfold.parallel.join import even_batches
+from ringfold.parallel.sync_batchnorm import convert_sync_batchnorm
 
 
 class Scalar(nn.Module):
@@ -127,6 +128,45 @@ def test_running_statistics_are_those_of_a_rank_that_still_has_batches(root, ave
         return tracked
 
     assert run_local(3, main) == [[1, 2, 3, 4]] * 3
+
+
+@pytest.mark.parametrize("at_end", ["none", "stop"])
+def test_layers_that_meet_in_forward_take_a_batch_without_rows(at_end):
+    """Nothing said so: with `reduce_gradients` one waited in join for those that wait in it."""
+    counts = (3, 1, 2)
+    data = torch.randn(3, 3, 4, 2, generator=torch.Generator().manual_seed(1))
+
+    def layers():
+        made = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 1))
+        with torch.no_grad():
+            for p in made.parameters():
+                p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p))
+        return made
+
+    def trained(model, batches, params):
+        optimizer = torch.optim.SGD(params, lr=0.1)
+        for x in batches:
+            optimizer.zero_grad()
+            empty = x is None
+            out = model(data[0, 0, :0] if empty else x)
+            (out.sum() if empty else (out - 1).square().mean()).backward()
+            optimizer.step()
+        return [p.detach() for p in params]
+
+    def main(comm):
+        module = convert_sync_batchnorm(layers(), comm)
+        model = DataParallel(module, comm)
+        batches = model.join(data[comm.rank, : counts[comm.rank]], at_end=at_end)
+        found = trained(model, batches, [*module.parameters()])
+        model.check_replicas()
+        return found
+
+    turns = max(counts) if at_end == "none" else min(counts)
+    whole = [torch.cat([data[r, t] for r in range(3) if t < counts[r]]) for t in range(turns)]
+    alone = layers()
+    expected = trained(alone, whole, [*alone.parameters()])
+    for found in run_local(3, main):
+        torch.testing.assert_close(found, expected)
 
 
 def test_even_batches():
