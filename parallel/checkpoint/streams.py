@@ -181,7 +181,8 @@ def _set_global_state(state: Any) -> None:
 
 def _seed_global(seed: int, index: int) -> None:
     """Start NumPy's global stream anew.  index: no other stream's."""
-    kind = type(np.random.get_bit_generator())
+    untyped: Any = np.random  # its annotations leave this function out
+    kind = type(untyped.get_bit_generator())
     if kind is np.random.MT19937:
         np.random.seed(seed % 2**32)
     else:
