@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from .arguments import require, seconds
 from .errors import CommTimeout
 from .progress import Progress
+from .texts import few
 from .waited import Waited
 from .work import Work
-
-_SHOWN = 4
-"""So many of the works are told when time is up."""
 
 
 def first_ended(works: Sequence[Work], timeout: float | None, progress: Progress) -> int:
@@ -37,11 +35,9 @@ def first_ended(works: Sequence[Work], timeout: float | None, progress: Progress
             if work.ended:
                 return place
         if waited.look() >= patience:
-            shown = "; ".join(map(str, works[:_SHOWN]))
-            more = f" and {len(works) - _SHOWN} more" if len(works) > _SHOWN else ""
             raise CommTimeout(
                 f"rank {transport.rank} waited {waited.seconds:.1f} s in vain for any of: "
-                f"{shown}{more}"
+                f"{few([*map(str, works)], '; ')}"
             )
         spins += 1
         transport.pause(spins)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from .device import bare
 from .errors import MismatchError
+from .texts import table
 
 if TYPE_CHECKING:
     from .calls import GroupCalls
@@ -137,12 +138,11 @@ def _agreed(name: str, told: npt.NDArray[np.uint8]) -> list[int]:
     heard = [json.loads(words.tobytes().rstrip(b"\0")) for words in told]
     kinds = [(dtype, tuple(shape)) for _, dtype, shape in heard]
     if len(set(kinds)) > 1:
-        told_by = (
-            f"rank {rank}: {dtype} of shape ({', '.join(map(str, ('n', *shape)))})"
+        rows = {
+            rank: f"{dtype} of shape ({', '.join(map(str, ('n', *shape)))})"
             for rank, (dtype, shape) in enumerate(kinds)
-            if rank == 0 or (dtype, shape) != kinds[rank - 1]
-        )
-        raise MismatchError(f"{name}: the ranks' rows differ: {'; '.join(told_by)}")
+        }
+        raise MismatchError(table(f"{name}: the ranks' rows differ", rows))
     return [count for count, _, _ in heard]
 
 
