@@ -40,9 +40,17 @@ def data(rank: int, count: int, dtype: Any) -> Array:
     return values.astype(dtype)
 
 
+def _mean(rows: Array) -> Array:
+    """Return the mean over the ranks; NumPy divides a complex number as by another one."""
+    total = rows.sum(0)
+    if total.dtype.kind != "c":
+        return total / len(rows)
+    return total.real / len(rows) + 1j * (total.imag / len(rows))
+
+
 FOLDS: dict[str, Callable[[Array], Array]] = {
     "sum": lambda rows: rows.sum(0),
-    "mean": lambda rows: rows.sum(0) / len(rows),
+    "mean": _mean,
     "min": lambda rows: rows.min(0),
     "max": lambda rows: rows.max(0),
     "prod": lambda rows: rows.prod(0),
