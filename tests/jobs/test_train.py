@@ -36,7 +36,13 @@ def train(job: Callable[..., Any], tmp_path: Path) -> Callable[..., dict[str, An
 
 
 EVERY = ((4, 1), (2, 2), (1, 4))
-SPLITS = ((2, 1, "gpipe"), (1, 2, "1f1b"), (4, 1, "gpipe"), (1, 4, "zero-bubble"))
+SPLITS = (
+    (2, 1, "gpipe"),
+    (1, 2, "1f1b"),
+    (4, 1, "gpipe"),
+    (1, 4, "zero-bubble"),
+    (2, 2, "zero-bubble"),
+)
 
 
 @pytest.mark.timeout(600)
@@ -90,16 +96,14 @@ def test_compressed_gradients_come_to_the_accuracy_of_whole_ones(
         assert found["wire_bytes"] < whole["wire_bytes"] / 4
 
 
+@pytest.mark.slow  # one split of both kinds is compared with the unsplit run below
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize(
-    "splits", [((2, 2, "zero-bubble"),), pytest.param(SPLITS, marks=pytest.mark.slow)]
-)
 def test_added_in_a_tree_the_weights_are_equal_on_every_grid(
-    train: Callable[..., dict[str, Any]], splits: tuple[tuple[int, int, str], ...]
+    train: Callable[..., dict[str, Any]],
 ) -> None:
     common = ("--steps", 8, "--reduction", "tree", "--microbatches", 8)
     alone = train(1, *common)
-    for data, pipe, schedule in splits:
+    for data, pipe, schedule in SPLITS:
         split = train(data * pipe, *common, "--data", data, "--pipe", pipe, "--schedule", schedule)
         assert split["losses"] == alone["losses"]
         assert split["weights_sha256"] == alone["weights_sha256"]
@@ -170,10 +174,15 @@ runpy.run_path({str(TRAIN)!r}, run_name="__main__")
 
 
 def test_compare_names_where_two_runs_part(job: Callable[..., Any], tmp_path: Path) -> None:
-    for name, ranks, options in (("a", 1, ""), ("b", 2, "--pipe 2"), ("c", 1, "--lr 0.049")):
-        options = f"--steps 3 --reduction tree --dump {tmp_path}/{name} {options}"
-        done = job(ranks, TRAIN, *options.split(), "--report", tmp_path / f"{name}.json")
+    grid = "--data 2 --pipe 2 --schedule zero-bubble"
+    weights = []
+    for name, ranks, options in (("a", 1, ""), ("b", 4, grid), ("c", 1, "--lr 0.049")):
+        options = f"--steps 3 --reduction tree --microbatches 8 --dump {tmp_path}/{name} {options}"
+        report = tmp_path / f"{name}.json"
+        done = job(ranks, TRAIN, *options.split(), "--report", report)
         assert done.returncode == 0, done.output
+        weights.append(json.loads(report.read_text())["weights_sha256"])
+    assert weights[0] == weights[1] != weights[2]
     same = job(0, ["-m", "ringfold"], "compare", tmp_path / "a.json", tmp_path / "b.json")
     assert (same.returncode, same.stdout) == (0, "no difference\n")
     other = job(0, ["-m", "ringfold"], "compare", tmp_path / "a.json", tmp_path / "c.json")
