@@ -16,12 +16,11 @@ def test_the_oldest_go_where_there_is_too_much() -> None:
 
     cache = ByteCache(make, 100)
     assert cache(40) is cache(40) and cache(50) is cache(50) and cache.nbytes == 90
-    cache(40)
-    cache(30)  # 50 was asked for longest ago
-    assert cache.nbytes == 70 and made == [40, 50, 30]
-    cache(40)
+    cache(30)  # 40 was made longest ago
+    assert cache.nbytes == 80 and made == [40, 50, 30]
     cache(50)
-    assert made == [40, 50, 30, 50] and cache.nbytes == 90
+    cache(40)
+    assert made == [40, 50, 30, 40] and cache.nbytes == 70
     assert cache(1000) is cache(1000) and cache.nbytes == 1000
     cache(20)
     assert cache.nbytes == 20
