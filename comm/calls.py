@@ -221,6 +221,7 @@ class GroupCalls:
 
         counts: how many rows each rank gets, the first ones rank 0; together those of x. With the
             counts that came, the same call sends results back to where they belong.
+            Rows go by messages of the highest tag, as those of `gatherv`.
 
         Raises: ValueError for counts that are not so; MismatchError, on every rank, where dtypes or
         the other axes differ.
