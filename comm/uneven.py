@@ -7,7 +7,6 @@ all by a broadcast into its place, to one by a message.
 
 from __future__ import annotations
 
-import json
 import operator
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, pairwise
@@ -18,13 +17,11 @@ import numpy.typing as npt
 
 from .device import bare
 from .errors import MismatchError
+from .header import pack, unpack
 from .texts import table
 
 if TYPE_CHECKING:
     from .calls import GroupCalls
-
-_HEADER = 512
-"""Bytes of what a rank says of its rows, whatever their shape."""
 
 
 class Side(Protocol):
@@ -42,7 +39,7 @@ class Side(Protocol):
 def allgatherv(comm: GroupCalls, side: Side, x: Any) -> Any:
     """Return all ranks' rows, joined; see `GroupCalls.allgatherv`."""
     x, kind = _rows(side, x)
-    told = comm.allgather(_words(x.shape[0], kind))
+    told = comm.allgather(pack(x.shape[0], *kind))
     parts = _places(_agreed("allgatherv", told))
     result = side.like(x, (parts[-1][1], *x.shape[1:]))
     low, high = parts[comm.rank]
@@ -61,7 +58,7 @@ def gatherv(comm: GroupCalls, side: Side, x: Any, root: int) -> Any:
     """Return all ranks' rows, joined, at root; see `GroupCalls.gatherv`."""
     x, kind = _rows(side, x)
     root = comm.host_operations.root(root)
-    counts = _agreed("gatherv", comm.allgather(_words(x.shape[0], kind)))
+    counts = _agreed("gatherv", comm.allgather(pack(x.shape[0], *kind)))
     nothing = [0] * comm.size
     own = [x.shape[0] if rank == root else 0 for rank in range(comm.size)]
     result = exchange(comm, side, x, own, counts if comm.rank == root else nothing)
@@ -72,7 +69,7 @@ def alltoallv(comm: GroupCalls, side: Side, x: Any, counts: Iterable[int]) -> tu
     """Return the rows that the ranks have for this one; see `GroupCalls.alltoallv`."""
     x, kind = _rows(side, x)
     sent = checked_counts(counts, comm.size, x.shape[0])
-    told = comm.alltoall(np.stack([_words(count, kind) for count in sent]))
+    told = comm.alltoall(np.stack([pack(count, *kind) for count in sent]))
     received = _agreed("alltoallv", told)
     return exchange(comm, side, x, sent, received), received
 
@@ -125,17 +122,9 @@ def checked_counts(counts: Iterable[int], size: int, rows: int) -> list[int]:
     return found
 
 
-def _words(count: int, kind: tuple[str, tuple[int, ...]]) -> npt.NDArray[np.uint8]:
-    """Return, in bytes, how many rows come, and of what kind."""
-    words = np.zeros(_HEADER, np.uint8)
-    text = json.dumps([count, *kind]).encode()
-    words[: len(text)] = np.frombuffer(text, np.uint8)
-    return words
-
-
 def _agreed(name: str, told: npt.NDArray[np.uint8]) -> list[int]:
     """Return how many rows each rank has told of; the same on all ranks, or the same error."""
-    heard = [json.loads(words.tobytes().rstrip(b"\0")) for words in told]
+    heard = [unpack(words) for words in told]
     kinds = [(dtype, tuple(shape)) for _, dtype, shape in heard]
     if len(set(kinds)) > 1:
         rows = {

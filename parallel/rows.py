@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..comm.texts import gather_texts
 from .batch import count_rows
@@ -27,24 +30,8 @@ def agree_on_rows(mesh: Mesh, x: Any, y: Any, meets: bool = False) -> tuple[tupl
     over mesh.comm. Raises on every rank if a batch is unfit on any: there what is wrong with it,
     elsewhere a ValueError that names the rank, and says what.
     """
-    is_first = mesh.pipe.rank == 0
-    is_last = mesh.pipe.rank == mesh.pipe.size - 1
-    error: Exception | None = None
-    mine = np.array([_NOT_GIVEN, _NOT_GIVEN, meets], dtype=np.int64)
-    try:
-        if is_first:
-            mine[0] = 0 if x is None else count_rows(x, "x")
-        if is_last and y is not None:
-            mine[1] = count_rows(y, "y")
-    except (TypeError, ValueError) as caught:
-        error, mine[:] = caught, _REFUSED
-    table = mesh.comm.allgather(mine)
-    if _REFUSED in table:
-        texts = gather_texts(mesh.comm, _told(error))
-        if error is not None:
-            raise error
-        rank = next(rank for rank, text in enumerate(texts) if text)
-        raise ValueError(f"the batch was refused on rank {rank} of the mesh: {texts[rank]}")
+    count = partial(_count, mesh.pipe, x, y, meets)
+    table = _gathered(mesh.comm, count, lambda rank: f"rank {rank} of the mesh")
     num_data, num_pipe = mesh.shape
     rows_x = table[[mesh.rank_at(d, 0) for d in range(num_data)], 0].tolist()
     rows_y = table[[mesh.rank_at(d, num_pipe - 1) for d in range(num_data)], 1].tolist()
@@ -65,30 +52,42 @@ def agree_on_rows_of_pipe(pipe: Communicator, x: Any, y: Any = None) -> int:
 
     Collective over `pipe`; raises on every rank as `agree_on_rows` does.
     """
-    error: Exception | None = None
     last = pipe.size - 1
-    mine = np.array([_NOT_GIVEN, _NOT_GIVEN], dtype=np.int64)
-    try:
-        if pipe.rank == 0:
-            mine[0] = count_rows(x, "x")
-            if mine[0] == 0:
-                raise ValueError("x: expected at least one row, got none")
-        if pipe.rank == last and y is not None:
-            mine[1] = count_rows(y, "y")
-    except (TypeError, ValueError) as caught:
-        error, mine[:] = caught, _REFUSED
-    table = pipe.allgather(mine)
-    if _REFUSED in table:
-        texts = gather_texts(pipe, _told(error))
-        if error is not None:
-            raise error
-        place = "first" if texts[0] else "last"
-        raise ValueError(f"the batch was refused on the {place} stage: {texts[0] or texts[last]}")
+    count = partial(_count, pipe, x, y)
+    table = _gathered(pipe, count, lambda rank: f"the {'last' if rank else 'first'} stage")
     rows, of_targets = int(table[0, 0]), int(table[last, 1])
+    if rows == 0:
+        raise ValueError("x: expected at least one row, got none")
     if of_targets not in (_NOT_GIVEN, rows):
         raise ValueError(f"x has {rows} rows on the first stage, y has {of_targets} on the last")
     return rows
 
 
-def _told(error: Exception | None) -> str:
-    return "" if error is None else f"{type(error).__name__}: {error}"
+def _count(pipe: Communicator, x: Any, y: Any, meets: bool = False) -> list[int]:
+    """Return the rows of x on the first stage, those of y on the last, and whether it meets."""
+    in_x, in_y = _NOT_GIVEN, _NOT_GIVEN
+    if pipe.rank == 0:
+        in_x = 0 if x is None else count_rows(x, "x")
+    if pipe.rank == pipe.size - 1 and y is not None:
+        in_y = count_rows(y, "y")
+    return [in_x, in_y, meets]
+
+
+def _gathered(
+    comm: Communicator, count: Callable[[], list[int]], place: Callable[[int], str]
+) -> npt.NDArray[np.int64]:
+    """Return what every rank counts; raise on every rank where one refuses.  place: of a rank."""
+    error: Exception | None = None
+    try:
+        mine = np.array(count(), dtype=np.int64)
+    except (TypeError, ValueError) as caught:
+        error, mine = caught, np.full(3, _REFUSED, dtype=np.int64)
+    table = comm.allgather(mine)
+    if _REFUSED in table:
+        texts = gather_texts(comm, "" if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        rank = next(rank for rank, text in enumerate(texts) if text)
+        raise ValueError(f"the batch was refused on {place(rank)}: {texts[rank]}")
+    rows: npt.NDArray[np.int64] = table
+    return rows
