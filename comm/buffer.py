@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from ctypes import addressof, c_char
 from dataclasses import dataclass
+from functools import partial
 from numbers import Number
 from types import MappingProxyType
 from typing import Any
@@ -67,20 +69,33 @@ class Buffer:
     def like(self, shape: tuple[int, ...]) -> Any:
         """Return an array of the same library and element type, new where none is kept."""
         if self.kept is None:
-            return self._make(shape)
+            return self.maker()(shape)
         if shape not in self.kept:
-            self.kept[shape] = self._make(shape)
+            self.kept[shape] = self.maker()(shape)
         return self.kept[shape]
 
-    def _make(self, shape: tuple[int, ...]) -> Any:
+    def maker(self) -> Callable[[tuple[int, ...]], Any]:
+        """Return what makes new arrays like this one, without keeping this one's memory alive."""
         if isinstance(self.owner, np.ndarray):
-            return np.empty(shape, self.owner.dtype)
-        return allocate(self.family, shape, self.dtype)
+            return partial(np.empty, dtype=self.owner.dtype)
+        return allocator(self.family, self.dtype)
 
 
 def address_of(array: np.ndarray[Any, Any]) -> int:
     """Return where an array begins, several times as fast as by its `ctypes`."""
-    return int(array.__array_interface__["data"][0])
+    try:
+        return addressof(c_char.from_buffer(array.data))
+    except (BufferError, TypeError, ValueError):  # read-only, strided, without elements, ...
+        return int(array.__array_interface__["data"][0])
+
+
+def address_in(result: Any) -> int:
+    """Return where an array begins that `like` has made, of whatever library."""
+    if isinstance(result, np.ndarray):
+        return address_of(result)
+    if hasattr(result, "data_ptr"):
+        return int(result.data_ptr())
+    return address_of(wrap(result, writable=True).flat)
 
 
 def wrap(x: Any, *, writable: bool, what: str = "x", keeps: bool = False) -> Buffer:
@@ -105,14 +120,19 @@ def _is_flat(view: Array) -> bool:
 
 
 def allocate(family: str, shape: tuple[int, ...], dtype: DType) -> Any:
-    """Return an uninitialised array, in host memory, of an array library named as its module.
+    """Return an uninitialised array, in host memory, of an array library named as its module."""
+    return allocator(family, dtype)(shape)
+
+
+def allocator(family: str, dtype: DType) -> Callable[[tuple[int, ...]], Any]:
+    """Return what makes such arrays of a shape.
 
     Falls back to NumPy for libraries without `empty` and dtypes as attributes.
     """
     module = importlib.import_module(family) if family not in ("numpy", "builtins") else np
     if not hasattr(module, "empty") or not hasattr(module, dtype.name):
-        return np.empty(shape, _of_numpy(dtype))
-    return module.empty(shape, dtype=getattr(module, dtype.name), **_ON_HOST.get(family, {}))
+        return partial(np.empty, dtype=_of_numpy(dtype))
+    return partial(module.empty, dtype=getattr(module, dtype.name), **_ON_HOST.get(family, {}))
 
 
 def _of_numpy(dtype: DType) -> Any:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from . import uneven
 from .device import on_device
-from .memo import Memo
+from .memo import Known, Memo
 from .operations import Operations
 from .runner import Runner
 from .schedule import Algorithm
@@ -33,6 +32,7 @@ class GroupCalls:
         self._runner = runner
         self._run = runner.run
         self._start = runner.start
+        self._progress = runner.progress
         self._operations = operations
         self._device_operations: DeviceWays | None = None
         self._memo = Memo()
@@ -60,27 +60,7 @@ class GroupCalls:
         op: sum, mean (over the ranks; of no integers), min, max or prod; bool allows min and max,
         complex numbers sum and mean.
         """
-        try:
-            known = self._memo.find((id(x), op))
-        except TypeError:  # an op that is no name, such as a second array; refused below
-            known = None
-        if (  # here and not in a function, which a small call would notice
-            known is None
-            or algorithm is not None
-            or not (x.flags.carray and x.size == known.size and x.dtype is known.dtype)
-        ):
-            known = self._memo.at(x, op) if algorithm is None else None
-        if known is None:
-            prepared = self._side(x).allreduce(x, op, algorithm)
-            if algorithm is not None or not prepared.plain or prepared.meeting is None:
-                return self._start(prepared, blocking)
-            self._runner.note(prepared)
-            known = self._memo.add(x, op, prepared.meeting, prepared.receipt)
-        if blocking:
-            return self._run(known.meeting, known.receipt, x)
-        if known.meeting.flying:  # on its way already: do it twice
-            return self._start(self._operations.allreduce(x, op), False)
-        return self._runner.fly(known.meeting, known.receipt, x)
+        return self._call("allreduce", x, (op,), algorithm, blocking)
 
     @overload
     def reduce(
@@ -111,7 +91,7 @@ class GroupCalls:
         blocking: bool = True,
     ) -> Any:
         """Combine all ranks' x in place at root; elsewhere x stays as it was. Returns x."""
-        return self._start(self._side(x).reduce(x, root, op, algorithm), blocking)
+        return self._call("reduce", x, (root, op), algorithm, blocking)
 
     @overload
     def broadcast(
@@ -130,7 +110,7 @@ class GroupCalls:
         self, x: Any, root: int = 0, *, algorithm: Algorithm = None, blocking: bool = True
     ) -> Any:
         """Copy root's x over the x of every rank, in place, and return x."""
-        return self._start(self._side(x).broadcast(x, root, algorithm), blocking)
+        return self._call("broadcast", x, (root,), algorithm, blocking)
 
     @overload
     def allgather(self, x: Any, *, algorithm: Algorithm = ..., blocking: Later) -> Work: ...
@@ -139,7 +119,7 @@ class GroupCalls:
 
     def allgather(self, x: Any, *, algorithm: Algorithm = None, blocking: bool = True) -> Any:
         """Return a new array of shape (size, *x.shape): row r is rank r's x."""
-        return self._start(self._side(x).allgather(x, algorithm), blocking)
+        return self._call("allgather", x, (), algorithm, blocking)
 
     @overload
     def reduce_scatter(
@@ -157,7 +137,7 @@ class GroupCalls:
 
         The part is `ringfold.comm.chunks.bounds(x.size, size, rank)`; x stays as it was.
         """
-        return self._start(self._side(x).reduce_scatter(x, op, algorithm), blocking)
+        return self._call("reduce_scatter", x, (op,), algorithm, blocking)
 
     @overload
     def gather(
@@ -172,7 +152,7 @@ class GroupCalls:
         self, x: Any, root: int = 0, *, algorithm: Algorithm = None, blocking: bool = True
     ) -> Any:
         """Return, at root, a new array of shape (size, *x.shape); None on the other ranks."""
-        return self._start(self._side(x).gather(x, root, algorithm), blocking)
+        return self._call("gather", x, (root,), algorithm, blocking)
 
     @overload
     def scatter(
@@ -199,7 +179,7 @@ class GroupCalls:
 
     def alltoall(self, x: Any, *, algorithm: Algorithm = None, blocking: bool = True) -> Any:
         """Send row r of x to rank r; return a new array whose row r is what rank r sent here."""
-        return self._start(self._side(x).alltoall(x, algorithm), blocking)
+        return self._call("alltoall", x, (), algorithm, blocking)
 
     # -- collectives of rows of which each rank has another number ---------------------------
 
@@ -236,7 +216,14 @@ class GroupCalls:
 
     def barrier(self, *, algorithm: Algorithm = None, blocking: bool = True) -> Any:
         """Return when every rank has come."""
-        return self._start(self._operations.barrier(algorithm), blocking)
+        known = self._memo.barrier
+        if known is None or algorithm is not None or not blocking:
+            prepared = self._operations.barrier(algorithm)
+            if algorithm is not None or not blocking or prepared.meeting is None:
+                return self._start(prepared, blocking)
+            self._runner.note(prepared)
+            known = self._memo.barrier = Known.of(prepared)
+        return self._run(known.meeting, known.receipt, None, None)
 
     # -- point to point ----------------------------------------------------------------------
 
@@ -284,7 +271,7 @@ class GroupCalls:
     def plan(self, collective: str, *args: Any, **kwargs: Any) -> Callable[[], Any]:
         """Decide a collective once, to run it many times on the same x.
 
-        A result that is no x is made once, by the first step, and holds what the last has brought;
+        A result that is no x is made once, and holds what the last step has brought;
         a step takes no memory for data. (Each step of scatter, whose shape comes with the message,
         and of collectives on a GPU makes its result anew; the plain executor takes memory, too.)
 
@@ -296,12 +283,36 @@ class GroupCalls:
             raise ValueError(f"cannot plan {collective!r}; there is: {', '.join(_PLANNED)}")
         side = self._side(args[0] if args else kwargs.get("x")).keeping()
         prepared: Prepared = getattr(side, collective)(*args, **kwargs)
-        if prepared.plain and prepared.meeting is not None:
-            self._runner.note(prepared)
-            return partial(self._run, prepared.meeting, prepared.receipt, prepared.owner)
-        return partial(self._runner.begin, prepared, True, self._runner.note(prepared))
+        return self._runner.plan(prepared)
 
     # -- how operations are prepared ---------------------------------------------------------
+
+    def _call(
+        self, name: str, x: Any, given: tuple[Any, ...], algorithm: Algorithm, blocking: bool
+    ) -> Any:
+        """Run a collective on x, at once where it was called on the same memory before."""
+        try:
+            known = self._memo.find((id(x), name, given))
+        except TypeError:  # an op that is no name, such as a second array; refused below
+            known = None
+        if (  # here and not in a function, which a small call would notice
+            known is None
+            or algorithm is not None
+            or not (x.flags.carray and x.shape == known.shape and x.dtype is known.dtype)
+        ):
+            known = self._memo.at(x, name, given) if algorithm is None else None
+        if known is None:
+            prepared: Prepared = getattr(self._side(x), name)(x, *given, algorithm)
+            if algorithm is not None or not prepared.plain or prepared.meeting is None:
+                return self._start(prepared, blocking)
+            self._runner.note(prepared)
+            known = self._memo.add(x, name, given, prepared)
+        if self._progress.works and known.meeting.flying:  # on its way already: do it twice
+            return self._start(getattr(self._operations, name)(x, *given), blocking)
+        result = x if known.make is None else known.make()
+        if blocking:
+            return self._run(known.meeting, known.receipt, (x, result), result)
+        return self._runner.fly(known.meeting, known.receipt, (x, result), result)
 
     @property
     def host_operations(self) -> Operations:

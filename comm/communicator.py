@@ -105,7 +105,6 @@ class Communicator(GroupCalls, Scope):
         self._job = job
         self._settings = job.settings
         self._transport = transport
-        self._progress = job.progress
         GroupCalls.__init__(
             self, Runner(transport, job.progress, name), Operations(transport, job.settings)
         )

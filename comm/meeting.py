@@ -81,8 +81,9 @@ class Meeting:
         record[WorkWord.FOLD_RECORD + 7] = address_of(self._scratch)
         factors = record[WorkWord.FOLD_RECORD :].view(np.float64)
         factors[8], factors[9] = call.before, call.after
-        self._own(INPUT, call.address)
-        self._own(OUTPUT, call.address)
+        own = self._lists[Where.OWN].data
+        own[INPUT] = own[OUTPUT] = call.address
+        self._own = own
 
         note = record[WorkWord.NOTE : WorkWord.NOTE + Note.WORDS]
         place = board.memory.place(call.address, call.nbytes)
@@ -102,9 +103,6 @@ class Meeting:
         self._rows = rows
         self._record[WorkWord.ROWS], self._record[WorkWord.NUM_ROWS] = address_of(rows), len(rows)
 
-    def _own(self, entry: int, address: int) -> None:
-        self._lists[Where.OWN, entry] = address
-
     @property
     def _private_form(self) -> str:
         return fused.private_form(self.name, self._call.shape, self._board.reads)
@@ -118,27 +116,28 @@ class Meeting:
 
     def result_at(self, address: int) -> None:
         """Let the next run write its result to an address."""
-        self._own(OUTPUT, address)
+        self._own[OUTPUT] = address
 
-    def called(self, call: int) -> None:
-        """Let the ring of operations refer to a call, see trace.Ring.intern."""
-        self._record[WorkWord.CALLED] = call
+    def called(self, ring: Ring, call: int) -> None:
+        """Let the ring of operations refer to a call, see `Ring.intern`, by this run and later."""
+        if call != self._record[WorkWord.CALLED]:
+            self._record[WorkWord.CALLED], self._held = call, ring.hold(call)
 
     def place(self, ring: Ring, site: str) -> None:
         """Correct where the present run is called, and those that follow."""
         call = ring.place(int(self._record[WorkWord.ENTRY]), site)
         if call:
-            self.called(call)
+            self.called(ring, call)
 
     @property
     def flying(self) -> bool:
         """Tell whether it was started and has not ended."""
         return bool(self._record[WorkWord.FLYING])
 
-    def steps(self, owner: Any = None, status: int | None = None) -> Steps:
-        """Go on until the work has ended; return the owner, alive until then.
+    def steps(self, owner: Any = None, result: Any = None, status: int | None = None) -> Steps:
+        """Go on until the work has ended; return the result.
 
-        owner: of the memory that peers read or write meanwhile.
+        owner: of the memory that peers read or write meanwhile; alive until then.
         status: that it was started with; it is started by the first step where there is none.
         """
         try:
@@ -162,7 +161,7 @@ class Meeting:
             raise CommError(self._refusal())
         if status == Status.MISMATCH:
             raise MismatchError(self._mismatch())
-        return owner
+        return result
 
     def abandon(self, owner: Any = None) -> None:
         """Give the present run up halfway; nothing where none has started, or it has ended."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 from .arithmetic import divisors
 from .board import Board
-from .buffer import Buffer, address_of, wrap
+from .buffer import Buffer, address_in, address_of
 from .call_codes import code_of
 from .dtypes import DType
 from .fused_rows import Shape
@@ -42,21 +42,19 @@ class Meetings:
     def reduce_scatter(self, buffer: Buffer, op: str) -> Prepared:
         count = buffer.flat.size
         own = -(-(count - self._rank) // self._size)
-        return self._anew("reduce_scatter", buffer, count, lambda: buffer.like((own,)), op)
+        return self._anew("reduce_scatter", buffer, count, (own,), op)
 
     def allgather(self, buffer: Buffer) -> Prepared:
         shape = (self._size, *buffer.shape)
         count = buffer.flat.size * self._size
-        return self._anew("allgather", buffer, count, lambda: buffer.like(shape))
+        return self._anew("allgather", buffer, count, shape)
 
     def gather(self, buffer: Buffer, root: int) -> Prepared:
-        shape = (self._size, *buffer.shape)
-        count = buffer.flat.size * self._size
-        make = (lambda: buffer.like(shape)) if self._rank == root else lambda: None
-        return self._anew("gather", buffer, count, make, root=root)
+        shape = (self._size, *buffer.shape) if self._rank == root else None
+        return self._anew("gather", buffer, buffer.flat.size * self._size, shape, root=root)
 
     def alltoall(self, buffer: Buffer) -> Prepared:
-        return self._anew("alltoall", buffer, buffer.flat.size, lambda: buffer.like(buffer.shape))
+        return self._anew("alltoall", buffer, buffer.flat.size, buffer.shape)
 
     def barrier(self) -> Prepared:
         call = Call("barrier", code_of("barrier", "", "uint8"), self._shape(0, 1, 0), 0, 0)
@@ -89,29 +87,34 @@ class Meetings:
         name: str,
         buffer: Buffer,
         count: int,
-        make: Callable[[], Any],
+        shape: tuple[int, ...] | None,
         op: str = "",
         root: int = 0,
     ) -> Prepared:
+        """shape: of this rank's result; None where it has none."""
         meeting = self._meeting(name, buffer, count, op, root)
-        last: Any = None
+        new = buffer.maker()
+        if buffer.kept is not None:
+            new = functools.cache(new)
+
+        def make() -> Any:
+            if shape is None:
+                return None
+            result = new(shape)
+            meeting.result_at(address_in(result))
+            return result
 
         def run(_: int) -> Steps:
-            nonlocal last
             buffer.stage()
             result = make()
-            if result is None:
-                meeting.result_at(address_of(buffer.flat))
-            elif result is not last:
-                meeting.result_at(address_of(wrap(result, writable=True).flat))
-            last = None if buffer.kept is None else result  # which is then made once
             yield from meeting.steps((buffer, result))
             return result
 
         nbytes = count * buffer.dtype.itemsize
         peer = root if name == "gather" else -1
         signature = Signature(name, op, buffer.dtype.name, buffer.flat.size, peer)
-        return Prepared(self._receipt(meeting, nbytes), None, run, signature, meeting)
+        receipt, plain = self._receipt(meeting, nbytes), not buffer.staged
+        return Prepared(receipt, None, run, signature, meeting, plain, buffer.owner, make)
 
     def _meeting(self, name: str, buffer: Buffer, count: int, op: str, root: int) -> Meeting:
         dtype, fold, before, after = buffer.dtype, 0, 1.0, 1.0

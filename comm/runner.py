@@ -6,6 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from .fingerprint import history_with, shares_of, tag_of
 from .forks import in_fork
 from .progress import Progress
 from .timeline import WAIT
-from .trace import Signature, Sites
+from .trace import Held, Signature, Sites
 from .transport.base import Channel, Transport
 from .work import Prepared, Receipt, Steps, Work
 
@@ -111,8 +112,11 @@ class Runner:
         if timeline is not None:
             timeline.keep_up()
 
-    def run(self, meeting: Meeting, receipt: Receipt, owner: Any) -> Any:
-        """Run a meeting to its end; at once, without a Work, where nothing is in flight before."""
+    def run(self, meeting: Meeting, receipt: Receipt, owner: Any, result: Any) -> Any:
+        """Run a meeting to its end; at once, without a Work, where nothing is in flight before.
+
+        owner: of the memory that peers read or write meanwhile.  result: what is returned.
+        """
         start = 0
         if self.attentive:
             self.require_open()
@@ -122,18 +126,18 @@ class Runner:
             if not self.progress.works:
                 status = meeting.launch()
                 if status != _DONE:
-                    steps = self._steps(meeting, status, owner)
+                    steps = self._steps(meeting, status, owner, result)
                     self._advance(lambda: steps, receipt, background=False).wait()
             else:
-                self.fly(meeting, receipt, owner).wait()
+                self.fly(meeting, receipt, owner, result).wait()
         except BaseException as error:
             self._forsake(meeting, receipt, owner, error)
             raise
         if start and self.progress.timeline is not None:
             self.progress.timeline.add(WAIT, receipt.operation, start)
-        return owner
+        return result
 
-    def fly(self, meeting: Meeting, receipt: Receipt, owner: Any) -> Work:
+    def fly(self, meeting: Meeting, receipt: Receipt, owner: Any, result: Any) -> Work:
         """Start a meeting behind what is in flight; it may have ended when this returns."""
         self.require_open()
         if self.attentive:
@@ -141,21 +145,21 @@ class Runner:
         try:
             if self.progress.works:
                 return self._advance(
-                    lambda: self._steps(meeting, meeting.launch(), owner), receipt, True
+                    lambda: self._steps(meeting, meeting.launch(), owner, result), receipt, True
                 )
             status = meeting.launch()
             if status == _DONE:
-                return Work(None, receipt, self._transport, self.progress, self.name, owner)
-            return self._advance(lambda: self._steps(meeting, status, owner), receipt, True)
+                return Work(None, receipt, self._transport, self.progress, self.name, result)
+            return self._advance(lambda: self._steps(meeting, status, owner, result), receipt, True)
         except BaseException as error:
             self._forsake(meeting, receipt, owner, error)
             raise
 
-    def _steps(self, meeting: Meeting, status: int, owner: Any) -> Steps:
+    def _steps(self, meeting: Meeting, status: int, owner: Any, result: Any) -> Steps:
         """Return the steps of a known meeting that waits, which may be called from a new place."""
         if status != _REFUSED:
             meeting.place(self._ring, self._sites.here())
-        return meeting.steps(owner, status)
+        return meeting.steps(owner, result, status)
 
     def _forsake(
         self, meeting: Meeting, receipt: Receipt, owner: Any, error: BaseException
@@ -214,13 +218,25 @@ class Runner:
         background = prepared.background and not blocking
         return self._advance(begin, prepared.receipt, background, message)
 
+    def plan(self, prepared: Prepared) -> Callable[[], Any]:
+        """Return what runs an operation to its end, again and again, as called from here."""
+        call, meeting = self.note(prepared), prepared.meeting
+        if not prepared.plain or meeting is None:
+            return partial(self._repeat, prepared, call, self._ring.hold(call))
+        owner, make = prepared.owner, prepared.make
+        result = owner if make is None else make()
+        return partial(self.run, meeting, prepared.receipt, (owner, result), result)
+
+    def _repeat(self, prepared: Prepared, call: int, _: Held) -> Any:
+        return self.begin(prepared, True, call)
+
     def note(self, prepared: Prepared) -> int:
         """Tell the ring of operations what is called, and where; return how it refers to that."""
         site = self._sites.here()
         size, way = self._transport.size, prepared.way
         call = self._ring.intern(prepared.signature, self.name, size, site, way)
         if prepared.meeting is not None:
-            prepared.meeting.called(call)
+            prepared.meeting.called(self._ring, call)
         return call
 
     def _advance(

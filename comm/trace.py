@@ -16,6 +16,7 @@ from enum import Enum
 from time import monotonic_ns
 from types import CodeType
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -121,12 +122,19 @@ class Entry:
 _Key = tuple[Signature, str, int, str, str]
 
 
+class Held:
+    """A call that is made again and again: as long as this lives, entries can refer to it."""
+
+    __slots__ = ("__weakref__",)
+
+
 class Ring:
     """The last RING_ENTRIES operations of one rank, over all of its groups."""
 
     def __init__(self) -> None:
         self._calls: dict[_Key, int] = {}
         self._keys: list[_Key | None] = [None] * RING_CALLS
+        self._held: WeakValueDictionary[int, Held] = WeakValueDictionary()  # by place in the table
         self._interned = 0
         self._place(np.zeros(TRACE_BYTES, np.uint8))
         self._words[RingWord.CLOCK] = (
@@ -160,7 +168,10 @@ class Ring:
         return self._describe(key) if known is None else known
 
     def _describe(self, key: _Key) -> int:
-        self._interned = call = self._interned + 1
+        call = self._interned + 1
+        while call % RING_CALLS in self._held:
+            call += 1
+        self._interned = call
         place = call % RING_CALLS
         old = self._keys[place]
         if old is not None:
@@ -170,6 +181,16 @@ class Ring:
         self.memory[low : low + 8].view(np.int64)[0] = call
         self.memory[low + 8 : low + _CALL_BYTES] = np.frombuffer(_encoded(key), np.uint8)
         return call
+
+    def hold(self, call: int) -> Held:
+        """Keep a call that was just interned in the table; of very many only the first."""
+        place = call % RING_CALLS
+        held = self._held.get(place)
+        if held is None:
+            held = Held()
+            if len(self._held) < RING_CALLS // 2:
+                self._held[place] = held
+        return held
 
     def place(self, number: int, site: str) -> int:
         """Correct where an operation is called; return the number of its call, 0 if unknown."""

@@ -93,7 +93,8 @@ class Prepared:
     background: somebody else may wait for it, so that it goes on also while nobody waits here.
     way: how its messages go, such as the algorithm, which all ranks must agree on too; "" for none.
     mark: of what was asked for, see fingerprint; part of the tags of a collective's messages.
-    plain: it is nothing but this meeting, whose result is `owner`.
+    plain: it is nothing but this meeting, whose result is `owner`, or what `make` has made before.
+    make: makes an array for the next run of the meeting to write to; keeps none alive.
     """
 
     receipt: Receipt
@@ -103,6 +104,7 @@ class Prepared:
     meeting: Meeting | None = None
     plain: bool = False
     owner: Any = None
+    make: Callable[[], Any] | None = None
     way: str = ""
     mark: int = 0
     background: bool = True

@@ -56,6 +56,36 @@ def test_a_call_that_left_the_table_is_left_out_not_shown_as_another():
     ]
 
 
+def test_a_call_that_is_held_stays_in_the_table_as_long_as_somebody_holds_it():
+    """A call that was prepared once was no longer told of behind a thousand others."""
+    ring = Ring()
+    first = ring.intern(Signature("barrier"), "world", 2, "a:1")
+    held = ring.hold(first)
+    for count in range(3 * RING_CALLS):
+        ring.intern(Signature("send", "", "int8", count, 0), "world", 2, "b:2")
+    ring.begin(first, 7)
+    assert [(entry.sequence, entry.signature.operation) for entry in ring.entries()] == [
+        (7, "barrier")
+    ]
+    assert ring.intern(Signature("barrier"), "world", 2, "a:1") == first
+    assert ring.hold(first) is held
+    del held
+    for count in range(RING_CALLS):
+        ring.intern(Signature("send", "", "int16", count, 0), "world", 2, "b:2")
+    assert ring.entries() == ()
+
+
+def test_of_very_many_calls_only_half_are_held():
+    ring, held = Ring(), []
+    for count in range(2 * RING_CALLS):
+        held.append(ring.hold(note(ring, count)))
+    for count in range(RING_CALLS):
+        ring.intern(Signature("send", "", "int8", count, 0), "world", 2, "b:2")
+    assert len(ring.entries()) == 0
+    again = note(ring, 3)
+    assert ring.entry(again).signature.elements == 3
+
+
 def test_a_ring_moves_with_its_entries_and_an_unwritten_one_is_empty():
     ring = Ring()
     note(ring, 5)

@@ -1,0 +1,165 @@
+"""Calls that are made again on the same memory: prepared once, and as right as the first."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from contract import data
+
+from ringfold import CommError, CommTimeout, Communicator
+from ringfold.comm.chunks import bounds
+from ringfold.kernels.records import RING_CALLS
+
+LENGTHS = (1, 12, 3000, 200_004)
+"""Eager, eager in several lines, staged or read where it is, in several windows."""
+
+
+def rows(comm: Communicator, count: int, turn: int) -> np.ndarray[Any, Any]:
+    """Return what all ranks pass in a turn, a row for each."""
+    return np.stack([data(rank, count, np.float32) + turn for rank in range(comm.size)])
+
+
+def calls(comm: Communicator, x: Any) -> dict[str, tuple[Callable[[], Any], Callable[..., Any]]]:
+    """Return each collective on x, and what it has to return, given all rows and the turn's own."""
+    last = comm.size - 1
+
+    def at(root: int, value: Any) -> Any:
+        return value if comm.rank == root else None
+
+    def part(total: Any) -> Any:
+        low, high = bounds(total.size, comm.size, comm.rank)
+        return total[low:high]
+
+    return {
+        "allreduce": (lambda: comm.allreduce(x), lambda all_, own: all_.sum(0)),
+        "allreduce max": (lambda: comm.allreduce(x, "max"), lambda all_, own: all_.max(0)),
+        "broadcast": (lambda: comm.broadcast(x), lambda all_, own: all_[0]),
+        "broadcast last": (lambda: comm.broadcast(x, last), lambda all_, own: all_[last]),
+        "reduce": (
+            lambda: comm.reduce(x, last, "min"),
+            lambda all_, own: all_.min(0) if comm.rank == last else own,
+        ),
+        "allgather": (lambda: comm.allgather(x), lambda all_, own: all_),
+        "gather": (lambda: comm.gather(x), lambda all_, own: at(0, all_)),
+        "gather last": (lambda: comm.gather(x, last), lambda all_, own: at(last, all_)),
+        "reduce_scatter": (lambda: comm.reduce_scatter(x), lambda all_, own: part(all_.sum(0))),
+        "reduce_scatter max": (
+            lambda: comm.reduce_scatter(x, "max"),
+            lambda all_, own: part(all_.max(0)),
+        ),
+    }
+
+
+@pytest.mark.parametrize("count", LENGTHS)
+def test_every_collective_again_and_again_on_one_array(comm: Communicator, count: int) -> None:
+    """Those but allreduce were prepared anew in each call, 30 us for what takes one."""
+    x = np.zeros(count, np.float32)
+    before: list[tuple[Any, Any]] = []
+    for turn in range(4):
+        for name, (call, wanted) in calls(comm, x).items():
+            x[:] = data(comm.rank, count, np.float32) + turn
+            result = call()
+            expected = wanted(rows(comm, count, turn), data(comm.rank, count, np.float32) + turn)
+            if expected is None:
+                assert result is None, name
+                continue
+            np.testing.assert_array_equal(result, expected, err_msg=f"{name}, turn {turn}")
+            if result is not x:
+                before.append((result, expected))
+    for result, expected in before:  # no later call has written to them
+        np.testing.assert_array_equal(result, expected)
+    blocks = np.zeros((comm.size, count), np.float32)
+    for turn in range(3):
+        blocks[:] = data(comm.rank, count, np.float32) + turn + 100 * np.arange(comm.size)[:, None]
+        np.testing.assert_array_equal(
+            comm.alltoall(blocks), rows(comm, count, turn) + 100 * comm.rank
+        )
+
+
+def test_an_array_seen_in_another_way_is_another_call(comm: Communicator) -> None:
+    x = np.arange(12, dtype=np.int32)
+    for shape in ((12,), (3, 4), (4, 3), (12,), (3, 4)):
+        x.shape = shape
+        assert comm.allgather(x).shape == (comm.size, *shape)
+    x = x.reshape(-1)
+    x.setflags(write=False)  # as it may be where it is only read
+    for _ in range(2):
+        assert (comm.allgather(x) == np.arange(12)).all()
+        with pytest.raises(ValueError, match="read-only"):
+            comm.broadcast(x, (comm.rank + 1) % comm.size) if comm.size > 1 else comm.allreduce(x)
+    for length in range(3, 200):  # new arrays at old addresses
+        assert comm.allgather(np.full(length, comm.rank)).sum() == length * sum(range(comm.size))
+
+
+def test_bad_arguments_are_refused_behind_good_ones(comm: Communicator) -> None:
+    x = np.ones(4)
+    comm.broadcast(x)
+    comm.reduce(x)
+    for bad, kind in ((comm.size, ValueError), (-1, ValueError), ("0", TypeError), (x, TypeError)):
+        with pytest.raises(kind, match="root"):
+            comm.broadcast(x, bad)
+    with pytest.raises(ValueError, match="op"):
+        comm.reduce(x, 0, "broadcast")
+    with pytest.raises((TypeError, ValueError)):
+        comm.allreduce(x, x)
+    with pytest.raises((TypeError, ValueError)):
+        comm.allreduce(x, "allgather")
+    assert (comm.broadcast(x) == comm.size).all()
+
+
+def test_what_is_still_on_its_way_is_done_a_second_time(comm: Communicator) -> None:
+    """A result's place must not change while another call is writing to it."""
+    x = np.full(40_000, comm.rank + 1.0)
+    comm.allgather(x)
+    works = [comm.allgather(x, blocking=False) for _ in range(3)]
+    works.append(comm.reduce_scatter(x, blocking=False))
+    now = comm.allgather(x)
+    results = [now, *(work.wait() for work in works[:3])]
+    assert len({id(result) for result in results}) == 4
+    for result in results:
+        assert (result == np.arange(1, comm.size + 1)[:, None]).all()
+    assert (works[3].wait() == sum(range(1, comm.size + 1))).all()
+
+
+def test_a_call_that_was_waited_for_in_vain_may_be_made_again(comm: Communicator) -> None:
+    """The first goes on, and writes to the array that it was given, which nobody has by then."""
+    if comm.size == 1:
+        pytest.skip("one rank waits for nobody")
+    x = np.full(5000, comm.rank, np.int64)
+    comm.allgather(x)
+    first = None
+    if comm.rank == 0:
+        first = comm.allgather(x, blocking=False)
+        with pytest.raises(CommTimeout):
+            first.wait(0)
+        comm.send(np.zeros(1), 1)
+    elif comm.rank == 1:
+        comm.recv(np.zeros(1), 0)
+    again = comm.allgather(x)
+    second = comm.allgather(x) if first is None else first.wait()
+    for result in (again, second):
+        assert (result == np.arange(comm.size)[:, None]).all()
+
+
+def test_barriers_again_and_again_are_told_of(comm: Communicator) -> None:
+    """The barrier's line was gone behind a thousand calls of other kinds."""
+    comm.barrier()
+    for count in range(RING_CALLS + 5):
+        comm.allreduce(np.zeros(count % 512 + 1, np.int8 if count < 512 else np.int16))
+        if count >= 1024:
+            comm.allreduce(np.zeros(count, np.int32))
+    comm.barrier()
+    assert comm.recent(1)[0].signature.operation == "barrier"
+
+
+def test_nothing_is_known_once_the_group_is_closed(comm: Communicator) -> None:
+    x = np.ones(3)
+    group = comm.split(0)
+    for _ in range(2):
+        group.allgather(x)
+        group.barrier()
+    group.close()
+    for call in (lambda: group.allgather(x), group.barrier, lambda: group.broadcast(x)):
+        with pytest.raises(CommError, match="closed"):
+            call()
