@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from . import uneven
+from .again import Errand, Repeated
 from .device import on_device
-from .memo import Known, Memo
+from .memo import Memo
 from .operations import Operations
 from .runner import Runner
 from .schedule import Algorithm
@@ -35,7 +36,9 @@ class GroupCalls:
         self._progress = runner.progress
         self._operations = operations
         self._device_operations: DeviceWays | None = None
-        self._memo = Memo()
+        self._memo: Memo[Repeated] = Memo()
+        self._errands: Memo[Errand] = Memo()
+        self._barrier: Repeated | None = None
 
     # -- collectives -------------------------------------------------------------------------
 
@@ -216,14 +219,12 @@ class GroupCalls:
 
     def barrier(self, *, algorithm: Algorithm = None, blocking: bool = True) -> Any:
         """Return when every rank has come."""
-        known = self._memo.barrier
-        if known is None or algorithm is not None or not blocking:
+        if self._barrier is None or algorithm is not None or not blocking:
             prepared = self._operations.barrier(algorithm)
-            if algorithm is not None or not blocking or prepared.meeting is None:
+            if algorithm is not None or not blocking or not prepared.plain:
                 return self._start(prepared, blocking)
-            self._runner.note(prepared)
-            known = self._memo.barrier = Known.of(prepared)
-        return self._run(known.meeting, known.receipt, None, None)
+            self._barrier = self._runner.repeated(prepared)
+        return self._run(self._barrier.meeting, self._barrier.receipt, None, None)
 
     # -- point to point ----------------------------------------------------------------------
 
@@ -234,24 +235,24 @@ class GroupCalls:
         transport, and by what is under way. Ranks that all send before they receive rely on the
         former; isend does not wait.
         """
-        self._start(self._side(x).send(x, dst, tag), True)
+        self._message("send", x, dst, tag, True)
 
     def recv(self, x: Array, src: int, tag: int = 0) -> Array:
         """Fill x with what rank src sent with this tag, and return x.
 
         Raises: MismatchError where the message has another number of bytes.
         """
-        self._start(self._side(x).recv(x, src, tag), True)
+        self._message("recv", x, src, tag, True)
         return x
 
     def isend(self, x: Any, dst: int, tag: int = 0) -> Work:
         """Start to send x; the Work, or the communicator if it is dropped, keeps x alive."""
-        work: Work = self._start(self._side(x).send(x, dst, tag), False)
+        work: Work = self._message("send", x, dst, tag, False)
         return work
 
     def irecv(self, x: Any, src: int, tag: int = 0) -> Work:
         """Start to receive into x; wait() returns x."""
-        work: Work = self._start(self._side(x).recv(x, src, tag), False)
+        work: Work = self._message("recv", x, src, tag, False)
         return work
 
     def wait_any(self, works: Sequence[Work], timeout: float | None = None) -> int:
@@ -300,19 +301,36 @@ class GroupCalls:
             or algorithm is not None
             or not (x.flags.carray and x.shape == known.shape and x.dtype is known.dtype)
         ):
-            known = self._memo.at(x, name, given) if algorithm is None else None
-        if known is None:
+            what = self._memo.at(x, name, given) if algorithm is None else None
+        else:
+            what = known.what
+        if what is None:
             prepared: Prepared = getattr(self._side(x), name)(x, *given, algorithm)
-            if algorithm is not None or not prepared.plain or prepared.meeting is None:
+            if algorithm is not None or not prepared.plain:
                 return self._start(prepared, blocking)
-            self._runner.note(prepared)
-            known = self._memo.add(x, name, given, prepared)
-        if self._progress.works and known.meeting.flying:  # on its way already: do it twice
+            what = self._memo.add(x, name, given, self._runner.repeated(prepared))
+        if self._progress.works and what.meeting.flying:  # on its way already: do it twice
             return self._start(getattr(self._operations, name)(x, *given), blocking)
-        result = x if known.make is None else known.make()
+        result = x if what.make is None else what.make()
         if blocking:
-            return self._run(known.meeting, known.receipt, (x, result), result)
-        return self._runner.fly(known.meeting, known.receipt, (x, result), result)
+            return self._run(what.meeting, what.receipt, (x, result), result)
+        return self._runner.fly(what.meeting, what.receipt, (x, result), result)
+
+    def _message(self, name: str, x: Any, peer: int, tag: int, blocking: bool) -> Any:
+        """Send or receive x, at once where it was before."""
+        errand = self._errands.recall(x, name, (peer,))
+        if errand is None:
+            prepared: Prepared = getattr(self._side(x), name)(x, peer, tag)
+            if prepared.carry is None:
+                return self._start(prepared, blocking)
+            errand = self._errands.add(x, name, (peer,), self._runner.errand(prepared))
+        return self._runner.carry(errand, x, self._operations.tag(tag), blocking)
+
+    def forget(self) -> None:
+        """Prepare anew what was called before, as in memory that is given back."""
+        self._memo.forget()
+        self._errands.forget()
+        self._barrier = None
 
     @property
     def host_operations(self) -> Operations:

@@ -367,7 +367,7 @@ class Communicator(GroupCalls, Scope):
         sharing = self._sharing
         if sharing is None:  # the same on all ranks
             return
-        self._memo.forget()
+        self.forget()
         if self.size == 1 or closing.meet(2):
             self._operations.close()
             sharing.close()

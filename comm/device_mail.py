@@ -12,17 +12,20 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from .device import HANDLE_BYTES, DeviceArray, Event, Peering, Stream
 from .device_wait import following, passes, reached
 from .errors import CommError
-from .letters import Message, Words
+from .letters import Message
 from .mailboxes import NOTE_BYTES, Mailboxes
 from .windowed import Lane
 from .work import Behind, Steps
+
+Words: TypeAlias = npt.NDArray[np.int64]
 
 WAY = "ipc"
 

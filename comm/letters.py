@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Generator
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,18 +16,31 @@ from .errors import CommError, MismatchError
 from .serving import Waiting
 from .transport.base import Request
 
-Words: TypeAlias = npt.NDArray[np.int64]
+if TYPE_CHECKING:
+    from ..kernels.compiled import Kernel
+
+Words: TypeAlias = "memoryview[int]"
+"""A rank's record of one message; its words are written one by one, sooner so than as an array."""
+
+_RUNNING, _BELL = int(Status.RUNNING), int(Letter.BELL)
+_SPINS, _YIELDS = int(Letter.SPINS), int(Letter.YIELDS)
 
 
 class Message:
     """One message under way."""
 
-    def __init__(self, words: Words, rank: int, peer: int, tag: int, keeps: object) -> None:
-        """keeps: what must stay alive until the message has ended."""
+    def __init__(
+        self, words: Words, rank: int, peer: int, tag: int, keeps: object, advance: Kernel
+    ) -> None:
+        """keeps: what must stay alive until the message has ended.
+
+        advance: the kernel that goes on with it, which every message of a box has in common.
+        """
         self._words, self._rank, self._peer, self._tag = words, rank, peer, tag
+        self._advance = advance
         self._keeps = keeps
-        self.address = address_of(words)
-        self.bell = int(words[Letter.BELL])
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(words))
+        self.bell = words[_BELL]
 
     @property
     def function(self) -> int:
@@ -74,14 +87,12 @@ class Message:
 
         Returns: its status, for `check`.
         """
-        from ..kernels.mailbox import advance_letter_kernel
-
-        advance = advance_letter_kernel()
+        advance = self._advance
         waits: list[Request] = [Waiting(self._peer, self)]
         words = self._words
-        while (status := advance(self.address)) == Status.RUNNING:
+        while (status := advance(self.address)) == _RUNNING:
             patient = yield waits
-            words[Letter.SPINS], words[Letter.YIELDS] = patience if patient else (0, 0)
+            words[_SPINS], words[_YIELDS] = patience if patient else (0, 0)
         return int(status)
 
     def abandon(self) -> bool:

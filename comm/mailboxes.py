@@ -6,8 +6,8 @@ import ctypes
 from collections import defaultdict
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ from .transport.base import Request
 from .work import Prepared, Receipt, Steps
 
 if TYPE_CHECKING:
+    from ..kernels.compiled import Kernel
     from .communicator import Communicator
 
 BUFFERED_BYTES = 8 << 20
@@ -42,6 +43,12 @@ PIECE_BYTES = 1 << 17
 
 NOTE_BYTES = 512
 """Room for a note of where a message's bytes lie, and for the receiver's reply."""
+
+_SENDS, _BOX, _SEQUENCE, _TAG = map(int, (Letter.SENDS, Letter.BOX, Letter.SEQUENCE, Letter.TAG))
+_ORDINAL, _NBYTES, _ADDRESS = map(int, (Letter.ORDINAL, Letter.NBYTES, Letter.ADDRESS))
+_PLACE, _KIND, _PEER_BELL = map(int, (Letter.PLACE, Letter.KIND, Letter.PEER_BELL))
+_WINDOW_AT, _WINDOW, _PIECE = map(int, (Letter.WINDOW_AT, Letter.WINDOW, Letter.PIECE))
+_BASE, _LOW, _S_DONE = int(Letter.BASE), int(Letter.LOW), 8 * Slot.DONE
 
 
 @dataclass
@@ -66,7 +73,9 @@ class Box:
 class Mailboxes:
     """Send and receive between this rank and those of its group that share its memory."""
 
-    def __init__(self, rank: int, members: Words, nodes: NodeMemory, block: Block) -> None:
+    def __init__(
+        self, rank: int, members: npt.NDArray[np.int64], nodes: NodeMemory, block: Block
+    ) -> None:
         """members: a row per rank: (node token, node rank, offset of its boxes)."""
         assert nodes.memory is not None
         self.rank = rank
@@ -129,31 +138,41 @@ class Mailboxes:
         else:
             reason = "passes through shared memory"
 
+        address = address_of(buffer.flat)
+
+        def carry(keeps: Any, tag: int) -> Steps:
+            ordinal = self._ordinals[True, dst].next(tag)
+            post = partial(self._post, _Bytes(address, nbytes, keeps), dst, tag, place, ordinal)
+            yield from self._deliver(post, dst, tag, ordinal)
+            return keeps
+
         def run(_: int) -> Steps:
             buffer.stage()
-            bytes_ = _Bytes(address_of(buffer.flat), nbytes, buffer)
-            ordinal = self._ordinals[True, dst].next(tag)
-            post = partial(self._post, bytes_, dst, tag, place, ordinal)
-            yield from self._deliver(post, dst, tag, ordinal)
+            yield from carry(buffer, tag)
             return buffer.owner
 
         receipt = Receipt("send", "message", "shared", 1, nbytes, reason)
-        return Prepared(receipt, None, run, _signature("send", buffer, dst))
+        signature, again = _signature("send", buffer, dst), None if buffer.staged else carry
+        return Prepared(receipt, None, run, signature, carry=again)
 
     def recv(self, buffer: Buffer, src: int, tag: int) -> Prepared:
         """Prepare to receive a message from a rank that this one reaches."""
-        nbytes = buffer.flat.nbytes
+        nbytes, address = buffer.flat.nbytes, address_of(buffer.flat)
+
+        def carry(keeps: Any, tag: int) -> Steps:
+            yield from self._accept(_Bytes(address, nbytes, keeps), src, tag)
+            return keeps
 
         def run(_: int) -> Steps:
             buffer.stage()
-            bytes_ = _Bytes(address_of(buffer.flat), nbytes, buffer)
-            yield from self._accept(bytes_, src, tag)
+            yield from carry(buffer, tag)
             buffer.commit()
             return buffer.owner
 
         receipt = Receipt("recv", "message", "shared", 1, nbytes)
         large = nbytes > IN_PLACE_BYTES
-        return Prepared(receipt, None, run, _signature("recv", buffer, src), background=large)
+        signature, again = _signature("recv", buffer, src), None if buffer.staged else carry
+        return Prepared(receipt, None, run, signature, background=large, carry=again)
 
     # -- messages whose bytes lie elsewhere ---------------------------------------------------
 
@@ -173,8 +192,8 @@ class Mailboxes:
 
         def post() -> Message:
             words, box = self._addressed(_Bytes(0, nbytes, note), dst, tag, ordinal)
-            words[Letter.KIND], words[Letter.PLACE] = Kind.NOTE, address_of(note) - box.base
-            words[Letter.PEER_BELL] = box.bell
+            words[_KIND], words[_PLACE] = Kind.NOTE, address_of(note) - box.base
+            words[_PEER_BELL] = box.bell
             return self._message(words, dst, tag, note)
 
         return (yield from self._deliver(post, dst, tag, ordinal))
@@ -272,53 +291,59 @@ class Mailboxes:
     def _await(self, bytes_: _Bytes, src: int, tag: int, ordinal: int) -> Message:
         box = self._inboxes[src]
         words = self._words(box, False, src, tag, bytes_, ordinal)
-        words[Letter.BASE], words[Letter.LOW] = box.base, box.low_at
+        words[_BASE], words[_LOW] = box.base, box.low_at
         return self._message(words, src, tag, (bytes_, box))
 
     def _addressed(self, bytes_: _Bytes, dst: int, tag: int, ordinal: int) -> tuple[Words, Box]:
         box, slots = self._outboxes[dst], self._slots[dst]
         slots.take()
         words = self._words(box, True, dst, tag, bytes_, ordinal)
-        words[Letter.BOX], words[Letter.SEQUENCE] = slots.slot, slots.sent
+        words[_BOX], words[_SEQUENCE] = slots.slot, slots.sent
         return words, box
 
     def _post(self, bytes_: _Bytes, dst: int, tag: int, place: int | None, ordinal: int) -> Message:
         words, box = self._addressed(bytes_, dst, tag, ordinal)
         slots, nbytes = self._slots[dst], bytes_.nbytes
         if place is not None:
-            words[Letter.PLACE], words[Letter.WINDOW] = place, nbytes
+            words[_PLACE], words[_WINDOW] = place, nbytes
             return self._message(words, dst, tag, bytes_)
         at_once = nbytes <= BUFFERED_BYTES and not self._pool.full
         if at_once:
-            words[Letter.PEER_BELL] = 0
+            words[_PEER_BELL] = 0
         room = nbytes if at_once else min(nbytes, WINDOW_BYTES)
         if not at_once and nbytes <= WINDOW_BYTES:
             room = min(PIECE_BYTES, nbytes)
         window = self._pool.take(room)
         address = address_of(window)
-        words[Letter.PLACE], words[Letter.WINDOW] = address - box.base, max(room, 1)
+        words[_PLACE], words[_WINDOW] = address - box.base, max(room, 1)
         if room == nbytes and slots.far_ahead:
             # As if the receiver read it in place: it can, and the sender waits until it has.
             ctypes.memmove(address, bytes_.address, nbytes)
         else:
-            words[Letter.WINDOW_AT], words[Letter.PIECE] = address, min(PIECE_BYTES, max(room, 1))
+            words[_WINDOW_AT], words[_PIECE] = address, min(PIECE_BYTES, max(room, 1))
         self._pool.lend(window, _returned(slots))
         return self._message(words, dst, tag, (bytes_, window))
 
     def _message(self, words: Words, peer: int, tag: int, keeps: object) -> Message:
         """Return a message; the background may still look at it after its group has closed."""
-        return Message(words, self.rank, peer, tag, (keeps, self._nodes))
+        return Message(words, self.rank, peer, tag, (keeps, self._nodes), self._advance)
+
+    @cached_property
+    def _advance(self) -> Kernel:
+        from ..kernels.mailbox import advance_letter_kernel
+
+        return advance_letter_kernel()
 
     def _words(
         self, box: Box, sends: bool, peer: int, tag: int, bytes_: _Bytes, ordinal: int
     ) -> Words:
-        words = self._blank.copy()
-        words[Letter.SENDS], words[Letter.BOX] = sends, box.address
-        words[Letter.TAG] = tag
-        words[Letter.ORDINAL] = ordinal
-        words[Letter.NBYTES], words[Letter.ADDRESS] = bytes_.nbytes, bytes_.address
+        words = self._blank.copy().data
+        words[_SENDS], words[_BOX] = sends, box.address
+        words[_TAG] = tag
+        words[_ORDINAL] = ordinal
+        words[_NBYTES], words[_ADDRESS] = bytes_.nbytes, bytes_.address
         if bytes_.nbytes > IN_PLACE_BYTES:
-            words[Letter.PEER_BELL] = box.bell
+            words[_PEER_BELL] = box.bell
         return words
 
 
@@ -338,5 +363,5 @@ def _signature(name: str, buffer: Buffer, peer: int) -> Signature:
 
 
 def _returned(slots: Outbox) -> Returned:
-    sequence, done = slots.sent, ctypes.c_int64.from_address(slots.slot + 8 * Slot.DONE)
+    sequence, done = slots.sent, ctypes.c_int64.from_address(slots.slot + _S_DONE)
     return lambda: done.value >= sequence

@@ -3,101 +3,88 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from .meeting import Meeting
-    from .work import Prepared, Receipt
-
 _CAPACITY = 256
 
+What = TypeVar("What")
+
 Given = tuple[Any, ...]
-"""What a collective takes besides the array: its op, root, or both."""
+"""What a call takes besides the array: of a collective its op, root, or both."""
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """A call that was made before, ready to run again.
+class Known(Generic[What]):
+    """What is known of a call that was made before.
 
-    make: makes the result, where that is another array, for the next run to write to.
     shape, dtype: of the array, which is the same one as long as it has these and is contiguous; a
         tensor was compared when it was found.
     reference: to the array, which nothing else keeps alive.
     """
 
-    meeting: Meeting
-    receipt: Receipt
-    make: Callable[[], Any] | None
+    what: What
     shape: tuple[int, ...] = ()
     dtype: Any = None
     reference: Any = None
 
-    @classmethod
-    def of(
-        cls,
-        prepared: Prepared,
-        shape: tuple[int, ...] = (),
-        dtype: Any = None,
-        reference: Any = None,
-    ) -> Known:
-        """Return what is to be known of a call that is nothing but a meeting."""
-        assert prepared.meeting is not None
-        return cls(prepared.meeting, prepared.receipt, prepared.make, shape, dtype, reference)
 
-
-class Memo:
+class Memo(Generic[What]):
     """The known calls of one communicator: on arrays by their identity, on tensors by their memory.
 
     Where gradients are made anew in every step, they come to lie where they lay before. What is
     known of an address stays right: memory that was registered stays so as long as the
     communicator, and any other may be read as what it was.
-
-    barrier: the known call without an array.
     """
 
     def __init__(self) -> None:
-        self._arrays: dict[tuple[int, str, Given], Known] = {}
-        self._tensors: dict[tuple[Any, ...], Known] = {}
+        self._arrays: dict[tuple[int, str, Given], Known[What]] = {}
+        self._tensors: dict[tuple[Any, ...], What] = {}
         self.find = self._arrays.get
-        self.barrier: Known | None = None
 
-    def at(self, x: Any, name: str, given: Given) -> Known | None:
-        """Return what is known of a collective on a tensor over the same elements."""
+    def recall(self, x: Any, name: str, given: Given) -> What | None:
+        """Return what is known of a call on x."""
         try:
-            known = self._tensors.get((x.data_ptr(), x.shape, x.dtype, name, given))
+            known = self.find((id(x), name, given))
+        except TypeError:  # an op that is no name, such as a second array
+            return None
+        if known is not None:
+            as_before = x.flags.carray and x.shape == known.shape and x.dtype is known.dtype
+            return known.what if as_before else None
+        return self.at(x, name, given)
+
+    def at(self, x: Any, name: str, given: Given) -> What | None:
+        """Return what is known of a call on a tensor over the same elements."""
+        try:
+            what = self._tensors.get((x.data_ptr(), x.shape, x.dtype, name, given))
         except (AttributeError, RuntimeError, TypeError):  # no tensor with memory, or no op
             return None
-        if known is None or not (x.is_contiguous() and x.is_cpu) or x.is_neg() or x.is_conj():
+        if what is None or not (x.is_contiguous() and x.is_cpu) or x.is_neg() or x.is_conj():
             return None
-        return known
+        return what
 
-    def add(self, x: Any, name: str, given: Given, prepared: Prepared) -> Known:
-        """Remember the meeting of a collective on x, where x allows it."""
+    def add(self, x: Any, name: str, given: Given, what: What) -> What:
+        """Remember what runs a call on x again, where x allows it; it may keep no memory alive."""
         if type(x) is np.ndarray and x.flags.carray:
             _make_room(self._arrays)
             key, forget = (id(x), name, given), self._arrays.pop
             # No other array has this identity before it is forgotten, and none moves its memory
             # while others refer to it; how it is seen may change.
             reference = weakref.ref(x, lambda _: forget(key, None))
-            known = self._arrays[key] = Known.of(prepared, x.shape, x.dtype, reference)
-            return known
-        known = Known.of(prepared)
-        if hasattr(x, "data_ptr") and x.is_contiguous():
+            self._arrays[key] = Known(what, x.shape, x.dtype, reference)
+        elif hasattr(x, "data_ptr") and x.is_contiguous():
             _make_room(self._tensors)
-            self._tensors[x.data_ptr(), x.shape, x.dtype, name, given] = known
-        return known
+            self._tensors[x.data_ptr(), x.shape, x.dtype, name, given] = what
+        return what
 
     def forget(self) -> None:
         """Know nothing any more."""
         self._arrays.clear()
         self._tensors.clear()
-        self.barrier = None
 
 
-def _make_room(known: dict[Any, Known]) -> None:
+def _make_room(known: dict[Any, Any]) -> None:
     if len(known) >= _CAPACITY:
         known.clear()

@@ -25,7 +25,7 @@ from .serving import Waiting
 from .timeline import WAIT, Timeline
 from .trace import Ring
 from .transport.base import Request
-from .work import Work
+from .work import Steps, Work
 
 if TYPE_CHECKING:
     from .runner import Runner
@@ -134,6 +134,24 @@ class Progress:
         if background and not work.ended and self._threads:
             self._background.wake(self)
         return work
+
+    def at_once(self, steps: Steps) -> bool:
+        """Take the first steps of what may end by them, where no work is in flight; tell whether.
+
+        As `start` does, without a work: for what ends sooner than one is made.
+        """
+        with self._lock:
+            self._require_uninterrupted()
+            self._callers.add(threading.get_ident())
+            try:
+                self._advancing = True
+                steps.send(None)
+                steps.send(True)
+            except StopIteration:
+                return True
+            finally:
+                self._advancing = False
+        return False
 
     @property
     def _deserted(self) -> bool:

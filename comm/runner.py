@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..kernels.records import Count, Status
+from ..kernels.records import Count, Outcome, Status
+from .again import Errand, Repeated
 from .errors import CommError
 from .fingerprint import history_with, shares_of, tag_of
 from .forks import in_fork
-from .progress import Progress
+from .progress import Picks, Progress
 from .timeline import WAIT
 from .trace import Held, Signature, Sites
 from .transport.base import Channel, Transport
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _COLLECTIVES, _MESSAGES, _HISTORY = map(int, (Count.COLLECTIVES, Count.MESSAGES, Count.HISTORY))
 _DONE, _REFUSED = int(Status.DONE), int(Status.REFUSED)
+_WELL, _FAILED = int(Outcome.DONE), int(Outcome.FAILED)
 
 
 class Runner:
@@ -169,14 +171,17 @@ class Runner:
         if all(work.receipt is not receipt for work in self.progress.works):
             meeting.abandon(owner)
 
-    def _break_off(self, receipt: Receipt, error: BaseException) -> None:
+    def _break_off(
+        self, receipt: Receipt, error: BaseException, picks: Picks | None = None
+    ) -> None:
         """Give up the work of a call that an exception has come out of, as nobody has it.
 
         Not where ranks have an error in common; and what has waited in vain goes on, but for a
         receive: its message is left to the next call.
         """
         if receipt.operation == "recv" or not isinstance(error, CommError):
-            self.progress.give_up(lambda work: work.receipt is receipt, lambda _: error)
+            picks = picks or (lambda work: work.receipt is receipt)
+            self.progress.give_up(picks, lambda _: error)
 
     def start(self, prepared: Prepared, blocking: bool) -> Any:
         """Note a call and begin it."""
@@ -202,8 +207,7 @@ class Runner:
         def begin() -> Steps:
             counts, tag = self._counts, 0
             if message is not None:
-                self.messages[message.operation, message.peer] += 1
-                counts[_MESSAGES] = sequence = counts[_MESSAGES] + 1
+                sequence = self._count_message(message)
             else:
                 history = history_with(counts[_HISTORY], prepared.mark)
                 # Side by side: what a signal's handler raises does not come between them.
@@ -218,6 +222,12 @@ class Runner:
         background = prepared.background and not blocking
         return self._advance(begin, prepared.receipt, background, message)
 
+    def _count_message(self, message: Signature) -> int:
+        """Count a message that begins; return its number among the group's."""
+        self.messages[message.operation, message.peer] += 1
+        self._counts[_MESSAGES] = sequence = self._counts[_MESSAGES] + 1
+        return sequence
+
     def plan(self, prepared: Prepared) -> Callable[[], Any]:
         """Return what runs an operation to its end, again and again, as called from here."""
         call, meeting = self.note(prepared), prepared.meeting
@@ -229,6 +239,55 @@ class Runner:
 
     def _repeat(self, prepared: Prepared, call: int, _: Held) -> Any:
         return self.begin(prepared, True, call)
+
+    def repeated(self, prepared: Prepared) -> Repeated:
+        """Return a collective that is nothing but a meeting, to be run again from here."""
+        self.note(prepared)
+        assert prepared.meeting is not None
+        return Repeated(prepared.meeting, prepared.receipt, prepared.make)
+
+    def errand(self, prepared: Prepared) -> Errand:
+        """Return a message, to be sent or received again from here."""
+        call, carry = self.note(prepared), prepared.carry
+        assert carry is not None
+        held, background = self._ring.hold(call), prepared.background
+        return Errand(prepared.signature, prepared.receipt, carry, background, call, held)
+
+    def carry(self, errand: Errand, x: Any, tag: int, blocking: bool) -> Any:
+        """Send or receive x; at once, without a Work, where nothing is in flight before.
+
+        Returns: x, or the Work where not blocking.
+        """
+        going = self._carrying(errand, x, tag)
+        at_once = blocking and not self.progress.works
+        if self.attentive:
+            self.require_open()
+            self._keep_up()
+            at_once = False
+        try:
+            if at_once and self.progress.at_once(going):
+                return x
+            background = errand.background and not blocking
+            work = self._advance(lambda: going, errand.receipt, background, errand.message)
+            return work.wait() if blocking else work
+        except BaseException as error:
+            self._break_off(errand.receipt, error, lambda work: work.takes(going))
+            if not any(work.takes(going) for work in self.progress.works):
+                going.close()
+            raise
+
+    def _carrying(self, errand: Errand, x: Any, tag: int) -> Steps:
+        ring, outcome = self._ring, _FAILED
+        number = ring.begin(errand.call, self._count_message(errand.message))
+        try:
+            yield from errand.carry(x, tag)
+            outcome = _WELL
+            return x
+        except BaseException:
+            self._transport.soiled = True
+            raise
+        finally:
+            ring.end(number, outcome)
 
     def note(self, prepared: Prepared) -> int:
         """Tell the ring of operations what is called, and where; return how it refers to that."""

@@ -95,6 +95,7 @@ class Prepared:
     mark: of what was asked for, see fingerprint; part of the tags of a collective's messages.
     plain: it is nothing but this meeting, whose result is `owner`, or what `make` has made before.
     make: makes an array for the next run of the meeting to write to; keeps none alive.
+    carry: of a message, does it as `run`, given the array, which it does not keep alive, and a tag.
     """
 
     receipt: Receipt
@@ -105,6 +106,7 @@ class Prepared:
     plain: bool = False
     owner: Any = None
     make: Callable[[], Any] | None = None
+    carry: Callable[[Any, int], Steps] | None = None
     way: str = ""
     mark: int = 0
     background: bool = True
@@ -203,6 +205,10 @@ class Work:
     def ended(self) -> bool:
         """Tell whether the work has ended, without trying to advance it."""
         return self._steps is None
+
+    def takes(self, steps: Steps) -> bool:
+        """Tell whether these are its steps, which it has not come to the end of."""
+        return self._steps is steps
 
     @property
     def receives(self) -> bool:

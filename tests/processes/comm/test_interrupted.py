@@ -115,8 +115,8 @@ def test_a_receive_that_is_interrupted_leaves_its_message_to_the_next(
     got = np.zeros(count, np.int32)
     if comm.rank == 0:
         with monkeypatch.context() as patch:
-            advance = interrupt(mailbox.advance_letter_kernel())
-            patch.setattr(mailbox, "advance_letter_kernel", advance)
+            advance = interrupt(mailbox.advance_letter_kernel())()
+            patch.setattr(comm._operations.mail, "_advance", advance)
             with pytest.raises(Stop):
                 comm.recv(got, 1, 3)
     comm.barrier()
@@ -141,8 +141,8 @@ def test_a_receive_that_is_interrupted_when_its_message_has_come_refuses_the_nex
     comm.barrier()
     if comm.rank == 0:
         with monkeypatch.context() as patch:
-            advance = interrupt(mailbox.advance_letter_kernel())
-            patch.setattr(mailbox, "advance_letter_kernel", advance)
+            advance = interrupt(mailbox.advance_letter_kernel())()
+            patch.setattr(group._operations.mail, "_advance", advance)
             with pytest.raises(Stop):
                 group.recv(np.zeros(4), 1, 3)
         with pytest.raises(CommError, match="an earlier receive from rank 1 with tag 3 was broken"):
@@ -168,8 +168,8 @@ def test_a_message_that_is_interrupted_halfway_ends_on_both_sides(
             comm.recv(np.zeros(1), 0, 9)
         with monkeypatch.context() as patch:
             if me == side:
-                advance = interrupt(mailbox.advance_letter_kernel())
-                patch.setattr(mailbox, "advance_letter_kernel", advance)
+                advance = interrupt(mailbox.advance_letter_kernel())()
+                patch.setattr(group._operations.mail, "_advance", advance)
             else:
                 patch.setattr(group._sharing.mail, "_patience", (0, 0))  # it takes a window at most
             with pytest.raises(Stop if me == side else CommError) as caught:
@@ -196,8 +196,8 @@ def test_what_a_receiver_may_read_in_place_is_kept_until_it_has(
         x = comm.empty(count, np.uint8)
         x[:] = 5
         with monkeypatch.context() as patch:
-            advance = interrupt(mailbox.advance_letter_kernel())
-            patch.setattr(mailbox, "advance_letter_kernel", advance)
+            advance = interrupt(mailbox.advance_letter_kernel())()
+            patch.setattr(comm._operations.mail, "_advance", advance)
             with pytest.raises(Stop):
                 comm.send(x, 1)
         del x

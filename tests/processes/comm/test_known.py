@@ -1,5 +1,6 @@
 """Calls that are made again on the same memory: prepared once, and as right as the first."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -151,6 +152,62 @@ def test_barriers_again_and_again_are_told_of(comm: Communicator) -> None:
             comm.allreduce(np.zeros(count, np.int32))
     comm.barrier()
     assert comm.recent(1)[0].signature.operation == "barrier"
+
+
+@pytest.mark.parametrize("count", [1, 300, 40_000, 700_000])
+@pytest.mark.parametrize("registered", [False, True])
+def test_messages_again_and_again_from_one_array(
+    comm: Communicator, count: int, registered: bool
+) -> None:
+    """Each was prepared anew, and made a work of, whatever was in flight: 33 us one way, not 7."""
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    x = comm.empty(count) if registered else np.zeros(count, np.float32)
+    got = np.zeros(count, np.float32)
+    for turn in range(6):
+        x[:] = data(comm.rank, count, np.float32) + turn
+        wanted = data(left, count, np.float32) + turn
+        if turn % 3 == 0:  # one after the other, so that none waits for itself
+            for rank in range(comm.size):
+                if rank == comm.rank and comm.size > 1:
+                    comm.send(x, right, turn)
+                if rank == left and comm.size > 1:
+                    assert comm.recv(got, left, turn) is got
+        elif turn % 3 == 1:
+            work = comm.irecv(got, left, turn)
+            comm.isend(x, right, turn).wait()
+            assert work.wait() is got
+        else:
+            works = [comm.isend(x, right, tag) for tag in (3, 4, 3)]
+            others = [np.zeros_like(got) for _ in range(2)]
+            works += [comm.irecv(one, left, tag) for one, tag in zip(others, (4, 3), strict=True)]
+            for work in works[3:]:
+                work.wait()
+            comm.recv(got, left, 3)
+            for work in works:
+                work.wait()
+            for one in others:
+                np.testing.assert_array_equal(one, wanted)
+        if comm.size > 1 or turn % 3:
+            np.testing.assert_array_equal(got, wanted)
+    for bad, kind in ((-1, ValueError), (1 << 40, ValueError), ("1", TypeError), (1.5, TypeError)):
+        with pytest.raises(kind, match="tag"):
+            comm.send(x, right, bad)
+    with pytest.raises((TypeError, ValueError), match="dst"):
+        comm.send(x, comm.size, 1)
+
+
+def test_what_is_known_keeps_no_array_alive(comm: Communicator) -> None:
+    x, y = np.arange(5.0), np.arange(5.0)
+    for _ in range(3):
+        comm.allgather(x)
+        comm.broadcast(x)
+        work = comm.irecv(y, (comm.rank - 1) % comm.size)
+        comm.send(x, (comm.rank + 1) % comm.size)
+        work.wait()
+    del work
+    gone = [weakref.ref(x), weakref.ref(y)]
+    del x, y
+    assert [one() for one in gone] == [None, None]
 
 
 def test_nothing_is_known_once_the_group_is_closed(comm: Communicator) -> None:
