@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .work import Receipt, Steps
 
@@ -13,8 +12,7 @@ if TYPE_CHECKING:
     from .trace import Held, Signature
 
 
-@dataclass(frozen=True, slots=True)
-class Repeated:
+class Repeated(NamedTuple):
     """A collective that is nothing but a meeting.
 
     make: makes the result, where that is another array than x, for the next run to write to.
@@ -25,8 +23,7 @@ class Repeated:
     make: Callable[[], Any] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Errand:
+class Errand(NamedTuple):
     """A message from, or to, the same memory each time.
 
     message: what is asked for.

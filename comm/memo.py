@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -16,8 +15,7 @@ Given = tuple[Any, ...]
 """What a call takes besides the array: of a collective its op, root, or both."""
 
 
-@dataclass(frozen=True, slots=True)
-class Known(Generic[What]):
+class Known(NamedTuple, Generic[What]):
     """What is known of a call that was made before.
 
     shape, dtype: of the array, which is the same one as long as it has these and is contiguous; a

@@ -11,12 +11,12 @@ import ctypes
 import hashlib
 import sys
 import time
+import weakref
 from dataclasses import dataclass
 from enum import Enum
 from time import monotonic_ns
 from types import CodeType
 from typing import NamedTuple
-from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,8 @@ _NAME_BYTES = 64
 """Of a group or of a way at most; what is left of _TEXT_BYTES, 30 at least, is a site's."""
 
 _MASK = RING_ENTRIES - 1
+_LATELY = 64
+"""Calls that are held anyway, as those on arrays that come and go are held again and again."""
 # Plain numbers: arithmetic of enumerations takes longer than all the rest of noting a call.
 _HEAD, _ENTRY_WORDS = int(RingWord.WORDS), int(EntryWord.WORDS)
 _DONE, _FAILED = int(Outcome.DONE), int(Outcome.FAILED)
@@ -134,7 +136,8 @@ class Ring:
     def __init__(self) -> None:
         self._calls: dict[_Key, int] = {}
         self._keys: list[_Key | None] = [None] * RING_CALLS
-        self._held: WeakValueDictionary[int, Held] = WeakValueDictionary()  # by place in the table
+        self._held: dict[int, weakref.ref[Held]] = {}  # by place in the table
+        self._lately: list[Held | None] = [None] * _LATELY
         self._interned = 0
         self._place(np.zeros(TRACE_BYTES, np.uint8))
         self._words[RingWord.CLOCK] = (
@@ -168,11 +171,11 @@ class Ring:
         return self._describe(key) if known is None else known
 
     def _describe(self, key: _Key) -> int:
-        call = self._interned + 1
-        while call % RING_CALLS in self._held:
-            call += 1
+        numbers = range(self._interned + 1, self._interned + 1 + RING_CALLS)
+        call = next((one for one in numbers if not self._is_held(one)), numbers[0])
         self._interned = call
         place = call % RING_CALLS
+        self._held.pop(place, None)
         old = self._keys[place]
         if old is not None:
             del self._calls[old]
@@ -183,14 +186,21 @@ class Ring:
         return call
 
     def hold(self, call: int) -> Held:
-        """Keep a call that was just interned in the table; of very many only the first."""
+        """Keep a call that was just interned in the table, as long as the result is alive.
+
+        Where all are kept it gives its place away all the same.
+        """
         place = call % RING_CALLS
-        held = self._held.get(place)
+        known = self._held.get(place)
+        held = None if known is None else known()
         if held is None:
-            held = Held()
-            if len(self._held) < RING_CALLS // 2:
-                self._held[place] = held
+            held = self._lately[place % _LATELY] = Held()
+            self._held[place] = weakref.ref(held)
         return held
+
+    def _is_held(self, call: int) -> bool:
+        known = self._held.get(call % RING_CALLS)
+        return known is not None and known() is not None
 
     def place(self, number: int, site: str) -> int:
         """Correct where an operation is called; return the number of its call, 0 if unknown."""
