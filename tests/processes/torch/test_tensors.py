@@ -66,6 +66,36 @@ def test_memory_that_came_back_is_known_again(comm: Communicator) -> None:
         assert comm.allreduce(again, "max") is again
         assert (x == comm.size - 1 + turn).all()
     if comm.size > 1 and comm._operations.way == "shared":
-        assert comm._memo.at(x, "max") is not None
-        assert comm._memo.at(x, "sum") is None
-    assert comm._memo.at(x.numpy(), "max") is None
+        assert comm._memo.recall(x, "allreduce", ("max",)) is not None
+        assert comm._memo.recall(x, "allreduce", ("sum",)) is None
+        assert comm._memo.recall(x, "reduce_scatter", ("max",)) is None
+    assert comm._memo.recall(x.numpy(), "allreduce", ("max",)) is None
+
+
+def test_every_call_on_a_tensor_again_and_again(comm: Communicator) -> None:
+    """By its memory, whatever tensor stands for it; what looks at it in another way is another."""
+    x = torch.zeros(3, 40, 2)
+    rows = torch.arange(float(comm.size)).reshape(-1, 1, 1, 1)
+    peer = comm.size - 1 - comm.rank
+    for turn in range(4):
+        x.fill_(comm.rank + turn)
+        again = x[:]
+        gathered = comm.allgather(again)
+        assert gathered.shape == (comm.size, 3, 40, 2)
+        assert torch.equal(gathered, (rows + turn).expand_as(gathered))
+        assert comm.allgather(x.view(-1)).shape == (comm.size, 240)
+        assert comm.allgather(x.view(torch.int32)).dtype == torch.int32
+        part = comm.reduce_scatter(again, "max")
+        assert part.dtype == torch.float32 and (part == comm.size - 1 + turn).all()
+        other = torch.full((3, 40, 2), -1.0)
+        work = comm.irecv(other, peer, turn)
+        comm.isend(again, peer, turn).wait()
+        assert (work.wait() == peer + turn).all()
+        assert (comm.broadcast(again, comm.size - 1) == comm.size - 1 + turn).all()
+    pair = torch.complex(x, x + 1)
+    for one in (pair, pair.conj(), pair, pair.conj()):
+        if one.is_conj():
+            with pytest.raises(TypeError, match="conj"):
+                comm.allgather(one)
+        else:
+            assert torch.equal(comm.allgather(one)[comm.rank], pair)
