@@ -16,11 +16,13 @@ class Repeated(NamedTuple):
     """A collective that is nothing but a meeting.
 
     make: makes the result, where that is another array than x, for the next run to write to.
+    take: gives the result, where the meeting has made it.
     """
 
     meeting: Meeting
     receipt: Receipt
     make: Callable[[], Any] | None
+    take: Callable[[], Any] | None
 
 
 class Errand(NamedTuple):

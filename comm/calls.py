@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
+import numpy as np
+
 from . import uneven
 from .again import Errand, Repeated
 from .device import on_device
@@ -39,6 +41,7 @@ class GroupCalls:
         self._memo: Memo[Repeated] = Memo()
         self._errands: Memo[Errand] = Memo()
         self._barrier: Repeated | None = None
+        self._nothing = np.zeros(0, np.uint8)  # stands for what need not be given
 
     # -- collectives -------------------------------------------------------------------------
 
@@ -173,7 +176,9 @@ class GroupCalls:
 
         x needs to be given at root only, with a first axis of size.
         """
-        return self._start(self._side(x).scatter(x, root, algorithm), blocking)
+        if x is None and self.rank != root:
+            x = self._nothing
+        return self._call("scatter", x, (root,), algorithm, blocking)
 
     @overload
     def alltoall(self, x: Any, *, algorithm: Algorithm = ..., blocking: Later) -> Work: ...
@@ -309,12 +314,14 @@ class GroupCalls:
             if algorithm is not None or not prepared.plain:
                 return self._start(prepared, blocking)
             what = self._memo.add(x, name, given, self._runner.repeated(prepared))
-        if self._progress.works and what.meeting.flying:  # on its way already: do it twice
+        take, flying = what.take, self._progress.works and what.meeting.flying
+        if flying or (take is not None and not blocking):  # on its way already: do it twice
             return self._start(getattr(self._operations, name)(x, *given), blocking)
         result = x if what.make is None else what.make()
-        if blocking:
-            return self._run(what.meeting, what.receipt, (x, result), result)
-        return self._runner.fly(what.meeting, what.receipt, (x, result), result)
+        if not blocking:
+            return self._runner.fly(what.meeting, what.receipt, (x, result), result)
+        result = self._run(what.meeting, what.receipt, (x, result), result)
+        return result if take is None else take()
 
     def _message(self, name: str, x: Any, peer: int, tag: int, blocking: bool) -> Any:
         """Send or receive x, at once where it was before."""

@@ -20,8 +20,10 @@ from collections.abc import Callable, Mapping
 
 from .byte_cache import ByteCache
 from .fused_folds import FOLDS
-from .fused_pulls import PULLS, pull_cma, pull_eager, pull_shared, pull_staged
+from .fused_pulls import PULLS, announced, pull_cma, pull_eager, pull_shared, pull_staged
 from .fused_rows import Rows, Shape
+
+__all__ = ["NAMES", "announced", "cma", "eager", "lower", "private_form", "shared", "staged"]
 
 EAGER_BYTES = 8 << 10
 
@@ -30,6 +32,7 @@ READ_FROM: Mapping[str, int] = {
     "reduce_scatter": 4 << 20,
     "allgather": 0,
     "gather": 0,
+    "scatter": 64 << 10,
     "alltoall": 0,
 }
 """Bytes of the flat buffer for each rank from which on a collective takes the form "cma".

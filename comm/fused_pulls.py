@@ -9,6 +9,7 @@ from .fused_rows import (
     INPUT,
     MEET,
     OUTPUT,
+    PAUSE,
     STAGES,
     OneRow,
     Rows,
@@ -37,6 +38,11 @@ def _broadcast(shape: Shape) -> list[_Pull]:
     return [] if shape.rank == shape.root else [(shape.root, 0, 0, shape.nbytes)]
 
 
+def _scatter(shape: Shape) -> list[_Pull]:
+    row = shape.nbytes // shape.size
+    return [(shape.root, shape.rank * row, 0, row)]
+
+
 def _alltoall(shape: Shape) -> list[_Pull]:
     row = shape.nbytes // shape.size
     return [(peer, shape.rank * row, peer * row, row) for peer in range(shape.size)]
@@ -51,6 +57,7 @@ PULLS = {
     "allgather": _allgather,
     "gather": _gather,
     "broadcast": _broadcast,
+    "scatter": _scatter,
     "alltoall": _alltoall,
 }
 
@@ -59,7 +66,7 @@ def own_bytes(name: str, shape: Shape) -> int:
     """Return the bytes of the buffer that this rank shows to the others."""
     if name in ("allgather", "gather"):
         return shape.nbytes // shape.size
-    if name == "barrier" or (name == "broadcast" and shape.rank != shape.root):
+    if name == "barrier" or (name in ("broadcast", "scatter") and shape.rank != shape.root):
         return 0
     return shape.nbytes
 
@@ -84,6 +91,11 @@ def pull_eager(name: str, shape: Shape) -> Rows:
     for peer, start, into, nbytes in PULLS[name](shape):
         rows += copied(Where.OWN, OUTPUT, into, Where.EAGER, peer, start, nbytes)
     return table(rows)
+
+
+def announced(shape: Shape) -> Rows:
+    """Show everybody what the root says, and pause until the rest is lowered for that."""
+    return table([*map(tuple, pull_eager("broadcast", shape).tolist()), PAUSE])
 
 
 def pull_staged(name: str, shape: Shape) -> Rows:

@@ -17,6 +17,7 @@ from .chunks import bounds
 Rows = npt.NDArray[np.int64]
 OneRow = tuple[int, ...]
 MEET: OneRow = (Row.MEET, 0, 0, 0, 0, 0, 0, 0)
+PAUSE: OneRow = (Row.PAUSE, 0, 0, 0, 0, 0, 0, 0)
 STAGES = (Where.STAGE_0, Where.STAGE_1)
 
 INPUT, OUTPUT = 0, 1

@@ -85,19 +85,30 @@ class Meeting:
         own[INPUT] = own[OUTPUT] = call.address
         self._own = own
 
-        note = record[WorkWord.NOTE : WorkWord.NOTE + Note.WORDS]
-        place = board.memory.place(call.address, call.nbytes)
+        self._note = note = record[WorkWord.NOTE : WorkWord.NOTE + Note.WORDS]
         note[Note.CALL], note[Note.COUNT] = call.code, call.shape.count
         note[Note.ROOT] = call.shape.root
         if shown_bytes(call.name, call.shape) <= fused.EAGER_BYTES:
             self.form, note[Note.PLACE] = "eager", Place.UNUSED
-        elif place is None:
-            self.form, note[Note.PLACE] = self._private_form, Place.PRIVATE
         else:
-            self.form, note[Note.PLACE] = "shared", place
-        note[Note.ADDRESS] = call.address
-        self._program = fused.lower(self.form, call.name, call.shape)
+            self.form = self._shows(call.address, call.nbytes) or self._private_form
+        self._program = self._lowered()
         self._take(self._program)
+
+    def _shows(self, address: int, nbytes: int) -> str:
+        """Note where a buffer lies; return "shared" where the other ranks map it, else ""."""
+        place = self._board.memory.place(address, nbytes)
+        self._note[Note.PLACE] = Place.PRIVATE if place is None else place
+        self._note[Note.ADDRESS] = address
+        return "" if place is None else "shared"
+
+    def _lowered(self) -> Rows:
+        """Return the program that it begins with."""
+        return fused.lower(self.form, self.name, self._call.shape)
+
+    def _otherwise(self) -> Rows:
+        """Return the program to go on with: some ranks' buffers are private, so all do as if so."""
+        return fused.lower(self._private_form, self.name, self._call.shape)
 
     def _take(self, rows: Rows) -> None:
         self._rows = rows
@@ -144,8 +155,8 @@ class Meeting:
             if status is None:
                 status = self.launch()
             while status not in _ENDED:
-                if status == Status.MIXED:
-                    self._go_on(fused.lower(self._private_form, self.name, self._call.shape))
+                if status == Status.OTHERWISE:
+                    self._go_on(self._otherwise())
                 else:
                     waiting: list[Request] = [
                         Waiting(int(self._record[WorkWord.WAITING_FOR]), self)
@@ -172,7 +183,6 @@ class Meeting:
             abandon_kernel()(self.address)
 
     def _go_on(self, rows: Rows) -> None:
-        """Some ranks' buffers are private: all go on as if theirs were."""
         self._take(rows)
         self._record[WorkWord.ROW] = 0
         self._record[WorkWord.STATUS] = Status.RUNNING

@@ -12,6 +12,7 @@ from .call_codes import code_of
 from .dtypes import DType
 from .fused_rows import Shape
 from .meeting import Call, Meeting
+from .scattering import Scattering
 from .trace import Signature
 from .work import Prepared, Receipt, Steps
 
@@ -52,6 +53,23 @@ class Meetings:
     def gather(self, buffer: Buffer, root: int) -> Prepared:
         shape = (self._size, *buffer.shape) if self._rank == root else None
         return self._anew("gather", buffer, buffer.flat.size * self._size, shape, root=root)
+
+    def scatter(self, buffer: Buffer | None, root: int) -> Prepared:
+        """buffer: the root's; None elsewhere."""
+        meeting = Scattering(self._board, root, buffer)
+
+        def run(_: int) -> Steps:
+            if buffer is not None:
+                buffer.stage()
+            yield from meeting.steps(buffer)
+            return meeting.take()
+
+        signature, nbytes, plain = Signature("scatter", "", "", 0, root), 0, True
+        if buffer is not None:
+            nbytes, plain = buffer.flat.nbytes, not buffer.staged
+            signature = Signature("scatter", "", buffer.dtype.name, buffer.flat.size, root)
+        owner, receipt = None if buffer is None else buffer.owner, self._receipt(meeting, nbytes)
+        return Prepared(receipt, None, run, signature, meeting, plain, owner, take=meeting.take)
 
     def alltoall(self, buffer: Buffer) -> Prepared:
         return self._anew("alltoall", buffer, buffer.flat.size, buffer.shape)

@@ -109,7 +109,7 @@ class Operations:
     def scatter(self, x: Any = None, root: int = 0, algorithm: Algorithm = None) -> Prepared:
         root = self.root(root)
         rows = self._rows(x) if self._rank == root else None
-        return self._messaging.by(algorithm).scatter(rows, root)
+        return self._by(algorithm).scatter(rows, root)
 
     def alltoall(self, x: Any, algorithm: Algorithm = None) -> Prepared:
         return self._by(algorithm).alltoall(self._rows(x))

@@ -233,9 +233,10 @@ class Runner:
         call, meeting = self.note(prepared), prepared.meeting
         if not prepared.plain or meeting is None:
             return partial(self._repeat, prepared, call, self._ring.hold(call))
-        owner, make = prepared.owner, prepared.make
+        owner, make, take = prepared.owner, prepared.make, prepared.take
         result = owner if make is None else make()
-        return partial(self.run, meeting, prepared.receipt, (owner, result), result)
+        step = partial(self.run, meeting, prepared.receipt, (owner, result), result)
+        return step if take is None else partial(_taken, step, take)
 
     def _repeat(self, prepared: Prepared, call: int, _: Held) -> Any:
         return self.begin(prepared, True, call)
@@ -244,7 +245,7 @@ class Runner:
         """Return a collective that is nothing but a meeting, to be run again from here."""
         self.note(prepared)
         assert prepared.meeting is not None
-        return Repeated(prepared.meeting, prepared.receipt, prepared.make)
+        return Repeated(prepared.meeting, prepared.receipt, prepared.make, prepared.take)
 
     def errand(self, prepared: Prepared) -> Errand:
         """Return a message, to be sent or received again from here."""
@@ -321,3 +322,8 @@ class Runner:
             return work
 
         return self.progress.start(make, background)
+
+
+def _taken(step: Callable[[], Any], take: Callable[[], Any]) -> Any:
+    step()
+    return take()

@@ -93,7 +93,8 @@ class Prepared:
     background: somebody else may wait for it, so that it goes on also while nobody waits here.
     way: how its messages go, such as the algorithm, which all ranks must agree on too; "" for none.
     mark: of what was asked for, see fingerprint; part of the tags of a collective's messages.
-    plain: it is nothing but this meeting, whose result is `owner`, or what `make` has made before.
+    plain: it is nothing but this meeting, whose result is `owner`, or what `make` has made before,
+        or `take` gives behind.
     make: makes an array for the next run of the meeting to write to; keeps none alive.
     carry: of a message, does it as `run`, given the array, which it does not keep alive, and a tag.
     """
@@ -106,6 +107,7 @@ class Prepared:
     plain: bool = False
     owner: Any = None
     make: Callable[[], Any] | None = None
+    take: Callable[[], Any] | None = None
     carry: Callable[[Any, int], Steps] | None = None
     way: str = ""
     mark: int = 0

@@ -34,8 +34,8 @@ from .rows import NOBODY, perform
 from .scalars import compiled
 
 _RUNNING, _DONE = np.int64(Status.RUNNING), np.int64(Status.DONE)
-_MISMATCH, _MIXED = np.int64(Status.MISMATCH), np.int64(Status.MIXED)
-_MEET = np.int64(Row.MEET)
+_MISMATCH, _OTHERWISE = np.int64(Status.MISMATCH), np.int64(Status.OTHERWISE)
+_MEET, _PAUSE = np.int64(Row.MEET), np.int64(Row.PAUSE)
 _FLAGS, _NOTES, _BASES = int(BoardWord.FLAGS), int(BoardWord.NOTES), int(BoardWord.BASES)
 _RANK, _SIZE, _ARRIVED = int(BoardWord.RANK), int(BoardWord.SIZE), int(BoardWord.ARRIVED)
 _TICKETS, _TURN, _YIELD = int(BoardWord.TICKET), int(BoardWord.TURN), int(BoardWord.YIELD)
@@ -96,7 +96,7 @@ def _compare(work: Any, board: Any) -> Any:
             buffers[r] = bases[r] + place
         elif place == _PRIVATE:
             private += 1
-    return _MIXED if private > 0 and shared > 0 else _RUNNING
+    return _OTHERWISE if private > 0 and shared > 0 else _RUNNING
 
 
 @compiled
@@ -166,7 +166,8 @@ def _advance(record: Any, awaited: Any) -> Any:
         return _REFUSED
     while work[_ROW] < work[_NUM_ROWS]:
         row = work[_ROWS] + work[_ROW] * (8 * ROW_WORDS)
-        if words_at(row, 1)[0] == _MEET:
+        kind = words_at(row, 1)[0]
+        if kind == _MEET:
             if not _meet(work, board, awaited):
                 return _RUNNING
             if work[_NOTED] == 0:
@@ -174,9 +175,12 @@ def _advance(record: Any, awaited: Any) -> Any:
                 verdict = _compare(work, board)
                 if verdict == _MISMATCH:
                     return _end(work, board, verdict)
-                if verdict == _MIXED:
+                if verdict == _OTHERWISE:
                     work[_STATUS] = verdict
                     return verdict
+        elif kind == _PAUSE:
+            work[_STATUS] = _OTHERWISE
+            return _OTHERWISE
         else:
             unreached = perform(record, row)
             if unreached != NOBODY:

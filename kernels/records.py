@@ -26,6 +26,7 @@ class Row(IntEnum):
     POINT: the same as COPY, but the entry itself becomes the address of the source.
     READ: the same as COPY, from the memory of another process: the index is its rank.
     WRITE: the same as COPY, to the memory of another process.
+    PAUSE: go on with another program.
     Offsets are in bytes.
     """
 
@@ -35,6 +36,7 @@ class Row(IntEnum):
     POINT = 3
     READ = 4
     WRITE = 5
+    PAUSE = 6
 
 
 ALL = -1
@@ -196,8 +198,8 @@ class Status(IntEnum):
     """How far a work is.
 
     MISMATCH: the ranks' calls differ; it has ended, on every rank.
-    MIXED: some ranks' buffers are shared and others private; every rank must go on with a program
-    for private buffers.
+    OTHERWISE: it must go on with another program: some ranks' buffers are shared and others
+    private, as every rank sees, or a PAUSE has come.
     REFUSED: it was not started, as the board is broken, or this very work still runs.
     NOTE: of a message, the receiver has found a note, and has not finished with the message.
     BYTES: of a message, whoever hoped to do with a note has to do with bytes.
@@ -206,7 +208,7 @@ class Status(IntEnum):
     RUNNING = 0
     DONE = 1
     MISMATCH = 2
-    MIXED = 3
+    OTHERWISE = 3
     REFUSED = 4
     NOTE = 5
     BYTES = 6

@@ -27,7 +27,8 @@ At = tuple[Key, int]
 """An array, and an element of it."""
 
 IN_PLACE = ("allreduce", "reduce", "broadcast")
-WHOLE = ("allreduce", "reduce", "broadcast", "alltoall", "reduce_scatter")
+WHOLE = ("allreduce", "reduce", "broadcast", "scatter", "alltoall", "reduce_scatter")
+IN_ROWS = ("scatter", "alltoall")
 KINDS = [
     (form, name)
     for form in ("shared", "eager", "staged", "cma")
@@ -136,6 +137,7 @@ class Node:
             "broadcast": lambda rank: data[call.root],
             "allgather": lambda rank: gathered,
             "gather": lambda rank: gathered if rank == call.root else gathered[:0],
+            "scatter": lambda rank: data[call.root].reshape(size, -1)[rank],
             "alltoall": lambda rank: data.reshape(size, size, -1)[:, rank].ravel(),
             "barrier": lambda rank: gathered,
         }[call.name]
@@ -170,7 +172,7 @@ def small_places(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fitting(number: int, form: str, name: str, per_rank: int, size: int, itemsize: int) -> Call:
     """Return a call of some elements a rank, or as many of them as its form takes."""
-    count = per_rank * size + (0 if name not in WHOLE or name == "alltoall" else per_rank % 3)
+    count = per_rank * size + (0 if name not in WHOLE or name in IN_ROWS else per_rank % 3)
     call = Call(number, form, name, 0 if name == "barrier" else count, per_rank % size)
     shape = Shape(0, size, call.count, itemsize, call.root)
     if form == "eager" and shown_bytes(name, shape) > fused.EAGER_BYTES:

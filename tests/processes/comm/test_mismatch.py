@@ -179,7 +179,7 @@ def test_a_group_goes_on_after_calls_in_which_nobody_waited(group: Communicator)
     assert part is not None
     rows = np.full((part.size, 3), part.rank)
     for _ in range(2 * (part.size > 1)):
-        part.scatter(rows, root=part.rank)
+        part.scatter(rows, root=part.rank, algorithm="tree")
         with pytest.raises(MismatchError, match=f"scatter.*root {part.size - 1}"):
             part.allreduce(np.ones(3))
         assert part.scatter(rows, root=0)[0] == 0
@@ -192,7 +192,7 @@ def test_works_in_flight_behind_calls_in_which_nobody_waited(group: Communicator
     part = group.split(0)
     assert part is not None
     if part.size > 1:
-        part.scatter(np.ones((part.size, 3)), root=part.rank)
+        part.scatter(np.ones((part.size, 3)), root=part.rank, algorithm="tree")
         works = [part.allreduce(np.ones(3), blocking=False) for _ in range(3)]
         with pytest.raises(MismatchError):
             works[0].wait()

@@ -1,0 +1,88 @@
+"""A scatter on a board, whose root alone knows what is scattered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ..kernels.records import Status
+from . import fused, header
+from .board import Board
+from .buffer import Buffer, address_in, address_of, allocator
+from .call_codes import code_of
+from .dtypes import DTYPES
+from .fused_rows import INPUT, OUTPUT, Rows, Shape
+from .meeting import Call, Meeting
+
+
+class Scattering(Meeting):
+    """A scatter, ready to run any number of times.
+
+    The ranks meet where the root shows a description of its rows, a broadcast of fixed length, and
+    pause: what follows is lowered for what was told. The form is the root's choice, as no other
+    rank shows a buffer.
+    """
+
+    def __init__(self, board: Board, root: int, buffer: Buffer | None) -> None:
+        """buffer: the root's, a row for each rank; None elsewhere."""
+        self._words = np.zeros(header.NBYTES, np.uint8)
+        shape = Shape(board.rank, board.size, header.NBYTES, 1, root, board.stage_bytes)
+        code = code_of("scatter", "", "uint8")
+        super().__init__(board, Call("scatter", code, shape, address_of(self._words), shape.nbytes))
+        self._root, self._source = root, 0
+        self._result: Any = None
+        self._heard = b""
+        if buffer is not None:
+            self._source = address_of(buffer.flat)
+            self.form = self._shows(self._source, buffer.flat.nbytes)
+            if self.form != "shared":
+                count, itemsize = buffer.flat.size, buffer.dtype.itemsize
+                self.form = fused.private_form("scatter", self._of(count, itemsize), board.reads)
+            row = buffer.shape[1:]
+            self._words[:] = header.pack(buffer.family, buffer.dtype.name, row, self.form)
+
+        self._begin, self.launch = self.launch, self._launch
+
+    def _launch(self) -> int:
+        """Start, and go on with what is told while nobody has to be waited for."""
+        self._take(self._program)
+        self._own[INPUT] = self._own[OUTPUT] = self._call.address
+        status = self._begin()
+        if status == Status.OTHERWISE:
+            self._go_on(self._otherwise())
+            status = self._advance(self.address)
+        return status
+
+    def take(self) -> Any:
+        """Return the row that the last run has brought, a new array."""
+        result, self._result = self._result, None
+        return result
+
+    def _lowered(self) -> Rows:
+        return fused.announced(self._call.shape)
+
+    def _of(self, count: int, itemsize: int) -> Shape:
+        board = self._board
+        return Shape(board.rank, board.size, count, itemsize, self._root, board.stage_bytes)
+
+    def _otherwise(self) -> Rows:
+        """Return the program of what the root has told."""
+        told = self._words.tobytes()
+        if told != self._heard:
+            self._heard, self._row = told, self._lower(told)
+        make, rows = self._row
+        self._result = make()
+        self._own[INPUT], self._own[OUTPUT] = self._source, address_in(self._result)
+        return rows
+
+    def _lower(self, told: bytes) -> tuple[Callable[[], Any], Rows]:
+        """Return what makes a row that was told of, and the program that brings it."""
+        family, name, row, form = header.unpack(np.frombuffer(told, np.uint8))
+        dtype = DTYPES[name]
+        count = math.prod(row) * self._board.size
+        rows = fused.lower(form, "scatter", self._of(count, dtype.itemsize))
+        return partial(allocator(family, dtype), tuple(row)), rows
