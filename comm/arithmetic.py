@@ -57,16 +57,22 @@ def _nothing() -> None:
 
 
 def _same_width(program: Program, flat: Array, dtype: DType, op: str, size: int) -> Reduction:
-    from ..kernels.reduce import combine, divide
-
     def finish() -> None:
         if op == "mean" and size > 1:
+            from ..kernels.reduce import divide
+
             divide(flat, float(size))
 
-    name = "sum" if op == "mean" else op
-    add = _when_called(lambda: combine(name, dtype.name))
-    arithmetic = Arithmetic(add, native=_combining(name, dtype.name))
+    arithmetic = _combined("sum" if op == "mean" else op, dtype.name)
     return Reduction(program, flat, arithmetic, _nothing, finish)
+
+
+@cache
+def _combined(op: str, dtype: str) -> Arithmetic:
+    """Return what adds elements of one type to those of another buffer."""
+    from ..kernels.reduce import combine
+
+    return Arithmetic(_when_called(lambda: combine(op, dtype)), native=_combining(op, dtype))
 
 
 def _when_called(make: Callable[[], Combine]) -> Combine:
@@ -76,6 +82,7 @@ def _when_called(make: Callable[[], Combine]) -> Combine:
 
 
 def _combining(op: str, dtype: str) -> Callable[[], Native]:
+    @cache
     def native() -> Native:
         from ..kernels.pieces import combine_callback
 
@@ -112,7 +119,7 @@ def divisors(op: str, dtype: DType, size: int) -> tuple[float, float]:
 def _widened(program: Program, flat: Array, dtype: DType, op: str, size: int) -> Reduction:
     """Send float32: partial sums travel, and rounding them on the way would add up."""
     from ..kernels.cast import narrow, widen
-    from ..kernels.reduce import combine, divide
+    from ..kernels.reduce import divide
 
     before, after = mean_scales(op, size)
     work = np.empty(flat.size, np.float32)
@@ -125,9 +132,7 @@ def _widened(program: Program, flat: Array, dtype: DType, op: str, size: int) ->
     def finish() -> None:
         narrow(work, flat, dtype.name, after)
 
-    name = "sum" if op == "mean" else op
-    add = _when_called(lambda: combine(name, "float32"))
-    arithmetic = Arithmetic(add, native=_combining(name, "float32"))
+    arithmetic = _combined("sum" if op == "mean" else op, "float32")
     return Reduction(program, work, arithmetic, begin, finish)
 
 

@@ -171,10 +171,11 @@ class Messaging:
         return self._prepared(signature, chosen, buffer.flat.nbytes, run)
 
     def barrier(self) -> Prepared:
-        # Of several chunks the one that has the token tells that all have come, as each would.
-        token = np.zeros(1, np.uint8)
+        # Of several chunks the one that has the token tells that all have come, as each would. What
+        # it says is of no interest, so nothing is added, for which there would have to be a kernel.
+        token, came = np.zeros((2, 1), np.uint8)
         chosen = self._choose("barrier", 1, DTYPES["uint8"])
-        executor = self._executor(chosen.program, token, token)
+        executor = self._executor(chosen.program.moving, token, came)
         return self._prepared(Signature("barrier"), chosen, 0, executor.run, executor)
 
     def coming(self, name: str) -> Callable[[int], Steps]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +42,28 @@ class Program:
     """
 
     rows: npt.NDArray[np.int64]
+
+    @cached_property
+    def address(self) -> int:
+        """Return where the table begins."""
+        return int(self.rows.__array_interface__["data"][0])
+
+    @cached_property
+    def most_added(self) -> int:
+        """Return the elements of the largest piece that is added to something; 0 where none is."""
+        return int(self.rows[self.rows[:, 1] == Op.RECV_REDUCE, 4].max(initial=0))
+
+    @cached_property
+    def adds(self) -> bool:
+        """Tell whether anything is added, or widened and narrowed."""
+        return bool((self.rows[:, 1] >= Op.RECV_REDUCE).any())
+
+    @cached_property
+    def moving(self) -> Program:
+        """Return the same messages, of which nothing is added."""
+        rows = self.rows.copy()
+        rows[rows[:, 1] == Op.RECV_REDUCE, 1] = Op.RECV
+        return Program(rows)
 
     def rounds(self) -> list[list[tuple[Op, int, int, int]]]:
         """Return the rows as (op, peer, offset, count), grouped by round."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.records import Status
+from ..kernels.records import Note, Place, Status
 from . import fused, header
 from .board import Board
 from .buffer import Buffer, address_in, address_of, allocator
@@ -36,6 +36,7 @@ class Scattering(Meeting):
         self._root, self._source = root, 0
         self._result: Any = None
         self._heard = b""
+        self._note[Note.PLACE] = Place.UNUSED
         if buffer is not None:
             self._source = address_of(buffer.flat)
             self.form = self._shows(self._source, buffer.flat.nbytes)

@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from ...kernels.message_words import Slot, Status, Word
 from ...kernels.records import Outcome
+from ..buffer import address_of
 from ..executor import MOVE, Arithmetic, Lane, Native
-from ..program import Op, Program
+from ..program import Program
 from ..trace import Ring
 from ..work import Steps
 from .base import Calls, Request
@@ -24,6 +25,10 @@ Array = npt.NDArray[Any]
 _DONE = int(Status.DONE)
 _RING, _CALLED, _SEQUENCE, _ENTRY = map(int, (Word.RING, Word.CALLED, Word.SEQUENCE, Word.ENTRY))
 _RUNNING = int(Status.RUNNING)
+_SCRATCH, _WINDOW = int(Word.SCRATCH), int(Word.ADDING)
+_CALLS, _MEMORY = slice(Word.ISEND, Word.BYTE + 1), slice(Word.ROWS, Word.SCRATCH)
+_ADDING, _DIVISORS = slice(Word.SLOT_BYTES, Word.BEFORE), slice(Word.BEFORE, Word.SEGMENT)
+_SLOTS = slice(Word.SEGMENT, Word.TAG)
 
 FIRST_LOOKS = 20
 """Looks for a message before the caller who started it gets control back: a few microseconds."""
@@ -69,10 +74,7 @@ class InFlight:
 
 def can_run(calls: Calls | None, program: Program, arithmetic: Arithmetic) -> bool:
     """Tell whether a program can be run in compiled code."""
-    if calls is None:
-        return False
-    adds = bool((program.rows[:, 1] >= Op.RECV_REDUCE).any())
-    return arithmetic.native is not None or not adds
+    return calls is not None and (arithmetic.native is not None or not program.adds)
 
 
 class Compiled:
@@ -100,8 +102,7 @@ class Compiled:
         native = Native() if arithmetic.native is None else arithmetic.native()
         total = target if arithmetic.accumulator is None else arithmetic.accumulator
         segment = max(1, lane.segment_bytes // source.itemsize)
-        added = program.rows[program.rows[:, 1] == Op.RECV_REDUCE, 4]
-        slot_bytes = min(segment, int(added.max(initial=0))) * target.itemsize
+        slot_bytes = min(segment, program.most_added) * target.itemsize
         # Slots do not start at the same place of a page: their loads and stores would collide.
         slot_bytes += -slot_bytes % 64 + (64 if slot_bytes % 4096 == 0 and slot_bytes else 0)
         self._scratch_bytes = lane.window * slot_bytes
@@ -109,7 +110,7 @@ class Compiled:
         self._slots = np.zeros(slots * Slot.WORDS, np.int64)
         self._status = np.zeros(calls.status_bytes // 8 + 1, np.int64)
         self._record = record = np.zeros(Word.WORDS, np.int64)
-        record[Word.ISEND : Word.BYTE + 1] = (
+        record[_CALLS] = (
             calls.isend,
             calls.irecv,
             calls.test,
@@ -118,31 +119,31 @@ class Compiled:
             calls.comm,
             calls.byte,
         )
-        record[Word.ROWS : Word.SCRATCH] = (
-            _address(program.rows),
+        record[_MEMORY] = (
+            program.address,
             len(program.rows),
-            _address(source),
-            _address(target),
+            address_of(source),
+            address_of(target),
             source.itemsize,
-            _address(total),
+            address_of(total),
             total.itemsize,
         )
-        record[Word.SLOT_BYTES : Word.BEFORE] = (
+        record[_ADDING] = (
             slot_bytes,
             native.add,
             native.widen,
             native.narrow,
         )
-        record[Word.BEFORE : Word.SEGMENT].view(np.float64)[:] = native.before, native.after
-        record[Word.SEGMENT : Word.TAG] = (
+        record[_DIVISORS].view(np.float64)[:] = native.before, native.after
+        record[_SLOTS] = (
             segment,
             slots,
-            _address(self._slots),
-            _address(self._status),
+            address_of(self._slots),
+            address_of(self._status),
         )
-        record[Word.ADDING] = lane.window
-        self._at = _address(record)
+        self._at = address_of(record)
         self._words = record.data
+        self._words[_WINDOW] = lane.window
         self._ring: Ring | None = None
 
     def note(self, ring: Ring, call: int, sequence: int) -> None:
@@ -164,7 +165,7 @@ class Compiled:
             return
         self._busy = True
         scratch = self._in_flight.take(self._scratch_bytes)
-        self._record[Word.SCRATCH] = _address(scratch)
+        self._words[_SCRATCH] = address_of(scratch)
         status = _RUNNING
         try:
             status = self._advance(self._at, tag, FIRST_LOOKS)
@@ -199,9 +200,3 @@ class Compiled:
             return self._calls.wrong_size(peer, int(record[Word.FAILED_GOT]), wanted)
         code = int(record[Word.FAILED_CODE])
         return self._calls.refused(code, peer, None if wanted < 0 else wanted)
-
-
-def _address(array: Array) -> int:
-    assert array.flags.c_contiguous
-    address: int = array.__array_interface__["data"][0]
-    return address
