@@ -21,6 +21,7 @@ _FORMS = {
     "eager": "small buffers are copied for everybody",
     "cma": "private buffers are read and written where they are",
     "staged": "private buffers pass through shared memory",
+    "told": "the root says how its buffer is read",
 }
 
 

@@ -36,7 +36,7 @@ class Scattering(Meeting):
         self._root, self._source = root, 0
         self._result: Any = None
         self._heard = b""
-        self._note[Note.PLACE] = Place.UNUSED
+        self.form, self._note[Note.PLACE] = "told", Place.UNUSED
         if buffer is not None:
             self._source = address_of(buffer.flat)
             self.form = self._shows(self._source, buffer.flat.nbytes)
@@ -45,7 +45,6 @@ class Scattering(Meeting):
                 self.form = fused.private_form("scatter", self._of(count, itemsize), board.reads)
             row = buffer.shape[1:]
             self._words[:] = header.pack(buffer.family, buffer.dtype.name, row, self.form)
-
         self._begin, self.launch = self.launch, self._launch
 
     def _launch(self) -> int:

@@ -85,14 +85,28 @@ def _publish(letter: Any, at: Any) -> Any:
     slot[_S_WINDOW] = letter[_WINDOW]
     slot[_S_KIND] = letter[_KIND]
     store(at + _S_CONSUMED, 0)
-    produced = nbytes
-    if letter[_WINDOW_AT] != 0:
-        produced = min(letter[_WINDOW], nbytes)
-        copy_bytes(letter[_WINDOW_AT], letter[_ADDRESS], produced)
-        letter[_MOVED] = produced
-    store(at + _S_PRODUCED, produced)
-    _tell(letter, at, letter[_SEQUENCE])
+    if letter[_WINDOW_AT] == 0:
+        store(at + _S_PRODUCED, nbytes)
+        _tell(letter, at, letter[_SEQUENCE])
+    else:
+        _fill(letter, at)
     letter[_PUBLISHED] = 1
+
+
+@compiled
+def _fill(letter: Any, at: Any) -> Any:
+    """Copy as much as the window takes; the receiver takes it piece by piece meanwhile."""
+    room, moved = min(letter[_WINDOW], letter[_NBYTES]), 0
+    while True:
+        nbytes = min(letter[_PIECE], room - moved)
+        copy_bytes(letter[_WINDOW_AT] + moved, letter[_ADDRESS] + moved, nbytes)
+        store(at + _S_PRODUCED, moved + nbytes)
+        if moved == 0:
+            _tell(letter, at, letter[_SEQUENCE])
+        moved += nbytes
+        if moved >= room:
+            break
+    letter[_MOVED] = moved
 
 
 @compiled
