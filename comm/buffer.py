@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from ctypes import addressof, c_char
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from numbers import Number
 from types import MappingProxyType
 from typing import Any
@@ -158,6 +158,7 @@ def element_of(dtype: Any) -> tuple[str, DType, np.dtype[Any]]:
     return "numpy", _row_of(storage), storage
 
 
+@lru_cache(maxsize=256)
 def _row_of(dtype: np.dtype[Any]) -> DType:
     row = dtype_named(dtype.name)
     if not dtype.isnative:

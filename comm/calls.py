@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
+import numpy.typing as npt
 
 from . import uneven
 from .again import Errand, Repeated
@@ -41,6 +42,7 @@ class GroupCalls:
         self._memo: Memo[Repeated] = Memo()
         self._errands: Memo[Errand] = Memo()
         self._barrier: Repeated | None = None
+        self._letters: dict[int, npt.NDArray[np.uint8]] = {}
         self._nothing = np.zeros(0, np.uint8)  # stands for what need not be given
 
     # -- collectives -------------------------------------------------------------------------
@@ -332,6 +334,12 @@ class GroupCalls:
                 return self._start(prepared, blocking)
             errand = self._errands.add(x, name, (peer,), self._runner.errand(prepared))
         return self._runner.carry(errand, x, self._operations.tag(tag), blocking)
+
+    def letters(self, count: int) -> npt.NDArray[np.uint8]:
+        """Return letters for `uneven`, always the same ones; for the package's own use."""
+        if count not in self._letters:
+            self._letters[count] = np.zeros((count, uneven.LETTER_BYTES), np.uint8)
+        return self._letters[count]
 
     def forget(self) -> None:
         """Prepare anew what was called before, as in memory that is given back."""

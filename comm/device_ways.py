@@ -154,6 +154,9 @@ class DeviceWays:
         array = describe(x, writable=False)
         return self._like(self._find(array), array, shape)
 
+    def octets(self, x: Any, *, writable: bool = False) -> None:
+        """Return no bytes: they lie on a device."""
+
     # -- point to point ----------------------------------------------------------------------
 
     def send(self, x: Any, dst: int, tag: int = 0) -> Prepared:

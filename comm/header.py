@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,22 +20,29 @@ NBYTES = 512
 
 
 def pack(*fields: object) -> Words:
-    """Return fields as NBYTES bytes.
+    """Return fields as NBYTES bytes, which are not to be written to.
 
     Raises: CommError where they do not fit, as a shape of very many axes.
     """
+    return np.frombuffer(_packed(fields), np.uint8)
+
+
+@lru_cache(maxsize=1024)
+def _packed(fields: tuple[object, ...]) -> bytes:
     text = json.dumps(fields).encode()
     if len(text) > NBYTES:
         raise CommError(f"a shape of too many axes: {text.decode():.80}... takes {len(text)} bytes")
-    words = np.zeros(NBYTES, np.uint8)
-    words[: len(text)] = np.frombuffer(text, np.uint8)
-    return words
+    return text.ljust(NBYTES, b"\0")
 
 
 def unpack(words: Words) -> list[Any]:
     """Return the fields of `pack`; a tuple among them has become a list."""
-    fields: list[Any] = json.loads(words.tobytes().rstrip(b"\0"))
-    return fields
+    return list(_unpacked(words.tobytes()))
+
+
+@lru_cache(maxsize=1024)
+def _unpacked(words: bytes) -> tuple[Any, ...]:
+    return tuple(json.loads(words.rstrip(b"\0")))
 
 
 def write(words: Words, buffer: Buffer) -> None:

@@ -11,6 +11,9 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from .board import Board
 from .buffer import Buffer, wrap
 from .choice import Choice
@@ -135,6 +138,15 @@ class Operations:
     def like(self, x: Any, shape: tuple[int, ...]) -> Any:
         """Return a new array of x's library and element type."""
         return wrap(x, writable=False).like(shape)
+
+    def octets(self, x: Any, *, writable: bool = False) -> npt.NDArray[np.uint8]:
+        """Return the bytes of x's elements in order: x's own where they lie so; of a view, a copy.
+
+        writable: to write to, as of a contiguous array.
+        """
+        buffer = wrap(x, writable=writable)
+        buffer.stage()
+        return buffer.flat.view(np.uint8)
 
     # -- point to point ----------------------------------------------------------------------
 

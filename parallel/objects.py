@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+_HEAD = 16
+_NOTHING = np.zeros(0, np.uint8)
+
 __all__ = ["allgather_objects", "broadcast_object"]
 
 
@@ -25,12 +28,14 @@ def allgather_objects(value: Value, comm: Communicator) -> list[Value]:
     """
     require_comm(comm)
     text, error = _pickled(value)
-    described = comm.allgather(_describe(text, error))
-    joined = comm.allgatherv(text)
-    texts = [part.tobytes() for part in np.split(joined, np.cumsum(described[:-1, 0]))]
-    for rank, (text_of, failed) in enumerate(zip(texts, described[:, 1], strict=True)):
+    joined = comm.allgatherv(np.concatenate([_headed(text, error), text]))
+    texts = []
+    for rank in range(comm.size):
+        length, failed = _read(joined)
+        texts.append(joined[_HEAD : _HEAD + length].tobytes())
+        joined = joined[_HEAD + length :]
         if failed:
-            raise _refusal(rank, text_of) from error
+            raise _refusal(rank, texts[rank]) from error
     return [pickle.loads(text_of) for text_of in texts]
 
 
@@ -40,15 +45,25 @@ def broadcast_object(value: Value | None, comm: Communicator, root: int = 0) -> 
     Raises: TypeError, on every rank, for a value that has no pickle.
     """
     require_comm(comm)
-    nothing = np.zeros(0, np.uint8), None
-    text, error = _pickled(value) if comm.rank == root else nothing
-    length, failed = comm.broadcast(_describe(text, error), root=root)
-    data = np.zeros(int(length), dtype=np.uint8)
-    data[: text.size] = text
-    comm.broadcast(data, root=root)
+    whole = comm.letters(1)
+    letter = whole[0]
+    if comm.rank == root:
+        text, error = _pickled(value)
+        first = text[: letter.size - _HEAD]
+        letter[:_HEAD] = _headed(text, error)
+        letter[_HEAD : _HEAD + first.size] = first
+    else:
+        text, error = _NOTHING, None
+    comm.broadcast(whole, root=root)
+    length, failed = _read(letter)
+    if comm.rank != root:
+        text = letter[_HEAD : _HEAD + length]
+    if length > letter.size - _HEAD:  # then all of it once more
+        text = text if comm.rank == root else np.empty(length, np.uint8)
+        comm.broadcast(text, root=root)
     if failed:
-        raise _refusal(root, data.tobytes()) from error
-    return cast("Value", value if comm.rank == root else pickle.loads(data.tobytes()))
+        raise _refusal(root, text.tobytes()) from error
+    return cast("Value", value if comm.rank == root else pickle.loads(text.tobytes()))
 
 
 def _pickled(value: Any) -> tuple[NDArray[np.uint8], Exception | None]:
@@ -60,8 +75,14 @@ def _pickled(value: Any) -> tuple[NDArray[np.uint8], Exception | None]:
     return np.frombuffer(text, dtype=np.uint8), error
 
 
-def _describe(text: NDArray[np.uint8], error: Exception | None) -> NDArray[np.int64]:
-    return np.array([text.size, error is not None], dtype=np.int64)
+def _headed(text: NDArray[np.uint8], error: Exception | None) -> NDArray[np.uint8]:
+    """Return what comes before a text: its length, and whether it tells of an error."""
+    return np.array([text.size, error is not None], dtype=np.int64).view(np.uint8)
+
+
+def _read(words: NDArray[np.uint8]) -> tuple[int, bool]:
+    length, failed = words[:_HEAD].view(np.int64).tolist()
+    return length, bool(failed)
 
 
 def _refusal(rank: int, text: bytes) -> TypeError:
