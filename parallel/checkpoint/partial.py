@@ -40,7 +40,11 @@ class Partial:
 
     def discard(self) -> None:
         """Remove the folder, if it is not a checkpoint already."""
-        remove(self.path)
+        # First out of the way of ranks that still write to it: one file more, and it would stay.
+        away = self.path.with_name(f"{self.path.name}-discarded")
+        with suppress(OSError):
+            self.path.rename(away)
+        remove(away if away.exists() else self.path)
         self.release()
 
 

@@ -1,5 +1,6 @@
 """Several runs write into one folder of checkpoints: each leaves the others' alone."""
 
+import contextlib
 import errno
 import fcntl
 import itertools
@@ -303,6 +304,25 @@ def test_a_program_that_exits_fails_where_the_checkpoint_does(tmp_path, monkeypa
             sys.exit()
 
     run_local(2, main)
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_is_still_written_to_is_removed_all_the_same(tmp_path, monkeypatch):
+    """A rank told its part's failure between the last file and the folder, which then stayed."""
+    made = make_partial(tmp_path, 7, 0)
+    (made.path / "0.safetensors").touch()
+
+    def remove_late(folder, ignore_errors):
+        assert ignore_errors
+        for path in folder.iterdir():
+            path.unlink()
+        with contextlib.suppress(FileNotFoundError):
+            (made.path / "1.json").touch()
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+    monkeypatch.setattr(shutil, "rmtree", remove_late)
+    made.discard()
     assert names(tmp_path) == []
 
 
