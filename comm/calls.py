@@ -226,12 +226,14 @@ class GroupCalls:
 
     def barrier(self, *, algorithm: Algorithm = None, blocking: bool = True) -> Any:
         """Return when every rank has come."""
-        if self._barrier is None or algorithm is not None or not blocking:
+        what = self._barrier
+        flying = what is not None and self._progress.works and what.meeting.flying
+        if what is None or algorithm is not None or not blocking or flying:
             prepared = self._operations.barrier(algorithm)
             if algorithm is not None or not blocking or not prepared.plain:
                 return self._start(prepared, blocking)
-            self._barrier = self._runner.repeated(prepared)
-        return self._run(self._barrier.meeting, self._barrier.receipt, None, None)
+            what = self._barrier = self._runner.repeated(prepared)
+        return self._run(what.meeting, what.receipt, None, None)
 
     # -- point to point ----------------------------------------------------------------------
 
@@ -336,10 +338,17 @@ class GroupCalls:
         return self._runner.carry(errand, x, self._operations.tag(tag), blocking)
 
     def letters(self, count: int) -> npt.NDArray[np.uint8]:
-        """Return letters for `uneven`, always the same ones; for the package's own use."""
-        if count not in self._letters:
-            self._letters[count] = np.zeros((count, uneven.LETTER_BYTES), np.uint8)
-        return self._letters[count]
+        """Lend letters for `uneven`, mostly the same ones; for the package's own use.
+
+        To be returned once nothing reads or writes them: not behind an error, since what was waited
+        for in vain goes on.
+        """
+        lent = self._letters.pop(count, None)  # at once, where several threads come
+        return np.zeros((count, uneven.LETTER_BYTES), np.uint8) if lent is None else lent
+
+    def give_back(self, letters: npt.NDArray[np.uint8]) -> None:
+        """Take back what `letters` has lent."""
+        self._letters[len(letters)] = letters
 
     def forget(self) -> None:
         """Prepare anew what was called before, as in memory that is given back."""

@@ -141,9 +141,8 @@ class Mailboxes:
         address = address_of(buffer.flat)
 
         def carry(keeps: Any, tag: int) -> Steps:
-            ordinal = self._ordinals[True, dst].next(tag)
-            post = partial(self._post, _Bytes(address, nbytes, keeps), dst, tag, place, ordinal)
-            yield from self._deliver(post, dst, tag, ordinal)
+            post = partial(self._post, _Bytes(address, nbytes, keeps), dst, tag, place)
+            yield from self._deliver(post, dst, tag)
             return keeps
 
         def run(_: int) -> Steps:
@@ -188,20 +187,19 @@ class Mailboxes:
         Nothing else may be written to the note meanwhile. Returns: 0, or what to answer with the
         bytes themselves, which the receiver asks for.
         """
-        ordinal = self._ordinals[True, dst].next(tag)
 
-        def post() -> Message:
+        def post(ordinal: int) -> Message:
             words, box = self._addressed(_Bytes(0, nbytes, note), dst, tag, ordinal)
             words[_KIND], words[_PLACE] = Kind.NOTE, address_of(note) - box.base
             words[_PEER_BELL] = box.bell
             return self._message(words, dst, tag, note)
 
-        return (yield from self._deliver(post, dst, tag, ordinal))
+        return (yield from self._deliver(post, dst, tag))
 
     def answer(self, part: npt.NDArray[np.uint8], dst: int, number: int) -> Steps:
         """Send the bytes that were asked for: `number` is what `send_note` has returned."""
         bytes_ = _Bytes(address_of(part), part.nbytes, part)
-        post = partial(self._post, bytes_, dst, ANSWERS, None, number)
+        post = partial(self._post, bytes_, dst, ANSWERS, None)
         yield from self._deliver(post, dst, ANSWERS, number)
 
     def hope(
@@ -222,15 +220,18 @@ class Mailboxes:
     # -- parts of them -----------------------------------------------------------------------
 
     def _deliver(
-        self, post: Callable[[], Message], dst: int, tag: int, ordinal: int
+        self, post: Callable[[int], Message], dst: int, tag: int, number: int | None = None
     ) -> Generator[list[Request], bool | None, int]:
-        """Post a message and go on until it has ended, or break it off.
+        """Post a message, given its ordinal, and go on until it has ended, or break it off.
 
+        number: of an answer, in place of an ordinal.
         Returns: 0, or its number where the receiver asks for the bytes of a note.
         """
-        message = None
+        message, ordinal = None, 0
         try:
-            message = post()
+            # Here, so that what a signal's handler raises from now on takes it back.
+            ordinal = self._ordinals[True, dst].next(tag) if number is None else number
+            message = post(ordinal)
             status = yield from message.steps(self._patience)
         except BaseException:
             self._break_off_send(message, dst, tag, ordinal)

@@ -60,6 +60,8 @@ class Call:
 class Meeting:
     """One call of a collective on a board, ready to run any number of times."""
 
+    launch: Callable[[], int]
+
     def __init__(self, board: Board, call: Call) -> None:
         from ..kernels.meeting import advance_kernel, launch_kernel
 
@@ -73,7 +75,7 @@ class Meeting:
         self.address = address_of(record)
         self.bell = int(board.record[BoardWord.BELL])
         # Starts; returns the Status at which this rank has to wait, or has ended.
-        self.launch: Callable[[], int] = functools.partial(launch_kernel(), self.address)
+        self.launch = functools.partial(launch_kernel(), self.address)
         record[WorkWord.BOARD] = board.address
         record[WorkWord.LISTS] = address_of(self._lists)
         record[WorkWord.LIST_BYTES] = self._lists.strides[0]
@@ -167,7 +169,8 @@ class Meeting:
             self.abandon(owner)
             raise
         finally:
-            self._take(self._program)
+            if not self.flying:  # as it does where this run was refused, for another's sake
+                self._take(self._program)
         if status == Status.REFUSED:
             raise CommError(self._refusal())
         if status == Status.MISMATCH:

@@ -259,7 +259,8 @@ class Runner:
 
         Returns: x, or the Work where not blocking.
         """
-        going = self._carrying(errand, x, tag)
+        entry: list[int] = []
+        going = self._carrying(errand, x, tag, entry)
         at_once = blocking and not self.progress.works
         if self.attentive:
             self.require_open()
@@ -270,6 +271,8 @@ class Runner:
                 return x
             background = errand.background and not blocking
             work = self._advance(lambda: going, errand.receipt, background, errand.message)
+            if not work.ended:  # it may be called from a new place
+                self._ring.place(entry[0], self._sites.here())
             return work.wait() if blocking else work
         except BaseException as error:
             self._break_off(errand.receipt, error, lambda work: work.takes(going))
@@ -277,9 +280,11 @@ class Runner:
                 going.close()
             raise
 
-    def _carrying(self, errand: Errand, x: Any, tag: int) -> Steps:
+    def _carrying(self, errand: Errand, x: Any, tag: int, entry: list[int]) -> Steps:
+        """entry: takes the number of this run in the ring."""
         ring, outcome = self._ring, _FAILED
         number = ring.begin(errand.call, self._count_message(errand.message))
+        entry.append(number)
         try:
             yield from errand.carry(x, tag)
             outcome = _WELL

@@ -45,10 +45,13 @@ class Scattering(Meeting):
                 self.form = fused.private_form("scatter", self._of(count, itemsize), board.reads)
             row = buffer.shape[1:]
             self._words[:] = header.pack(buffer.family, buffer.dtype.name, row, self.form)
-        self._begin, self.launch = self.launch, self._launch
+        self._begin = self.launch
+        del self.launch  # so that it is the method, without a cycle of references
 
-    def _launch(self) -> int:
+    def launch(self) -> int:
         """Start, and go on with what is told while nobody has to be waited for."""
+        if self.flying:
+            return Status.REFUSED
         self._take(self._program)
         self._own[INPUT] = self._own[OUTPUT] = self._call.address
         status = self._begin()

@@ -132,6 +132,7 @@ def alltoallv(comm: GroupCalls, side: Side, x: Any, counts: Iterable[int]) -> tu
     letters = comm.letters(comm.size)
     gives = {dst: place for dst, place in enumerate(places) if not rows.tell(letters[dst], *place)}
     told = comm.alltoall(letters)
+    comm.give_back(letters)
     heard = _agreed("alltoallv", told)
     parts = Parts(side, rows, told, heard)
     exchange(comm, rows.x, gives, parts.result, parts.left)
@@ -143,6 +144,7 @@ def _gathered(comm: GroupCalls, name: str, rows: Rows) -> tuple[Octets, list[Hea
     letters = comm.letters(1)
     rows.tell(letters[0], 0, rows.x.shape[0])
     told = comm.allgather(letters)[:, 0]
+    comm.give_back(letters)
     return told, _agreed(name, told)
 
 

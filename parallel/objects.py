@@ -45,19 +45,18 @@ def broadcast_object(value: Value | None, comm: Communicator, root: int = 0) -> 
     Raises: TypeError, on every rank, for a value that has no pickle.
     """
     require_comm(comm)
-    whole = comm.letters(1)
-    letter = whole[0]
+    letters = comm.letters(1)
+    letter = letters[0]
+    text, error = _pickled(value) if comm.rank == root else (_NOTHING, None)
     if comm.rank == root:
-        text, error = _pickled(value)
         first = text[: letter.size - _HEAD]
         letter[:_HEAD] = _headed(text, error)
         letter[_HEAD : _HEAD + first.size] = first
-    else:
-        text, error = _NOTHING, None
-    comm.broadcast(whole, root=root)
+    comm.broadcast(letters, root=root)
     length, failed = _read(letter)
     if comm.rank != root:
-        text = letter[_HEAD : _HEAD + length]
+        text = letter[_HEAD : _HEAD + length].copy()
+    comm.give_back(letters)
     if length > letter.size - _HEAD:  # then all of it once more
         text = text if comm.rank == root else np.empty(length, np.uint8)
         comm.broadcast(text, root=root)
@@ -71,8 +70,16 @@ def _pickled(value: Any) -> tuple[NDArray[np.uint8], Exception | None]:
     try:
         text, error = pickle.dumps(value), None
     except Exception as raised:  # whatever the value's own methods raise
-        text, error = f"{type(raised).__name__}: {raised}".encode(errors="backslashreplace"), raised
+        text, error = _told(raised).encode(errors="backslashreplace"), raised
     return np.frombuffer(text, dtype=np.uint8), error
+
+
+def _told(error: Exception) -> str:
+    """Return an error as text, also where it cannot say itself what it is."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
 
 
 def _headed(text: NDArray[np.uint8], error: Exception | None) -> NDArray[np.uint8]:

@@ -1,5 +1,8 @@
 """Calls that are made again on the same memory: prepared once, and as right as the first."""
 
+import gc
+import sys
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +13,8 @@ from contract import data
 
 from ringfold import CommError, CommTimeout, Communicator
 from ringfold.comm.chunks import bounds
+from ringfold.comm.fused_rows import OUTPUT
+from ringfold.comm.scattering import Scattering
 from ringfold.kernels.records import RING_CALLS
 
 LENGTHS = (1, 12, 3000, 200_004)
@@ -176,6 +181,98 @@ def test_a_call_that_was_waited_for_in_vain_may_be_made_again(comm: Communicator
     second = comm.allgather(x) if first is None else first.wait()
     for result in (again, second):
         assert (result == np.arange(comm.size)[:, None]).all()
+
+
+def in_vain(
+    comm: Communicator, monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]
+) -> None:
+    """Let what the ranks but 0 call time out; rank 0 goes on when all have."""
+    if comm.rank == 0:
+        for peer in range(1, comm.size):
+            comm.recv(np.zeros(1), peer)
+        return
+    with monkeypatch.context() as patch:
+        patch.setattr(comm._progress, "timeout", 0.05)
+        with pytest.raises(CommTimeout):
+            call()
+    comm.send(np.zeros(1), 0)
+
+
+def test_a_barrier_that_was_waited_for_in_vain_may_be_made_again(
+    comm: Communicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was said to be in flight still, "on the same array"."""
+    if comm.size == 1:
+        pytest.skip("one rank waits for nobody")
+    comm.barrier()
+    in_vain(comm, monkeypatch, comm.barrier)
+    if comm.rank == 0:
+        comm.barrier()
+    comm.barrier()
+    assert comm.allgather(np.array([comm.rank])).ravel().tolist() == [*range(comm.size)]
+
+
+def test_a_scatter_in_flight_is_not_disturbed_by_another_that_is_refused(
+    comm: Communicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It put the announcement's program, and its place, back in the middle of the rows'."""
+    if comm.size == 1 or comm._operations.way != "shared":
+        pytest.skip("ranks share no memory")
+    x = np.arange(comm.size * 70_000.0).reshape(comm.size, -1)
+
+    def twice() -> None:
+        try:
+            comm.scatter(root=0)
+        finally:
+            meeting = comm._memo.recall(comm._nothing, "scatter", (0,)).meeting
+            rows, place = meeting._rows, meeting._own[OUTPUT]
+            meeting._take(rows[:0])
+            meeting._own[OUTPUT] = 8
+            with pytest.raises(CommError, match=r"this scatter .* is still in flight"):
+                next(meeting.steps())
+            assert meeting._own[OUTPUT] == 8 and len(meeting._rows) == 0
+            meeting._take(rows)
+            meeting._own[OUTPUT] = place
+
+    in_vain(comm, monkeypatch, twice)
+    if comm.rank == 0:
+        assert (comm.scatter(x) == x[0]).all()
+    comm.barrier()
+    for _ in range(2):
+        assert (comm.scatter(x if comm.rank == 0 else None) == x[comm.rank]).all()
+
+
+def test_a_message_that_waits_is_told_of_where_it_was_called(comm: Communicator) -> None:
+    """By the line that called it first, though it waited in another."""
+    if comm.size == 1:
+        pytest.skip("one rank waits for nobody")
+    x = np.zeros(4)
+    for _ in range(2):
+        if comm.rank == 0:
+            time.sleep(0.02)
+            comm.send(x, 1)
+        elif comm.rank == 1:
+            comm.recv(x, 0)
+    if comm.rank == 0:
+        time.sleep(0.1)
+        comm.send(x, 1)
+    elif comm.rank == 1:
+        comm.recv(x, 0)
+        assert comm.recent(1)[0].site == f"{__file__}:{sys._getframe().f_lineno - 1}"
+    comm.barrier()
+
+
+def test_a_scatter_leaves_no_cycle_of_references(comm: Communicator) -> None:
+    """Each kept some kilobytes until the garbage collector came."""
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(5):
+            comm.scatter(np.ones((comm.size, 3)) if comm.rank == 0 else None)
+            comm.plan("scatter", np.ones((comm.size, 3)) if comm.rank == 0 else None)()
+        assert sum(type(one) is Scattering for one in gc.get_objects()) <= 2 * comm.size
+    finally:
+        gc.enable()
 
 
 def test_barriers_again_and_again_are_told_of(comm: Communicator) -> None:
