@@ -154,7 +154,9 @@ class DeviceWays:
         array = describe(x, writable=False)
         return self._like(self._find(array), array, shape)
 
-    def octets(self, x: Any, *, writable: bool = False) -> None:
+    where = " on a GPU"
+
+    def octets(self, x: Any, most: int | None = None) -> None:
         """Return no bytes: they lie on a device."""
 
     # -- point to point ----------------------------------------------------------------------

@@ -139,12 +139,17 @@ class Operations:
         """Return a new array of x's library and element type."""
         return wrap(x, writable=False).like(shape)
 
-    def octets(self, x: Any, *, writable: bool = False) -> npt.NDArray[np.uint8]:
+    where = ""
+    """On the host, of which errors need not tell."""
+
+    def octets(self, x: Any, most: int | None = None) -> npt.NDArray[np.uint8] | None:
         """Return the bytes of x's elements in order: x's own where they lie so; of a view, a copy.
 
-        writable: to write to, as of a contiguous array.
+        None of more than `most` bytes.
         """
-        buffer = wrap(x, writable=writable)
+        buffer = wrap(x, writable=False)
+        if most is not None and buffer.flat.nbytes > most:
+            return None
         buffer.stage()
         return buffer.flat.view(np.uint8)
 

@@ -45,8 +45,13 @@ class Side(Protocol):
         """Return a new array of x's library and element type, where x lies."""
         ...
 
-    def octets(self, x: Any, *, writable: bool = False) -> Octets | None:
-        """Return the bytes of x's elements; None on a GPU."""
+    def octets(self, x: Any, most: int | None = None) -> Octets | None:
+        """Return the bytes of x's elements; None on a GPU, or of more than `most` bytes."""
+        ...
+
+    @property
+    def where(self) -> str:
+        """Return where such memory is, as an error tells it."""
         ...
 
 
@@ -54,7 +59,7 @@ class Side(Protocol):
 class Rows:
     """What a rank brings.
 
-    octets: its bytes on the host.  kind: what has to be alike on all ranks.
+    octets: its bytes, where any of them may be told.  kind: what has to be alike on all ranks.
     """
 
     x: Any
@@ -82,7 +87,7 @@ class Parts:
         places = list(pairwise(accumulate((count for count, _ in heard), initial=0)))
         total = places[-1][1]
         self.result = side.like(rows.x, (total, *rows.x.shape[1:]))
-        octets = side.octets(self.result, writable=True)
+        octets = side.octets(self.result)
         self.left: dict[int, tuple[int, int]] = {}
         for rank, ((low, high), (_, told)) in enumerate(zip(places, heard, strict=True)):
             if told and octets is not None and total:
@@ -94,7 +99,7 @@ class Parts:
 
 def allgatherv(comm: GroupCalls, side: Side, x: Any) -> Any:
     """Return all ranks' rows, joined; see `GroupCalls.allgatherv`."""
-    rows = _rows(side, x)
+    rows = _rows(comm, side, x)
     letters, heard = _gathered(comm, "allgatherv", rows)
     parts = Parts(side, rows, letters, heard)
     result = parts.result
@@ -112,7 +117,7 @@ def allgatherv(comm: GroupCalls, side: Side, x: Any) -> Any:
 
 def gatherv(comm: GroupCalls, side: Side, x: Any, root: int) -> Any:
     """Return all ranks' rows, joined, at root; see `GroupCalls.gatherv`."""
-    rows = _rows(side, x)
+    rows = _rows(comm, side, x)
     root = comm.host_operations.root(root)
     letters, heard = _gathered(comm, "gatherv", rows)
     if comm.rank == root:
@@ -126,7 +131,7 @@ def gatherv(comm: GroupCalls, side: Side, x: Any, root: int) -> Any:
 
 def alltoallv(comm: GroupCalls, side: Side, x: Any, counts: Iterable[int]) -> tuple[Any, list[int]]:
     """Return the rows that the ranks have for this one; see `GroupCalls.alltoallv`."""
-    rows = _rows(side, x)
+    rows = _rows(comm, side, x)
     sent = checked_counts(counts, comm.size, rows.x.shape[0])
     places = list(pairwise(accumulate(sent, initial=0)))
     letters = comm.letters(comm.size)
@@ -176,15 +181,14 @@ def exchange(
         work.wait()
 
 
-def _rows(side: Side, x: Any) -> Rows:
+def _rows(comm: GroupCalls, side: Side, x: Any) -> Rows:
     """Return x as what has rows."""
     dtype, shape = side.kind(x)
     if not shape:
         raise ValueError("x: expected an array with a first axis, of rows, got a single element")
-    octets = side.octets(x)
-    where = "" if octets is not None else " on a GPU"
+    octets = side.octets(x, most=ROOM * comm.size)
     x = x if hasattr(x, "shape") else np.asarray(memoryview(x))
-    return Rows(x, octets, (dtype, shape[1:], where))
+    return Rows(x, octets, (dtype, shape[1:], side.where))
 
 
 def checked_counts(counts: Iterable[int], size: int, rows: int) -> list[int]:
