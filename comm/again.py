@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .work import Receipt, Steps
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
     from .trace import Held, Signature
 
 
-class Repeated(NamedTuple):
+@dataclass(slots=True)
+class Repeated:
     """A collective that is nothing but a meeting.
 
     make: makes the result, where that is another array than x, for the next run to write to.

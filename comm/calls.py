@@ -68,6 +68,21 @@ class GroupCalls:
         op: sum, mean (over the ranks; of no integers), min, max or prod; bool allows min and max,
         complex numbers sum and mean.
         """
+        try:
+            known = self._memo.find((id(x), "allreduce", op))
+        except TypeError:  # an op that is no name, such as a second array; refused below
+            known = None
+        if (  # here and not in a function, which a small call would notice
+            known is not None
+            and blocking
+            and algorithm is None
+            and x.flags.carray
+            and x.size == known.size
+            and x.dtype is known.dtype
+            and not self._progress.works
+        ):
+            what = known.what
+            return self._run(what.meeting, what.receipt, x, x)
         return self._call("allreduce", x, (op,), algorithm, blocking)
 
     @overload
@@ -301,18 +316,7 @@ class GroupCalls:
         self, name: str, x: Any, given: tuple[Any, ...], algorithm: Algorithm, blocking: bool
     ) -> Any:
         """Run a collective on x, at once where it was called on the same memory before."""
-        try:
-            known = self._memo.find((id(x), name, given))
-        except TypeError:  # an op that is no name, such as a second array; refused below
-            known = None
-        if (  # here and not in a function, which a small call would notice
-            known is None
-            or algorithm is not None
-            or not (x.flags.carray and x.shape == known.shape and x.dtype is known.dtype)
-        ):
-            what = self._memo.at(x, name, given) if algorithm is None else None
-        else:
-            what = known.what
+        what = self._memo.recall(x, name, given) if algorithm is None else None
         if what is None:
             prepared: Prepared = getattr(self._side(x), name)(x, *given, algorithm)
             if algorithm is not None or not prepared.plain:

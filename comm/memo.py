@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -15,15 +16,17 @@ Given = tuple[Any, ...]
 """What a call takes besides the array: of a collective its op, root, or both."""
 
 
-class Known(NamedTuple, Generic[What]):
+@dataclass(slots=True)
+class Known(Generic[What]):
     """What is known of a call that was made before.
 
-    shape, dtype: of the array, which is the same one as long as it has these and is contiguous; a
-        tensor was compared when it was found.
+    size, shape, dtype: of the array, which is the same one as long as it has these and is
+        contiguous; a tensor was compared when it was found.
     reference: to the array, which nothing else keeps alive.
     """
 
     what: What
+    size: int = 0
     shape: tuple[int, ...] = ()
     dtype: Any = None
     reference: Any = None
@@ -38,14 +41,14 @@ class Memo(Generic[What]):
     """
 
     def __init__(self) -> None:
-        self._arrays: dict[tuple[int, str, Given], Known[What]] = {}
+        self._arrays: dict[tuple[Any, ...], Known[What]] = {}
         self._tensors: dict[tuple[Any, ...], What] = {}
         self.find = self._arrays.get
 
     def recall(self, x: Any, name: str, given: Given) -> What | None:
         """Return what is known of a call on x."""
         try:
-            known = self.find((id(x), name, given))
+            known = self.find((id(x), name, *given))
         except TypeError:  # an op that is no name, such as a second array
             return None
         if known is not None:
@@ -67,11 +70,11 @@ class Memo(Generic[What]):
         """Remember what runs a call on x again, where x allows it; it may keep no memory alive."""
         if type(x) is np.ndarray and x.flags.carray:
             _make_room(self._arrays)
-            key, forget = (id(x), name, given), self._arrays.pop
+            key, forget = (id(x), name, *given), self._arrays.pop
             # No other array has this identity before it is forgotten, and none moves its memory
             # while others refer to it; how it is seen may change.
             reference = weakref.ref(x, lambda _: forget(key, None))
-            self._arrays[key] = Known(what, x.shape, x.dtype, reference)
+            self._arrays[key] = Known(what, x.size, x.shape, x.dtype, reference)
         elif hasattr(x, "data_ptr") and x.is_contiguous():
             _make_room(self._tensors)
             self._tensors[x.data_ptr(), x.shape, x.dtype, name, given] = what
