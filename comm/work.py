@@ -95,6 +95,7 @@ class Prepared:
     mark: of what was asked for, see fingerprint; part of the tags of a collective's messages.
     plain: it is nothing but this meeting, whose result is `owner`, or what `make` has made before,
         or `take` gives behind.
+    take: gives the result that the last run of the meeting has made.
     make: makes an array for the next run of the meeting to write to; keeps none alive.
     carry: of a message, does it as `run`, given the array, which it does not keep alive, and a tag.
     """

@@ -12,6 +12,7 @@ import pytest
 from contract import data
 
 from ringfold import CommError, CommTimeout, Communicator
+from ringfold.comm import mailboxes
 from ringfold.comm.chunks import bounds
 from ringfold.comm.fused_rows import OUTPUT
 from ringfold.comm.scattering import Scattering
@@ -205,8 +206,15 @@ def test_a_barrier_that_was_waited_for_in_vain_may_be_made_again(
     if comm.size == 1:
         pytest.skip("one rank waits for nobody")
     comm.barrier()
-    in_vain(comm, monkeypatch, comm.barrier)
+
+    def twice() -> None:
+        with pytest.raises(CommTimeout):
+            comm.barrier()
+        comm.barrier()  # while the first is in flight for certain
+
+    in_vain(comm, monkeypatch, twice)
     if comm.rank == 0:
+        comm.barrier()
         comm.barrier()
     comm.barrier()
     assert comm.allgather(np.array([comm.rank])).ravel().tolist() == [*range(comm.size)]
@@ -240,6 +248,29 @@ def test_a_scatter_in_flight_is_not_disturbed_by_another_that_is_refused(
     comm.barrier()
     for _ in range(2):
         assert (comm.scatter(x if comm.rank == 0 else None) == x[comm.rank]).all()
+
+
+def test_a_send_that_is_interrupted_before_it_is_posted_is_not_counted(
+    comm: Communicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its number was taken by then, and its receiver waited for ever for a message of that."""
+    if comm.size == 1 or comm._operations.way != "shared":
+        pytest.skip("ranks share no memory")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    x = np.zeros(4)
+    for turn in range(3):
+        if comm.rank == 0:
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(mailboxes, "_Bytes", interrupted)
+                comm.send(x, 1, 7)
+            comm.send(x + turn, 1, 7)
+        elif comm.rank == 1:
+            work = comm.irecv(x, 0, 7)
+            assert work.wait(20)[0] == turn
+    comm.barrier()
 
 
 def test_a_message_that_waits_is_told_of_where_it_was_called(comm: Communicator) -> None:
