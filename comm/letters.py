@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Words: TypeAlias = "memoryview[int]"
 """A rank's record of one message; its words are written one by one, sooner so than as an array."""
 
-_RUNNING, _BELL = int(Status.RUNNING), int(Letter.BELL)
+_RUNNING, _STATUS, _BELL = int(Status.RUNNING), int(Letter.STATUS), int(Letter.BELL)
 _SPINS, _YIELDS = int(Letter.SPINS), int(Letter.YIELDS)
 
 
@@ -41,6 +41,11 @@ class Message:
         self._keeps = keeps
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(words))
         self.bell = words[_BELL]
+
+    @property
+    def running(self) -> bool:
+        """Tell whether it has not ended, nor come to where Python decides."""
+        return self._words[_STATUS] == _RUNNING
 
     @property
     def function(self) -> int:
@@ -82,16 +87,19 @@ class Message:
 
         settle_note_kernel()(self.address, served)
 
-    def steps(self, patience: tuple[int, int]) -> Generator[list[Request], bool | None, int]:
-        """Go on until the message has ended; patience: of a rank that waits for nothing else.
+    def steps(
+        self, patience: tuple[int, int], later: bool = False
+    ) -> Generator[list[Request], bool | None, int]:
+        """Go on until the message has ended.
 
+        patience: of a rank that waits for nothing else.  later: not in the first step yet.
         Returns: its status, for `check`.
         """
         advance = self._advance
         waits: list[Request] = [Waiting(self._peer, self)]
         words = self._words
-        while (status := advance(self.address)) == _RUNNING:
-            patient = yield waits
+        while later or (status := advance(self.address)) == _RUNNING:
+            later, patient = False, (yield waits)
             words[_SPINS], words[_YIELDS] = patience if patient else (0, 0)
         return int(status)
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from ..kernels.mailbox_words import ANSWERS, BOX_BYTES, Kind, Letter, Slot
 from ..kernels.records import Status
 from .buffer import Buffer, address_of
+from .cma import access
 from .lending import Pool
 from .letters import Message, Words
 from .memory import Block, Returned
@@ -39,7 +40,8 @@ IN_PLACE_BYTES = 1 << 20
 
 WINDOW_BYTES = 1 << 19
 PIECE_BYTES = 1 << 17
-"""Larger private messages pass through a window, piece by piece."""
+"""Larger private messages pass through a window, piece by piece, where no rank may read another's
+process."""
 
 NOTE_BYTES = 512
 """Room for a note of where a message's bytes lie, and for the receiver's reply."""
@@ -47,6 +49,7 @@ NOTE_BYTES = 512
 _SENDS, _BOX, _SEQUENCE, _TAG = map(int, (Letter.SENDS, Letter.BOX, Letter.SEQUENCE, Letter.TAG))
 _ORDINAL, _NBYTES, _ADDRESS = map(int, (Letter.ORDINAL, Letter.NBYTES, Letter.ADDRESS))
 _PLACE, _KIND, _PEER_BELL = map(int, (Letter.PLACE, Letter.KIND, Letter.PEER_BELL))
+_PROCESS = int(Letter.PROCESS)
 _WINDOW_AT, _WINDOW, _PIECE = map(int, (Letter.WINDOW_AT, Letter.WINDOW, Letter.PIECE))
 _BASE, _LOW, _S_DONE = int(Letter.BASE), int(Letter.LOW), 8 * Slot.DONE
 
@@ -58,12 +61,14 @@ class Box:
     address: of the words that tell where slots lie.  base: where the sender's memory begins, in
         this process.
     bell: address of the other side's bell.
+    process: the other side's, 0 where the ranks have no access to each other's own memory.
     low: a word below which a receiver has finished with every message; low_at: its address.
     """
 
     address: int
     base: int
     bell: int
+    process: int
 
     def __post_init__(self) -> None:
         self.low = np.ones(1, np.int64)
@@ -92,15 +97,17 @@ class Mailboxes:
                 base = nodes.addresses[node_rank]
                 slots = base + offset + rank * BOX_BYTES
                 bell = nodes.bell_of(node_rank)
-                self._inboxes[peer] = Box(slots, base, bell)
+                process = 0 if nodes.processes is None else int(nodes.processes[node_rank])
+                self._inboxes[peer] = Box(slots, base, bell, process)
                 slots = own_base + block.offset + peer * BOX_BYTES
-                self._outboxes[peer] = Box(slots, own_base, bell)
+                self._outboxes[peer] = Box(slots, own_base, bell, process)
                 self._slots[peer] = Outbox(slots, nodes.memory)
         self._bell = nodes.bell
         self._ordinals: defaultdict[tuple[bool, int], Ordinals] = defaultdict(Ordinals)
         self._torn = Torn(rank)
         self._blank = np.zeros(Letter.WORDS, np.int64)
         self._blank[Letter.YIELD], self._blank[Letter.BELL] = yielding(), address_of(nodes.bell)
+        self._blank[Letter.READ] = access()[0]
         self._patience = patience(len(nodes.addresses))
 
     @classmethod
@@ -127,22 +134,24 @@ class Mailboxes:
 
     def send(self, buffer: Buffer, dst: int, tag: int) -> Prepared:
         """Prepare a message to a rank that this one reaches."""
-        nbytes = buffer.flat.nbytes
-        place = None if buffer.staged else self._memory.place(address_of(buffer.flat), nbytes)
-        if nbytes <= IN_PLACE_BYTES:
-            place = None
-        if place is not None:
-            reason = "the receiver reads the buffer"
+        address, nbytes = address_of(buffer.flat), buffer.flat.nbytes
+        place = None if buffer.staged else self._memory.place(address, nbytes)
+        there: _There | None = None
+        if place is not None and nbytes > IN_PLACE_BYTES:
+            there, reason = _There(Kind.BYTES, place), "the receiver reads the buffer"
         elif nbytes <= BUFFERED_BYTES:
             reason = "copied for the receiver"
+        elif self._outboxes[dst].process:
+            there, reason = _There(Kind.PRIVATE, address), "the receiver reads it in this process"
         else:
             reason = "passes through shared memory"
 
-        address = address_of(buffer.flat)
-
         def carry(keeps: Any, tag: int) -> Steps:
-            post = partial(self._post, _Bytes(address, nbytes, keeps), dst, tag, place)
-            yield from self._deliver(post, dst, tag)
+            bytes_ = _Bytes(address, nbytes, keeps)
+            post = partial(self._post, bytes_, dst, tag, there)
+            asked = yield from self._deliver(post, dst, tag)
+            if asked:
+                yield from self._answer(bytes_, dst, asked)
             return keeps
 
         def run(_: int) -> Steps:
@@ -198,9 +207,7 @@ class Mailboxes:
 
     def answer(self, part: npt.NDArray[np.uint8], dst: int, number: int) -> Steps:
         """Send the bytes that were asked for: `number` is what `send_note` has returned."""
-        bytes_ = _Bytes(address_of(part), part.nbytes, part)
-        post = partial(self._post, bytes_, dst, ANSWERS, None)
-        yield from self._deliver(post, dst, ANSWERS, number)
+        yield from self._answer(_bytes_of(part), dst, number)
 
     def hope(
         self, nbytes: int, src: int, tag: int
@@ -212,10 +219,12 @@ class Mailboxes:
         """Receive the bytes of what `hope` has found: those that came, or that it asks for."""
         if message.note:
             message.settle(served=False)
-            yield from self._ask(message, _Bytes(address_of(part), part.nbytes, part), src)
         else:
             message.put_at(part)
-            message.check((yield from message.steps(self._patience)))
+            status = message.check((yield from message.steps(self._patience)))
+            if status != Status.BYTES:
+                return
+        yield from self._ask(message, _bytes_of(part), src)
 
     # -- parts of them -----------------------------------------------------------------------
 
@@ -238,6 +247,10 @@ class Mailboxes:
             raise
         return message.sequence if message.check(status) == Status.BYTES else 0
 
+    def _answer(self, bytes_: _Bytes, dst: int, number: int) -> Steps:
+        post = partial(self._post, bytes_, dst, ANSWERS, None)
+        yield from self._deliver(post, dst, ANSWERS, number)
+
     def _accept(
         self, bytes_: _Bytes, src: int, tag: int, *, notes: bool = False
     ) -> Generator[list[Request], bool | None, Message]:
@@ -250,7 +263,9 @@ class Mailboxes:
             message = self._await(bytes_, src, tag, ordinal)
             if notes:
                 message.hope()
-            status = yield from message.steps(self._patience)
+            # A copy that takes long is left to whoever waits, or to the background.
+            later = not notes and bytes_.nbytes > IN_PLACE_BYTES
+            status = yield from message.steps(self._patience, later)
             if status == Status.BYTES and not notes:
                 yield from self._ask(message, bytes_, src)
         except BaseException:
@@ -292,7 +307,7 @@ class Mailboxes:
     def _await(self, bytes_: _Bytes, src: int, tag: int, ordinal: int) -> Message:
         box = self._inboxes[src]
         words = self._words(box, False, src, tag, bytes_, ordinal)
-        words[_BASE], words[_LOW] = box.base, box.low_at
+        words[_BASE], words[_LOW], words[_PROCESS] = box.base, box.low_at, box.process
         return self._message(words, src, tag, (bytes_, box))
 
     def _addressed(self, bytes_: _Bytes, dst: int, tag: int, ordinal: int) -> tuple[Words, Box]:
@@ -302,11 +317,13 @@ class Mailboxes:
         words[_BOX], words[_SEQUENCE] = slots.slot, slots.sent
         return words, box
 
-    def _post(self, bytes_: _Bytes, dst: int, tag: int, place: int | None, ordinal: int) -> Message:
+    def _post(
+        self, bytes_: _Bytes, dst: int, tag: int, there: _There | None, ordinal: int
+    ) -> Message:
         words, box = self._addressed(bytes_, dst, tag, ordinal)
         slots, nbytes = self._slots[dst], bytes_.nbytes
-        if place is not None:
-            words[_PLACE], words[_WINDOW] = place, nbytes
+        if there is not None:
+            words[_KIND], words[_PLACE], words[_WINDOW] = *there, nbytes
             return self._message(words, dst, tag, bytes_)
         at_once = nbytes <= BUFFERED_BYTES and not self._pool.full
         if at_once:
@@ -357,6 +374,17 @@ class _Bytes(NamedTuple):
     address: int
     nbytes: int
     keeps: object
+
+
+class _There(NamedTuple):
+    """Where the receiver reads a message's bytes itself: see `Kind`."""
+
+    kind: int
+    place: int
+
+
+def _bytes_of(part: npt.NDArray[np.uint8]) -> _Bytes:
+    return _Bytes(address_of(part), part.nbytes, part)
 
 
 def _signature(name: str, buffer: Buffer, peer: int) -> Signature:

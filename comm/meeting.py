@@ -121,6 +121,11 @@ class Meeting:
         return fused.private_form(self.name, self._call.shape, self._board.reads)
 
     @property
+    def running(self) -> bool:
+        """Tell whether it has not ended, nor come to where Python decides."""
+        return bool(self._record[WorkWord.STATUS] == Status.RUNNING)
+
+    @property
     def function(self) -> int:
         """Return the address of the C function that goes on with it."""
         from ..kernels.meeting import advance_callback

@@ -119,7 +119,6 @@ class Progress:
         """
         with self._lock:
             self._require_uninterrupted()
-            self._advance_in_passing()
             self._callers.add(threading.get_ident())
             try:
                 self._advancing = True
@@ -129,29 +128,38 @@ class Progress:
                     self.works.pop()
             finally:
                 self._advancing = False
+            # Others behind it: a message that a peer waits for is sent before one is received.
+            if len(self.works) > (not work.ended):
+                self._advance_in_passing()
             if not work.ended:
                 self._background.hurry()
         if background and not work.ended and self._threads:
             self._background.wake(self)
         return work
 
-    def at_once(self, steps: Steps) -> bool:
-        """Take the first steps of what may end by them, where no work is in flight; tell whether.
+    def at_once(self, steps: Steps, patient: bool) -> bool:
+        """Take the first steps of what may end by them; tell whether it has.
 
         As `start` does, without a work: for what ends sooner than one is made.
+
+        patient: the caller waits for it; where other works are in flight, it does so for them, too.
         """
+        ended = False
         with self._lock:
             self._require_uninterrupted()
             self._callers.add(threading.get_ident())
             try:
                 self._advancing = True
                 steps.send(None)
-                steps.send(True)
+                if patient and not self.works:
+                    steps.send(True)
             except StopIteration:
-                return True
+                ended = True
             finally:
                 self._advancing = False
-        return False
+            if self.works:
+                self._advance_in_passing()
+        return ended
 
     @property
     def _deserted(self) -> bool:
@@ -164,10 +172,22 @@ class Progress:
         return bool(self._waiting) or not self._deserted
 
     def look(self) -> list[Waiting]:
-        """Advance all works once, in the background; return them where compiled code can go on."""
+        """Advance all works once, in the background; return them where compiled code can go on.
+
+        Where it can go on with all as they are, leave them to it: it does not hold the lock.
+        """
         with self._lock:
-            self._advance_all()
-            pending = [r for work in self.works if work.background for r in work.pending]
+            waiting = self._compiled()
+            if not all(one.work.running for one in waiting):
+                waiting = []
+            if not waiting:
+                self._advance_all()
+                waiting = self._compiled()
+        return waiting
+
+    def _compiled(self) -> list[Waiting]:
+        """Return the works in flight where compiled code can go on with all of them."""
+        pending = [r for work in self.works if work.background for r in work.pending]
         waiting = [request for request in pending if isinstance(request, Waiting)]
         return waiting if len(waiting) == len(pending) else []
 

@@ -14,10 +14,14 @@ class Served(Protocol):
     """A work that compiled code goes on with: the address of its record, and of the C function.
 
     bell: address of the rank's BellWord record.
+    running: whether there is something left for it to go on with.
     """
 
     address: int
     bell: int
+
+    @property
+    def running(self) -> bool: ...
 
     @property
     def function(self) -> int: ...

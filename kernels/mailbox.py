@@ -2,8 +2,8 @@
 
 The sender writes what it sends into a slot of its box for the receiver, in the order of its sends;
 the receiver looks for its tag, copies the bytes to their place, and marks the slot as done. Where
-the sender's buffer is mapped by the receiver it is read there, else the bytes pass through a window
-of the sender's: a window as large as the message lets the sender go on at once.
+the receiver maps the sender's buffer, or has access to its process, it reads them there, else they
+pass through a window of the sender's: one as large as the message lets the sender go on at once.
 """
 
 from __future__ import annotations
@@ -17,14 +17,24 @@ from numba import types
 from .bell import ring_bell
 from .compiled import Kernel, compile_callback, compile_kernel
 from .mailbox_words import ASKED, GIVEN_UP, RUNS, SLOT_BYTES, SLOTS, Kind, Letter, Slot
-from .native import call, copy_bytes, fence, load, relax, store, try_lock, words_at
+from .native import (
+    access_process,
+    call,
+    copy_bytes,
+    fence,
+    load,
+    relax,
+    store,
+    try_lock,
+    words_at,
+)
 from .records import Status
 from .scalars import compiled
 
 _RUNNING, _DONE = np.int64(Status.RUNNING), np.int64(Status.DONE)
 _MISMATCH, _REFUSED = np.int64(Status.MISMATCH), np.int64(Status.REFUSED)
 _FOUND_NOTE, _WANTS_BYTES = np.int64(Status.NOTE), np.int64(Status.BYTES)
-_NOTE, _ASKED, _GIVEN_UP = int(Kind.NOTE), int(ASKED), int(GIVEN_UP)
+_NOTE, _PRIVATE, _ASKED, _GIVEN_UP = int(Kind.NOTE), int(Kind.PRIVATE), int(ASKED), int(GIVEN_UP)
 _S_SEQUENCE, _S_TAG, _S_ORDINAL = int(Slot.SEQUENCE), int(Slot.TAG), int(Slot.ORDINAL)
 _S_NBYTES, _S_PLACE, _S_WINDOW = int(Slot.NBYTES), int(Slot.PLACE), int(Slot.WINDOW)
 _S_KIND = int(Slot.KIND)
@@ -38,6 +48,7 @@ _PUBLISHED, _MOVED, _BASE = int(Letter.PUBLISHED), int(Letter.MOVED), int(Letter
 _LOW, _FOUND, _YIELD = int(Letter.LOW), int(Letter.FOUND), int(Letter.YIELD)
 _SPINS, _YIELDS, _WORDS = int(Letter.SPINS), int(Letter.YIELDS), int(Letter.WORDS)
 _BELL, _PEER_BELL, _KIND = int(Letter.BELL), int(Letter.PEER_BELL), int(Letter.KIND)
+_READ, _PROCESS = int(Letter.READ), int(Letter.PROCESS)
 
 
 @compiled
@@ -188,9 +199,33 @@ def _find(letter: Any) -> Any:
 
 @compiled
 def _ask(letter: Any, at: Any) -> Any:
-    """Have done with a note, and ask for the bytes."""
+    """Have done with what is there, and ask for the bytes."""
     store(at + _S_CONSUMED, _ASKED)
     _tell(letter, at + _S_DONE, letter[_SEQUENCE])
+
+
+@compiled
+def _end(letter: Any, at: Any) -> Any:
+    """Have done with a message, which its sender may have given up while it was taken."""
+    given_up = load(at + _S_PRODUCED) < 0
+    _tell(letter, at + _S_DONE, letter[_SEQUENCE])
+    return _REFUSED if given_up else _DONE
+
+
+@compiled
+def _read(letter: Any, at: Any, source: Any) -> Any:
+    """Copy from the sender's own memory; ask for the bytes where that is refused."""
+    while letter[_MOVED] < letter[_NBYTES] and load(at + _S_PRODUCED) >= 0:
+        moved = letter[_MOVED]
+        own, remote, nbytes = letter[_ADDRESS] + moved, source + moved, letter[_NBYTES] - moved
+        got = access_process(letter[_READ], letter[_PROCESS], own, remote, nbytes)
+        if got <= 0:
+            if load(at + _S_PRODUCED) < 0:
+                break
+            _ask(letter, at)
+            return _WANTS_BYTES
+        letter[_MOVED] = moved + got
+    return _end(letter, at)
 
 
 @compiled
@@ -209,13 +244,16 @@ def _receive(letter: Any) -> Any:
         store(at + _S_CONSUMED, -1 - letter[_NBYTES])
         _tell(letter, at + _S_DONE, letter[_SEQUENCE])
         return _MISMATCH
-    if slot[_S_KIND] != letter[_KIND]:
-        if slot[_S_KIND] == _NOTE:
+    is_note = slot[_S_KIND] == _NOTE
+    if is_note != (letter[_KIND] == _NOTE):
+        if is_note:
             _ask(letter, at)
         return _WANTS_BYTES
-    if slot[_S_KIND] == _NOTE:
+    if is_note:
         letter[_PLACE] = slot[_S_PLACE]
         return _FOUND_NOTE
+    if slot[_S_KIND] == _PRIVATE:
+        return _read(letter, at, slot[_S_PLACE])
     source, window = letter[_BASE] + slot[_S_PLACE], slot[_S_WINDOW]
     while letter[_MOVED] < letter[_NBYTES]:
         moved = letter[_MOVED]
@@ -226,16 +264,14 @@ def _receive(letter: Any) -> Any:
                 return _RUNNING
             continue
         if there < 0:  # GIVEN_UP
-            _tell(letter, at + _S_DONE, letter[_SEQUENCE])
-            return _REFUSED
+            break
         looks = 0
         start = moved % window
         nbytes = min(there, window - start)
         copy_bytes(letter[_ADDRESS] + moved, source + start, nbytes)
         letter[_MOVED] = moved + nbytes
         _tell(letter, at + _S_CONSUMED, moved + nbytes)
-    _tell(letter, at + _S_DONE, letter[_SEQUENCE])
-    return _DONE
+    return _end(letter, at)
 
 
 @compiled
@@ -294,7 +330,7 @@ def _break_off(letter: Any) -> Any:
     if letter[_SENDS] != 0:
         if letter[_PUBLISHED] == 0:
             return False
-        if running and letter[_WINDOW_AT] != 0:
+        if running:  # not to be read behind what its sender may do now
             _tell(letter, _slot_of(letter, letter[_SEQUENCE]) + _S_PRODUCED, _GIVEN_UP)
         return True
     if not running:

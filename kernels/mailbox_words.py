@@ -23,7 +23,7 @@ BOX_BYTES = 8 * RUNS
 -1 - run once all of them are done and their memory serves a later run."""
 
 ASKED = -(1 << 62)
-"""In CONSUMED: the receiver of a note asks for the bytes themselves."""
+"""In CONSUMED: the receiver asks for the bytes, which it has not come by."""
 
 GIVEN_UP = ASKED + 1
 """In PRODUCED or CONSUMED: that side has given the message up, and some of it has passed."""
@@ -32,12 +32,16 @@ GIVEN_UP = ASKED + 1
 class Kind(IntEnum):
     """What lies at a message's place: its bytes, or a note that tells how to come by them.
 
+    PRIVATE: its bytes, in memory that only the sender's own process maps.
+
     The sender decides. A receiver that hopes for a note takes bytes as well; one that wants bytes,
-    and finds a note, asks for them. They then come as a message of their own: see `ANSWERS`.
+    and finds a note, or cannot read them, asks for them. They then come as a message of their own:
+    see `ANSWERS`.
     """
 
     BYTES = 0
     NOTE = 1
+    PRIVATE = 2
 
 
 ANSWERS = -1
@@ -49,7 +53,8 @@ class Slot(IntEnum):
 
     SEQUENCE: the message's number among all of its box, from 1; written last.
     ORDINAL: its number among those with its tag.
-    PLACE: where its bytes, its window of WINDOW bytes, or its note lie in the sender's memory.
+    PLACE: where its bytes, its window of WINDOW bytes, or its note lie in the sender's memory;
+    private bytes in its process.
     KIND: of `Kind`. NBYTES are those of the message, also of one that is only noted.
     PRODUCED, CONSUMED: bytes that are there, and that were copied; CONSUMED is -1 - n where the
     receiver refuses the message, since it wants n bytes.
@@ -80,6 +85,7 @@ class Letter(IntEnum):
     LOW: address of a word of the receiver's, below which all messages of the box are done.
     FOUND: the bytes that the other side has in mind, where the lengths differ.
     KIND: what is sent, or hoped for.
+    READ, PROCESS: address of process_vm_readv, and the sender's process, at the receiver.
     BELL: address of the rank's BellWord record.  PEER_BELL: address of the other's bell,
     0 where it need not be woken.
     """
@@ -108,4 +114,6 @@ class Letter(IntEnum):
     BELL = 21
     PEER_BELL = 22
     KIND = 23
-    WORDS = 24
+    READ = 24
+    PROCESS = 25
+    WORDS = 26

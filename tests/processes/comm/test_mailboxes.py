@@ -1,13 +1,14 @@
 """Messages through shared memory: order, tags, sizes around every limit, and who waits for whom."""
 
 import gc
+import os
 import time
 
 import numpy as np
 import pytest
 from contract import data
 
-from ringfold import CommTimeout, Communicator, MismatchError
+from ringfold import CommTimeout, Communicator, MismatchError, Settings
 from ringfold.comm import lending, outbox
 from ringfold.comm.mailboxes import (
     BUFFERED_BYTES,
@@ -49,11 +50,7 @@ def make(comm: Communicator, kind: str, count: int) -> np.ndarray:
     return np.zeros(count, np.float32)
 
 
-@pytest.mark.parametrize("there", ["private", "registered", "strided"])
-@pytest.mark.parametrize("here", ["private", "registered", "strided"])
-def test_every_size_from_and_to_every_kind_of_memory(
-    comm: Communicator, here: str, there: str
-) -> None:
+def check_every_size(comm: Communicator, here: str, there: str) -> None:
     ahead, behind = neighbours(comm)
     for count in COUNTS:
         x, y = make(comm, here, count), make(comm, there, count)
@@ -63,6 +60,77 @@ def test_every_size_from_and_to_every_kind_of_memory(
         assert work.wait() is x
         np.testing.assert_array_equal(y, data(behind, count, np.float32))
         assert work.receipt.transport == "shared"
+
+
+@pytest.mark.parametrize("there", ["private", "registered", "strided"])
+@pytest.mark.parametrize("here", ["private", "registered", "strided"])
+def test_every_size_from_and_to_every_kind_of_memory(
+    comm: Communicator, here: str, there: str
+) -> None:
+    check_every_size(comm, here, there)
+
+
+@pytest.mark.parametrize("memory", ["private", "strided"])
+def test_every_size_where_no_rank_may_read_another_process(memory: str) -> None:
+    with Communicator(settings=Settings(cma=False)) as comm:
+        check_every_size(comm, memory, "private")
+
+
+@pytest.mark.parametrize("refused", ["", "to one", "to all"])
+def test_large_messages_are_read_or_else_asked_for(comm: Communicator, refused: str) -> None:
+    """refused: to read memory of another process, which was allowed when the ranks tried it."""
+    ahead, behind = neighbours(comm)
+    with Communicator() as group:
+        assert group._sharing is not None and group._sharing.mail is not None
+        box = group._sharing.mail._inboxes[behind]
+        if not box.process:
+            pytest.skip("no rank may read another's process")
+        if refused == "to all" or (refused and comm.rank == 0):
+            box.process = (1 << 22) + os.getpid()  # more than Linux gives out
+        count = BUFFERED_BYTES // 8 + 77
+        xs = [data(comm.rank + 10 * k, count, np.float64) for k in range(4)]
+        works = [group.isend(x, ahead, tag) for x, tag in zip(xs, (1, 1, 2, 1), strict=True)]
+        assert "reads it in this process" in works[0].receipt.reason
+        gets = [group.irecv(np.zeros(count), behind, 1) for _ in range(2)]
+        third = group.recv(np.zeros(count), behind, 2)
+        np.testing.assert_array_equal(third, data(behind + 20, count, np.float64))
+        for k, get in enumerate(gets):
+            np.testing.assert_array_equal(get.wait(), data(behind + 10 * k, count, np.float64))
+        np.testing.assert_array_equal(
+            group.recv(np.zeros(count), behind, 1), data(behind + 30, count, np.float64)
+        )
+        for work in works:
+            work.wait()
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_bytes_that_come_instead_of_a_note_may_be_private(
+    comm: Communicator, refused: bool
+) -> None:
+    """As a rank with a GPU receives from one that has none."""
+    ahead, behind = neighbours(comm)
+    with Communicator() as group:
+        assert group._sharing is not None and group._sharing.mail is not None
+        mail = group._sharing.mail
+        if refused and mail._inboxes[behind].process:
+            mail._inboxes[behind].process = (1 << 22) + os.getpid()
+        count = BUFFERED_BYTES + 4099
+        x, got = data(comm.rank, count, np.uint8), np.zeros(count, np.uint8)
+        work = group.isend(x, ahead, 3)
+
+        def through(steps):
+            try:
+                while True:
+                    next(steps)
+                    work.done()
+            except StopIteration as stop:
+                return stop.value
+
+        message = through(mail.hope(count, behind, 3))
+        assert not message.note
+        through(mail.take(message, got, behind))
+        np.testing.assert_array_equal(got, data(behind, count, np.uint8))
+        work.wait()
 
 
 def test_tags_in_any_order_and_one_tag_in_its_own(comm: Communicator) -> None:
