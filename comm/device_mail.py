@@ -17,11 +17,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from .boxes import NOTE_BYTES
 from .device import HANDLE_BYTES, DeviceArray, Event, Peering, Stream
 from .device_wait import following, passes, reached
 from .errors import CommError
 from .letters import Message
-from .mailboxes import NOTE_BYTES, Mailboxes
+from .mailboxes import Mailboxes
 from .windowed import Lane
 from .work import Behind, Steps
 

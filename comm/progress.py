@@ -137,12 +137,10 @@ class Progress:
             self._background.wake(self)
         return work
 
-    def at_once(self, steps: Steps, patient: bool) -> bool:
-        """Take the first steps of what may end by them; tell whether it has.
+    def at_once(self, steps: Steps) -> bool:
+        """Take the first steps of what is waited for, and may end by them; tell whether it has.
 
         As `start` does, without a work: for what ends sooner than one is made.
-
-        patient: the caller waits for it; where other works are in flight, it does so for them, too.
         """
         ended = False
         with self._lock:
@@ -151,7 +149,7 @@ class Progress:
             try:
                 self._advancing = True
                 steps.send(None)
-                if patient and not self.works:
+                if not self.works:  # else there are others to look after, too
                     steps.send(True)
             except StopIteration:
                 ended = True

@@ -255,22 +255,20 @@ class Runner:
         return Errand(prepared.signature, prepared.receipt, carry, background, call, held)
 
     def carry(self, errand: Errand, x: Any, tag: int, blocking: bool) -> Any:
-        """Send or receive x; at once, without steps of a Work, what need not wait.
+        """Send or receive x; at once, without a Work, where it need not wait behind others.
 
         Returns: x, or the Work where not blocking.
         """
         entry: list[int] = []
         going = self._carrying(errand, x, tag, entry)
-        at_once = blocking or errand.message.operation == "send"
+        at_once = blocking
         if self.attentive:
             self.require_open()
             self._keep_up()
             at_once = False
         try:
-            if at_once and self.progress.at_once(going, blocking):
-                if blocking:
-                    return x
-                return Work(None, errand.receipt, self._transport, self.progress, result=x)
+            if at_once and self.progress.at_once(going):
+                return x
             background = errand.background and not blocking
             work = self._advance(lambda: going, errand.receipt, background, errand.message)
             if not work.ended:  # it may be called from a new place

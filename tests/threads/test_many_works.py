@@ -56,7 +56,7 @@ def test_a_start_takes_its_own_first_step_before_the_others() -> None:
 
     first = start("recv")
     order.clear()
-    assert not progress.at_once(steps("send"), patient=True)
+    assert not progress.at_once(steps("send"))
     assert order == ["send", "recv"]
     order.clear()
     second = start("isend")

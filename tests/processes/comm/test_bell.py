@@ -12,7 +12,7 @@ import pytest
 from contract import data
 
 from ringfold import Communicator
-from ringfold.comm.mailboxes import BUFFERED_BYTES
+from ringfold.comm.boxes import BUFFERED_BYTES
 from ringfold.comm.meeting import Meeting
 from ringfold.comm.work import Work
 from ringfold.kernels.meeting import advance_kernel

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from ringfold import CommError, Communicator, Settings
-from ringfold.comm.mailboxes import BUFFERED_BYTES, IN_PLACE_BYTES
+from ringfold.comm.boxes import BUFFERED_BYTES, IN_PLACE_BYTES
 from ringfold.kernels import mailbox, meeting
 
 pytestmark = pytest.mark.usefixtures("sharing")
@@ -116,7 +116,7 @@ def test_a_receive_that_is_interrupted_leaves_its_message_to_the_next(
     if comm.rank == 0:
         with monkeypatch.context() as patch:
             advance = interrupt(mailbox.advance_letter_kernel())()
-            patch.setattr(comm._operations.mail, "_advance", advance)
+            patch.setattr(comm._operations.mail._boxes, "_advance", advance)
             with pytest.raises(Stop):
                 comm.recv(got, 1, 3)
     comm.barrier()
@@ -142,7 +142,7 @@ def test_a_receive_that_is_interrupted_when_its_message_has_come_refuses_the_nex
     if comm.rank == 0:
         with monkeypatch.context() as patch:
             advance = interrupt(mailbox.advance_letter_kernel())()
-            patch.setattr(group._operations.mail, "_advance", advance)
+            patch.setattr(group._operations.mail._boxes, "_advance", advance)
             with pytest.raises(Stop):
                 group.recv(np.zeros(4), 1, 3)
         with pytest.raises(CommError, match="an earlier receive from rank 1 with tag 3 was broken"):
@@ -167,11 +167,10 @@ def test_a_message_that_is_interrupted_halfway_ends_on_both_sides(
         if me == "receiver":  # something is there to begin with
             comm.recv(np.zeros(1), 0, 9)
         with monkeypatch.context() as patch:
+            patch.setattr(group._sharing.mail, "_patience", (0, 0))  # it takes a window at most
             if me == side:
                 advance = interrupt(mailbox.advance_letter_kernel())()
-                patch.setattr(group._operations.mail, "_advance", advance)
-            else:
-                patch.setattr(group._sharing.mail, "_patience", (0, 0))  # it takes a window at most
+                patch.setattr(group._operations.mail._boxes, "_advance", advance)
             with pytest.raises(Stop if me == side else CommError) as caught:
                 work = None
                 if me == "sender":
@@ -199,7 +198,7 @@ def test_what_would_be_read_in_place_is_refused_behind_an_interrupt(
         x[:] = 5
         with monkeypatch.context() as patch:
             advance = interrupt(mailbox.advance_letter_kernel())()
-            patch.setattr(comm._operations.mail, "_advance", advance)
+            patch.setattr(comm._operations.mail._boxes, "_advance", advance)
             with pytest.raises(Stop):
                 comm.send(x, 1)
         x[:] = 9

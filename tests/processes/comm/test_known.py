@@ -264,7 +264,7 @@ def test_a_send_that_is_interrupted_before_it_is_posted_is_not_counted(
     for turn in range(3):
         if comm.rank == 0:
             with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(mailboxes, "_Bytes", interrupted)
+                patch.setattr(mailboxes, "Bytes", interrupted)
                 comm.send(x, 1, 7)
             comm.send(x + turn, 1, 7)
         elif comm.rank == 1:

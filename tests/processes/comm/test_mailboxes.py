@@ -10,7 +10,7 @@ from contract import data
 
 from ringfold import CommTimeout, Communicator, MismatchError, Settings
 from ringfold.comm import lending, outbox
-from ringfold.comm.mailboxes import (
+from ringfold.comm.boxes import (
     BUFFERED_BYTES,
     IN_PLACE_BYTES,
     PIECE_BYTES,
@@ -82,7 +82,7 @@ def test_large_messages_are_read_or_else_asked_for(comm: Communicator, refused: 
     ahead, behind = neighbours(comm)
     with Communicator() as group:
         assert group._sharing is not None and group._sharing.mail is not None
-        box = group._sharing.mail._inboxes[behind]
+        box = group._sharing.mail._boxes._inboxes[behind]
         if not box.process:
             pytest.skip("no rank may read another's process")
         if refused == "to all" or (refused and comm.rank == 0):
@@ -112,8 +112,8 @@ def test_bytes_that_come_instead_of_a_note_may_be_private(
     with Communicator() as group:
         assert group._sharing is not None and group._sharing.mail is not None
         mail = group._sharing.mail
-        if refused and mail._inboxes[behind].process:
-            mail._inboxes[behind].process = (1 << 22) + os.getpid()
+        if refused and mail._boxes._inboxes[behind].process:
+            mail._boxes._inboxes[behind].process = (1 << 22) + os.getpid()
         count = BUFFERED_BYTES + 4099
         x, got = data(comm.rank, count, np.uint8), np.zeros(count, np.uint8)
         work = group.isend(x, ahead, 3)
