@@ -6,6 +6,7 @@ replays one sequence, which an error names. A sequence mixes collectives and mes
 groups, of every type, blocking and not, planned and repeated, on buffers of all kinds: ranks of
 one call may differ in the kind of their buffer, and in whether they wait. Lengths lie around what
 the code treats differently: 0, 1, the number of ranks, the limits of eager and of staged buffers.
+Buffers are used again, by calls that are known by them and by others.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import math
 import random
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,7 +27,7 @@ from contract import FOLDS, Array
 
 import ringfold
 from ringfold import Communicator
-from ringfold.comm import fused
+from ringfold.comm import boxes, fused
 from ringfold.comm.algorithms import BUILDERS
 from ringfold.comm.board import STAGE_BYTES
 from ringfold.comm.chunks import bounds
@@ -51,8 +53,20 @@ ROOTED = ("reduce", "broadcast", "gather", "scatter")
 IN_ROWS = ("alltoall", "scatter")
 TYPES = tuple(name for name in DTYPES if name != "bfloat16")  # which NumPy lacks
 GUARD = 0xA5
-READ_FROM = dict.fromkeys(fused.READ_FROM, 0)
-"""So that small buffers too are read where they are."""
+FAMILIAR_TYPES, FAMILIAR_KINDS = ("float32", "int64"), ("plain", "registered", "amid", "strided")
+"""Of buffers that come again for certain."""
+
+
+@contextmanager
+def small_limits() -> Iterator[None]:
+    """Let small buffers too be read where they are, and their senders wait."""
+    kept = fused.READ_FROM, boxes.BUFFERED_BYTES, boxes.IN_PLACE_BYTES
+    fused.READ_FROM = dict.fromkeys(fused.READ_FROM, 0)
+    boxes.BUFFERED_BYTES, boxes.IN_PLACE_BYTES = 2 * EAGER_BYTES, EAGER_BYTES
+    try:
+        yield
+    finally:
+        fused.READ_FROM, boxes.BUFFERED_BYTES, boxes.IN_PLACE_BYTES = kept
 
 
 @dataclass(frozen=True)
@@ -117,11 +131,15 @@ def _step(rng: random.Random, index: int, size: int) -> Step:
     group = rng.choice(groups_of(size))
     # In groups of different sizes rows and roots must fit all of them.
     sizes = {len(group.members(rank)) for rank in range(size)} - {0}
-    dtype = rng.choice(TYPES)
+    familiar = rng.random() < 0.4
+    dtype = rng.choice(FAMILIAR_TYPES if familiar else TYPES)
     op = rng.choice(DTYPES[dtype].ops) if operation in REDUCING else ""
     named = [a for c, a in BUILDERS if c == operation and a != "hierarchical"]
     plain = operation in ("message", "barrier", "scatter") or rng.random() < 0.75
     shape = _shape(rng, size, DTYPES[dtype].itemsize)
+    if familiar:
+        shape = rng.choice(((5,), (3, size), (size * EAGER_BYTES // 8 + 1,)))
+    kinds = FAMILIAR_KINDS if familiar else tuple(KINDS)
     return Step(
         index,
         operation,
@@ -132,7 +150,7 @@ def _step(rng: random.Random, index: int, size: int) -> Step:
         root=rng.randrange(min(sizes, default=1)),
         peer=rng.randrange(min(sizes, default=1)),
         tag=rng.randrange(3),
-        kinds=tuple(rng.choice(list(KINDS)) for _ in range(size)),
+        kinds=tuple(rng.choice(kinds) for _ in range(size)),
         waits=tuple(rng.choice(("at once", "at once", "late", "never")) for _ in range(size)),
         naps=tuple(rng.choice((0.0,) * 15 + (0.002,)) for _ in range(size)),
         planned=tuple(operation != "message" and rng.random() < 0.3 for _ in range(size)),
@@ -213,6 +231,27 @@ class Buffer:
         assert (self.whole.reshape(-1).view(np.uint8) == GUARD).all(), "memory beside x was written"
 
 
+class Shelf:
+    """Buffers of one rank that no call uses any more, to be used again."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
+        self._free: defaultdict[tuple[object, ...], list[Buffer]] = defaultdict(list)
+
+    def take(self, step: Step, shape: tuple[int, ...]) -> Buffer:
+        """Return a buffer that is GUARD all over, the last one of its kind if there is one."""
+        rank = self._comm.rank
+        free = self._free[step.kinds[rank], step.dtype, shape]
+        return free.pop() if free else Buffer(self._comm, step, rank, shape)
+
+    def put(self, step: Step, shape: tuple[int, ...], buffer: Buffer) -> None:
+        """Take a buffer back whose call has ended."""
+        buffer.check_surroundings()
+        free = self._free[step.kinds[self._comm.rank], step.dtype, shape]
+        if len(free) < 2 and buffer.whole.nbytes <= 4 * EAGER_BYTES:
+            free.append(buffer)
+
+
 def values(seed: int, step: Step, rank: int, turn: int, shape: tuple[int, ...]) -> Array:
     """Return what a rank brings: small whole numbers, exact in every type however added."""
     dtype = DTYPES[step.dtype]
@@ -245,6 +284,7 @@ class Player:
     def __init__(self, comm: Communicator) -> None:
         self.world = comm
         self.rank = comm.rank
+        self.shelf = Shelf(comm)
         self.groups = {group.name: group.split(comm) for group in groups_of(comm.size)[1:]}
         self.groups["world"] = comm
 
@@ -300,7 +340,7 @@ class Player:
             return
         x, shape = None, self._shape_on(step, comm)
         if step.operation != "barrier" and (step.operation != "scatter" or comm.rank == step.root):
-            x = Buffer(self.world, step, self.rank, shape)
+            x = self.shelf.take(step, shape)
         arguments = _arguments(step, None if x is None else x.view)
         call = partial(getattr(comm, step.operation), **arguments)
         planned = call
@@ -347,7 +387,7 @@ class Player:
             if x is not None:
                 np.testing.assert_array_equal(x.view, rows[me], "x was changed")
         if x is not None and turn == step.repeats - 1:
-            x.check_surroundings()
+            self.shelf.put(step, shape, x)
 
     def _message(
         self,
@@ -359,22 +399,23 @@ class Player:
         src, dst = step.root, step.peer
         wait = step.waits[self.rank]
         if comm.rank == src:
-            x = Buffer(self.world, step, self.rank, step.shape)
+            x = self.shelf.take(step, step.shape)
             x.view[...] = values(seed, step, self.rank, 0, step.shape)
             if wait == "at once" and src != dst:
                 comm.send(x.view, dst, step.tag)
+                self.shelf.put(step, step.shape, x)
             else:
-                late.append((step, comm.isend(x.view, dst, step.tag), lambda _: None))
+                put = partial(self.shelf.put, step, step.shape, x)
+                late.append((step, comm.isend(x.view, dst, step.tag), lambda _: put()))
         if comm.rank == dst:
-            y = Buffer(self.world, step, self.rank, step.shape)
-            y.fill()
+            y = self.shelf.take(step, step.shape)
             sender = step.group.members(self.rank)[src]
             right = values(seed, step, sender, 0, step.shape)
 
             def check(result: Any) -> None:
                 assert result is y.view
                 np.testing.assert_array_equal(result, right)
-                y.check_surroundings()
+                self.shelf.put(step, step.shape, y)
 
             if wait == "at once":
                 check(comm.recv(y.view, src, step.tag))
@@ -419,8 +460,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="the first seed (default: 0)")
     parser.add_argument("--count", type=int, default=1000, help="sequences (default: 1000)")
     found = parser.parse_args()
-    fused.READ_FROM = READ_FROM
-    with ringfold.Communicator() as comm:
+    with small_limits(), ringfold.Communicator() as comm:
         player = Player(comm)
         start = time.perf_counter()
         for seed in range(found.first, found.first + found.count):
