@@ -117,8 +117,8 @@ def allgatherv(comm: GroupCalls, side: Side, x: Any) -> Any:
 
 def gatherv(comm: GroupCalls, side: Side, x: Any, root: int) -> Any:
     """Return all ranks' rows, joined, at root; see `GroupCalls.gatherv`."""
-    rows = _rows(comm, side, x)
     root = comm.host_operations.root(root)
+    rows = _rows(comm, side, x, f", for rank {root}")
     letters, heard = _gathered(comm, "gatherv", rows)
     if comm.rank == root:
         parts = Parts(side, rows, letters, heard)
@@ -181,14 +181,17 @@ def exchange(
         work.wait()
 
 
-def _rows(comm: GroupCalls, side: Side, x: Any) -> Rows:
-    """Return x as what has rows."""
+def _rows(comm: GroupCalls, side: Side, x: Any, more: str = "") -> Rows:
+    """Return x as what has rows.
+
+    more: what has to be alike as well, as an error tells it.
+    """
     dtype, shape = side.kind(x)
     if not shape:
         raise ValueError("x: expected an array with a first axis, of rows, got a single element")
     octets = side.octets(x, most=ROOM * comm.size)
     x = x if hasattr(x, "shape") else np.asarray(memoryview(x))
-    return Rows(x, octets, (dtype, shape[1:], side.where))
+    return Rows(x, octets, (dtype, shape[1:], side.where + more))
 
 
 def checked_counts(counts: Iterable[int], size: int, rows: int) -> list[int]:

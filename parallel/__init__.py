@@ -11,7 +11,14 @@ if TYPE_CHECKING:
     from .join import even_batches
     from .mesh import Mesh
     from .metrics import Metrics
-    from .objects import allgather_objects, broadcast_object
+    from .objects import (
+        allgather_objects,
+        broadcast_object,
+        gather_objects,
+        recv_object,
+        scatter_objects,
+        send_object,
+    )
     from .optimizer_state import broadcast_optimizer
     from .pipeline import Pipeline
     from .plan import PLANS, PlanError
@@ -45,8 +52,12 @@ if TYPE_CHECKING:
         "check_replicas",
         "convert_sync_batchnorm",
         "even_batches",
+        "gather_objects",
         "name_layers",
+        "recv_object",
         "same_masks",
+        "scatter_objects",
+        "send_object",
         "show_samples",
     ]
 
@@ -72,8 +83,12 @@ _HOMES = {
     "check_replicas": "drift",
     "convert_sync_batchnorm": "sync_batchnorm",
     "even_batches": "join",
+    "gather_objects": "objects",
     "name_layers": "random_keys",
+    "recv_object": "objects",
     "same_masks": "random_keys",
+    "scatter_objects": "objects",
+    "send_object": "objects",
     "show_samples": "random_keys",
 }
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..comm.errors import MismatchError
+from ..comm.texts import listed
 from .demands import require_comm
 
 if TYPE_CHECKING:
@@ -18,7 +21,14 @@ Value = TypeVar("Value")
 _HEAD = 16
 _NOTHING = np.zeros(0, np.uint8)
 
-__all__ = ["allgather_objects", "broadcast_object"]
+__all__ = [
+    "allgather_objects",
+    "broadcast_object",
+    "gather_objects",
+    "recv_object",
+    "scatter_objects",
+    "send_object",
+]
 
 
 def allgather_objects(value: Value, comm: Communicator) -> list[Value]:
@@ -28,15 +38,83 @@ def allgather_objects(value: Value, comm: Communicator) -> list[Value]:
     """
     require_comm(comm)
     text, error = _pickled(value)
-    joined = comm.allgatherv(np.concatenate([_headed(text, error), text]))
-    texts = []
-    for rank in range(comm.size):
-        length, failed = _read(joined)
-        texts.append(joined[_HEAD : _HEAD + length].tobytes())
-        joined = joined[_HEAD + length :]
-        if failed:
-            raise _refusal(rank, texts[rank]) from error
-    return [pickle.loads(text_of) for text_of in texts]
+    return _values(comm.allgatherv(np.concatenate([_headed(text, error), text])), comm.size, error)
+
+
+def gather_objects(value: Value, comm: Communicator, root: int = 0) -> list[Value] | None:
+    """Return, at root, the values of all ranks, by rank; None on the other ranks. Collective.
+
+    Raises: TypeError, at root and on the value's own rank, for one that has no pickle.
+    """
+    require_comm(comm)
+    text, error = _pickled(value)
+    joined = comm.gatherv(np.concatenate([_headed(text, error), text]), root)
+    if joined is not None:
+        return _values(joined, comm.size, error)
+    if error is not None:
+        raise _refusal(comm.rank, text.tobytes()) from error
+    return None
+
+
+def scatter_objects(values: Iterable[Value] | None, comm: Communicator, root: int = 0) -> Value:
+    """Return the value that root has for this rank; collective.
+
+    values: at root one for each rank, the first for rank 0; elsewhere any will do.
+
+    Raises: TypeError, on every rank, for a value that has no pickle; ValueError, at root, for
+    another number of values.
+    """
+    require_comm(comm)
+    root, error = comm.host_operations.root(root), None
+    parts: list[NDArray[np.uint8]] = [_NOTHING] * comm.size
+    if comm.rank == root:
+        pickled = [_pickled(value) for value in _listed(values, comm.size)]
+        failed = [one for one in pickled if one[1] is not None]
+        if failed:  # which every rank is told
+            error, pickled = failed[0][1], failed[:1] * comm.size
+        parts = [np.concatenate([_headed(*one), one[0]]) for one in pickled]
+    rows, counts = comm.alltoallv(np.concatenate(parts), [part.size for part in parts])
+    roots = [rank for rank, count in enumerate(counts) if count]
+    if roots != [root]:
+        raise MismatchError(
+            f"scatter_objects: rank {comm.rank} expects a value of rank {root}, values came from "
+            f"ranks {listed(roots)}"
+        )
+    return cast("Value", _values(rows, 1, error, root)[0])
+
+
+def send_object(value: Any, dst: int, comm: Communicator, tag: int = 0) -> None:
+    """Send a value to rank dst, which takes it by `recv_object`; may wait for that, as `send`.
+
+    Raises: TypeError for a value that has no pickle; nothing is sent then.
+    """
+    require_comm(comm)
+    text, error = _pickled(value)
+    if error is not None:
+        raise _refusal(comm.rank, text.tobytes()) from error
+    letters = comm.letters(1)
+    room = letters.size - _HEAD
+    letters[0, :_HEAD] = _headed(text, error)
+    letters[0, _HEAD : _HEAD + min(text.size, room)] = text[:room]
+    comm.send(letters, dst, tag)
+    comm.give_back(letters)
+    if text.size > room:
+        comm.send(text[room:], dst, tag)
+
+
+def recv_object(src: int, comm: Communicator, tag: int = 0) -> Any:
+    """Return the next value that rank src sends by `send_object` with this tag."""
+    require_comm(comm)
+    letters = comm.letters(1)
+    room = letters.size - _HEAD
+    comm.recv(letters, src, tag)
+    length, _ = _read(letters[0])
+    text = np.empty(length, np.uint8)
+    text[:room] = letters[0, _HEAD : _HEAD + min(length, room)]
+    comm.give_back(letters)
+    if length > room:
+        comm.recv(text[room:], src, tag)
+    return pickle.loads(text.data)
 
 
 def broadcast_object(value: Value | None, comm: Communicator, root: int = 0) -> Value:
@@ -63,6 +141,36 @@ def broadcast_object(value: Value | None, comm: Communicator, root: int = 0) -> 
     if failed:
         raise _refusal(root, text.tobytes()) from error
     return cast("Value", value if comm.rank == root else pickle.loads(text.tobytes()))
+
+
+def _listed(values: Iterable[Value] | None, size: int) -> list[Value]:
+    """Return a value for each rank, or raise what is wrong with them."""
+    try:
+        given = list(cast("Iterable[Value]", values))
+    except TypeError:
+        raise TypeError(
+            f"values: expected {size}, one for each rank, got {type(values).__name__}"
+        ) from None
+    if len(given) != size:
+        raise ValueError(f"values: expected {size}, one for each rank, got {len(given)}")
+    return given
+
+
+def _values(
+    joined: NDArray[np.uint8], count: int, error: Exception | None, first: int = 0
+) -> list[Any]:
+    """Return the values of `count` headed texts, or raise what the first that is none tells.
+
+    error: what this rank has met.  first: the rank that the first text comes from.
+    """
+    texts = []
+    for rank in range(first, first + count):
+        length, failed = _read(joined)
+        text, joined = joined[_HEAD : _HEAD + length], joined[_HEAD + length :]
+        if failed:
+            raise _refusal(rank, text.tobytes()) from error
+        texts.append(text)
+    return [pickle.loads(text.data) for text in texts]
 
 
 def _pickled(value: Any) -> tuple[NDArray[np.uint8], Exception | None]:

@@ -9,7 +9,12 @@ import torch
 from numpy.typing import NDArray
 
 import ringfold
-from ringfold.parallel import allgather_objects, broadcast_object
+from ringfold.parallel import (
+    allgather_objects,
+    broadcast_object,
+    gather_objects,
+    scatter_objects,
+)
 
 
 def collectives(comm: ringfold.Communicator, later: bool) -> None:
@@ -45,3 +50,5 @@ def objects(comm: ringfold.Communicator) -> None:
     assert_type(broadcast_object({"a": 1} if comm.rank == 0 else None, comm), dict[str, int])
     assert_type(broadcast_object("a", comm), str)
     assert_type(allgather_objects(comm.rank, comm), list[int])
+    assert_type(gather_objects("a", comm), list[str] | None)
+    assert_type(scatter_objects(range(comm.size), comm), int)

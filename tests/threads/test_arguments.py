@@ -36,6 +36,10 @@ OF_A_COMM: list[Make] = [
     lambda x: parallel.convert_sync_batchnorm(layer(), x),
     lambda x: parallel.broadcast_object(1, x),
     lambda x: parallel.allgather_objects(1, x),
+    lambda x: parallel.gather_objects(1, x),
+    lambda x: parallel.scatter_objects([1], x),
+    lambda x: parallel.send_object(1, 0, x),
+    lambda x: parallel.recv_object(0, x),
     lambda x: parallel.broadcast_optimizer(SGD(layer().parameters(), lr=1), x),
     lambda x: parallel.check_replicas(x, named()),
 ]
