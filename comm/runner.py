@@ -124,14 +124,17 @@ class Runner:
             self.require_open()
             self._keep_up()
             start = time.monotonic_ns()
+        work = None
         try:
-            if not self.progress.works:
-                status = meeting.launch()
-                if status != _DONE:
-                    steps = self._steps(meeting, status, owner, result)
-                    self._advance(lambda: steps, receipt, background=False).wait()
-            else:
-                self.fly(meeting, receipt, owner, result).wait()
+            if self.progress.works:
+                work = self.fly(meeting, receipt, owner, result)
+            elif (status := meeting.launch()) != _DONE:
+                steps = self._steps(meeting, status, owner, result)
+                work = self._advance(lambda: steps, receipt, background=False)
+            if work is not None:
+                if not work.ended:  # its wait() tells the timeline
+                    start = 0
+                work.wait()
         except BaseException as error:
             self._forsake(meeting, receipt, owner, error)
             raise

@@ -2,6 +2,7 @@
 
 import time
 from inspect import currentframe
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,6 +39,30 @@ def test_a_call_that_waits_is_where_it_is_called_now(comm: ringfold.Communicator
     if not blocking:
         work.wait()
     assert comm.rank == 0 or comm.recent(1)[0].site == f"{__file__}:{here}"
+
+
+@pytest.mark.parametrize("flying", [False, True])
+def test_a_call_that_waits_is_one_span(comm: ringfold.Communicator, tmp_path: Path, flying: bool):
+    """A known call was two, one within the other, where it had to wait."""
+    if comm.size == 1:
+        pytest.skip("one rank waits for nobody")
+    x, y = np.zeros(9), np.zeros(9)
+    comm.allreduce(x)
+    with ringfold.trace(comm, tmp_path / "trace.json"):
+        timeline = comm._progress.timeline
+        assert timeline is not None
+        for waits in (False, True):
+            comm.barrier()
+            if waits and comm.rank == 0:
+                time.sleep(0.05)
+            before = comm.allreduce(y, blocking=False) if flying else None
+            first = len(timeline.spans)
+            comm.allreduce(x)
+            assert [span.name for span in timeline.spans[first:]] in (
+                [["allreduce"], []][: 1 + flying]
+            )
+            if before is not None:
+                before.wait()
 
 
 @pytest.mark.parametrize("count", [1, 3000, 100_001])
