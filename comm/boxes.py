@@ -46,6 +46,7 @@ _SENDS, _BOX, _SEQUENCE, _TAG = map(int, (Letter.SENDS, Letter.BOX, Letter.SEQUE
 _ORDINAL, _NBYTES, _ADDRESS = map(int, (Letter.ORDINAL, Letter.NBYTES, Letter.ADDRESS))
 _PLACE, _KIND, _PEER_BELL = map(int, (Letter.PLACE, Letter.KIND, Letter.PEER_BELL))
 _WINDOW_AT, _WINDOW, _PIECE = map(int, (Letter.WINDOW_AT, Letter.WINDOW, Letter.PIECE))
+_MOVED = int(Letter.MOVED)
 _BASE, _LOW, _PROCESS = int(Letter.BASE), int(Letter.LOW), int(Letter.PROCESS)
 _S_DONE = 8 * Slot.DONE
 
@@ -161,8 +162,9 @@ class Boxes:
         return self._memory.lend(NOTE_BYTES)
 
     def keep(self, message: Message) -> None:
-        """Keep what the receiver of a message may still read."""
-        self._memory.keep([(message.returned, message)])
+        """Keep a note that its receiver may still write to; what it reads elsewhere it refuses."""
+        if message.is_note:
+            self._memory.keep([(message.returned, message)])
 
     def take_back(self, dst: int) -> None:
         """Count the last message to a rank no more, where it cannot have been seen."""
@@ -207,6 +209,7 @@ class Boxes:
         if room == nbytes and slots.far_ahead:
             # As if the receiver read it in place: it can, and the sender waits until it has.
             ctypes.memmove(address, bytes_.address, nbytes)
+            words[_MOVED] = nbytes
         else:
             words[_WINDOW_AT], words[_PIECE] = address, min(PIECE_BYTES, max(room, 1))
         self._pool.lend(window, _returned(slots))

@@ -1,4 +1,4 @@
-"""Look whether a rank that waits is one of several that wait for each other, and tell them."""
+"""Look whether a rank that waits does so for ranks that wait for it, and tell them all."""
 
 from __future__ import annotations
 
@@ -57,6 +57,9 @@ class Deadlocks:
         own = self._standing(work)
         if own is None:
             return ""
+        signature = own.row.signature
+        if signature.operation in MESSAGES and signature.peer == own.place and self._lacks(own):
+            return f"rank {own.rank} waits for itself, in {own.group}, in {own.row}"
         cycle = self._cycles.look(own, waited, lambda: behind(own.row))
         if cycle:
             self._tell_all_of(cycle)

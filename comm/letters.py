@@ -65,6 +65,11 @@ class Message:
         return int(self._words[Letter.ORDINAL])
 
     @property
+    def is_note(self) -> bool:
+        """Tell whether a note is sent, or hoped for."""
+        return self._words[Letter.KIND] == Kind.NOTE
+
+    @property
     def note(self) -> int:
         """Return the address of the note that was found; 0 where it is bytes."""
         words = self._words

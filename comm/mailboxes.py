@@ -200,7 +200,7 @@ class Mailboxes:
             self._torn.add(src, tag)
 
     def _break_off_send(self, message: Message | None, dst: int, tag: int, ordinal: int) -> None:
-        """Keep what the receiver may still read, or count a message that it cannot see no more."""
+        """Keep what the receiver may still write to, or count what it cannot see no more."""
         if message is not None and message.abandon():
             self._boxes.keep(message)
             return

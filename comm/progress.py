@@ -377,12 +377,14 @@ class Progress:
     def give_up(self, picks: Picks, why: Callable[[Work], BaseException]) -> list[Request]:
         """End every work that `picks` picks, with an error; return what was under way.
 
-        MPI may still know the buffers of these requests: keep them as long as that can be.
+        MPI may still know the buffers of these requests: keep them as long as that can be. Those in
+        shared memory are not among them.
         """
         with self._lock:
             ended = [work for work in self.works if picks(work)]
             self.works = [work for work in self.works if not picks(work)]
-            requests = [request for work in ended for request in work.pending]
+            pending = [request for work in ended for request in work.pending]
+            requests = [request for request in pending if not isinstance(request, Waiting)]
             for work in ended:
                 work.fail(why(work))
         return requests

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import sys
-import threading
-import traceback
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from ..kernels.handlers import of_a_signal
 from .arguments import seconds
 from .errors import MismatchError
 from .texts import listed
@@ -177,7 +173,7 @@ class Work:
                 self._end(None, error)
             # Ctrl-C, or what another signal's handler raises, came by chance while this work went
             # on: it is for whoever runs now. The work ends all the same: its steps are broken off.
-            if not isinstance(error, Exception) or _of_a_signal(error):
+            if not isinstance(error, Exception) or of_a_signal(error):
                 raise
 
     def fail(self, error: BaseException) -> None:
@@ -260,26 +256,3 @@ class Work:
         if type(self._result) is Behind:
             self._result = self._result.settle()
         return self._result
-
-
-def _of_a_signal(error: BaseException) -> bool:
-    """Tell whether the handler of a signal has raised an error.
-
-    It is known by the frame that it interrupts, which Python hands it: whatever kind of callable it
-    is, and also where it has given its place to another meanwhile. One that has forgotten the frame
-    is known by its code.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return False
-    handlers = map(signal.getsignal, signal.valid_signals())
-    codes = {getattr(handler, "__code__", None) for handler in handlers} - {None}
-    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return any(frame.f_code in codes or _given(frame, before) for before, frame in pairwise(frames))
-
-
-def _given(frame: FrameType, what: object) -> bool:
-    """Tell whether a function was called with `what`."""
-    for value in frame.f_locals.values():
-        if value is what or (type(value) is tuple and any(one is what for one in value)):
-            return True
-    return False

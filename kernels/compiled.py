@@ -26,6 +26,7 @@ import numba
 from numba import types
 from numba.core import caching
 
+from .handlers import of_a_signal
 from .say import say
 
 Kernel = Callable[..., Any]
@@ -103,7 +104,7 @@ def _compile(name: str, function: Callable[..., Any], compiler: Callable[..., An
         try:
             return compiler(cache=True)(function)
         except Exception as error:
-            if not _of_the_cache(error):
+            if of_a_signal(error) or not _of_the_cache(error):
                 raise
             _not_kept(
                 f"{folder} does not keep them ({type(error).__name__}: {error}); make room there, "

@@ -330,7 +330,8 @@ def _break_off(letter: Any) -> Any:
     if letter[_SENDS] != 0:
         if letter[_PUBLISHED] == 0:
             return False
-        if running:  # not to be read behind what its sender may do now
+        # Not to be read behind what its sender may do now, but where a copy holds all of it.
+        if running and letter[_KIND] != _NOTE and letter[_MOVED] < letter[_NBYTES]:
             _tell(letter, _slot_of(letter, letter[_SEQUENCE]) + _S_PRODUCED, _GIVEN_UP)
         return True
     if not running:

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import zlib
@@ -144,6 +145,30 @@ def test_a_full_disk_keeps_no_kernels_and_ends_nothing(kept, monkeypatch, capsys
     monkeypatch.setattr(compiled.caching.IndexDataCacheFile, "_save_data", full)
     compile_twice()
     assert "No space left" in capsys.readouterr().err
+
+
+def test_what_a_handler_raises_in_the_cache_is_no_matter_of_the_cache(kept, monkeypatch, capsys):
+    """It was taken for a cache that failed, and a preemption's signal was lost."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    def save(*_):
+        signal.raise_signal(signal.SIGALRM)
+
+    for file in kept.rglob("*.nb?"):
+        file.unlink()
+    monkeypatch.setattr(compiled.caching.IndexDataCacheFile, "_save_data", save)
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        with pytest.raises(Stop):
+            compile_twice()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert "anew" not in capsys.readouterr().err
 
 
 def test_it_is_said_where_no_folder_keeps_kernels(monkeypatch, capsys):

@@ -316,3 +316,23 @@ def test_whose_call_a_rank_needs(
     operation: str, elements: int, root: int, expected: list[int]
 ) -> None:
     assert needs(Signature(operation, "", "float32", elements, root), 1, 3) == expected
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("name", ["send", "recv"])
+def test_a_rank_that_waits_for_itself(name: str, size: int) -> None:
+    """A ring of one rank that sends before it receives waited until time was up."""
+
+    def main(comm: Communicator) -> None:
+        x, y = np.full(3, comm.rank), np.zeros(3, int)
+        work = comm.irecv(y, comm.rank)
+        comm.send(x, comm.rank)
+        assert (work.wait() == x).all()
+        work = comm.isend(x, comm.rank, 2)
+        assert (comm.recv(y, comm.rank, 2) == x).all()
+        work.wait()
+        text = f"rank {comm.rank} waits for itself, in world, in {name}"
+        with pytest.raises(MismatchError, match=text):
+            getattr(comm, name)(x, comm.rank)
+
+    run_local(size, main)

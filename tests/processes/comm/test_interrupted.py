@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ringfold import CommError, Communicator, Settings
+from ringfold import CommError, CommTimeout, Communicator, Settings
+from ringfold.comm import outbox
 from ringfold.comm.boxes import BUFFERED_BYTES, IN_PLACE_BYTES
 from ringfold.kernels import mailbox, meeting
 
@@ -213,3 +214,46 @@ def test_what_would_be_read_in_place_is_refused_behind_an_interrupt(
             comm.recv(got, 0)
         assert (comm.recv(got, 0) == 6).all()
     comm.barrier()
+
+
+def test_a_copy_is_received_behind_an_interrupt_of_its_send(
+    comm: Communicator, interrupt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sender far ahead waits, though all of its message lies in a block of its own by then."""
+    monkeypatch.setattr(outbox, "AHEAD", 0)
+    if comm.rank == 0:
+        works = [comm.isend(np.array([k]), 1, 5) for k in range(2)]
+        with monkeypatch.context() as patch:
+            advance = interrupt(mailbox.advance_letter_kernel())()
+            patch.setattr(comm._operations.mail._boxes, "_advance", advance)
+            with pytest.raises(Stop):
+                comm.send(np.array([2]), 1, 5)
+    comm.barrier()
+    if comm.rank == 0:
+        works.append(comm.isend(np.array([3]), 1, 5))
+    if comm.rank == 1:
+        assert [comm.recv(np.zeros(1, int), 0, 5)[0] for _ in range(4)] == [0, 1, 2, 3]
+    comm.barrier()
+    if comm.rank == 0:
+        for work in works:
+            work.wait()
+
+
+@pytest.mark.parametrize("memory", ["private", "registered"])
+def test_a_send_that_closing_gives_up_lets_its_array_go(comm: Communicator, memory: str) -> None:
+    """It was kept until a receiver had read it, which no receiver of that group can."""
+    with Communicator(settings=Settings(timeout=0.2)) as short:
+        group = short.split(0)
+        assert group is not None
+        if group.rank == 0:
+            x: Any = np.zeros(2 * BUFFERED_BYTES, np.uint8)
+            if memory == "registered":
+                x = group.empty(2 * IN_PLACE_BYTES, np.uint8)
+            gone = weakref.ref(x)
+            with pytest.raises(CommTimeout):
+                group.isend(x, 1).wait()
+        group.close()
+        if group.rank == 0:
+            del x
+            gc.collect()
+            assert gone() is None
