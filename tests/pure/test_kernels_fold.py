@@ -81,8 +81,8 @@ def test_fold_equals_its_definition(op, dtype, num):
         chosen += [[sources[0], *apart[1:]], [sources[-1], *apart[1:]], [*apart[1:], sources[0]]]
         chosen += [[*sources[:-1], apart[-1]], [*apart[:-1], sources[-1]]]
         for targets, into in itertools.product(chosen, (1, count + 2)):
-            for x, old in zip(sources, before, strict=True):
-                x[:] = old
+            for x, none, old in zip(sources, apart, before, strict=True):
+                x[:], none[:] = old, 0
             wanted = [x.copy() for x in targets]
             fold(op, dtype, sources, targets, count, divisors, into)
             for x, right in zip(targets, wanted, strict=True):

@@ -1,26 +1,22 @@
 """Messages through shared memory step by step, both sides in one process: no luck needed."""
 
 import ctypes
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
-from two_boxes import TwoBoxes, goes_on, step
+from two_ranks import TwoBoxes, accessing, goes_on, step
 
-from ringfold.comm import boxes
+from ringfold.comm import boxes, lending
 from ringfold.comm.letters import Message
+from ringfold.comm.memory import Memory
 from ringfold.kernels.mailbox_words import RUNS, SLOTS, Letter
 from ringfold.kernels.records import Status
-
-COPY = ctypes.CFUNCTYPE(
-    ctypes.c_ssize_t,
-    *(ctypes.c_int, ctypes.POINTER(ctypes.c_int64), ctypes.c_ulong),
-    *(ctypes.POINTER(ctypes.c_int64), ctypes.c_ulong, ctypes.c_ulong),
-)
-"""process_vm_readv, of which one vector is asked at a time."""
 
 
 @pytest.fixture(autouse=True)
@@ -198,18 +194,70 @@ def test_the_words_that_tell_where_slots_lie_are_used_again() -> None:
         pair.pass_on(values(k))
 
 
+# -- the memory that messages take ---------------------------------------------------------------
+
+
+def free(memory: Memory) -> int:
+    gc.collect()
+    memory._take_back()
+    return sum(high - low for low, high in memory._free)
+
+
+def test_what_was_received_takes_no_memory_any_more() -> None:
+    pair = TwoBoxes()
+    for k in range(20):
+        pair.pass_on(values(k))
+    assert pair.boxes[0]._pool.outstanding <= 2 * 4096
+
+
+def test_what_nobody_receives_does_not_hold_up_what_was_received(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The sender stayed as far ahead as it once was, and waited for each of its receivers."""
+    monkeypatch.setattr(lending, "OUTSTANDING_BYTES", 3 * 4096)
+    pair, x = TwoBoxes(), values(3000)
+    for tag in (1, 2, 2):
+        assert step(pair.send(x, tag)) == Status.DONE
+    waits = pair.send(x, 2)
+    assert step(waits) == Status.RUNNING
+    for _ in range(2):
+        assert step(pair.receive(np.zeros_like(x), 2)) == Status.DONE
+    last = pair.receive(np.zeros_like(x), 2)
+    assert play(pair, waits, last) == (Status.DONE, Status.DONE)
+    step(pair.send(x, 2))  # sees what has come back
+    assert step(pair.send(x, 2)) == Status.DONE
+
+
+def test_a_closed_group_gives_all_its_memory_back() -> None:
+    pair = TwoBoxes()
+    for k in range(2 * SLOTS):
+        pair.pass_on(values(k))
+    assert step(pair.send(values(300))) == Status.DONE  # is never received
+    assert free(pair.memory) < free(Memory(0, 2))
+    pair.boxes.pop(0).close()
+    assert free(pair.memory) == free(Memory(0, 2))
+
+
+def test_what_a_receiver_may_still_read_is_kept_until_it_has_done_with_it() -> None:
+    pair, x = TwoBoxes(), values(5000)
+    kept = weakref.ref(x)
+    sender, receiver = pair.send(x), pair.receive(np.zeros(5000, np.uint8))
+    goes_on(sender)
+    assert sender.abandon()
+    pair.boxes[0].keep(sender)
+    del sender, x
+    assert free(pair.memory) and kept() is not None
+    assert step(receiver) == Status.REFUSED
+    assert free(pair.memory) and kept() is None
+
+
 # -- what the other thread, or the other process, does meanwhile ---------------------------------
 
 
-def reading(receiver: Message, read: Callable[[int, int, int], int]) -> Any:
+def reading(receiver: Message, read: Callable[[int, int, int], int]) -> object:
     """Let a receiver read the sender by a function of (own, remote, bytes); keep the result."""
-
-    def copy(_: int, own: Any, __: int, remote: Any, ___: int, ____: int) -> int:
-        return read(own[0], remote[0], own[1])
-
-    function = COPY(copy)
-    receiver._words[Letter.READ] = ctypes.cast(function, ctypes.c_void_p).value or 0
-    return function
+    receiver._words[Letter.READ], kept = accessing(read)
+    return kept
 
 
 def test_what_the_kernel_copies_in_part_is_gone_on_with() -> None:
