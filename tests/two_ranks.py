@@ -1,4 +1,4 @@
-"""Two ranks of one process, with messages or a board between them; a test takes each step itself."""
+"""Two ranks of one process, with messages or a board between them; a test takes each step."""
 
 from __future__ import annotations
 

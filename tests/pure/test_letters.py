@@ -228,6 +228,19 @@ def test_what_nobody_receives_does_not_hold_up_what_was_received(
     assert step(pair.send(x, 2)) == Status.DONE
 
 
+def test_blocks_to_use_again_are_not_kept_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lending, "_SPARE_BYTES", 4 * 4096)
+    pair, x = TwoBoxes(), values(3000)
+    pair.pass_on(x)
+    before = free(pair.memory)
+    for _ in range(12):
+        assert step(pair.send(x)) == Status.DONE
+    for _ in range(12):
+        assert step(pair.receive(np.zeros_like(x))) == Status.DONE
+    pair.pass_on(x)
+    assert 0 < before - free(pair.memory) <= 5 * 4096
+
+
 def test_a_closed_group_gives_all_its_memory_back() -> None:
     pair = TwoBoxes()
     for k in range(2 * SLOTS):

@@ -15,6 +15,7 @@ from ringfold.comm.trace import Ring, Signature, State
 from ringfold.comm.transport.base import Calls, Channel
 from ringfold.comm.transport.mpi_abi import find_calls, handle_value
 from ringfold.comm.transport.mpi_compiled import Compiled, can_run
+from ringfold.kernels.records import RING_ENTRIES, Outcome
 
 POST = ctypes.CFUNCTYPE(
     ctypes.c_int,
@@ -117,6 +118,7 @@ def finish(steps: Any) -> int:
         steps.send(None)
         while True:
             waits += 1
+            assert waits < 10_000, "it waits in vain"
             steps.send(True)
     except StopIteration:
         return waits
@@ -174,6 +176,25 @@ def test_a_run_is_noted_from_its_start_to_its_end_well_or_not() -> None:
     ]
     finish(Compiled(SWAP, lane(Loopback()), x, x).run(7))
     assert len(ring.entries()) == 4  # nobody asked for a note
+
+
+def test_a_run_that_takes_long_leaves_entries_that_took_its_place_alone() -> None:
+    ring = Ring()
+    call = ring.intern(Signature("allreduce", "sum", "int32", 100), "world", 2, "a:1")
+    for number in range(RING_ENTRIES):
+        ring.end(ring.begin(call, number), Outcome.DONE)
+    x = np.arange(100, dtype=np.int32)
+    run = Compiled(SWAP, lane(Loopback(patience=1000)), x, x)
+    run.note(ring, call, 5)
+    steps = run.run(7)
+    steps.send(None)
+    (entry,) = ring.entries(1)  # where another one had ended well
+    assert (entry.sequence, entry.state, entry.end) == (5, State.RUNNING, 0)
+    for number in range(RING_ENTRIES):
+        ring.begin(call, number)
+    finish_from(steps)
+    assert (x[50:] == np.arange(50)).all()
+    assert {entry.state for entry in ring.entries()} == {State.RUNNING}
 
 
 def test_more_segments_fly_where_nothing_is_added() -> None:
