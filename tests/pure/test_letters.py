@@ -158,6 +158,17 @@ def test_a_buffered_message_outlives_that_its_sender_is_broken_off() -> None:
     assert not pair.send(x).abandon()  # nobody has seen it
 
 
+def test_receives_of_one_tag_take_messages_in_the_order_in_which_they_were_posted() -> None:
+    pair = TwoBoxes()
+    xs, gets = [values(9), values(9)[::-1].copy()], [np.zeros(9, np.uint8) for _ in range(2)]
+    receives = [pair.receive(got) for got in gets]
+    for x in xs:
+        assert step(receives[1]) == Status.RUNNING
+        assert step(pair.send(x)) == Status.DONE
+    assert step(receives[1]) == step(receives[0]) == Status.DONE
+    np.testing.assert_array_equal(gets, xs)
+
+
 def test_a_slot_that_is_used_again_does_not_tell_of_the_message_before() -> None:
     """What was taken of that one counted for the next, and unread bytes would be written over."""
     pair = TwoBoxes(reads=False)
