@@ -94,8 +94,8 @@ class Outbox:
             run.words[:, Slot.SEQUENCE] = run.sequences - 1
         else:
             self._runs.remove(run)
-            if (word := self._word(run.number)).value == run.block.offset:
-                word.value = -1 - run.number
+            # Still its own: the oldest run is taken first, and before a later one has its word.
+            self._word(run.number).value = -1 - run.number
             run.number = number
         self._word(number).value = run.block.offset
         self._slots = self._memory.address + run.block.offset

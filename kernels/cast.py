@@ -15,14 +15,12 @@ from .storage import HALVES, Array, bits, check_array, check_divisor, check_same
 
 @functools.cache
 def widen_kernel(dtype: str) -> Kernel:
-    """Return the compiled (source bits, target float32) for a half-width `dtype`."""
+    """Return the compiled (source bits, target float32) for a half-width `dtype`, equally long."""
     storage(dtype, HALVES)
     element = ELEMENTS[dtype]
     widen_one = element.widen
 
     def widen_all(source: Array, target: Array) -> None:
-        if source.size != target.size:
-            raise ValueError("source and target differ in size", source.size, target.size)
         for i in range(source.size):
             target[i] = widen_one(source[i])
 
@@ -33,14 +31,12 @@ def widen_kernel(dtype: str) -> Kernel:
 
 @functools.cache
 def narrow_kernel(dtype: str) -> Kernel:
-    """Return the compiled (source float32, target bits, float32 divisor) for a half `dtype`."""
+    """Return the compiled (source float32, target bits, float32 divisor), equally long."""
     storage(dtype, HALVES)
     element = ELEMENTS[dtype]
     narrow_one = element.narrow
 
     def narrow_all(source: Array, target: Array, divisor: Any) -> None:
-        if source.size != target.size:
-            raise ValueError("source and target differ in size", source.size, target.size)
         for i in range(source.size):
             target[i] = narrow_one(source[i] / divisor)
 

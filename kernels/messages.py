@@ -117,7 +117,7 @@ def _post_receive(work: Any, rows: Any, slot: Any, at: Any) -> Any:
     op, peer = rows[row * ROW_WORDS + 1], rows[row * ROW_WORDS + 2]
     offset, length = rows[row * ROW_WORDS + 3] + low, rows[row * ROW_WORDS + 4]
     count = min(work[_SEGMENT], length - low)
-    slot[_SRC], slot[_COUNT], slot[_INTO] = peer, count, 0
+    slot[_SRC], slot[_COUNT] = peer, count
     slot[_ARRIVES] = work[_TARGET] + offset * work[_ITEM_BYTES]
     if op == _REDUCE_OP:
         slot[_INTO] = work[_TOTAL] + offset * work[_TOTAL_BYTES]
@@ -187,7 +187,6 @@ def _look(record: Any, work: Any, slot: Any, at: Any) -> Any:
         wanted = slot[_COUNT] * work[_ITEM_BYTES]
         code = _test(record, work, at + 8 * _RECV)
         if code != 0:
-            slot[_RECEIVING] = 0
             return _refuse(work, slot[_SRC], code, wanted)
         if _flag(record):
             slot[_RECEIVING] = 0
@@ -200,7 +199,6 @@ def _look(record: Any, work: Any, slot: Any, at: Any) -> Any:
     if slot[_SENDING]:
         code = _test(record, work, at + 8 * _SEND)
         if code != 0:
-            slot[_SENDING] = 0
             return _refuse(work, slot[_DST], code, -1)
         if _flag(record):
             slot[_SENDING] = 0
@@ -275,7 +273,6 @@ def advance_kernel() -> Kernel:
             work[_TAG] = tag
             work[_FIRST], work[_END], work[_HEAD], work[_TAIL] = 0, 0, 0, 0
             work[_SEND_ROW], work[_RECV_ROW] = 0, 0
-            work[_ENTRY] = 0
             if work[_RING] != 0:
                 work[_ENTRY] = note_start(work[_RING], work[_CALLED], work[_SEQUENCE])
         status = _advance(record, looks)

@@ -45,15 +45,16 @@ def _transfer(
     return broken, square_norm
 
 
-def _arithmetic(tensor_dtype: str, bucket_dtype: str) -> Any:
-    return np.float64 if "float64" in (tensor_dtype, bucket_dtype) else np.float32
+def _arithmetic(tensor_dtype: str) -> Any:
+    # A bucket is never wider: see PAIRS.
+    return np.float64 if tensor_dtype == "float64" else np.float32
 
 
 @functools.cache
 def pack_kernel(source_dtype: str, bucket_dtype: str) -> Kernel:
     """Return the compiled (addresses, counts, offsets, bucket, scale) behind `pack`."""
     tensor, into = ELEMENTS[source_dtype], ELEMENTS[bucket_dtype]
-    real = _arithmetic(source_dtype, bucket_dtype)
+    real = _arithmetic(source_dtype)
     element, stored = tensor.scalar, into.scalar
     widen, narrow, is_finite, change = tensor.widen, into.narrow, into.is_finite, operator.mul
 
@@ -84,7 +85,7 @@ def pack_kernel(source_dtype: str, bucket_dtype: str) -> Kernel:
 def unpack_kernel(target_dtype: str, bucket_dtype: str) -> Kernel:
     """Return the compiled (addresses, counts, offsets, bucket, divisor) behind `unpack`."""
     tensor, origin = ELEMENTS[target_dtype], ELEMENTS[bucket_dtype]
-    real = _arithmetic(target_dtype, bucket_dtype)
+    real = _arithmetic(target_dtype)
     stored = tensor.scalar
     widen, narrow, is_finite = origin.widen, tensor.narrow, tensor.is_finite
     change = operator.truediv
@@ -117,13 +118,13 @@ def pack(
 ) -> Packed:
     """Write every tensor of the table, times `scale`, to its place in the bucket.
 
-    Arithmetic is float32, or float64 if either side is; from float64 to a half width the value is
+    Arithmetic is float32, or float64 if the tensors are; from float64 to a half width the value is
     rounded by way of float32.  The bucket's other elements are untouched.  Tensors and bucket must
     not share memory.  A bucket too small is a ValueError before anything is written.
     """
     check_transfer(table, source_dtype, bucket, bucket_dtype, into_bucket=True)
     kernel = pack_kernel(source_dtype, bucket_dtype)
-    real = _arithmetic(source_dtype, bucket_dtype)
+    real = _arithmetic(source_dtype)
     return Packed(*kernel(table.addresses, table.counts, table.offsets, bits(bucket), real(scale)))
 
 
@@ -137,7 +138,7 @@ def unpack(
     check_transfer(table, target_dtype, bucket, bucket_dtype, into_bucket=False)
     check_divisor(divisor)
     kernel = unpack_kernel(target_dtype, bucket_dtype)
-    real = _arithmetic(target_dtype, bucket_dtype)
+    real = _arithmetic(target_dtype)
     return Packed(
         *kernel(table.addresses, table.counts, table.offsets, bits(bucket), real(divisor))
     )

@@ -269,7 +269,8 @@ def check_uneven_rows(comm: Communicator, place: Callable[[Array], Any] = np.asa
     def plain(x: Any) -> Array:
         return np.asarray(x.get() if hasattr(x, "get") else x)
 
-    for scale in (0, 1, 130, 3000):  # 1,040 bytes are told along, and twice as many are not
+    # 1,536 bytes are told along: 192 rows of 8, or 256 of 6. Some ranks have twice as many.
+    for scale in (0, 1, 130, 192, 193, 256, 257, 3000):
         lengths_of = [scale * ((one + 1) % 3) for one in range(size)]
         rows = [data(one, 2 * n, np.float32).reshape(n, 2) for one, n in enumerate(lengths_of)]
         x = place(rows[rank])

@@ -184,6 +184,8 @@ def test_bad_arguments_are_refused_with_what_came(module):
         module.widen(halves, singles, "float16")
     with pytest.raises(ValueError, match="source has 3 elements and target has 4"):
         module.widen(halves[:3], singles, "bfloat16")
+    with pytest.raises(ValueError, match="source has 4 elements and target has 3"):
+        module.narrow(singles, halves[:3], "bfloat16")
     with pytest.raises(ValueError, match=r"source: expected a contiguous 1-d array, .* \(8,\)"):
         module.narrow(np.zeros(8, np.float32)[::2], halves, "bfloat16")
     with pytest.raises(ValueError, match="divisor is 0"):

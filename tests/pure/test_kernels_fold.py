@@ -1,6 +1,7 @@
 """Folding a piece of several buffers at once equals folding them one after the other."""
 
 import ctypes
+import itertools
 
 import numpy as np
 import pytest
@@ -38,15 +39,15 @@ def buffers(dtype, num, count):
                 else np.abs(rows).astype(STORAGE[dtype]))  # fmt: skip
 
 
-def fold(op, dtype, sources, targets, count, divisors):
-    """Call the compiled fold on the elements [1, count + 1) of every buffer."""
+def fold(op, dtype, sources, targets, count, divisors, into):
+    """Fold the elements [1, count + 1) of every source into those from `into` on of the targets."""
     itemsize = STORAGE[dtype].itemsize
     tables = [np.array([x.ctypes.data for x in side], np.int64) for side in (sources, targets)]
     scratch = np.zeros(SCRATCH_BYTES, np.uint8)
     record = np.zeros(FOLD_WORDS, np.int64)
     record[:8] = (
         tables[0].ctypes.data, len(sources), itemsize, tables[1].ctypes.data, len(targets),
-        itemsize, count, scratch.ctypes.data,
+        into * itemsize, count, scratch.ctypes.data,
     )  # fmt: skip
     record.view(np.float64)[8:] = divisors
     ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(fold_callback(op, dtype))(record.ctypes.data)
@@ -71,15 +72,19 @@ def folded(op, dtype, sources, divisors):
 def test_fold_equals_its_definition(op, dtype, num):
     divisors = (1.0, 1.0) if op != "mean" else (4.0 if dtype in HALVES else 1.0, 0.75)
     for count in SIZES:
-        sources = buffers(dtype, num, count)
+        sources = buffers(dtype, num, 2 * count + 2)
         whole = folded(op, dtype, [x[1 : count + 1] for x in sources], divisors)
-        apart = [np.zeros_like(x) for x in sources[:2]]
+        apart = [np.zeros_like(x) for x in sources]
         before = [x.copy() for x in sources]
-        for targets in (apart[:1], apart, [sources[-1]], sources):
-            for x, old in zip(sources, before, strict=True):
-                x[:] = old
-            ends = [(x[0].copy(), x[-1].copy()) for x in targets]
-            fold(op, dtype, sources, targets, count, divisors)
-            for x, (first, last) in zip(targets, ends, strict=True):
-                assert x[1 : count + 1].tobytes() == whole.tobytes(), (num, count, len(targets))
-                assert x[0] == first and x[-1] == last
+        chosen = [apart[:1], apart[:2], apart, [sources[-1]], sources, sources[::-1]]
+        # Which target is which source decides what may be said not to overlap.
+        chosen += [[sources[0], *apart[1:]], [sources[-1], *apart[1:]], [*apart[1:], sources[0]]]
+        chosen += [[*sources[:-1], apart[-1]], [*apart[:-1], sources[-1]]]
+        for targets, into in itertools.product(chosen, (1, count + 2)):
+            for x, none, old in zip(sources, apart, before, strict=True):
+                x[:], none[:] = old, 0
+            wanted = [x.copy() for x in targets]
+            fold(op, dtype, sources, targets, count, divisors, into)
+            for x, right in zip(targets, wanted, strict=True):
+                right[into : into + count] = whole
+                assert x.tobytes() == right.tobytes(), (num, count, len(targets), into)

@@ -162,6 +162,10 @@ def test_an_undefined_pair_names_both_and_lists_what_is_allowed(module):
         module.divide(np.ones(2, np.int32), 2.0)
     with pytest.raises(ValueError, match="divisor is 0"):
         module.divide(np.ones(2, np.float32), 0.0)
+    frozen = np.ones(2, np.float32)
+    frozen.flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        module.divide(frozen, 2.0)
 
 
 @pytest.mark.parametrize("module", [reduce, reference])

@@ -15,6 +15,7 @@ from ringfold.comm.trace import Ring, Signature, State
 from ringfold.comm.transport.base import Calls, Channel
 from ringfold.comm.transport.mpi_abi import find_calls, handle_value
 from ringfold.comm.transport.mpi_compiled import Compiled, can_run
+from ringfold.kernels.records import RING_ENTRIES, Outcome
 
 POST = ctypes.CFUNCTYPE(
     ctypes.c_int,
@@ -28,11 +29,13 @@ COMM, BYTE, TRUNCATED = -2080374783, 0x4C00010D, 15
 class Loopback:
     """An MPI of one rank that sends to itself, with 32-bit handles.
 
-    patience: how often a message is tested in vain.
+    patience: how often a message is tested in vain.  code: what `fails` returns.
     """
 
-    def __init__(self, patience: int = 0, cut: int = 0, code: int = 0) -> None:
-        self.patience, self.cut, self.code = patience, cut, code
+    def __init__(
+        self, patience: int = 0, cut: int = 0, code: int = 0, fails: str = "test recv"
+    ) -> None:
+        self.patience, self.cut, self.code, self.fails = patience, cut, code, fails
         self.box: deque[bytes] = deque()
         self.requests: list[list[Any]] = []
         self.log: list[tuple[str, int, int, int]] = []
@@ -51,6 +54,8 @@ class Loopback:
         self.name, self.rank, self.size, self.max_tag, self.threads = "loopback", 0, 1, 99, True
 
     def _post(self, kind: str, request: int, *what: Any) -> int:
+        if self.fails == kind:
+            return self.code
         ctypes.c_int32.from_address(request).value = len(self.requests)
         self.requests.append([kind, self.patience, *what])
         self.in_flight += 1
@@ -77,9 +82,9 @@ class Loopback:
         entry[1] -= 1
         if entry[1] >= 0:
             return 0
+        if self.code and self.fails == f"test {entry[0]}":
+            return self.code
         if entry[0] == "recv":
-            if self.code:
-                return self.code
             data = self.box.popleft()
             self.got = len(data) - self.cut
             ctypes.memmove(entry[2], data, self.got)
@@ -113,6 +118,7 @@ def finish(steps: Any) -> int:
         steps.send(None)
         while True:
             waits += 1
+            assert waits < 10_000, "it waits in vain"
             steps.send(True)
     except StopIteration:
         return waits
@@ -172,6 +178,25 @@ def test_a_run_is_noted_from_its_start_to_its_end_well_or_not() -> None:
     assert len(ring.entries()) == 4  # nobody asked for a note
 
 
+def test_a_run_that_takes_long_leaves_entries_that_took_its_place_alone() -> None:
+    ring = Ring()
+    call = ring.intern(Signature("allreduce", "sum", "int32", 100), "world", 2, "a:1")
+    for number in range(RING_ENTRIES):
+        ring.end(ring.begin(call, number), Outcome.DONE)
+    x = np.arange(100, dtype=np.int32)
+    run = Compiled(SWAP, lane(Loopback(patience=1000)), x, x)
+    run.note(ring, call, 5)
+    steps = run.run(7)
+    steps.send(None)
+    (entry,) = ring.entries(1)  # where another one had ended well
+    assert (entry.sequence, entry.state, entry.end) == (5, State.RUNNING, 0)
+    for number in range(RING_ENTRIES):
+        ring.begin(call, number)
+    finish_from(steps)
+    assert (x[50:] == np.arange(50)).all()
+    assert {entry.state for entry in ring.entries()} == {State.RUNNING}
+
+
 def test_more_segments_fly_where_nothing_is_added() -> None:
     mpi = Loopback(patience=3)
     x = np.arange(100, dtype=np.int32)
@@ -222,10 +247,11 @@ def test_a_message_of_another_size_is_an_error() -> None:
         finish(run_compiled(SWAP, lane(Loopback(cut=1)), x, x))
 
 
-def test_what_mpi_refuses_is_an_error_and_its_memory_is_kept() -> None:
-    x = np.arange(100, dtype=np.int32)
-    run = Compiled(SWAP, lane(Loopback(code=TRUNCATED)), x, x)
-    with pytest.raises(OSError, match="0: 15 for 64"):
+@pytest.mark.parametrize("fails", ["recv", "send", "test recv", "test send"])
+def test_what_mpi_refuses_is_an_error_and_its_memory_is_kept(fails: str) -> None:
+    x, wanted = np.arange(100, dtype=np.int32), 64 if "recv" in fails else None
+    run = Compiled(SWAP, lane(Loopback(code=TRUNCATED, fails=fails)), x, x)
+    with pytest.raises(OSError, match=f"0: 15 for {wanted}"):
         finish(run.run(7))
     assert [kept[0] for kept in run._in_flight.abandoned] == [run]  # type: ignore[index]
 

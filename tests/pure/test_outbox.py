@@ -1,5 +1,8 @@
 """The slots of messages between two ranks: as many as are under way, and used again."""
 
+import sys
+from random import Random
+
 import numpy as np
 import pytest
 
@@ -97,3 +100,22 @@ def test_more_messages_than_can_be_told_apart_are_refused(monkeypatch: pytest.Mo
         pair.send(1)
     pair.finish(*range(1, SLOTS))
     pair.send(1)
+
+
+def test_a_run_that_is_used_again_leaves_the_words_of_later_ones_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However late messages are received, as long as the sender may be so far ahead."""
+    monkeypatch.setattr(outbox, "RUNS", 3)
+    monkeypatch.setattr(sys.modules[__name__], "RUNS", 3)
+    for seed in range(8):
+        random, pair, open_ = Random(seed), Pair(), set[int]()
+        for number in range(20):
+            late = {k for k in open_ if k // SLOTS <= number - 3}
+            done = late | {k for k in open_ if random.random() < random.choice((0.3, 1))}
+            pair.finish(*sorted(done))
+            open_ -= done
+            pair.send(SLOTS if number else SLOTS - 1)
+            open_ |= {*range(max(number * SLOTS, 1), (number + 1) * SLOTS)}
+            sequences = [int(pair.words(k)[Slot.SEQUENCE]) for k in sorted(open_)]
+            assert sequences == sorted(open_)

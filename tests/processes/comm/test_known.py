@@ -373,6 +373,15 @@ def test_what_is_known_keeps_no_array_alive(comm: Communicator) -> None:
     assert [one() for one in gone] == [None, None]
 
 
+def test_what_a_scatter_has_brought_is_its_callers_alone(comm: Communicator) -> None:
+    x = np.arange(comm.size * 700.0).reshape(comm.size, -1)
+    for root in (0, 0, comm.size - 1):
+        brought = comm.scatter(x if comm.rank == root else None, root)
+        gone = weakref.ref(brought)
+        del brought
+        assert gone() is None
+
+
 def test_nothing_is_known_once_the_group_is_closed(comm: Communicator) -> None:
     x = np.ones(3)
     group = comm.split(0)
