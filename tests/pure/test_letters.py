@@ -262,7 +262,24 @@ def test_a_closed_group_gives_all_its_memory_back() -> None:
     assert free(pair.memory) == free(Memory(0, 2))
 
 
-def test_what_a_receiver_may_still_read_is_kept_until_it_has_done_with_it() -> None:
+def test_a_note_is_kept_until_its_receiver_has_done_with_it() -> None:
+    pair = TwoBoxes()
+    sender, receiver = pair.note(5000), pair.receive(values(5000))
+    kept = weakref.ref(sender)
+    receiver.hope()
+    goes_on(sender)
+    assert sender.abandon()
+    pair.boxes[0].keep(sender)
+    del sender
+    assert free(pair.memory) and kept() is not None
+    goes_on(receiver)
+    assert receiver.note
+    receiver.settle(served=True)
+    assert free(pair.memory) and kept() is None
+
+
+def test_what_a_receiver_refuses_is_not_kept() -> None:
+    """An array stayed for good, where its group closed before anybody received it."""
     pair, x = TwoBoxes(), values(5000)
     kept = weakref.ref(x)
     sender, receiver = pair.send(x), pair.receive(np.zeros(5000, np.uint8))
@@ -270,9 +287,8 @@ def test_what_a_receiver_may_still_read_is_kept_until_it_has_done_with_it() -> N
     assert sender.abandon()
     pair.boxes[0].keep(sender)
     del sender, x
-    assert free(pair.memory) and kept() is not None
-    assert step(receiver) == Status.REFUSED
-    assert free(pair.memory) and kept() is None
+    gc.collect()
+    assert kept() is None and step(receiver) == Status.REFUSED
 
 
 # -- what the other thread, or the other process, does meanwhile ---------------------------------
