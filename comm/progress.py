@@ -129,8 +129,7 @@ class Progress:
             finally:
                 self._advancing = False
             # Others behind it: a message that a peer waits for is sent before one is received.
-            if len(self.works) > (not work.ended):
-                self._advance_in_passing()
+            self._advance_in_passing(work)
             if not work.ended:
                 self._background.hurry()
         if background and not work.ended and self._threads:
@@ -155,8 +154,7 @@ class Progress:
                 ended = True
             finally:
                 self._advancing = False
-            if self.works:
-                self._advance_in_passing()
+            self._advance_in_passing()
         return ended
 
     @property
@@ -197,28 +195,28 @@ class Progress:
             finally:
                 self._lock.release()
 
-    def _advance_in_passing(self) -> None:
-        """Advance all works; of many, only so often that it takes half of the time at most.
+    def _advance_in_passing(self, new: Work | None = None) -> None:
+        """Advance all works but a new one; of many, only so often that it takes half of the time.
 
         Nothing depends on it: a work never ends for certain by being advanced once.
         """
         if len(self.works) <= _MANY:
-            self._advance_all()
+            self._advance_all(new=new)
             return
         start = time.monotonic()
         if start < self._rested:
             return
-        self._advance_all()
+        self._advance_all(new=new)
         end = time.monotonic()
         self._rested = 2 * end - start
 
-    def _advance_all(self, awaited: Work | None = None) -> None:
+    def _advance_all(self, awaited: Work | None = None, new: Work | None = None) -> None:
         if self._advancing:
             return
         try:
             self._advancing = True
             for work in tuple(self.works):
-                if work.advance(work is awaited):
+                if work is not new and work.advance(work is awaited):
                     self.works.remove(work)
         finally:
             self._advancing = False

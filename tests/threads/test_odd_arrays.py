@@ -97,7 +97,9 @@ def test_uneven_rows_of_every_kind_and_those_that_do_not_fit() -> None:
 
         wrong = np.zeros((2, 5 if comm.rank == 1 else 4))
         for call in (comm.allgatherv, comm.gatherv, lambda x: comm.alltoallv(x, [2, 0, 0])):
-            with pytest.raises(MismatchError, match=r"rank 0: float64 of shape \(n, 4\); rank 1: "):
+            with pytest.raises(
+                MismatchError, match=r"rank 0: float64 of shape \(n, 4\).*; rank 1: "
+            ):
                 call(wrong)
         with pytest.raises(MismatchError, match="rank 2: int8 of shape"):
             comm.allgatherv(np.zeros(1, np.int8 if comm.rank == 2 else np.int16))
