@@ -74,7 +74,7 @@ def test_works_that_were_started_later_end_too(sleepers: Communicator) -> None:
 
 @pytest.mark.parametrize("late", ["sender", "receiver"])
 def test_a_large_message_arrives(sleepers: Communicator, late: str) -> None:
-    """Nobody sends and receives: a rank that sleeps hears of a receive of its own a moment later."""
+    """Nobody does both: a rank that sleeps hears of a receive of its own a moment later."""
     comm, nbytes = sleepers, BUFFERED_BYTES + 5
     sends, peer = comm.rank % 2 == 0, comm.rank ^ 1
     for _ in range(3):
