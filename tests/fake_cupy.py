@@ -671,4 +671,6 @@ def _launch_on_streams(runtime: Runtime, launch: Any, table: Any) -> None:
 
 def pytest_configure(config: Any) -> None:
     """Let the tests that need a GPU have this one."""
-    install(tempfile.mkdtemp(prefix="ringfold-fake-gpu-"))
+    folder = tempfile.TemporaryDirectory(prefix="ringfold-fake-gpu-", ignore_cleanup_errors=True)
+    config.add_cleanup(folder.cleanup)
+    install(folder.name)
