@@ -143,12 +143,9 @@ class Boxes:
             slots.close()
         self._memory.release(self._block)
 
-    def where(self, bytes_: Bytes, dst: int, staged: bool) -> tuple[There | None, str]:
-        """Tell where a receiver is to read bytes itself, None where they are copied, and why.
-
-        staged: they are a copy, whose memory may go while they are sent again.
-        """
-        place = None if staged else self._memory.place(bytes_.address, bytes_.nbytes)
+    def where(self, bytes_: Bytes, dst: int) -> tuple[There | None, str]:
+        """Tell where a receiver is to read bytes itself, None where they are copied, and why."""
+        place = self._memory.place(bytes_.address, bytes_.nbytes)
         if place is not None and bytes_.nbytes > IN_PLACE_BYTES:
             return There(Kind.BYTES, place), "the receiver reads the buffer"
         if bytes_.nbytes <= BUFFERED_BYTES:

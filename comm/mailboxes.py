@@ -53,7 +53,7 @@ class Mailboxes:
     def send(self, buffer: Buffer, dst: int, tag: int) -> Prepared:
         """Prepare a message to a rank that this one reaches."""
         address, nbytes = address_of(buffer.flat), buffer.flat.nbytes
-        there, reason = self._boxes.where(Bytes(address, nbytes, None), dst, buffer.staged)
+        there, reason = self._boxes.where(Bytes(address, nbytes, None), dst)
 
         def carry(keeps: Any, tag: int) -> Steps:
             bytes_ = Bytes(address, nbytes, keeps)

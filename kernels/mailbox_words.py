@@ -26,7 +26,7 @@ ASKED = -(1 << 62)
 """In CONSUMED: the receiver asks for the bytes, which it has not come by."""
 
 GIVEN_UP = ASKED + 1
-"""In PRODUCED or CONSUMED: that side has given the message up, and some of it has passed."""
+"""In PRODUCED or CONSUMED: that side has given up a message that the other may have begun with."""
 
 
 class Kind(IntEnum):

@@ -38,7 +38,7 @@ def allgather_objects(value: Value, comm: Communicator) -> list[Value]:
     """
     require_comm(comm)
     text, error = _pickled(value)
-    return _values(comm.allgatherv(np.concatenate([_headed(text, error), text])), comm.size, error)
+    return _values(comm.allgatherv(_framed(text, error)), comm.size, error)
 
 
 def gather_objects(value: Value, comm: Communicator, root: int = 0) -> list[Value] | None:
@@ -48,7 +48,7 @@ def gather_objects(value: Value, comm: Communicator, root: int = 0) -> list[Valu
     """
     require_comm(comm)
     text, error = _pickled(value)
-    joined = comm.gatherv(np.concatenate([_headed(text, error), text]), root)
+    joined = comm.gatherv(_framed(text, error), root)
     if joined is not None:
         return _values(joined, comm.size, error)
     if error is not None:
@@ -72,7 +72,7 @@ def scatter_objects(values: Iterable[Value] | None, comm: Communicator, root: in
         failed = [one for one in pickled if one[1] is not None]
         if failed:  # which every rank is told
             error, pickled = failed[0][1], failed[:1] * comm.size
-        parts = [np.concatenate([_headed(*one), one[0]]) for one in pickled]
+        parts = [_framed(*one) for one in pickled]
     rows, counts = comm.alltoallv(np.concatenate(parts), [part.size for part in parts])
     roots = [rank for rank, count in enumerate(counts) if count]
     if roots != [root]:
@@ -94,8 +94,7 @@ def send_object(value: Any, dst: int, comm: Communicator, tag: int = 0) -> None:
         raise _refusal(comm.rank, text.tobytes()) from error
     letters = comm.letters(1)
     room = letters.size - _HEAD
-    letters[0, :_HEAD] = _headed(text, error)
-    letters[0, _HEAD : _HEAD + min(text.size, room)] = text[:room]
+    _write(letters[0], text, error)
     comm.send(letters, dst, tag)
     comm.give_back(letters)
     if text.size > room:
@@ -127,9 +126,7 @@ def broadcast_object(value: Value | None, comm: Communicator, root: int = 0) -> 
     letter = letters[0]
     text, error = _pickled(value) if comm.rank == root else (_NOTHING, None)
     if comm.rank == root:
-        first = text[: letter.size - _HEAD]
-        letter[:_HEAD] = _headed(text, error)
-        letter[_HEAD : _HEAD + first.size] = first
+        _write(letter, text, error)
     comm.broadcast(letters, root=root)
     length, failed = _read(letter)
     if comm.rank != root:
@@ -193,6 +190,17 @@ def _told(error: Exception) -> str:
 def _headed(text: NDArray[np.uint8], error: Exception | None) -> NDArray[np.uint8]:
     """Return what comes before a text: its length, and whether it tells of an error."""
     return np.array([text.size, error is not None], dtype=np.int64).view(np.uint8)
+
+
+def _framed(text: NDArray[np.uint8], error: Exception | None) -> NDArray[np.uint8]:
+    return np.concatenate([_headed(text, error), text])
+
+
+def _write(letter: NDArray[np.uint8], text: NDArray[np.uint8], error: Exception | None) -> None:
+    """Write to a letter as much of a headed text as it takes."""
+    first = text[: letter.size - _HEAD]
+    letter[:_HEAD] = _headed(text, error)
+    letter[_HEAD : _HEAD + first.size] = first
 
 
 def _read(words: NDArray[np.uint8]) -> tuple[int, bool]:

@@ -120,7 +120,7 @@ class TwoBoxes:
     def send(self, x: np.ndarray[Any, Any], tag: int = 0) -> Message:
         """Return the next message from rank 0, of which no step is taken yet."""
         bytes_ = Bytes(address_of(x), x.nbytes, x)
-        there, _ = self.boxes[0].where(bytes_, 1, False)
+        there, _ = self.boxes[0].where(bytes_, 1)
         return self.boxes[0].outgoing(bytes_, 1, tag, there, self._next(0, tag))
 
     def note(self, nbytes: int, tag: int = 0) -> Message:
