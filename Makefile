@@ -106,19 +106,19 @@ train: $(TRAIN_READY)
 
 test: test-main test-simulator test-machine test-processes test-mpich
 
-# Proofs and formulas and ranks as threads, two files at a time; whole jobs, two at a time; and those
-# that have limits of time, one after the other.
+# Proofs and formulas and ranks as threads, which wait for each other now and then, three files at a
+# time; whole jobs, two at a time; and those that have limits of time, one after the other.
 test-main: $(READY)
-	python -m pytest $(FAST) --numprocesses 2 --dist loadfile
+	python -m pytest $(FAST) --numprocesses 3 --dist loadfile
 	python -m pytest $(CALM) --numprocesses 2 --timeout 300
 	python -m pytest tests/jobs tests/hosts $(addprefix --ignore=,$(CALM))
 
 # Kernels for GPUs, run as Python on host memory, and what needs a GPU on a CuPy that pretends one. Numba
 # reads the variable when it is imported.
 test-simulator: $(READY)
-	NUMBA_ENABLE_CUDASIM=1 python -m pytest tests/simulator tests/threads/test_cuda_engines.py --numprocesses 2
+	NUMBA_ENABLE_CUDASIM=1 python -m pytest tests/simulator tests/threads/test_cuda_engines.py --numprocesses 3
 	NUMBA_ENABLE_CUDASIM=1 PYTHONPATH=tests python -m pytest -p fake_cupy tests/gpu \
-	  --ignore=tests/gpu/test_kernels_gpu.py --numprocesses 2
+	  --ignore=tests/gpu/test_kernels_gpu.py --numprocesses 3
 
 # The same kernels as they are compiled for a GPU, as PTX that a machine of the tests' own runs.
 test-machine: $(READY)
@@ -152,7 +152,7 @@ test-hosts: $(READY)
 	python -m pytest tests/hosts
 
 test-fast: $(READY)
-	python -m pytest $(FAST) --numprocesses 2 --dist loadfile
+	python -m pytest $(FAST) --numprocesses 3 --dist loadfile
 
 # Sequences of operations known by their seed, on memory that is read or shared, messages, the plain executor.
 FUZZ ?= 834

@@ -8,6 +8,7 @@ from functools import partial
 
 from ..kernels.say import say
 from .assembly import Lasting
+from .draining import drain
 from .errors import CommError, CommTimeout, MismatchError
 from .progress import Progress
 from .transport.base import Request, Transport
@@ -52,9 +53,9 @@ class Closing:
         """
         closes = f"closes {self._name}"
         self._end = time.monotonic() + self._timeout
-        self._progress.drain(self._timeout, lambda work: self._own(work, False), closes)
+        drain(self._progress, self._timeout, lambda work: self._own(work, False), closes)
         self.meet(1)
-        self._progress.drain(_LEAST, lambda work: self._own(work, True), closes)
+        drain(self._progress, _LEAST, lambda work: self._own(work, True), closes)
         return self._progress.give_up(lambda work: work.transport is self._transport, self._why)
 
     def _own(self, work: Work, receives: bool) -> bool:

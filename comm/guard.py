@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Protocol, TextIO
 
 from ..kernels.say import flush, say
+from .draining import drain
 from .errors import CommError
 from .progress import Progress
 from .transport.base import Request, Transport
@@ -94,7 +95,7 @@ class Guard:
         if os.getpid() != self._process or self._transport is None:
             return
         # What this rank would receive now, nobody looks at any more.
-        self._progress.drain(_DRAIN, lambda work: not work.receives, "ends")
+        drain(self._progress, _DRAIN, lambda work: not work.receives, "ends")
         self._kept = self._progress.abandon(CommError("the program has ended"))
         self._transport.leave()
 

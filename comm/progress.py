@@ -14,13 +14,12 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ..kernels.say import say
 from .background import Background
 from .deaths import Deaths
 from .errors import CommError, CommTimeout, MismatchError, PeerLost
 from .forks import in_fork, when_forked
 from .inquiry import Inquiry
-from .patience import CHECK, Doubts, Watch
+from .patience import Watch
 from .serving import Waiting
 from .timeline import WAIT, Timeline
 from .trace import Ring
@@ -30,20 +29,14 @@ from .work import Steps, Work
 if TYPE_CHECKING:
     from .runner import Runner
 
-_LOOK = 100e-6
-"""Seconds between two looks of a rank that finishes what is in flight."""
-
 _ASKS = 2.0
 """A wait() that is given fewer seconds is a look now and then: it asks nobody."""
 
 _MANY = 64
 """With more works in flight than these, a start does not always advance all others first."""
 
-_TELL, _SHOWN = 5.0, 4
-"""Seconds after which a rank that finishes what is in flight says so, and of how many works."""
-
-
 Picks = Callable[[Work], bool]
+"""Tells whether a work is among those that are meant."""
 
 
 class Progress:
@@ -298,14 +291,14 @@ class Progress:
     def _despair(self, work: Work, error: PeerLost | MismatchError) -> None:
         """Fail a work that will never end, and what hangs on it."""
         if isinstance(error, PeerLost):
-            self._lose(work, error)
+            self.lose(work, error)
         elif work.group:
             self.disagree(work.group, error)
         else:
             with self._lock:
                 work.fail(error)
 
-    def _lose(self, work: Work, error: PeerLost) -> None:
+    def lose(self, work: Work, error: PeerLost) -> None:
         """Fail a work that waits for a lost rank, and will never end; its buffers may be let go.
 
         With it those of its group that run in turn, by shared memory: theirs never comes.
@@ -336,41 +329,6 @@ class Progress:
         runner = self.group(group)
         if runner is not None:
             runner.begin_anew()
-
-    def drain(self, timeout: float, picks: Picks, before: str) -> None:
-        """Advance until no work that `picks` picks is in flight, the works' own errors aside.
-
-        A work that somebody has waited for in vain is not waited for again; one that waits for a
-        rank that is gone ends. Where it takes long, say so.  before: what the rank does then.
-        """
-        start = checked = time.monotonic()
-        told = False
-        doubts = Doubts(self.deaths)
-        while True:
-            self.advance()
-            now = time.monotonic()
-            waited = now - start
-            works = [work for work in self.works if picks(work) and not work.overdue]
-            if not works or waited >= timeout:
-                return
-            if waited > _TELL and not told:
-                told = True
-                say(
-                    f"rank {works[0].transport.rank} waits, before it {before}, for what is in "
-                    f"flight: {'; '.join(map(str, works[:_SHOWN]))}"
-                )
-            if now - checked >= CHECK:
-                checked = now
-                self._mourn(works, doubts)
-            time.sleep(_LOOK)
-
-    def _mourn(self, works: list[Work], doubts: Doubts) -> None:
-        """End works that wait for ranks that are gone."""
-        for work in works:
-            try:
-                doubts.arise(work, whole=False)
-            except PeerLost as error:
-                self._lose(work, error)
 
     def give_up(self, picks: Picks, why: Callable[[Work], BaseException]) -> list[Request]:
         """End every work that `picks` picks, with an error; return what was under way.

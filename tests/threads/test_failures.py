@@ -20,6 +20,7 @@ from ringfold import (
     run_local,
 )
 from ringfold.comm.algorithms import build
+from ringfold.comm.draining import drain
 from ringfold.comm.progress import Progress
 from ringfold.comm.transport.base import Channel
 from ringfold.comm.transport.local import LocalTransport, World
@@ -239,7 +240,7 @@ def test_a_work_that_was_waited_for_in_vain_holds_nobody_up_at_the_end(
             with pytest.raises(CommTimeout):
                 work.wait(timeout=0.01)
             start = time.monotonic()
-            comm._progress.drain(60, lambda work: True, "ends")
+            drain(comm._progress, 60, lambda work: True, "ends")
             assert time.monotonic() - start < 20
             comm.barrier()
             assert (work.wait() == 7).all()
