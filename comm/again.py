@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from .work import Receipt, Steps
 
 if TYPE_CHECKING:
+    from .express import Express
     from .meeting import Meeting
     from .trace import Held, Signature
 
@@ -27,13 +28,16 @@ class Repeated:
     take: Callable[[], Any] | None
 
 
-class Errand(NamedTuple):
+@dataclass(slots=True)
+class Errand:
     """A message from, or to, the same memory each time.
 
     message: what is asked for.
     carry: given the array and a tag, does it; keeps the array alive until then.
     background: somebody else may wait for it.
     call, held: its line in the table of calls, see `Ring.hold`.
+    equip: makes what does a small one at once, which is worth it from the second time on.
+    express: does so.
     """
 
     message: Signature
@@ -42,3 +46,5 @@ class Errand(NamedTuple):
     background: bool
     call: int
     held: Held
+    equip: Callable[[], Express | None] | None
+    express: Express | None = None

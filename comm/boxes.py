@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels.mailbox_words import BOX_BYTES, Kind, Letter, Slot
+from ..kernels.mailbox_words import BOX_BYTES, EXPRESS_BYTES, Express, Kind, Letter, Slot
 from .buffer import address_of
 from .cma import access
+from .express import Record
 from .lending import Pool
 from .letters import Message, Words
 from .memory import Block, Returned
@@ -211,6 +212,19 @@ class Boxes:
             words[_WINDOW_AT], words[_PIECE] = address, min(PIECE_BYTES, max(room, 1))
         self._pool.lend(window, _returned(slots))
         return self._message(words, dst, tag, (bytes_, window))
+
+    def express(self, bytes_: Bytes, peer: int, sends: bool) -> Record | None:
+        """Return an Express record for messages like this one, None of larger ones."""
+        if bytes_.nbytes > (EXPRESS_BYTES if sends else PIECE_BYTES):
+            return None
+        box = (self._outboxes if sends else self._inboxes)[peer]
+        words = np.zeros(Express.WORDS, np.int64)
+        words[: Letter.WORDS] = self._words(box, sends, 0, bytes_, 0)
+        words[_BASE], words[_LOW] = box.base, box.low_at
+        if sends:
+            self._slots[peer].open_windows()
+            words[Express.OUT] = self._slots[peer].address
+        return words
 
     def _addressed(self, bytes_: Bytes, dst: int, tag: int, ordinal: int) -> tuple[Words, Box]:
         box, slots = self._outboxes[dst], self._slots[dst]

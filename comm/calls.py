@@ -339,6 +339,8 @@ class GroupCalls:
             if prepared.carry is None:
                 return self._start(prepared, blocking)
             errand = self._errands.add(x, name, (peer,), self._runner.errand(prepared))
+        elif self._runner.express(errand, tag, blocking):
+            return x if blocking else self._runner.ended(errand, x)
         return self._runner.carry(errand, x, self._operations.tag(tag), blocking)
 
     def letters(self, count: int) -> npt.NDArray[np.uint8]:

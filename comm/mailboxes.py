@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels.mailbox_words import ANSWERS
+from ..kernels.mailbox_words import ANSWERS, Letter
 from ..kernels.records import Status
 from .boxes import IN_PLACE_BYTES, Boxes, Bytes
 from .buffer import Buffer, address_of
+from .express import Express
 from .letters import Message
 from .node_memory import NodeMemory, patience
 from .ordinals import Ordinals
@@ -70,7 +71,8 @@ class Mailboxes:
 
         receipt = Receipt("send", "message", "shared", 1, nbytes, reason)
         signature, again = _signature("send", buffer, dst), None if buffer.staged else carry
-        return Prepared(receipt, None, run, signature, carry=again)
+        express = partial(self._express, address, nbytes, dst, True)
+        return Prepared(receipt, None, run, signature, carry=again, express=express)
 
     def recv(self, buffer: Buffer, src: int, tag: int) -> Prepared:
         """Prepare to receive a message from a rank that this one reaches."""
@@ -89,7 +91,19 @@ class Mailboxes:
         receipt = Receipt("recv", "message", "shared", 1, nbytes)
         large = nbytes > IN_PLACE_BYTES
         signature, again = _signature("recv", buffer, src), None if buffer.staged else carry
-        return Prepared(receipt, None, run, signature, background=large, carry=again)
+        express = partial(self._express, address, nbytes, src, False)
+        return Prepared(
+            receipt, None, run, signature, background=large, carry=again, express=express
+        )
+
+    def _express(self, address: int, nbytes: int, peer: int, sends: bool) -> Express | None:
+        """Return what sends or receives the same bytes again at once, None of larger messages."""
+        words = self._boxes.express(Bytes(address, nbytes, None), peer, sends)
+        if words is None:
+            return None
+        words[Letter.SPINS], words[Letter.YIELDS] = self._patience
+        ordinals, refused = self._ordinals[sends, peer], () if sends else self._torn.known
+        return Express(words, ordinals, refused, self._boxes)
 
     # -- messages whose bytes lie elsewhere ---------------------------------------------------
 

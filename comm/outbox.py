@@ -12,7 +12,17 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ..kernels.mailbox_words import RUN_BYTES, RUNS, SLOT_BYTES, SLOTS, Slot
+from ..kernels.mailbox_words import (
+    EXPRESS_BYTES,
+    EXPRESS_WINDOWS,
+    RUN_BYTES,
+    RUNS,
+    SLOT_BYTES,
+    SLOTS,
+    Out,
+    Slot,
+)
+from .buffer import address_of
 from .errors import CommError
 from .memory import Block, Memory
 
@@ -49,33 +59,49 @@ class Run:
         return not self.under_way((self.number + 1) * SLOTS)
 
 
+_SENT, _SLOT, _SLOTS, _WINDOWS = map(int, (Out.SENT, Out.SLOT, Out.SLOTS, Out.WINDOWS))
+
+
 class Outbox:
     """The slots of one ordered pair of ranks, as the sender sees them.
 
-    sent: messages so far.  slot: the address of the last one's.
+    words: what compiled code has to know to send by itself, see `Out`.
     """
 
     def __init__(self, address: int, memory: Memory) -> None:
         """address: of the words that tell the receiver where runs begin."""
         self._address, self._memory = address, memory
         self._runs: list[Run] = []
-        self.sent = self.slot = self._finished = self._look = 0
-        self._slots = 0  # address of the newest run's
+        self._finished = self._look = 0
+        self._windows: Block | None = None
+        self._record = np.zeros(Out.WORDS, np.int64)
+        self.words, self.address = self._record.data, address_of(self._record)
+
+    @property
+    def sent(self) -> int:
+        """Return how many messages there were so far."""
+        return self.words[_SENT]
+
+    @property
+    def slot(self) -> int:
+        """Return the address of the last one's slot."""
+        return self.words[_SLOT]
 
     def take(self) -> None:
         """Count another message, and find its slot.
 
         Raises: CommError where more are under way than can be told apart.
         """
-        sent = self.sent + 1
-        if sent % SLOTS == 0 or not self._slots:
+        words = self.words
+        sent = words[_SENT] + 1
+        if sent % SLOTS == 0 or not words[_SLOTS]:
             self._begin(sent // SLOTS)
-        self.sent, self.slot = sent, self._slots + sent % SLOTS * SLOT_BYTES
+        words[_SENT], words[_SLOT] = sent, words[_SLOTS] + sent % SLOTS * SLOT_BYTES
 
     def take_back(self) -> None:
         """Count the last message no more, where nothing was written to its slot."""
         if self.slot and ctypes.c_int64.from_address(self.slot).value < self.sent:
-            self.sent, self.slot = self.sent - 1, 0
+            self.words[_SENT], self.words[_SLOT] = self.sent - 1, 0
 
     def _begin(self, number: int) -> None:
         if self._runs and self._runs[-1].number == number:  # for a message that was taken back
@@ -98,7 +124,7 @@ class Outbox:
             self._word(run.number).value = -1 - run.number
             run.number = number
         self._word(number).value = run.block.offset
-        self._slots = self._memory.address + run.block.offset
+        self.words[_SLOTS] = self._memory.address + run.block.offset
         self._runs.append(run)
 
     def _word(self, number: int) -> ctypes.c_int64:
@@ -114,8 +140,17 @@ class Outbox:
             self._look = self.sent + SLOTS
         return self.sent - self._finished > AHEAD
 
+    def open_windows(self) -> None:
+        """Have windows for known messages from now on."""
+        if self._windows is None:
+            self._windows = self._memory.allocate(EXPRESS_WINDOWS * EXPRESS_BYTES)
+            self.words[_WINDOWS] = self._memory.address + self._windows.offset
+
     def close(self) -> None:
         """Give the memory back, which nobody looks at any more."""
+        if self._windows is not None:
+            self._memory.release(self._windows)
+            self._windows, self.words[_WINDOWS] = None, 0
         for run in self._runs:
             self._memory.release(run.block)
         self._runs.clear()

@@ -18,15 +18,15 @@ class Torn:
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._known: set[tuple[int, int]] = set()
+        self.known: set[tuple[int, int]] = set()
 
     def add(self, src: int, tag: int) -> None:
         """Refuse what would be received there from now on."""
-        self._known.add((src, tag))
+        self.known.add((src, tag))
 
     def check(self, src: int, tag: int) -> None:
         """Raise CommError where an earlier receive was broken off."""
-        if self._known and (src, tag) in self._known:
+        if self.known and (src, tag) in self.known:
             raise CommError(
                 f"rank {self._rank}: an earlier receive from rank {src} with tag {tag} was broken "
                 "off when its message was coming, or others waited behind it: this one would get "

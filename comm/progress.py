@@ -27,6 +27,7 @@ from .transport.base import Request
 from .work import Steps, Work
 
 if TYPE_CHECKING:
+    from .express import Express
     from .runner import Runner
 
 _ASKS = 2.0
@@ -149,6 +150,20 @@ class Progress:
                 self._advancing = False
             self._advance_in_passing()
         return ended
+
+    def express(self, express: Express, tag: int, blocking: bool) -> bool:
+        """Send or receive at once; tell whether that was done, else nothing was.
+
+        blocking: the caller waits for it, and may as well look a while for a message to receive.
+        """
+        with self._lock:
+            if self._advancing:
+                self._require_uninterrupted()
+            self._callers.add(threading.get_ident())
+            done = express.run(tag, blocking and not self.works)
+            if done and self.works:
+                self._advance_in_passing()
+        return done
 
     @property
     def _deserted(self) -> bool:

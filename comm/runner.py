@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ import numpy as np
 
 from ..kernels.records import Count, Outcome, Status
 from .again import Errand, Repeated
+from .buffer import address_of
 from .errors import CommError
 from .fingerprint import history_with, shares_of, tag_of
 from .forks import in_fork
@@ -36,7 +36,7 @@ class Runner:
 
     name: what the group is called.
     counter: how many collectives, and messages, the group has begun, and the history of the former.
-    messages: how many sends and receives were begun, by (operation, peer).
+    messages: how many sends and receives were begun, by operation and peer.
     closed: whether the group takes no more calls.  leaving: whether this rank has come to close it.
     progress: of this rank's works.
     attentive: whether a call has to look at more than the group's own state: it is closed, this
@@ -47,7 +47,9 @@ class Runner:
         self.name = name
         self.counter = np.zeros(Count.WORDS, np.int64)
         self._counts = self.counter.data
-        self.messages: Counter[tuple[str, int]] = Counter()
+        self._tallies = {name: np.zeros(transport.size, np.int64) for name in ("send", "recv")}
+        self.messages: dict[str, memoryview[int]]
+        self.messages = {name: tally.data for name, tally in self._tallies.items()}
         self._shares = shares_of(transport.max_tag)
         self.closed, self.leaving, self._why = False, False, ""
         self._transport = transport
@@ -84,16 +86,16 @@ class Runner:
         if self._transport.soiled:
             return False
         if operation == "recv":
-            return self.messages["send", peer] <= other.count
+            return self.messages["send"][peer] <= other.count
         if operation == "send":
             flying = self._receiving(peer)
-            return not flying and self.messages["recv", peer] < other.count
+            return not flying and self.messages["recv"][peer] < other.count
         return bool(self._counts[0] < other.row.sequence)
 
     def count(self, work: Work) -> int:
         """Return what `Standing.count` says of a work of this group's."""
         if work.receipt.operation == "recv":
-            return self.messages["recv", work.peer] - self._receiving(work.peer)
+            return self.messages["recv"][work.peer] - self._receiving(work.peer)
         return work.count
 
     def _receiving(self, peer: int) -> int:
@@ -227,7 +229,7 @@ class Runner:
 
     def _count_message(self, message: Signature) -> int:
         """Count a message that begins; return its number among the group's."""
-        self.messages[message.operation, message.peer] += 1
+        self.messages[message.operation][message.peer] += 1
         self._counts[_MESSAGES] = sequence = self._counts[_MESSAGES] + 1
         return sequence
 
@@ -255,7 +257,30 @@ class Runner:
         call, carry = self.note(prepared), prepared.carry
         assert carry is not None
         held, background = self._ring.hold(call), prepared.background
-        return Errand(prepared.signature, prepared.receipt, carry, background, call, held)
+        message, receipt, equip = prepared.signature, prepared.receipt, prepared.express
+        return Errand(message, receipt, carry, background, call, held, equip)
+
+    def express(self, errand: Errand, tag: int, blocking: bool) -> bool:
+        """Send or receive at once; tell whether that was done, else nothing was."""
+        express = errand.express
+        if express is None:
+            self._equip(errand)
+            return False
+        return not self.attentive and self.progress.express(express, tag, blocking)
+
+    def _equip(self, errand: Errand) -> None:
+        """Let a message that comes again be sent, or received, at once from now on."""
+        equip, errand.equip = errand.equip, None
+        express = None if equip is None else equip()
+        if express is not None:
+            message, counter = errand.message, address_of(self.counter)
+            tally = address_of(self._tallies[message.operation]) + 8 * message.peer
+            express.note_in(self._ring, errand.call, counter, tally)
+            errand.express = express
+
+    def ended(self, errand: Errand, x: Any) -> Work:
+        """Return the Work of a message that was sent or received at once."""
+        return Work(None, errand.receipt, self._transport, self.progress, "", x)
 
     def carry(self, errand: Errand, x: Any, tag: int, blocking: bool) -> Any:
         """Send or receive x; at once, without a Work, where it need not wait behind others.
@@ -326,7 +351,7 @@ class Runner:
                 work.sequence = self._counts[_COLLECTIVES]
             else:
                 work.sequence, work.peer = self._counts[_MESSAGES], message.peer
-                work.count = self.messages[message.operation, message.peer]
+                work.count = self.messages[message.operation][message.peer]
             return work
 
         return self.progress.start(make, background)

@@ -16,6 +16,7 @@ from .texts import listed
 from .transport.base import Channel, Request, Transport
 
 if TYPE_CHECKING:
+    from .express import Express
     from .meeting import Meeting
     from .patience import Watch
     from .progress import Progress
@@ -94,6 +95,7 @@ class Prepared:
     take: gives the result that the last run of the meeting has made.
     make: makes an array for the next run of the meeting to write to; keeps none alive.
     carry: of a message, does it as `run`, given the array, which it does not keep alive, and a tag.
+    express: of a message, makes what sends or receives it again at once, where something does.
     """
 
     receipt: Receipt
@@ -106,6 +108,7 @@ class Prepared:
     make: Callable[[], Any] | None = None
     take: Callable[[], Any] | None = None
     carry: Callable[[Any, int], Steps] | None = None
+    express: Callable[[], Express | None] | None = None
     way: str = ""
     mark: int = 0
     background: bool = True

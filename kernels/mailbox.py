@@ -58,14 +58,14 @@ def _run_of(letter: Any, sequence: Any) -> Any:
 
 
 @compiled
-def _slot_of(letter: Any, sequence: Any) -> Any:
+def slot_of(letter: Any, sequence: Any) -> Any:
     if letter[_SENDS] != 0:
         return letter[_BOX]
     return letter[_BASE] + _run_of(letter, sequence) + sequence % SLOTS * SLOT_BYTES
 
 
 @compiled
-def _pause(letter: Any, looks: Any) -> Any:
+def pause(letter: Any, looks: Any) -> Any:
     """Let a moment pass; tell whether patience is not exhausted yet."""
     if looks > letter[_SPINS] + letter[_YIELDS]:
         return False
@@ -134,14 +134,14 @@ def _verdict(letter: Any, consumed: Any) -> Any:
 
 @compiled
 def _send(letter: Any) -> Any:
-    at = _slot_of(letter, letter[_SEQUENCE])
+    at = slot_of(letter, letter[_SEQUENCE])
     looks = 0
     if letter[_PUBLISHED] == 0:
         _publish(letter, at)
     if letter[_WINDOW_AT] == 0:
         while load(at + _S_DONE) < letter[_SEQUENCE]:
             looks += 1
-            if not _pause(letter, looks):
+            if not pause(letter, looks):
                 return _RUNNING
         return _verdict(letter, load(at + _S_CONSUMED))
     while letter[_MOVED] < letter[_NBYTES]:
@@ -152,7 +152,7 @@ def _send(letter: Any) -> Any:
             return _verdict(letter, consumed)
         if consumed + letter[_WINDOW] < moved + nbytes:
             looks += 1
-            if not _pause(letter, looks):
+            if not pause(letter, looks):
                 return _RUNNING
             continue
         looks = 0
@@ -163,7 +163,7 @@ def _send(letter: Any) -> Any:
 
 
 @compiled
-def _find(letter: Any) -> Any:
+def find(letter: Any) -> Any:
     """Return the number of the message that this letter waits for, 0 while it is not there."""
     low = load(letter[_LOW])
     sequence = low
@@ -232,12 +232,12 @@ def _read(letter: Any, at: Any, source: Any) -> Any:
 def _receive(letter: Any) -> Any:
     looks = 0
     while letter[_SEQUENCE] == 0:
-        letter[_SEQUENCE] = _find(letter)
+        letter[_SEQUENCE] = find(letter)
         if letter[_SEQUENCE] == 0:
             looks += 1
-            if not _pause(letter, looks):
+            if not pause(letter, looks):
                 return _RUNNING
-    at = _slot_of(letter, letter[_SEQUENCE])
+    at = slot_of(letter, letter[_SEQUENCE])
     slot = words_at(at, _S_WORDS)
     if slot[_S_NBYTES] != letter[_NBYTES]:
         letter[_FOUND] = slot[_S_NBYTES]
@@ -260,7 +260,7 @@ def _receive(letter: Any) -> Any:
         there = load(at + _S_PRODUCED) - moved
         if there == 0:
             looks += 1
-            if not _pause(letter, looks):
+            if not pause(letter, looks):
                 return _RUNNING
             continue
         if there < 0:  # GIVEN_UP
@@ -313,7 +313,7 @@ def settle_note_kernel() -> Kernel:
 
     def settle_note(record: Any, served: Any) -> None:
         letter = words_at(record, _WORDS)
-        at = _slot_of(letter, letter[_SEQUENCE])
+        at = slot_of(letter, letter[_SEQUENCE])
         letter[_STATUS] = _DONE
         if served != 0:
             _tell(letter, at + _S_DONE, letter[_SEQUENCE])
@@ -332,13 +332,13 @@ def _break_off(letter: Any) -> Any:
             return False
         # Not to be read behind what its sender may do now, but where a copy holds all of it.
         if running and letter[_KIND] != _NOTE and letter[_MOVED] < letter[_NBYTES]:
-            _tell(letter, _slot_of(letter, letter[_SEQUENCE]) + _S_PRODUCED, _GIVEN_UP)
+            _tell(letter, slot_of(letter, letter[_SEQUENCE]) + _S_PRODUCED, _GIVEN_UP)
         return True
     if not running:
         return letter[_STATUS] != _FOUND_NOTE  # which is still there
     if letter[_MOVED] == 0:
         return False
-    at = _slot_of(letter, letter[_SEQUENCE])
+    at = slot_of(letter, letter[_SEQUENCE])
     store(at + _S_CONSUMED, _GIVEN_UP)
     _tell(letter, at + _S_DONE, letter[_SEQUENCE])
     return True

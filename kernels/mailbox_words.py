@@ -29,6 +29,10 @@ GIVEN_UP = ASKED + 1
 """In PRODUCED or CONSUMED: that side has given up a message that the other may have begun with."""
 
 
+EXPRESS_WINDOWS, EXPRESS_BYTES = 16, 8 << 10
+"""Windows of a box for small known messages, taken by turns, and the most bytes of one."""
+
+
 class Kind(IntEnum):
     """What lies at a message's place: its bytes, or a note that tells how to come by them.
 
@@ -117,3 +121,37 @@ class Letter(IntEnum):
     READ = 24
     PROCESS = 25
     WORDS = 26
+
+
+class Out(IntEnum):
+    """Words of what a sender knows of its slots for one receiver.
+
+    SENT: messages so far.  SLOT: address of the last one's.  SLOTS: of the newest run's.
+    WINDOWS: address of the windows for known messages, 0 before there are any.
+    TAKEN: how many of these messages there were.
+    USERS: for each window two words: address of the slot of its last message, and its number.
+    """
+
+    SENT = 0
+    SLOT = 1
+    SLOTS = 2
+    WINDOWS = 3
+    TAKEN = 4
+    USERS = 5
+    WORDS = USERS + 2 * EXPRESS_WINDOWS
+
+
+class Express(IntEnum):
+    """Words behind a letter's, in the record of a message that is sent or received again and again.
+
+    OUT: address of the sender's words, see Out.  COUNTER: of the group's counts, see Count.
+    TALLY: address of the number of messages like this one: sent to a rank, or received from it.
+    RING: address of the rank's ring of operations.  CALLED: what it calls this message.
+    """
+
+    OUT = Letter.WORDS
+    COUNTER = OUT + 1
+    TALLY = COUNTER + 1
+    RING = TALLY + 1
+    CALLED = RING + 1
+    WORDS = CALLED + 1

@@ -18,6 +18,7 @@ from ringfold.comm.meeting import Meeting
 from ringfold.comm.meetings import Meetings
 from ringfold.comm.memory import BELL_AT, Memory
 from ringfold.comm.node_memory import _equip
+from ringfold.comm.ordinals import Ordinals
 from ringfold.comm.trace import Ring, Signature
 from ringfold.kernels.mailbox import advance_letter_kernel
 from ringfold.kernels.mailbox_words import BOX_BYTES
@@ -115,7 +116,7 @@ class TwoBoxes:
         blocks = [memory.allocate(2 * BOX_BYTES) for memory in node.memories]
         members = np.array([(1, rank, blocks[rank].offset) for rank in range(2)], np.int64)
         self.boxes = [Boxes(rank, members, node.seen[rank], blocks[rank]) for rank in range(2)]
-        self._ordinals: dict[tuple[int, int], int] = {}
+        self.ordinals = [Ordinals(), Ordinals()]
 
     def send(self, x: np.ndarray[Any, Any], tag: int = 0) -> Message:
         """Return the next message from rank 0, of which no step is taken yet."""
@@ -134,8 +135,7 @@ class TwoBoxes:
         return self.boxes[1].incoming(bytes_, 0, tag, self._next(1, tag))
 
     def _next(self, rank: int, tag: int) -> int:
-        self._ordinals[rank, tag] = ordinal = self._ordinals.get((rank, tag), 0) + 1
-        return ordinal
+        return self.ordinals[rank].next(tag)
 
     def pass_on(self, x: np.ndarray[Any, Any], tag: int = 0) -> None:
         """Send a small message and receive it."""

@@ -15,7 +15,7 @@ from two_ranks import TwoBoxes, accessing, goes_on, step
 from ringfold.comm import boxes, lending
 from ringfold.comm.letters import Message
 from ringfold.comm.memory import Memory
-from ringfold.kernels.mailbox_words import RUNS, SLOTS, Letter
+from ringfold.kernels.mailbox_words import RUNS, SLOTS, Letter, Out
 from ringfold.kernels.records import Status
 
 
@@ -141,7 +141,7 @@ def test_what_comes_to_nothing_leaves_the_message_to_the_next_receive() -> None:
             goes_on(sender)
             assert step(first) == Status.NOTE
         assert not first.abandon()
-        pair._ordinals[1, 0] -= 1
+        assert pair.ordinals[1].take_back(0, 1)
     again = pair.receive(values(5000))
     again.hope()
     assert step(again) == Status.NOTE and sender.running
@@ -189,7 +189,7 @@ def test_a_receiver_that_has_not_looked_for_long_finds_what_was_left_there() -> 
     for tag in (*range(2, SLOTS), 1):  # the receiver has not looked behind the first since
         assert step(pair.receive(np.zeros_like(x), tag)) == Status.DONE
     assert step(pair.send(x, 1)) == Status.DONE  # is left there
-    pair.boxes[0]._slots[1].sent = RUNS * SLOTS - 1
+    pair.boxes[0]._slots[1].words[Out.SENT] = RUNS * SLOTS - 1
     for _ in range(3):
         assert step(pair.send(x)) == Status.DONE
     got = np.zeros_like(x)
@@ -199,7 +199,7 @@ def test_a_receiver_that_has_not_looked_for_long_finds_what_was_left_there() -> 
 
 def test_the_words_that_tell_where_slots_lie_are_used_again() -> None:
     pair = TwoBoxes()
-    pair.boxes[0]._slots[1].sent = RUNS * SLOTS - 5
+    pair.boxes[0]._slots[1].words[Out.SENT] = RUNS * SLOTS - 5
     pair.boxes[1]._inboxes[0].low[0] = RUNS * SLOTS - 4
     for k in range(2 * SLOTS):
         pair.pass_on(values(k))

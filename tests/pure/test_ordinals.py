@@ -49,4 +49,4 @@ def test_tags_that_number_steps_take_little_memory(stride: int, each: int) -> No
         assert counted.next(step * stride) == 1
     assert counted.next(0) == counted.next(step * stride) == 2
     runs = counted._starts.nbytes + counted._stops.nbytes + counted._counts.nbytes
-    assert runs + sys.getsizeof(counted._recent) < each * steps + 100_000
+    assert runs + sys.getsizeof(counted._places) + counted._words.nbytes < each * steps + 100_000
