@@ -98,7 +98,10 @@ class Mailboxes:
 
     def _express(self, address: int, nbytes: int, peer: int, sends: bool) -> Express | None:
         """Return what sends or receives the same bytes again at once, None of larger messages."""
-        words = self._boxes.express(Bytes(address, nbytes, None), peer, sends)
+        try:
+            words = self._boxes.express(Bytes(address, nbytes, None), peer, sends)
+        except MemoryError:  # as much as is left may do for messages that are copied
+            return None
         if words is None:
             return None
         words[Letter.SPINS], words[Letter.YIELDS] = self._patience

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from contract import data
+from contract import data, reopened
 
-from ringfold import CommError, CommTimeout, Communicator
+from ringfold import CommError, CommTimeout, Communicator, MismatchError
 from ringfold.comm import mailboxes
 from ringfold.comm.chunks import bounds
 from ringfold.comm.fused_rows import OUTPUT
@@ -357,6 +357,42 @@ def test_messages_again_and_again_from_one_array(
             comm.send(x, right, bad)
     with pytest.raises((TypeError, ValueError), match="dst"):
         comm.send(x, comm.size, 1)
+
+
+def test_small_messages_that_come_again_are_one_call_and_are_counted(
+    comm: Communicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks that wait for each other behind such messages are told, as what came is none to come.
+
+    Works that are in flight go on meanwhile, and what does not wait is a work that has ended.
+    """
+    if comm.size == 1 or comm._operations.way != "shared":
+        pytest.skip("ranks share no memory")
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    with reopened(comm) as group:
+        x, got, early = np.zeros(4), np.zeros(4), np.zeros(4)
+        for _ in range(2):
+            group.isend(x, right, 7)
+            group.recv(got, left, 7)
+        with monkeypatch.context() as patch:
+            patch.setattr(group._runner, "carry", None)  # the way of what is not done at once
+            for turn in range(3):
+                x[:] = group.rank + turn / 8
+                work = group.isend(x, right, 7)
+                assert work.ended and work.receipt.nbytes == 32 and work.wait() is x
+                group.barrier()
+                assert group.recv(got, left, 7) is got
+                assert (got == left + turn / 8).all()
+        work = group.irecv(early, left, 8)
+        for turn in range(2):
+            group.send(np.full(3, turn), right, 9)
+            group.recv(np.zeros(3, np.int64), left, 9)
+        group.send(x, right, 8)
+        assert work.wait() is early and (early == got).all()
+        kinds = [(entry.signature.operation, entry.sequence) for entry in group.recent(4)]
+        assert len({sequence for _, sequence in kinds}) == 4 and kinds[-1][0] in ("send", "recv")
+        with pytest.raises(MismatchError, match="wait for each other"):
+            group.recv(got, left, 7)
 
 
 def test_what_is_known_keeps_no_array_alive(comm: Communicator) -> None:
