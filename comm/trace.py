@@ -176,13 +176,16 @@ class Ring:
         self._interned = call
         place = call % RING_CALLS
         self._held.pop(place, None)
-        old = self._keys[place]
+        old, self._keys[place] = self._keys[place], None
         if old is not None:
             del self._calls[old]
-        self._keys[place], self._calls[key] = key, call
         low = RING_BYTES + place * _CALL_BYTES
-        self.memory[low : low + 8].view(np.int64)[0] = call
+        number = self.memory[low : low + 8].view(np.int64)
+        # No call's while its text is written, of which a signal's handler may leave a part.
+        number[0] = 0
         self.memory[low + 8 : low + _CALL_BYTES] = np.frombuffer(_encoded(key), np.uint8)
+        number[0] = call
+        self._keys[place], self._calls[key] = key, call
         return call
 
     def hold(self, call: int) -> Held:

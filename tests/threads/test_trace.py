@@ -56,6 +56,23 @@ def test_a_call_that_left_the_table_is_left_out_not_shown_as_another():
     ]
 
 
+def test_a_call_that_a_signal_interrupts_as_it_is_written_down_is_written_again(monkeypatch):
+    """It was known from then on, without a text; the watchdog's thread ended when it read that."""
+    ring = Ring()
+    for count in range(RING_CALLS + 2):  # so that there is one before it
+        ring.intern(Signature("send", "", "int8", count, 0), "world", 2, "b:2")
+
+    def interrupted(key):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("ringfold.comm.trace._encoded", interrupted)
+        note(ring, 5)
+    for _ in range(2):
+        note(ring, 5)
+    assert [str(entry.signature) for entry in ring.entries()] == ["allreduce(sum, int8)"] * 2
+
+
 def test_a_call_that_is_held_stays_in_the_table_as_long_as_somebody_holds_it():
     """A call that was prepared once was no longer told of behind a thousand others."""
     ring = Ring()
