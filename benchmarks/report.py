@@ -123,7 +123,7 @@ def main() -> int:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     text = document(records)
-    limits = folder / "limits.md"  # what holds back the figures that miss, in words
+    limits = folder / "limits.md"  # what holds back figures that miss or come near, in words
     if limits.exists():
         text += "\n" + limits.read_text()
     (folder / "README.md").write_text(text)

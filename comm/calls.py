@@ -191,7 +191,7 @@ class GroupCalls:
     ) -> Any:
         """Return row `rank` of root's x, a new array of shape x.shape[1:].
 
-        x needs to be given at root only, with a first axis of size.
+        x needs to be given at root only, with a first axis of size, in host memory: TypeError else.
         """
         if x is None and self.rank != root:
             x = self._nothing
@@ -258,11 +258,14 @@ class GroupCalls:
         It may return before its recv has begun, and it may wait for that, whatever x's size: by the
         transport, and by what is under way. Ranks that all send before they receive rely on the
         former; isend does not wait.
+
+        tag: 0 to the transport's largest, else ValueError; recv takes messages of its own tag, in
+            the order of their sending. The largest serves gatherv and alltoallv.
         """
         self._message("send", x, dst, tag, True)
 
     def recv(self, x: Array, src: int, tag: int = 0) -> Array:
-        """Fill x with what rank src sent with this tag, and return x.
+        """Fill x with the next message of rank src with this tag (see send), and return x.
 
         Raises: MismatchError where the message has another number of bytes.
         """
@@ -270,12 +273,15 @@ class GroupCalls:
         return x
 
     def isend(self, x: Any, dst: int, tag: int = 0) -> Work:
-        """Start to send x; the Work, or the communicator if it is dropped, keeps x alive."""
+        """Start to send x, with a tag as of send.
+
+        The Work, or the communicator if it is dropped, keeps x alive.
+        """
         work: Work = self._message("send", x, dst, tag, False)
         return work
 
     def irecv(self, x: Any, src: int, tag: int = 0) -> Work:
-        """Start to receive into x; wait() returns x."""
+        """Start to receive into x, with a tag as of send; wait() returns x."""
         work: Work = self._message("recv", x, src, tag, False)
         return work
 

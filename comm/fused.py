@@ -8,8 +8,9 @@ place, everybody is done.
 eager: up to EAGER_BYTES are copied to a place of this rank's in the shared memory, and read from
 there by all after one meeting.  Two places are used by turns, so that nobody waits to write.
 staged: larger private buffers pass through cache-sized places, chunk by chunk.
-cma: larger private buffers where processes have access to each other's memory (`comm.cma`): what a
-rank folds it copies from there, a cache-sized chunk at a time, and writes back to all.
+cma: larger private buffers where processes have access to each other's memory (`comm.cma`): a rank
+reads there what it needs, what it folds a cache-sized chunk at a time; an allreduce writes the
+result back to all, the others write nothing.
 
 Pure functions; addresses come in when a program is bound to a group (`comm.board`).
 """

@@ -19,10 +19,13 @@ from .work import Prepared, Receipt, Steps
 _FORMS = {
     "shared": "all buffers are in shared memory",
     "eager": "small buffers are copied for everybody",
-    "cma": "private buffers are read and written where they are",
+    "cma": "private buffers are read where they are",
     "staged": "private buffers pass through shared memory",
     "told": "the root says how its buffer is read",
 }
+
+_WRITES = "private buffers are read and written where they are"
+"""Of the one operation that, in the form "cma", writes to the memory of others."""
 
 
 class Meetings:
@@ -148,7 +151,8 @@ class Meetings:
         return Shape(self._rank, self._size, count, itemsize, root, self._board.stage_bytes)
 
     def _receipt(self, meeting: Meeting, nbytes: int) -> Receipt:
-        reason = _FORMS[meeting.form]
+        writes = (meeting.form, meeting.name) == ("cma", "allreduce")
+        reason = _WRITES if writes else _FORMS[meeting.form]
         return Receipt(
             meeting.name, f"pairwise, {meeting.form}", "shared", self._size, nbytes, reason
         )

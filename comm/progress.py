@@ -1,7 +1,8 @@
 """Advance the works of a rank while its program does other things.
 
-Works advance in the order they were started, under one lock, by whoever comes: the rank that waits
-for one, or a background thread that looks now and then while nobody waits.
+Works advance in the order they were started, but a new one takes its first step before the others:
+under one lock, by whoever comes, the rank that waits for one, or a background thread that looks now
+and then while nobody waits.
 """
 
 from __future__ import annotations

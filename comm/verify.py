@@ -79,19 +79,19 @@ def verify(schedule: Schedule) -> Proof:
     summed: Summed = {}
     kinds: Kinds = {}
     for index, round in enumerate(schedule.rounds):
-        step = matched(schedule, round, index)
-        arriving = _sent(schedule, step, held, index)
-        refuse_overwritten_sends(schedule, round, step, index)
-        refuse_false_claims(schedule, round, step, index, kinds)
+        moves = matched(schedule, round, index)
+        arriving = _sent(schedule, moves, held, index)
+        refuse_overwritten_sends(schedule, round, moves, index)
+        refuse_false_claims(schedule, round, moves, index, kinds)
         if schedule.collective is ALLTOALL:
-            refuse_forwarding(schedule, arriving, step, index)
-        raw_reduce = raw_reduce and _adds_raw(schedule, round, step, held, summed)
+            refuse_forwarding(schedule, arriving, moves, index)
+        raw_reduce = raw_reduce and _adds_raw(schedule, round, moves, held, summed)
         for (rank, chunk), value in arriving.items():
             held[rank, chunk] = _received(
                 schedule, round, held.get((rank, chunk)), value, orders, (index, rank, chunk)
             )
-        messages += len(step.src)
-        words = np.stack((step.src, step.dst, step.first, step.length))
+        messages += len(moves.src)
+        words = np.stack((moves.src, moves.dst, moves.first, moves.length))
         digest = zlib.crc32(words.tobytes(), zlib.crc32(bytes([round.reduce]), digest))
     _finish(schedule, held)
     numbers = f"{schedule.size} {schedule.num_chunks} {schedule.root}"
@@ -114,10 +114,10 @@ def _chunks(first: int, length: int, num_chunks: int) -> list[int]:
     return [chunk for low, high in ranges(first, length, num_chunks) for chunk in range(low, high)]
 
 
-def _sent(schedule: Schedule, step: Moves, held: Cell, index: int) -> Cell:
+def _sent(schedule: Schedule, moves: Moves, held: Cell, index: int) -> Cell:
     """Return what arrives: (receiver, chunk) -> the value as it was at the start of the round."""
     arriving: Cell = {}
-    for src, dst, first, length in step:
+    for src, dst, first, length in moves:
         for chunk in _chunks(first, length, schedule.num_chunks):
             value = held.get((src, chunk))
             if value is None:
@@ -135,7 +135,7 @@ Summed = dict[tuple[int, int], tuple[int, int] | None]
 """(rank, chunk) -> the run of chunks that was added, None where the sum has been used since."""
 
 
-def _adds_raw(schedule: Schedule, round: Round, step: Moves, held: Cell, summed: Summed) -> bool:
+def _adds_raw(schedule: Schedule, round: Round, moves: Moves, held: Cell, summed: Summed) -> bool:
     """Tell whether a round keeps the promise of Proof.raw_reduce, and note what it does to sums.
 
     A run of chunks is added to as a whole (`program.with_accumulator`), and is rounded once it is
@@ -148,7 +148,7 @@ def _adds_raw(schedule: Schedule, round: Round, step: Moves, held: Cell, summed:
     def own(rank: int, chunk: int) -> bool:
         return (rank, chunk) in held and held[rank, chunk].contributors.bit_count() == 1
 
-    for src, dst, first, length in step:
+    for src, dst, first, length in moves:
         run = (first, length)
         for chunk in _chunks(*run, num_chunks):
             if round.reduce:

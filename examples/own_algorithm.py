@@ -32,10 +32,10 @@ def both_ways(size: int) -> Schedule:
     """Run one ring on the even chunks and one, the other way round, on the odd chunks."""
     ahead, behind = Shift(+1), Shift(-1)
     rounds = []
-    for step in range(size - 1):
-        rounds += [Round(ahead, Half(-step, 0), True), Round(behind, Half(step, 1), True)]
-    for step in range(size - 1):
-        rounds += [Round(ahead, Half(1 - step, 0)), Round(behind, Half(step - 1, 1))]
+    for index in range(size - 1):
+        rounds += [Round(ahead, Half(-index, 0), True), Round(behind, Half(index, 1), True)]
+    for index in range(size - 1):
+        rounds += [Round(ahead, Half(1 - index, 0)), Round(behind, Half(index - 1, 1))]
     return Schedule(ALLREDUCE, size, num_chunks=2 * size, rounds=tuple(rounds))
 
 

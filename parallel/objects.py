@@ -61,8 +61,8 @@ def scatter_objects(values: Iterable[Value] | None, comm: Communicator, root: in
 
     values: at root one for each rank, the first for rank 0; elsewhere any will do.
 
-    Raises: TypeError, on every rank, for a value that has no pickle; ValueError, at root, for
-    another number of values.
+    Raises: TypeError, on every rank, for a value that has no pickle; MismatchError for roots that
+    differ; at root, ValueError for another number of values, TypeError for what is not iterable.
     """
     require_comm(comm)
     root, error = comm.host_operations.root(root), None

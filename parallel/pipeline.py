@@ -76,8 +76,8 @@ class Pipeline:
         their rows. "sum" if it is a sum over its rows.
     microbatches: at most so many; a batch of fewer rows makes fewer. Their rows may be unequal.
     schedule: a name of `PLANS`, or a plan function; checked before it runs.
-    stages_per_rank: of the schedule "interleaved", by default 2 of it and 1 of others. A plan
-        function says it itself, by the stages it names.
+    stages_per_rank: of the schedule "interleaved", by default 2; beside other names than 1, and
+        beside a plan function, whose actions name their stages, it is refused.
     boundaries: the first layer of every stage but the first.
     balance: without boundaries, what is to be as equal as can be: "parameters"; "time" of forward
         and backward, or "memory" of parameters and kept activations, measured on `sample`.
@@ -88,7 +88,8 @@ class Pipeline:
         DataParallel.
     reduction: "bucket", or "tree" for gradients and losses that are the same to the last bit for
         every (data, pipe). `microbatches` are those of the global batch then, dealt to the
-        replicas in order, and they are added in one fixed binary tree, in the gradients' own dtype.
+        replicas in order, and they are added in one fixed binary tree: halves in float32, rounded
+        once.
     loss_scaler: scales what backward starts from; the loss that `step` returns is as it is. Over
         mesh.comm.
     device: where this rank's stages go, and what comes to them; of one kind on all ranks. None to

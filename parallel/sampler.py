@@ -76,6 +76,8 @@ class _Epochs:
         done: how much of what this rank is dealt in it they leave out, batches of a
             GlobalBatchSampler, samples of a ShardSampler: what has been trained on before a run
             that goes on in the middle of an epoch. Batches are the same for any number of ranks.
+
+        Raises: ValueError for negative numbers, and for more done than this rank is dealt.
         """
         epoch, done = whole("epoch", epoch, 0), whole("done", done, 0)
         if done > self._count():
@@ -106,7 +108,8 @@ class ShardSampler(_Epochs):
     - "keep" (for evaluation): every sample exactly once; the first ranks get one sample more, so
       weigh a metric by its true count. Unequal numbers of batches must not meet a collective.
 
-    Without shuffle the parts of all ranks, concatenated by rank, are the data set in its order.
+    shuffle: draw a new order in every epoch, from (seed, epoch); the same `seed` on every rank.
+    Without it the parts of all ranks, concatenated by rank, are the data set in its order.
     """
 
     def __init__(
@@ -148,8 +151,10 @@ class GlobalBatchSampler(_Epochs):
     `tail`: "drop" (default) leaves a last incomplete batch out; "keep" deals it, and a rank's part
     may then be shorter than the others', or empty, which a DataLoader cannot collate without
     `NoneIfEmpty`: weigh the loss by true counts; "pad" completes it from the start of the order.
-    ValueError if size does not divide batch_size, unless
-    `uneven=True`, with which the first ranks hold one sample more.
+    ValueError if size does not divide batch_size, unless `uneven=True`, with which the first ranks
+    hold one sample more.
+
+    shuffle, seed: as in ShardSampler.
     """
 
     def __init__(

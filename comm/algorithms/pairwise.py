@@ -21,7 +21,7 @@ def pairwise_reduce_scatter(size: int) -> Schedule:
 
     Rounds: size - 1.  Bytes sent per rank: n (size - 1) / size.
     """
-    rounds = tuple(Round(Shift(step), Rotated(step), reduce=True) for step in range(1, size))
+    rounds = tuple(Round(Shift(away), Rotated(away), reduce=True) for away in range(1, size))
     return Schedule(REDUCE_SCATTER, size, num_chunks=size, rounds=rounds)
 
 
@@ -30,7 +30,7 @@ def pairwise_allgather(size: int) -> Schedule:
 
     Rounds: size - 1.  Bytes sent per rank: n (size - 1) / size.
     """
-    rounds = tuple(Round(Shift(step), Rotated(0)) for step in range(1, size))
+    rounds = tuple(Round(Shift(away), Rotated(0)) for away in range(1, size))
     return Schedule(ALLGATHER, size, num_chunks=size, rounds=rounds)
 
 
@@ -44,44 +44,44 @@ def pairwise_allreduce(size: int) -> Schedule:
 
 @dataclass(frozen=True)
 class Cell(Chunks):
-    """Send the cell (rank, rank + step) of the size x size chunks of an alltoall."""
+    """Send the cell (rank, rank + away) of the size x size chunks of an alltoall."""
 
-    step: int
+    away: int
 
     def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
-        return rank * size + (rank + self.step) % size, rank * 0 + 1
+        return rank * size + (rank + self.away) % size, rank * 0 + 1
 
     def alike(self) -> Chunks:
         return Cell(0)
 
 
 def pairwise_alltoall(size: int) -> Schedule:
-    """Exchange with the rank `step` ahead and the one `step` behind, for every step.
+    """Exchange with the rank `away` ahead and the one `away` behind, for every distance.
 
     Rounds: size - 1.  Bytes sent per rank: n (size - 1) / size.
     """
-    rounds = tuple(Round(Shift(step), Cell(step)) for step in range(1, size))
+    rounds = tuple(Round(Shift(away), Cell(away)) for away in range(1, size))
     return Schedule(ALLTOALL, size, num_chunks=size * size, rounds=rounds)
 
 
 @dataclass(frozen=True)
 class Spoke(Peers):
-    """Send from the root to the rank `step` after it; nobody else talks."""
+    """Send from the root to the rank `away` after it; nobody else talks."""
 
-    step: int
+    away: int
     root: int
 
     def dst(self, rank: Ranks, size: int) -> Ranks:
-        return np.where(rank == self.root, (rank + self.step) % size, NOBODY)
+        return np.where(rank == self.root, (rank + self.away) % size, NOBODY)
 
     def src(self, rank: Ranks, size: int) -> Ranks:
-        return np.where((rank - self.root) % size == self.step, self.root, NOBODY)
+        return np.where((rank - self.root) % size == self.away, self.root, NOBODY)
 
     def alike(self) -> Peers:
         return Spoke(1, self.root)
 
     def members(self, size: int) -> npt.NDArray[np.int64]:
-        return np.array(sorted({self.root, (self.root + self.step) % size}))
+        return np.array(sorted({self.root, (self.root + self.away) % size}))
 
 
 def pairwise_broadcast(size: int, root: int = 0) -> Schedule:
@@ -89,7 +89,7 @@ def pairwise_broadcast(size: int, root: int = 0) -> Schedule:
 
     Rounds: size - 1.  Bytes sent by the root: n (size - 1).
     """
-    rounds = tuple(Round(Spoke(step, root), All()) for step in range(1, size))
+    rounds = tuple(Round(Spoke(away, root), All()) for away in range(1, size))
     return Schedule(BROADCAST, size, num_chunks=1, rounds=rounds, root=root)
 
 
@@ -106,7 +106,7 @@ def pairwise_scatter(size: int, root: int = 0) -> Schedule:
 
     Rounds: size - 1.  Bytes sent by the root: n (size - 1) / size.
     """
-    rounds = tuple(Round(Spoke(step, root), Rotated(step)) for step in range(1, size))
+    rounds = tuple(Round(Spoke(away, root), Rotated(away)) for away in range(1, size))
     return Schedule(SCATTER, size, num_chunks=size, rounds=rounds, root=root)
 
 

@@ -28,8 +28,8 @@ def ring_allreduce(size: int) -> Schedule:
         3: 0>1:0 1>2:1 2>0:2
     """
     ring = Shift(+1)
-    reduce_scatter = [Round(ring, Rotated(-step), reduce=True) for step in range(size - 1)]
-    allgather = [Round(ring, Rotated(1 - step), reduce=False) for step in range(size - 1)]
+    reduce_scatter = [Round(ring, Rotated(-index), reduce=True) for index in range(size - 1)]
+    allgather = [Round(ring, Rotated(1 - index), reduce=False) for index in range(size - 1)]
     return Schedule(ALLREDUCE, size, num_chunks=size, rounds=(*reduce_scatter, *allgather))
 
 
@@ -39,7 +39,7 @@ def ring_reduce_scatter(size: int) -> Schedule:
     Rounds: size - 1.  Bytes sent per rank: n (size - 1) / size.
     """
     ring = Shift(+1)
-    rounds = [Round(ring, Rotated(-1 - step), reduce=True) for step in range(size - 1)]
+    rounds = [Round(ring, Rotated(-1 - index), reduce=True) for index in range(size - 1)]
     return Schedule(REDUCE_SCATTER, size, num_chunks=size, rounds=tuple(rounds))
 
 
@@ -49,20 +49,20 @@ def ring_allgather(size: int) -> Schedule:
     Rounds: size - 1.  Bytes sent per rank: n (size - 1) / size.
     """
     ring = Shift(+1)
-    rounds = [Round(ring, Rotated(-step)) for step in range(size - 1)]
+    rounds = [Round(ring, Rotated(-index)) for index in range(size - 1)]
     return Schedule(ALLGATHER, size, num_chunks=size, rounds=tuple(rounds))
 
 
 @dataclass(frozen=True)
 class Wave(Chunks):
-    """Send chunk `step - distance from root`: chunks follow each other down the chain."""
+    """Send chunk `index - distance from root` in round `index`: chunks follow each other down."""
 
-    step: int
+    index: int
     root: int
 
     def span(self, rank: Ranks, size: int, num_chunks: int) -> tuple[Ranks, Ranks]:
         distance = (rank - self.root) % size
-        chunk = self.step - distance
+        chunk = self.index - distance
         sends = (chunk >= 0) & (chunk < num_chunks) & (distance < size - 1)
         return np.where(sends, chunk, 0), np.where(sends, 1, 0)
 
@@ -73,7 +73,7 @@ def ring_broadcast(size: int, root: int = 0) -> Schedule:
     Rounds: 2 (size - 1).  Bytes sent per rank: n (the last of the chain: none).
     """
     num_rounds = 2 * (size - 1)
-    rounds = [Round(Shift(+1), Wave(step, root)) for step in range(num_rounds)]
+    rounds = [Round(Shift(+1), Wave(index, root)) for index in range(num_rounds)]
     return Schedule(BROADCAST, size, num_chunks=size, rounds=tuple(rounds), root=root)
 
 

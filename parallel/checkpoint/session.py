@@ -65,7 +65,8 @@ class Checkpoints(Scope):
     A state maps names of your choice to objects: modules, DataParallel or Pipeline engines, torch
     optimizers of their parameters, a `RandomStreams()`, and nestings of plain values and tensors
     that are the same on every rank. What several ranks hold is written by one of them. All methods
-    are collective over `comm`. CheckpointError on all ranks alike, before anything old is touched.
+    but give_up are collective over `comm`. CheckpointError on all ranks alike, before anything old
+    is touched.
 
     The end of a `with` waits for what is being written. So does a program that exits within, with
     whatever status (SystemExit), on each such rank by itself: with CheckpointError instead where

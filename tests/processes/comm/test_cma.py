@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from contract import CHECKS, data, expected
 
-from ringfold import CommError, CommTimeout, Communicator, Settings
+from ringfold import CommError, CommTimeout, Communicator, Settings, Work
 from ringfold.comm import cma, fused
 from ringfold.comm.board import STAGE_BYTES
 from ringfold.comm.buffer import Buffer
@@ -75,6 +75,24 @@ def test_buffers_from_a_size_on_are_read(comm: Communicator) -> None:
     assert algorithm_of(comm, "allgather", large[:9999]) == "pairwise, cma"
     with Communicator(settings=Settings(cma=False)) as other:
         assert algorithm_of(other, "allreduce", large) == "pairwise, staged"
+
+
+def test_receipts_tell_who_writes_to_the_memory_of_others(comm: Communicator) -> None:
+    """All were said to write there, though only an allreduce does."""
+    if comm.size == 1 or comm._sharing is None or not comm._sharing.reads:
+        return
+    large = np.ones(comm.size << 19)
+    written = {
+        name: "written" in _reason(getattr(comm, name)(large, blocking=False))
+        for name in ("allreduce", "reduce_scatter", "allgather")
+    }
+    assert written == {"allreduce": True, "reduce_scatter": False, "allgather": False}
+
+
+def _reason(work: Work) -> str:
+    work.wait()
+    assert work.receipt.algorithm == "pairwise, cma"
+    return work.receipt.reason
 
 
 def _reads_nothing(process: int, address: int) -> int | None:
