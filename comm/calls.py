@@ -191,7 +191,7 @@ class GroupCalls:
     ) -> Any:
         """Return row `rank` of root's x, a new array of shape x.shape[1:].
 
-        x needs to be given at root only, with a first axis of size, in host memory: TypeError else.
+        Root alone needs to give x, in host memory (else TypeError), with a first axis of size.
         """
         if x is None and self.rank != root:
             x = self._nothing
@@ -259,29 +259,26 @@ class GroupCalls:
         transport, and by what is under way. Ranks that all send before they receive rely on the
         former; isend does not wait.
 
-        tag: 0 to the transport's largest, else ValueError; recv takes messages of its own tag, in
-            the order of their sending. The largest serves gatherv and alltoallv.
+        tag: 0 to the transport's largest, which gatherv and alltoallv use; else ValueError. A recv
+            takes messages with its own tag, in the order of their sending.
         """
         self._message("send", x, dst, tag, True)
 
     def recv(self, x: Array, src: int, tag: int = 0) -> Array:
-        """Fill x with the next message of rank src with this tag (see send), and return x.
+        """Fill x with rank src's next message with this tag, and return x.
 
-        Raises: MismatchError where the message has another number of bytes.
+        Raises: MismatchError where it has another number of bytes.
         """
         self._message("recv", x, src, tag, True)
         return x
 
     def isend(self, x: Any, dst: int, tag: int = 0) -> Work:
-        """Start to send x, with a tag as of send.
-
-        The Work, or the communicator if it is dropped, keeps x alive.
-        """
+        """Start to send x; the Work, or the communicator if it is dropped, keeps x alive."""
         work: Work = self._message("send", x, dst, tag, False)
         return work
 
     def irecv(self, x: Any, src: int, tag: int = 0) -> Work:
-        """Start to receive into x, with a tag as of send; wait() returns x."""
+        """Start to receive into x; wait() returns x."""
         work: Work = self._message("recv", x, src, tag, False)
         return work
 
