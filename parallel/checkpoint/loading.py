@@ -1,14 +1,15 @@
-"""Which tensors of a module are loaded by code of its own, which may give them another size."""
+"""What a module's state_dict calls its tensors, and which of them code of its own loads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
 from ..transparent import Transparent
 
-__all__ = ["is_extra", "loaded_by_code"]
+__all__ = ["is_extra", "loaded_by_code", "saved_names"]
 
 _KNOWN = ("torch.nn.", "ringfold.")
 """Where a _load_from_state_dict comes from that takes tensors of the sizes alone that there are."""
@@ -31,6 +32,26 @@ def loaded_by_code(module: nn.Module) -> tuple[str, ...]:
         if part._load_state_dict_pre_hooks
         or not type(part)._load_from_state_dict.__module__.startswith(_KNOWN)
     )
+
+
+def saved_names(module: Any) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Yield what state_dict and named_parameters call each parameter, which comes once.
+
+    The two differ below a wrapper that is a part of the module: enc.weight, enc.module.weight.
+    module: or an engine around one.
+    """
+    inner = module
+    while isinstance(inner, Transparent):
+        inner = inner.module
+    parts = inner.named_modules() if isinstance(inner, nn.Module) else ()
+    wrapped = [f"{place}.module." for place, part in parts if isinstance(part, Transparent)]
+    inmost_first = sorted(wrapped, key=len, reverse=True)
+    for name, parameter in module.named_parameters():
+        saved = name
+        for inside in inmost_first:
+            if saved.startswith(inside):
+                saved = inside.removesuffix("module.") + saved[len(inside) :]
+        yield saved, name, parameter
 
 
 def _parts(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

@@ -20,9 +20,9 @@ from ..sharded_optimizer import ShardedOptimizer
 from .carried_part import CarriedPart
 from .errors import CheckpointError
 from .fitting import entry_at, fit, fit_shared, value_at
-from .loading import is_extra, loaded_by_code
+from .loading import is_extra, loaded_by_code, saved_names
 from .manifest import Manifest
-from .names import names_of
+from .names import Names
 from .optimizer_part import OptimizerPart
 from .sharded_part import ShardedPart
 from .streams import RandomStreams, StreamsPart
@@ -74,7 +74,7 @@ class Model:
         self.path, self.module = path, module
 
     def capture(self, into: Captured) -> None:
-        learned = {name for name, _ in self.module.named_parameters()}
+        learned = {name for name, _, _ in saved_names(self.module)}
         for name, value in self.module.state_dict().items():
             path = f"{self.path}/{name}"
             if isinstance(value, Tensor):
@@ -150,7 +150,7 @@ class Value:
 
 def parts_of(state: Mapping[str, Any], rank: int, num_ranks: int) -> dict[str, Part]:
     """Choose how each object of a state is kept; CheckpointError for a name that holds a slash."""
-    names = names_of(state)
+    names = Names(state)
     parts: dict[str, Part] = {}
     for path, value in state.items():
         if not isinstance(path, str) or not path or "/" in path or ":" in path:
