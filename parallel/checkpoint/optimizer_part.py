@@ -45,7 +45,7 @@ Member = tuple[tuple[str, ...], Tensor]
 class OptimizerPart:
     """A torch optimizer, keyed by the names of its parameters."""
 
-    whole = False
+    whole = "optimizer"
 
     def __init__(self, path: str, optimizer: torch.optim.Optimizer, names: Names) -> None:
         self.path, self.optimizer, self.names = path, optimizer, names

@@ -49,8 +49,8 @@ class Captured:
 class Part(Protocol):
     """One named object of a state."""
 
-    whole: bool
-    """Whether every tensor of the checkpoint under this name must be wanted by some rank."""
+    whole: str
+    """Which tensors of it some rank must want, see `unwanted`: module, optimizer, or no text."""
 
     def capture(self, into: Captured) -> None:
         """Add this rank's tensors and values; CheckpointError for what cannot be kept."""
@@ -68,7 +68,7 @@ class Part(Protocol):
 class Model:
     """A module, or an engine around one: names from its own state_dict."""
 
-    whole = True
+    whole = "module"
 
     def __init__(self, path: str, module: Any) -> None:
         self.path, self.module = path, module
@@ -119,7 +119,7 @@ class Model:
 class Value:
     """A nesting of plain values and tensors, the same on every rank; or what gives such a one."""
 
-    whole = False
+    whole = ""
 
     def __init__(self, path: str, value: Any) -> None:
         self.path, self.value = path, value
