@@ -39,11 +39,13 @@ class Captured:
 
     alike: the full names of those that must be alike on all ranks: parameters, not buffers, and an
     optimizer's state of them.
+    equal: of those that must be equal to the bit, as numbers are: what is given by value.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     alike: list[str] = field(default_factory=list)
+    equal: list[str] = field(default_factory=list)
 
 
 class Part(Protocol):
@@ -136,6 +138,7 @@ class Value:
     def capture(self, into: Captured) -> None:
         value = self.value.state_dict() if self.foreign else self.value
         into.values[self.path] = encode(value, self.path, into.tensors)
+        into.equal.extend(references(into.values[self.path]))
 
     def wanted(self, manifest: Manifest) -> list[str]:
         return references(value_at(manifest, self.path))

@@ -21,7 +21,7 @@ from ringfold import CheckpointError, Checkpoints, Mesh, Pipeline, RandomStreams
 from ringfold.parallel.checkpoint import files, manifest
 from ringfold.parallel.checkpoint.errors import Damaged
 from ringfold.parallel.checkpoint.manifest import Entry, Manifest, from_text, to_text
-from ringfold.parallel.checkpoint.samples import are_apart, samples_of
+from ringfold.parallel.checkpoint.samples import are_apart, digest_of, samples_of
 from ringfold.parallel.checkpoint.shares import assign
 
 OPTIMIZERS = {
@@ -436,6 +436,37 @@ def test_steps_that_differ_between_ranks_are_refused(tmp_path):
 def test_values_that_differ_between_ranks_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="v differs between ranks: rank 0 has 0, rank 1"):
         run_local(2, lambda comm: ringfold.save(tmp_path, {"v": comm.rank}, comm))
+
+
+class Replay:
+    """Has a state of its own, with a tensor in it."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def state_dict(self):
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state):
+        self.rows = state["rows"]
+
+
+@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: {"a": [t]}, lambda t: t.numpy(), Replay])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_tensors_by_value_that_differ_between_ranks_are_refused(tmp_path, wrap, dtype):
+    """Of which rank 0's were saved for all, as of a buffer of samples or an order drawn by each."""
+
+    def main(comm):
+        alike = torch.arange(10_000).remainder(3).to(dtype)
+        ringfold.save(tmp_path / "alike", {"v": wrap(alike.clone())}, comm)
+        own = alike.clone()
+        own[[5_000 + comm.rank, 5_000]] = own[[5_000, 5_000 + comm.rank]]
+        says = r'v.* is another tensor on rank 0 than on rank 1, .* as in \{f"v\{rank\}": ...\}'
+        with pytest.raises(CheckpointError, match=says):
+            ringfold.save(tmp_path / "apart", {"v": wrap(own)}, comm)
+        ringfold.save(tmp_path / "apart", {f"v{comm.rank}": wrap(own)}, comm)
+
+    run_local(2, main)
 
 
 def numbers(comm, step, size=40):
@@ -883,6 +914,19 @@ def test_samples_are_evenly_spaced_however_a_tensor_lies(number):
     assert found["whole"] == found["turned"] == row[::step][:8].tolist() == found["half"]
     assert [found[name] for name in ("ints", "none", "sparse")] == [[], [], []]
     assert samples_of({}) == {}
+
+
+def test_a_digest_is_of_the_bits_in_their_order_wherever_they_lie():
+    some = torch.arange(1.0, 10_004.0)
+    digest = digest_of(some)
+    assert digest == digest_of(torch.cat([some[:1], some])[1:])  # at an odd place in memory
+    assert digest == digest_of(some.view(-1, 1).expand(-1, 2)[:, 0])
+    for changed in ((0, 1), (17, 4_112), (9_998, 10_002)):
+        other = some.clone()
+        other[list(changed)] = other[list(changed[::-1])]
+        assert digest_of(other) != digest
+    odd = [torch.tensor(1.0), torch.zeros(0, 3), torch.ones(3, dtype=torch.complex64).conj()]
+    assert len({*map(digest_of, [*odd, torch.ones(5, dtype=torch.float8_e4m3fn)])}) == 4
 
 
 def test_a_manifest_of_another_format_is_refused_by_both_names(monkeypatch):
