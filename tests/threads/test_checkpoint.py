@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpointed import groups, network, same, trained
+from checkpointed import LOCK, groups, network, same, trained
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import ringfold
 from ringfold import CheckpointError, Checkpoints, Mesh, Pipeline, RandomStreams, run_local
+from ringfold.parallel import GlobalBatchSampler
 from ringfold.parallel.checkpoint import files, manifest
 from ringfold.parallel.checkpoint.errors import Damaged
 from ringfold.parallel.checkpoint.manifest import Entry, Manifest, from_text, to_text
@@ -718,6 +720,35 @@ def test_random_streams_go_on(tmp_path):
         run_local(1, main)
         on_two = run_local(2, read)
         assert len(set(on_two)) == 2 and on_two == run_local(2, read)
+
+
+def test_an_epoch_goes_on_in_its_middle_where_its_loader_has_a_generator_of_its_own(tmp_path):
+    """As docs/checkpoints.md has it: torch's loader draws from the global stream once an epoch."""
+    data = TensorDataset(torch.arange(48.0).view(16, 3) / 48)
+
+    def train(comm, resumed):
+        torch.manual_seed(9 if resumed else 5)
+        model = nn.Sequential(nn.Linear(3, 9), nn.Dropout(0.5), nn.Linear(9, 1))
+        state = {"m": model, "o": torch.optim.SGD(model.parameters(), lr=0.1)}
+        state["random"] = RandomStreams()
+        sampler = GlobalBatchSampler(len(data), 4, comm.rank, comm.size)
+        loader = DataLoader(data, batch_sampler=sampler, generator=torch.Generator())
+        at = {"epoch": 0, "batch": 0}
+        if resumed:
+            at = ringfold.load(tmp_path, {**state, "at": None}, comm).values["at"]
+        for epoch in range(at["epoch"], 3):
+            sampler.set_epoch(epoch, done=at["batch"] if epoch == at["epoch"] else 0)
+            for batch, (x,) in enumerate(loader, sampler.done):
+                state["o"].zero_grad()
+                model(x).square().mean().backward()
+                state["o"].step()
+                if (epoch, batch) == (1, 1) and not resumed:
+                    place = {"epoch": epoch, "batch": batch + 1}
+                    ringfold.save(tmp_path, {**state, "at": place}, comm)
+        return dict(model.state_dict())
+
+    with LOCK, torch.random.fork_rng():
+        same(*(run_local(1, lambda comm, r=r: train(comm, r))[0] for r in (False, True)))
 
 
 @pytest.mark.parametrize(
