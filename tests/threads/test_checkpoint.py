@@ -183,6 +183,15 @@ def test_what_needs_pickle_is_refused_by_its_path(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("make", [lambda m: m, lambda m: torch.optim.SGD(m.parameters())])
+def test_a_module_within_a_value_is_refused_with_what_to_do(tmp_path, make):
+    """As of models in a dict; that they cannot be kept without pickle did not tell."""
+    state = {"models": {"g": make(nn.Linear(2, 2))}}
+    says = r'models/g: a \w+ is not kept within another value: .* as in \{"models_g": ...\}'
+    with pytest.raises(CheckpointError, match=says):
+        run_local(1, lambda comm: ringfold.save(tmp_path, state, comm))
+
+
 def test_what_tells_its_state_but_takes_none_is_refused_when_it_is_saved(tmp_path):
     """Not in the run that is to go on, which has nothing to give it to."""
 
