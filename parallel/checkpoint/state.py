@@ -88,7 +88,7 @@ class Model:
 
     def wanted(self, manifest: Manifest) -> list[str]:
         names = []
-        own = self._loaded_by_code()
+        own = loaded_by_code(self.module)
         for name, value in self.module.state_dict().items():
             path = f"{self.path}/{name}"
             if path in manifest.values or not (isinstance(value, Tensor) or is_extra(name)):
@@ -112,10 +112,6 @@ class Model:
             for path in (f"{self.path}/{name}",)
         }
         self.module.load_state_dict(state)
-
-    def _loaded_by_code(self) -> tuple[str, ...]:
-        layers = self.module.layers if isinstance(self.module, Pipeline) else self.module
-        return loaded_by_code(layers) if isinstance(layers, nn.Module) else ()
 
 
 class Value:

@@ -6,7 +6,7 @@ from checkpointed import LOCK, rewrite, same
 from torch import nn
 
 import ringfold
-from ringfold import CheckpointError, DataParallel, ShardedOptimizer, run_local
+from ringfold import CheckpointError, DataParallel, Mesh, Pipeline, ShardedOptimizer, run_local
 
 HOWS = ["plain", "part", "whole", "both"]
 
@@ -99,6 +99,23 @@ def test_a_sharded_optimizers_own_names_are_as_without_the_wrapper(tmp_path):
 
     saved = run_local(2, lambda comm: main(comm, "part", True))
     same(saved, run_local(2, lambda comm: main(comm, "plain", False)))
+
+
+def test_a_wrapped_layer_of_a_pipeline_goes_on_without_its_wrapper(tmp_path):
+    def engine(comm, how):
+        mesh = Mesh(comm, data=comm.size)
+        made = Pipeline([*parent(mesh.data, 1, how).values()], mesh, loss_fn=nn.functional.mse_loss)
+        return made, adam(made, comm, False)
+
+    def main(comm):
+        model, optimizer = engine(comm, "part")
+        stepped(model, optimizer)
+        ringfold.save(tmp_path, {"m": model, "o": optimizer}, comm)
+        plain, fresh = engine(comm, "plain")
+        ringfold.load(tmp_path, {"m": plain, "o": fresh}, comm)
+        same(moments(optimizer), moments(fresh))
+
+    run_local(2, main)
 
 
 @pytest.mark.parametrize("how", HOWS)
