@@ -279,7 +279,7 @@ def fit(world: World, training: Training, crew: Crew) -> None:
     bar = tqdm(
         total=crew.num_steps * options.batch_size,
         initial=first * options.batch_size,
-        disable=crew.team.rank != 0,
+        disable=crew.team.rank != 0 or sys.stderr is None,  # as a shell's 2>&- has it
         unit=" samples",
         unit_scale=True,
         ncols=100,

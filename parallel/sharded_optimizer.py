@@ -185,6 +185,24 @@ class ShardedOptimizer(Optimizer):
         return self._names
 
     @property
+    def state(self) -> Any:
+        """Return what is kept of this rank's parts of parameters, by these.
+
+        Clear it on every rank to begin anew; for the state of whole parameters see `state_dict`.
+        """
+        return self._inner.state
+
+    @state.setter
+    def state(self, given: Mapping[Tensor, Any]) -> None:
+        if given:
+            raise TypeError(
+                "a ShardedOptimizer keeps the state of parts of parameters: load_state_dict takes "
+                "that of whole ones"
+            )
+        if "param_groups" in vars(self):  # else it is torch's constructor, which knows of no state
+            self._inner.state.clear()
+
+    @property
     def kind(self) -> type[Optimizer]:
         """Return the class of the optimizer that is shared out."""
         return type(self._inner)

@@ -15,6 +15,7 @@ from .fitting import wanted_by
 from .manifest import Manifest
 from .state import Part
 from .store import Place, read_manifest
+from .unwanted import refuse_unwanted
 
 if TYPE_CHECKING:
     from ...comm.communicator import Communicator
@@ -48,13 +49,8 @@ class Attempt:
         if misfit is not None:
             raise CheckpointError(f"{path} does not fit: {misfit}") from self._cause
         wanted = {name for row in rows for name in row["wanted"]}
-        for name, part in self.parts.items():
-            inside = {n for n in self.manifest.tensors if n.startswith(f"{name}/")}
-            if part.whole and (unknown := sorted(inside - wanted)):
-                raise CheckpointError(
-                    f"{path} does not fit: tensor {unknown[0]}"
-                    f" and {len(unknown) - 1} more of its {name} are on no rank"
-                )
+        wholes = [(name, kind) for row in rows for name, kind in row["whole"]]
+        refuse_unwanted(self.manifest, wanted, wholes, path)
         return None
 
     def _read(self) -> str:
@@ -72,4 +68,5 @@ class Attempt:
             damaged = str(error)
         except Exception as error:  # such as a MemoryError: the others wait to be told
             misfit, self._cause = text_of(error), error
-        return json.dumps({"damaged": damaged, "misfit": misfit, "wanted": wanted})
+        whole = [(name, part.whole) for name, part in self.parts.items() if part.whole]
+        return json.dumps({"damaged": damaged, "misfit": misfit, "wanted": wanted, "whole": whole})

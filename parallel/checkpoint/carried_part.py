@@ -28,7 +28,7 @@ class CarriedPart:
     checkpoint without this, or of another wire, is gone on from with nothing carried.
     """
 
-    whole = False
+    whole = ""
 
     def __init__(self, path: str, engine: DataParallel | Pipeline) -> None:
         self.path, self.engine = path, engine

@@ -1,14 +1,16 @@
-"""Which tensors of a module are loaded by code of its own, which may give them another size."""
+"""What a module's state_dict calls its tensors, and which of them code of its own loads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
+from ..pipeline import Pipeline
 from ..transparent import Transparent
 
-__all__ = ["is_extra", "loaded_by_code"]
+__all__ = ["is_extra", "loaded_by_code", "saved_names"]
 
 _KNOWN = ("torch.nn.", "ringfold.")
 """Where a _load_from_state_dict comes from that takes tensors of the sizes alone that there are."""
@@ -19,18 +21,46 @@ def is_extra(name: str) -> bool:
     return name.rpartition(".")[2] == "_extra_state"
 
 
-def loaded_by_code(module: nn.Module) -> tuple[str, ...]:
+def loaded_by_code(module: Any) -> tuple[str, ...]:
     """Return how the names of tensors begin whose sizes code decides at a load.
 
     Of modules with a _load_from_state_dict of their own, such as torch's observers of ranges, or
     hooks before loading, as lazy layers have; and of their parts, which such code may reach.
+    module: or an engine around one.
     """
+    layers = _layers_of(module)
     return tuple(
         prefix
-        for prefix, part in _parts(module, "")
+        for prefix, part in (() if layers is None else _parts(layers, ""))
         if part._load_state_dict_pre_hooks
         or not type(part)._load_from_state_dict.__module__.startswith(_KNOWN)
     )
+
+
+def saved_names(module: Any) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Yield what state_dict and named_parameters call each parameter, which comes once.
+
+    The two differ below a wrapper that is a part of the module: enc.weight, enc.module.weight.
+    module: or an engine around one.
+    """
+    inner = _layers_of(module)
+    while isinstance(inner, Transparent):
+        inner = inner.module
+    parts = () if inner is None else inner.named_modules()
+    wrapped = [f"{place}.module." for place, part in parts if isinstance(part, Transparent)]
+    inmost_first = sorted(wrapped, key=len, reverse=True)
+    for name, parameter in module.named_parameters():
+        saved = name
+        for inside in inmost_first:
+            if saved.startswith(inside):
+                saved = inside.removesuffix("module.") + saved[len(inside) :]
+        yield saved, name, parameter
+
+
+def _layers_of(module: Any) -> nn.Module | None:
+    """Return the module of what is one, or an engine around one; None for another such."""
+    layers = module.layers if isinstance(module, Pipeline) else module
+    return layers if isinstance(layers, nn.Module) else None
 
 
 def _parts(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:

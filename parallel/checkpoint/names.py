@@ -7,29 +7,47 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Names", "names_of"]
+from .loading import saved_names
 
-Names = Mapping[Tensor, tuple[str, ...]]
+__all__ = ["Names"]
 
 
-def names_of(state: Mapping[str, Any]) -> Names:
-    """Return every parameter's names: the one to write first, then others to look for.
+class Names:
+    """Know every parameter of a state by its names.
 
-    The full name within its module. In a state of several modules, which may use one name for two
-    parameters, the module's path comes first, as in MODULE:full.name. That hangs on the state and
-    not on what this rank holds of it, so that all ranks write alike; what was written of another
-    state, or before there were paths, is found under the other names.
+    The full name is that in its module's state_dict, the same whether a part is wrapped or not. In
+    a state of several modules, which may use one name for two parameters, the module's path comes
+    first, as in MODULE:full.name. That hangs on the state and not on what this rank holds of it, so
+    that all ranks write alike; what was written of another state, before there were paths, or under
+    the name that named_parameters has below a wrapper, is found under the other names.
     """
-    modules = {p: value for p, value in state.items() if hasattr(value, "named_parameters")}
-    full: dict[Tensor, str] = {}
-    owned: dict[Tensor, list[str]] = {}
-    for path, module in modules.items():
-        for name, parameter in module.named_parameters():
-            full[parameter] = name
-            owned.setdefault(parameter, []).append(f"{path}:{name}")
-    return {
-        parameter: (*sorted(owned[parameter]), name)
-        if len(modules) > 1
-        else (name, *owned[parameter])
-        for parameter, name in full.items()
-    }
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        modules = {p: value for p, value in state.items() if hasattr(value, "named_parameters")}
+        full: dict[Tensor, str] = {}
+        owned: dict[Tensor, list[str]] = {}
+        self._places: dict[Tensor, dict[str, str]] = {}
+        old: dict[Tensor, list[str]] = {}
+        for path, module in modules.items():
+            for saved, place, parameter in saved_names(module):
+                full[parameter] = saved
+                owned.setdefault(parameter, []).append(f"{path}:{saved}")
+                if place != saved:
+                    self._places.setdefault(parameter, {})[place] = saved
+                    old.setdefault(parameter, []).extend((place, f"{path}:{place}"))
+        self._all: dict[Tensor, tuple[str, ...]] = {}
+        for tensor, name in full.items():
+            owners = owned[tensor]
+            names = (*sorted(owners), name) if len(modules) > 1 else (name, *owners)
+            self._all[tensor] = (*names, *old.get(tensor, ()))
+
+    def of(self, parameter: Tensor) -> tuple[str, ...]:
+        """Return the name to write first, then others to look for; none for one in no module."""
+        return self._all.get(parameter, ())
+
+    def saved(self, parameter: Tensor, given: str) -> str:
+        """Return a name given by hand, or by named_parameters, as a state_dict would have it."""
+        for place, saved in self._places.get(parameter, {}).items():
+            if f".{given}".endswith(f".{place}"):
+                return given.removesuffix(place) + saved
+        return given

@@ -45,7 +45,7 @@ Member = tuple[tuple[str, ...], Tensor]
 class OptimizerPart:
     """A torch optimizer, keyed by the names of its parameters."""
 
-    whole = False
+    whole = "optimizer"
 
     def __init__(self, path: str, optimizer: torch.optim.Optimizer, names: Names) -> None:
         self.path, self.optimizer, self.names = path, optimizer, names
@@ -82,8 +82,8 @@ class OptimizerPart:
         for group in self.optimizer.param_groups:
             members = []
             for parameter in group["params"]:
-                names = self.names.get(parameter)
-                if names is not None:
+                names = self.names.of(parameter)
+                if names:
                     members.append((names, parameter))
                 elif parameter.numel():  # an empty placeholder is in no state
                     raise CheckpointError(

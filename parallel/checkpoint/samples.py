@@ -1,4 +1,4 @@
-"""Notice tensors that are one by name, but not in fact, by a few of their elements.
+"""Notice tensors that are one by name, but not in fact, by a few of their elements or by digests.
 
 Layers that are split over ranks by themselves, as tensor-parallel ones, have a part under the same
 name on each, and models that ranks train apart have other values. One of them would be written.
@@ -6,15 +6,21 @@ name on each, and models that ranks train apart have other values. One of them w
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
 
 import torch
 from torch import Tensor
 
-__all__ = ["are_apart", "samples_of"]
+from ..replicas import flat_bytes
+from .files import raw_bytes
+
+__all__ = ["are_apart", "digest_of", "samples_of"]
 
 _COUNT = 8
+_WIDTH = 4096
 # More than replicas of other processors may differ, which round otherwise: half-width ones, too.
 _APART = 1 / 16
 
@@ -48,3 +54,20 @@ def are_apart(left: Sequence[float], right: Sequence[float]) -> bool:
     pairs = list(zip(left, right, strict=True))
     far = sum(abs(a - b) > _APART * max(abs(a), abs(b)) for a, b in pairs)
     return 0 < len(pairs) <= 2 * far
+
+
+def digest_of(tensor: Tensor) -> str:
+    """Return a digest of all bits, wherever the tensor lies, for little more than reading it.
+
+    Of the sums along both sides of a rectangle, which tell how elements are placed as well; of the
+    elements themselves, where they are few.
+    """
+    flat = flat_bytes(tensor)
+    flat = flat.clone() if flat.storage_offset() % 8 or flat.data_ptr() % 8 else flat
+    whole = flat.numel() // 8 * 8
+    words, rest = flat[:whole].view(torch.int64), flat[whole:]
+    width = max(_WIDTH, math.isqrt(words.numel()))
+    rows = words.numel() // width
+    square = words[: rows * width].view(rows, width)
+    sums = torch.cat([square.sum(0), square.sum(1), words[rows * width :], rest.long()])
+    return hashlib.sha256(raw_bytes(sums.cpu())).hexdigest()

@@ -38,7 +38,7 @@ class ShardedPart(OptimizerPart):
     def _groups(self) -> list[list[Member]]:
         return [
             [
-                ((name, *self.names.get(parameter, ())), parameter)
+                ((self.names.saved(parameter, name), *self.names.of(parameter), name), parameter)
                 for name, parameter in zip(names, group["params"], strict=True)
             ]
             for group, names in zip(self.optimizer.param_groups, self.optimizer.names, strict=True)

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from .errors import CheckpointError, text_of
 from .files import DTYPES, METADATA
-from .samples import are_apart, samples_of
+from .samples import are_apart, digest_of, samples_of
 from .state import Captured, parts_of
 
 if TYPE_CHECKING:
@@ -75,11 +75,18 @@ def summary_of(captured: Captured, step: int | None = None) -> str:
     held = {
         name: [t.nbytes, DTYPES[t.dtype], list(t.shape)] for name, t in captured.tensors.items()
     }
-    samples = {}
+    samples, digests = {}, {}
     if step is not None:  # what is written, that all ranks are to go on from
         samples = samples_of({name: captured.tensors[name] for name in captured.alike})
+        digests = {name: digest_of(captured.tensors[name]) for name in captured.equal}
     return json.dumps(
-        {"step": step, "tensors": held, "values": captured.values, "samples": samples}
+        {
+            "step": step,
+            "tensors": held,
+            "values": captured.values,
+            "samples": samples,
+            "digests": digests,
+        }
     )
 
 
@@ -93,6 +100,7 @@ def share_out(rows: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, Any
     values: dict[str, tuple[int, Any]] = {}
     steps: dict[str, tuple[int, Any]] = {}
     samples: dict[str, tuple[int, list[float]]] = {}
+    digests: dict[str, tuple[int, str]] = {}
     for rank, row in enumerate(rows):
         _same(steps, "step", rank, row["step"], rows)
         for name, (nbytes, *kind) in row["tensors"].items():
@@ -106,6 +114,14 @@ def share_out(rows: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, Any
                     f"{expected[0]:g} and {sample[0]:g}. One of them would be written: average "
                     "models that ranks train apart, and save layers that are split over ranks "
                     "under names that tell the part, or over a communicator of equal parts"
+                )
+        for name, digest in row["digests"].items():
+            first, known = digests.setdefault(name, (rank, digest))
+            if digest != known:
+                raise CheckpointError(
+                    f"{name} is another tensor on rank {first} than on rank {rank}, and what is "
+                    "saved by value is to be the same on all: give each rank's own a name that "
+                    f'tells the rank, as in {{f"{name.partition("/")[0]}{{rank}}": ...}}'
                 )
         for path, value in row["values"].items():
             _same(values, path, rank, value, rows)

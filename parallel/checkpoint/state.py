@@ -20,9 +20,9 @@ from ..sharded_optimizer import ShardedOptimizer
 from .carried_part import CarriedPart
 from .errors import CheckpointError
 from .fitting import entry_at, fit, fit_shared, value_at
-from .loading import is_extra, loaded_by_code
+from .loading import is_extra, loaded_by_code, saved_names
 from .manifest import Manifest
-from .names import names_of
+from .names import Names
 from .optimizer_part import OptimizerPart
 from .sharded_part import ShardedPart
 from .streams import RandomStreams, StreamsPart
@@ -39,18 +39,20 @@ class Captured:
 
     alike: the full names of those that must be alike on all ranks: parameters, not buffers, and an
     optimizer's state of them.
+    equal: of those that must be equal to the bit, as numbers are: what is given by value.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     alike: list[str] = field(default_factory=list)
+    equal: list[str] = field(default_factory=list)
 
 
 class Part(Protocol):
     """One named object of a state."""
 
-    whole: bool
-    """Whether every tensor of the checkpoint under this name must be wanted by some rank."""
+    whole: str
+    """Which tensors of it some rank must want, see `unwanted`: module, optimizer, or no text."""
 
     def capture(self, into: Captured) -> None:
         """Add this rank's tensors and values; CheckpointError for what cannot be kept."""
@@ -68,13 +70,13 @@ class Part(Protocol):
 class Model:
     """A module, or an engine around one: names from its own state_dict."""
 
-    whole = True
+    whole = "module"
 
     def __init__(self, path: str, module: Any) -> None:
         self.path, self.module = path, module
 
     def capture(self, into: Captured) -> None:
-        learned = {name for name, _ in self.module.named_parameters()}
+        learned = {name for name, _, _ in saved_names(self.module)}
         for name, value in self.module.state_dict().items():
             path = f"{self.path}/{name}"
             if isinstance(value, Tensor):
@@ -86,7 +88,7 @@ class Model:
 
     def wanted(self, manifest: Manifest) -> list[str]:
         names = []
-        own = self._loaded_by_code()
+        own = loaded_by_code(self.module)
         for name, value in self.module.state_dict().items():
             path = f"{self.path}/{name}"
             if path in manifest.values or not (isinstance(value, Tensor) or is_extra(name)):
@@ -111,15 +113,11 @@ class Model:
         }
         self.module.load_state_dict(state)
 
-    def _loaded_by_code(self) -> tuple[str, ...]:
-        layers = self.module.layers if isinstance(self.module, Pipeline) else self.module
-        return loaded_by_code(layers) if isinstance(layers, nn.Module) else ()
-
 
 class Value:
     """A nesting of plain values and tensors, the same on every rank; or what gives such a one."""
 
-    whole = False
+    whole = ""
 
     def __init__(self, path: str, value: Any) -> None:
         self.path, self.value = path, value
@@ -136,6 +134,7 @@ class Value:
     def capture(self, into: Captured) -> None:
         value = self.value.state_dict() if self.foreign else self.value
         into.values[self.path] = encode(value, self.path, into.tensors)
+        into.equal.extend(references(into.values[self.path]))
 
     def wanted(self, manifest: Manifest) -> list[str]:
         return references(value_at(manifest, self.path))
@@ -150,7 +149,7 @@ class Value:
 
 def parts_of(state: Mapping[str, Any], rank: int, num_ranks: int) -> dict[str, Part]:
     """Choose how each object of a state is kept; CheckpointError for a name that holds a slash."""
-    names = names_of(state)
+    names = Names(state)
     parts: dict[str, Part] = {}
     for path, value in state.items():
         if not isinstance(path, str) or not path or "/" in path or ":" in path:

@@ -86,7 +86,7 @@ class RandomStreams:
 class StreamsPart:
     """Keep every rank's streams under its number."""
 
-    whole = False
+    whole = ""
 
     def __init__(self, path: str, streams: RandomStreams, rank: int, num_ranks: int) -> None:
         self.path, self.streams, self.rank, self.num_ranks = path, streams, rank, num_ranks

@@ -79,7 +79,13 @@ def _encode(value: Any, path: str, place: str, put: Callable[[Tensor, str, str],
             return {_ARRAY: path}
         case _ if _is_scalar(value) and isinstance(plain := value.item(), (bool, int, float)):
             return _encode(plain, path, place, put)
-    raise CheckpointError(f"{path}: a {type(value).__name__} cannot be kept without pickle")
+    kind = type(value).__name__
+    if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
+        raise CheckpointError(
+            f"{path}: a {kind} is not kept within another value: give it a name of its own in the "
+            f'state, as in {{"{path.replace("/", "_")}": ...}}'
+        )
+    raise CheckpointError(f"{path}: a {kind} cannot be kept without pickle")
 
 
 def decode(value: Any, tensor: Callable[[str], Any]) -> Any:

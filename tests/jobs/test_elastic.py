@@ -279,9 +279,12 @@ dying(engines.Stages)
 
 make_engine = engines.make_engine
 
+made_so_far = []
+
 def making(*arguments):
     made = make_engine(*arguments)
-    if (me, "start", "made") in deaths:
+    made_so_far.append("again" if made_so_far else "start")
+    if (me, made_so_far[-1], "made") in deaths:
         os.kill(os.getpid(), signal.SIGKILL)
     return made
 
@@ -395,6 +398,16 @@ def test_a_pipeline_goes_on_from_the_living_replica_and_takes_in_a_new_rank(
     assert (found["ranks"], found["data"], found["pipe"]) == (4, 2, 2)
     shown = [(event["event"], event["rank"], event["step"]) for event in found["events"]]
     assert shown == [("died", 1, 7), ("joined", 4, 7)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(250)
+def test_ranks_that_join_recover_where_another_dies_meanwhile(killed: Callable[..., Any]) -> None:
+    """They ended with a traceback, and were told of as ranks that had died."""
+    found = killed("3:7:before,1:again:made", "--elastic", "grow")
+    assert (found["ranks"], found["data"]) == (4, 4)
+    shown = [(event["event"], event["rank"], event["step"]) for event in found["events"]]
+    assert shown == [("died", 3, 7), ("joined", 4, 7), ("died", 1, 7), ("joined", 5, 7)]
 
 
 @pytest.mark.slow

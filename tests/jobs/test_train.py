@@ -173,6 +173,18 @@ runpy.run_path({str(TRAIN)!r}, run_name="__main__")
     assert "ranks that differ from rank 0: [1]" in done.stderr
 
 
+def test_without_stderr_it_trains_all_the_same(job: Callable[..., Any]) -> None:
+    """As behind a shell's 2>&-: it ended without a word, since the bar had nowhere to write."""
+    script = f"""
+import runpy, sys
+sys.stderr, sys.argv = None, ["train.py", "--steps", "3"]
+sys.path.insert(0, {str(TRAIN.parent)!r})
+runpy.run_path({str(TRAIN)!r}, run_name="__main__")
+"""
+    done = job(0, script)
+    assert done.returncode == 0 and "test_accuracy: " in done.stdout, done.output
+
+
 def test_compare_names_where_two_runs_part(job: Callable[..., Any], tmp_path: Path) -> None:
     grid = "--data 2 --pipe 2 --schedule zero-bubble"
     weights = []

@@ -12,16 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpointed import groups, network, same, trained
+from checkpointed import LOCK, groups, network, same, trained
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import ringfold
 from ringfold import CheckpointError, Checkpoints, Mesh, Pipeline, RandomStreams, run_local
+from ringfold.parallel import GlobalBatchSampler
 from ringfold.parallel.checkpoint import files, manifest
 from ringfold.parallel.checkpoint.errors import Damaged
 from ringfold.parallel.checkpoint.manifest import Entry, Manifest, from_text, to_text
-from ringfold.parallel.checkpoint.samples import are_apart, samples_of
+from ringfold.parallel.checkpoint.samples import are_apart, digest_of, samples_of
 from ringfold.parallel.checkpoint.shares import assign
 
 OPTIMIZERS = {
@@ -179,6 +181,15 @@ def test_what_needs_pickle_is_refused_by_its_path(tmp_path):
     with pytest.raises(CheckpointError, match=r"v/a/1: a object cannot be kept without pickle"):
         run_local(2, main)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("make", [lambda m: m, lambda m: torch.optim.SGD(m.parameters())])
+def test_a_module_within_a_value_is_refused_with_what_to_do(tmp_path, make):
+    """As of models in a dict; that they cannot be kept without pickle did not tell."""
+    state = {"models": {"g": make(nn.Linear(2, 2))}}
+    says = r'models/g: a \w+ is not kept within another value: .* as in \{"models_g": ...\}'
+    with pytest.raises(CheckpointError, match=says):
+        run_local(1, lambda comm: ringfold.save(tmp_path, state, comm))
 
 
 def test_what_tells_its_state_but_takes_none_is_refused_when_it_is_saved(tmp_path):
@@ -438,6 +449,37 @@ def test_values_that_differ_between_ranks_are_refused(tmp_path):
         run_local(2, lambda comm: ringfold.save(tmp_path, {"v": comm.rank}, comm))
 
 
+class Replay:
+    """Has a state of its own, with a tensor in it."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def state_dict(self):
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state):
+        self.rows = state["rows"]
+
+
+@pytest.mark.parametrize("wrap", [lambda t: t, lambda t: {"a": [t]}, lambda t: t.numpy(), Replay])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
+def test_tensors_by_value_that_differ_between_ranks_are_refused(tmp_path, wrap, dtype):
+    """Of which rank 0's were saved for all, as of a buffer of samples or an order drawn by each."""
+
+    def main(comm):
+        alike = torch.arange(10_000).remainder(3).to(dtype)
+        ringfold.save(tmp_path / "alike", {"v": wrap(alike.clone())}, comm)
+        own = alike.clone()
+        own[[5_000 + comm.rank, 5_000]] = own[[5_000, 5_000 + comm.rank]]
+        says = r'v.* is another tensor on rank 0 than on rank 1, .* as in \{f"v\{rank\}": ...\}'
+        with pytest.raises(CheckpointError, match=says):
+            ringfold.save(tmp_path / "apart", {"v": wrap(own)}, comm)
+        ringfold.save(tmp_path / "apart", {f"v{comm.rank}": wrap(own)}, comm)
+
+    run_local(2, main)
+
+
 def numbers(comm, step, size=40):
     return {"v": {"step": step, "x": torch.full((size,), float(step))}}
 
@@ -538,7 +580,7 @@ def test_no_byte_of_a_file_can_be_changed_unseen(tmp_path):
             lambda m: m.append(nn.Linear(1, 1)),
             r"tensor m/5\.weight: the checkpoint of step 30 has no",
         ),
-        (lambda m: m.pop(4), r"tensor m/4\.bias and 1 more of its m are on no rank"),
+        (lambda m: m.pop(4), r"fit: 4\.bias, 4\.weight of its m are on no rank"),
         (
             lambda m: m.insert(4, nn.Linear(7, 9)) and m.pop(5),
             r"m/4\.weight: expected F32 \(9, 7\), the checkpoint of step 30 has F32 \(3, 7\)",
@@ -687,6 +729,35 @@ def test_random_streams_go_on(tmp_path):
         run_local(1, main)
         on_two = run_local(2, read)
         assert len(set(on_two)) == 2 and on_two == run_local(2, read)
+
+
+def test_an_epoch_goes_on_in_its_middle_where_its_loader_has_a_generator_of_its_own(tmp_path):
+    """As docs/checkpoints.md has it: torch's loader draws from the global stream once an epoch."""
+    data = TensorDataset(torch.arange(48.0).view(16, 3) / 48)
+
+    def train(comm, resumed):
+        torch.manual_seed(9 if resumed else 5)
+        model = nn.Sequential(nn.Linear(3, 9), nn.Dropout(0.5), nn.Linear(9, 1))
+        state = {"m": model, "o": torch.optim.SGD(model.parameters(), lr=0.1)}
+        state["random"] = RandomStreams()
+        sampler = GlobalBatchSampler(len(data), 4, comm.rank, comm.size)
+        loader = DataLoader(data, batch_sampler=sampler, generator=torch.Generator())
+        at = {"epoch": 0, "batch": 0}
+        if resumed:
+            at = ringfold.load(tmp_path, {**state, "at": None}, comm).values["at"]
+        for epoch in range(at["epoch"], 3):
+            sampler.set_epoch(epoch, done=at["batch"] if epoch == at["epoch"] else 0)
+            for batch, (x,) in enumerate(loader, sampler.done):
+                state["o"].zero_grad()
+                model(x).square().mean().backward()
+                state["o"].step()
+                if (epoch, batch) == (1, 1) and not resumed:
+                    place = {"epoch": epoch, "batch": batch + 1}
+                    ringfold.save(tmp_path, {**state, "at": place}, comm)
+        return dict(model.state_dict())
+
+    with LOCK, torch.random.fork_rng():
+        same(*(run_local(1, lambda comm, r=r: train(comm, r))[0] for r in (False, True)))
 
 
 @pytest.mark.parametrize(
@@ -883,6 +954,19 @@ def test_samples_are_evenly_spaced_however_a_tensor_lies(number):
     assert found["whole"] == found["turned"] == row[::step][:8].tolist() == found["half"]
     assert [found[name] for name in ("ints", "none", "sparse")] == [[], [], []]
     assert samples_of({}) == {}
+
+
+def test_a_digest_is_of_the_bits_in_their_order_wherever_they_lie():
+    some = torch.arange(1.0, 10_004.0)
+    digest = digest_of(some)
+    assert digest == digest_of(torch.cat([some[:1], some])[1:])  # at an odd place in memory
+    assert digest == digest_of(some.view(-1, 1).expand(-1, 2)[:, 0])
+    for changed in ((0, 1), (17, 4_112), (9_998, 10_002)):
+        other = some.clone()
+        other[list(changed)] = other[list(changed[::-1])]
+        assert digest_of(other) != digest
+    odd = [torch.tensor(1.0), torch.zeros(0, 3), torch.ones(3, dtype=torch.complex64).conj()]
+    assert len({*map(digest_of, [*odd, torch.ones(5, dtype=torch.float8_e4m3fn)])}) == 4
 
 
 def test_a_manifest_of_another_format_is_refused_by_both_names(monkeypatch):

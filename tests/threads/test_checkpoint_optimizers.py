@@ -387,3 +387,63 @@ def test_state_lies_in_memory_as_the_parameters_do(tmp_path, how):
         same(new[0].state_dict(), old[0].state_dict())
 
     run_local(2, main)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_state_that_no_ranks_optimizer_takes_is_refused_on_all(tmp_path, sharded):
+    """Of layers that are unfrozen later: an optimizer of the head alone dropped their state."""
+
+    def make(comm, seed, *places):
+        model = network(seed)
+        groups = [{"params": list(model[k].named_parameters(prefix=str(k)))} for k in places]
+        if sharded:
+            return model, ringfold.ShardedOptimizer(groups, comm, torch.optim.Adam, lr=0.1)
+        for group in groups:
+            group["params"] = [parameter for _, parameter in group["params"]]
+        return model, torch.optim.Adam(groups, lr=0.1)
+
+    def main(comm):
+        model, optimizer = make(comm, 1, 4, 2, 0)
+        model[0].bias.requires_grad_(False)  # has no state, and is missed by nobody
+        model(torch.arange(20.0).view(4, 5)).square().mean().backward()
+        optimizer.step()
+        ringfold.save(tmp_path, {"m": model, "o": optimizer}, comm)
+        fresh, head = make(comm, 2, 4)
+        before = fresh[4].weight.clone()
+        says = r"0\.weight, 2\.weight of its o/state are on no rank: give the optimizer their"
+        with pytest.raises(CheckpointError, match=says):
+            ringfold.load(tmp_path, {"m": fresh, "o": head}, comm)
+        same(before.detach(), fresh[4].weight.detach())
+        for place in (2, 0):
+            own = [("0.weight", fresh[0].weight)] if place == 0 else [("2.weight", fresh[2].weight)]
+            head.add_param_group({"params": own if sharded else [p for _, p in own]})
+        ringfold.load(tmp_path, {"m": fresh, "o": head}, comm)
+        same(fresh[2].weight.detach(), model[2].weight.detach())
+
+    run_local(2, main)
+
+
+def test_ranks_may_have_optimizers_of_other_parameters_each_and_what_one_lacks_is_told_on_all(
+    tmp_path,
+):
+    def make(comm, seed, *places):
+        model = network(seed)
+        params = [p for k in places for p in model[k].parameters()]
+        return model, torch.optim.SGD(params, lr=0.0, momentum=0.9)
+
+    def main(comm):
+        model, optimizer = make(comm, 1, 2 * comm.rank, 4)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        ringfold.save(tmp_path, {"m": model, "o": optimizer, f"o{comm.rank}": optimizer}, comm)
+        fresh, other = make(comm, 2, 2 * comm.rank, 4)
+        # Each rank takes a part of the state, and together all of it.
+        ringfold.load(tmp_path, {"m": fresh, "o": other, f"o{comm.rank}": other}, comm)
+        same(optimizer.state_dict(), other.state_dict())
+        own = torch.optim.SGD(fresh[0].parameters(), momentum=0.9)
+        state = {"m": fresh, f"o{comm.rank}": other if comm.rank else own}
+        with pytest.raises(CheckpointError, match=r"4\.bias, 4\.weight of its o0/state are on no"):
+            ringfold.load(tmp_path, state, comm)
+
+    run_local(2, main)

@@ -1,5 +1,7 @@
 """A run's state goes from the ranks that have it to those that need it, and ranks leave by plan."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,11 @@ from torch import nn
 
 import ringfold
 from ringfold import CheckpointError, Mesh, Pipeline, run_local
+from ringfold.comm.elastic import Loss
 from ringfold.parallel.checkpoint.handover import hand_over
+from ringfold.workloads import training
+from ringfold.workloads.command_line import parse
+from ringfold.workloads.history import History
 from ringfold.workloads.worlds import Left, Planned
 
 
@@ -108,3 +114,46 @@ def test_ranks_leave_by_plan_and_those_without_work_wait_for_it(workers):
     found = run_local(4, main)
     assert found[0] == found[3] == "left"
     assert found[1] == found[2] == ([((0,), 3), ((2,), 2)], [2])
+
+
+def test_one_that_joins_recovers_where_another_dies_meanwhile(monkeypatch):
+    """It ended, and was told of as a rank that had died; that it had joined was never told.
+
+    Rank 2 of three dies, and then rank 1, while the one that was started for rank 2 is joining.
+    """
+
+    def assemble(world, before):
+        if world.left:  # one more has died, before anything was told
+            raise ringfold.PeerLost("a rank has died")
+        before.history.share(world.comm, 5)
+        return before
+
+    monkeypatch.setattr(training, "assemble", assemble)
+
+    def main(comm):
+        options, history = parse(["--elastic", "grow"]), History.begin(comm)
+        losses = [Loss((2,), 3, 5, 0, 0.0, 1), Loss((1,), 3, 5, 0, 0.0, 1)]
+        # As numbered in the end: one from the start, the first to join, and the second.
+        left = losses[comm.rank :]
+        world = SimpleNamespace(comm=comm, left=left, done=[])
+
+        def recover(done):
+            world.done.append(done)
+            return left.pop(0)
+
+        world.recover = recover
+        if comm.rank:
+            found = training.join(world, options)
+        else:
+            found = training.go_on(world, training.Training(options, None, history, None, done=5))
+        found.history.went_on()
+        assert all(event["seconds"] is not None for event in found.history.events)
+        told = [(event["event"], event["rank"]) for event in found.history.events]
+        return world.done, found.history.members, told
+
+    told = [("died", 2), ("died", 1), ("joined", 3), ("joined", 4)]
+    assert run_local(3, main) == [
+        ([5, 5], [0, 3, 4], told),
+        ([-1], [0, 3, 4], told),
+        ([], [0, 3, 4], told),
+    ]

@@ -3,11 +3,12 @@
 import copy
 import math
 import threading
+from collections import defaultdict
 
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, AdamW
+from torch.optim import SGD, Adagrad, Adam, AdamW
 
 from ringfold import DataParallel, Mesh, Pipeline, ShardedOptimizer, run_local
 
@@ -158,8 +159,7 @@ def test_memory_is_a_part_of_the_whole(size):
     def main(comm):
         _, whole = run(comm, lambda m: Adam(m.parameters()))
         _, sharded = run(comm, lambda m: ShardedOptimizer(m.named_parameters(), comm, Adam))
-        assert not sharded.state
-        return elements(whole), elements(sharded._inner)
+        return elements(whole), elements(sharded)
 
     results = run_local(size, main)
     assert sum(mine for _, mine in results) == results[0][0]
@@ -467,3 +467,32 @@ def test_beside_a_pipeline_over_its_replicas_also_on_a_stage_without_parameters(
     for stage, whole, sharded in run_local(6, main):
         assert len(whole) == (0 if stage == 1 else 2)
         assert all(torch.equal(whole[name], sharded[name]) for name in whole)
+
+
+@pytest.mark.parametrize("how", ["clear", "replace"])
+def test_state_that_is_cleared_begins_anew(how):
+    """As by `optimizer.state.clear()`, which cleared a dict that nothing used."""
+
+    def main(comm):
+        sharded, plain = Network(), Network()
+        named = sharded.named_parameters()
+        pair = [
+            (sharded, ShardedOptimizer(named, comm, Adam, lr=0.1, bucket_bytes=200)),
+            (plain, Adam(plain.parameters(), lr=0.1)),
+        ]
+        for step in range(4):
+            for model, optimizer in pair:
+                for parameter in model.parameters():
+                    parameter.grad = torch.full_like(parameter, 1.0 + step)
+                if step == 2 and how == "clear":
+                    optimizer.state.clear()
+                elif step == 2:
+                    optimizer.state = defaultdict(dict)
+                optimizer.step()
+        assert all(map(torch.equal, sharded.parameters(), plain.parameters()))
+        with pytest.raises(TypeError, match="load_state_dict takes that of whole ones"):
+            pair[0][1].state = pair[1][1].state
+        fresh = ShardedOptimizer(plain.named_parameters(), comm, Adagrad)
+        assert all(entry["sum"].eq(0).all() for entry in fresh.state.values()) and fresh.state
+
+    run_local(2, main)

@@ -19,23 +19,25 @@ __all__ = ["History"]
 class History:
     """The run's ranks by their first numbers, their hosts, and its events; the same on all ranks.
 
-    A rank keeps the number that it came with; one that joins later gets the next that is free, and
-    knows nothing before `share`.
+    A rank keeps the number that it came with, below `first`; one that joins later gets the next
+    that is free, and knows nothing before `share`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, since: float | None = None) -> None:
+        """since: from when on this rank has been joining a run under way."""
         self.members: list[int] = []
         self.hosts: dict[int, str] = {}
+        self.first = 0
         self.next = 0
         self.events: list[dict[str, Any]] = []
-        self._since: float | None = None
+        self._since = since
 
     @classmethod
     def begin(cls, comm: Communicator) -> History:
         """Start with the ranks of `comm`."""
         made = cls()
         made.members = list(range(comm.size))
-        made.next = comm.size
+        made.first = made.next = comm.size
         made._learn_hosts(comm)
         return made
 
@@ -57,6 +59,8 @@ class History:
 
     def lose(self, loss: Loss, step: int, since: float, planned: bool) -> None:
         """Note ranks that have gone, `step` steps being done; since: when this was known."""
+        if not self.members:  # one that was just joining, and will be told
+            return
         gone = [self.members[place] for place in loss.ranks]
         for rank in gone:
             if planned:
@@ -68,13 +72,17 @@ class History:
         self.next += loss.joined
         self._since = since
 
-    def share(self, comm: Communicator, step: int, joined: int) -> None:
+    def share(self, comm: Communicator, step: int) -> None:
         """Make every rank's history that of rank 0, and note who has joined.  Collective."""
-        mine = json.dumps([self.members, self.next, self.events])
-        self.members, self.next, self.events = json.loads(gather_texts(comm, mine)[0])
+        mine = json.dumps([self.members, self.first, self.next, self.events])
+        told = json.loads(gather_texts(comm, mine)[0])
+        self.members, self.first, self.next, self.events = told
         self._learn_hosts(comm)
-        for rank in self.members[len(self.members) - joined :]:
-            self._note("joined", rank, step, "nothing")
+        # Also in a recovery before, which one more death has broken off.
+        noted = {event["rank"] for event in self.events if event["event"] == "joined"}
+        for rank in self.members:
+            if rank >= self.first and rank not in noted:
+                self._note("joined", rank, step, "nothing")
 
     def fell_back(self, step: int) -> None:
         """Note that the run goes on from a checkpoint of `step`."""

@@ -57,22 +57,34 @@ def go_on(world: World, before: Training) -> Training:
         before.crew.engine.go_back()
     if before.origin is not None:
         before = before.origin
-    while True:
-        loss = world.recover(before.done)
-        before.history.lose(loss, before.done, since, planned=isinstance(world, Planned))
-        try:
-            return assemble(world, before, loss.joined)
-        except PeerLost:
-            continue  # one more has died
+    recover(world, before, since)
+    return assemble_at_last(world, before, since)
 
 
 def join(world: World, options: Options) -> Training:
     """Come into a run that is under way.  Collective with `go_on` of the others."""
+    since = time.perf_counter()
     grid = grid_of_some(options, world.comm.size)
-    return assemble(world, Training(options, grid, History(), None, done=-1), world.newcomers)
+    before = Training(options, grid, History(since), None, done=-1)
+    return assemble_at_last(world, before, since)
 
 
-def assemble(world: World, before: Training, joined: int) -> Training:
+def recover(world: World, before: Training, since: float) -> None:
+    """Let go of ranks that have died, as was known `since` then.  Collective."""
+    loss = world.recover(before.done)
+    before.history.lose(loss, before.done, since, planned=isinstance(world, Planned))
+
+
+def assemble_at_last(world: World, before: Training, since: float) -> Training:
+    """Assemble, and recover and begin again where one more dies meanwhile.  Collective."""
+    while True:
+        try:
+            return assemble(world, before)
+        except PeerLost:
+            recover(world, before, since)
+
+
+def assemble(world: World, before: Training) -> Training:
     """Split the run anew over the ranks that there are, and bring its state to them.  Collective.
 
     CheckpointError on all ranks where what a dead rank held is nowhere else.
@@ -85,7 +97,7 @@ def assemble(world: World, before: Training, joined: int) -> Training:
     comm, options, old, history = world.comm, before.options, before.crew, before.history
     grid = settle(comm, lambda: grid_of_some(options, comm.size))
     done = int(comm.allgather(np.array([before.done])).max())
-    history.share(comm, done, joined)
+    history.share(comm, done)
     if comm.rank == 0:
         news = "; ".join(history.news())
         print(f"{news}: going on as data {grid.data} x pipe {grid.pipe}", file=sys.stderr)
