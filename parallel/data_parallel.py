@@ -194,10 +194,14 @@ class DataParallel(Transparent):
         With the loss a mean over this rank's samples (or tokens) and `weight` their number, the
         result is the mean over all ranks' samples. All ranks use it in the same backwards. A rank
         of weight 0 adds nothing, even when its gradients are not finite; if all weights are 0, the
-        gradients are zeros. The weight applies to the whole accumulated gradient.
+        gradients are zeros. The weight applies to the whole accumulated gradient. ValueError for
+        what is no weight: on every rank, from backward; with one rank at once.
         """
         before = self._mode.weight
-        self._mode.weight = float(weight)  # a tensor would divide in its own, lesser precision
+        weight = float(weight)  # a tensor would divide in its own, lesser precision
+        if self._sync is not None:
+            self._sync.expect(weight)
+        self._mode.weight = weight
         try:
             yield
         finally:

@@ -18,6 +18,7 @@ from .kinship import Kin, Mode
 from .reducer import Reducer
 from .replicas import broadcast_tensors
 from .roster import Roster
+from .weights import require_weight
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -62,9 +63,23 @@ class GradientSync(Kin):
         self._key = object()
         self._users[self._key] = self
         if channel.size > 1 or finite is not None:
-            # The hooks must not keep this alive, nor work for one that is gone.
-            own = weakref.ref(self)
-            reducer.attach(lambda index: _forward_to(own(), index))
+            self._attach()
+
+    def _attach(self) -> None:
+        # The hooks must not keep this alive, nor work for one that is gone.
+        own = weakref.ref(self)
+        self._reducer.attach(lambda index: _forward_to(own(), index))
+
+    def expect(self, weight: float) -> None:
+        """Take notice of the weight of backwards to come; ValueError for none, with one rank.
+
+        Several ranks tell each other theirs in the backward, and refuse it together.
+        """
+        if not self._reducer.single:
+            return
+        require_weight(weight, 0)
+        if weight == 0:  # as long as no weight is, backward runs without hooks
+            self._attach()
 
     def forward(self) -> None:
         """Take notice of a forward."""
@@ -83,6 +98,7 @@ class GradientSync(Kin):
     def reduce_without_backward(self) -> None:
         """Take part in the reduction of a backward that this rank does not run; collective."""
         if self._reducer.single:
+            self._clear()
             return
         if self._done is not None and self._done == self._gradients():
             self._done = None  # by the same call of one that reduces together with this
@@ -109,7 +125,8 @@ class GradientSync(Kin):
         """Take the gradient of a parameter, which a backward has completed."""
         reducer = self._reducer
         if reducer.single or not self._mode.synchronize:
-            if self._finite is not None and not (self._looking and self._looking.waits):
+            looks = self._finite is not None or self._weighs_nothing
+            if looks and not (self._looking and self._looking.waits):
                 self._looking = BackwardEnd(self._look)
             return
         if self._ending is None or not self._ending.waits:
@@ -151,12 +168,25 @@ class GradientSync(Kin):
     def _look(self) -> None:
         """Look at what a backward has left here that is not reduced yet, or never is."""
         self._looking = None
-        if self._finite is None:
-            return
-        self._finite.look_at(self._module)
-        self._finite.microbatch += 1
-        if self._mode.synchronize:
-            self._finite.agree()
+        if self._finite is not None:
+            self._finite.look_at(self._module)
+            self._finite.microbatch += 1
+            if self._mode.synchronize:
+                self._finite.agree()
+        if self._reducer.single and self._weighs_nothing:
+            self._clear()
+
+    @property
+    def _weighs_nothing(self) -> bool:
+        """Tell whether this is reduced, and its weight 0."""
+        return self._mode.synchronize and self._mode.weight == 0
+
+    def _clear(self) -> None:
+        """With one rank leave zeros where its weight is 0, as ranks do that all weigh 0."""
+        family = self.family()
+        for one in family:
+            if one._mode.weight == 0:
+                one._reducer.clear(one.shared_with(one.ahead(family)))
 
     def _end_of_backward(self) -> None:
         """Reduce what a backward has left, of all wrappers in it, in one order on all ranks.
