@@ -20,6 +20,7 @@ from .carried import Carried
 from .evaluation import Evaluator
 from .finite import FiniteCheck
 from .gpu_threads import check_gpu_threads
+from .hooks import WireFormat, WireHook
 from .loss_scale import LossScaler
 from .mesh import Mesh
 from .outline import Choices, Outline, require_mesh, require_scaler
@@ -123,7 +124,7 @@ class Pipeline:
         balance: str = "parameters",
         sample: Any = None,
         bucket_bytes: int = 4 << 20,
-        wire_dtype: str | None = None,
+        wire_dtype: WireFormat | WireHook | None = None,
         broadcast_buffers: bool = True,
         reduction: str = "bucket",
         recompute: bool | Collection[int] = False,

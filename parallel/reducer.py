@@ -23,7 +23,7 @@ from .carried import Carried, digest_of, placed, stateful
 from .carriers import carrier_of
 from .finite import FiniteCheck
 from .gradients import Gradients
-from .hooks import WireHook, wire_format
+from .hooks import WireFormat, WireHook, wire_format
 from .ready_hook import comes_last, hang, hang_again
 from .reduction import Reduction, ReductionRecord, Terms
 from .replicas import check_equal
@@ -65,7 +65,7 @@ class Reducer:
         comm: Communicator,
         *,
         bucket_bytes: int | None,
-        wire: str | WireHook | None,
+        wire: WireFormat | WireHook | None,
         sparse: Iterable[nn.Parameter] = (),
         finite: FiniteCheck | None = None,
         loss_scaler: LossScaler | None = None,
