@@ -127,7 +127,7 @@ class DataParallel(Transparent):
         check_equal(comm, settings, "settings of DataParallel")
         lines = [*describe(named), *describe(buffers)]
         check_equal(comm, lines, "parameters or buffers of the module")
-        check_sendable(comm, (*named, *buffers))
+        check_sendable((*named, *buffers))
         # What a backward sends is ordered among what this wrapper sends, not among wrappers.
         channel = comm if comm.size == 1 else comm.split(0, key=comm.rank)
         self._channel: Communicator | None = channel
@@ -150,7 +150,7 @@ class DataParallel(Transparent):
             channel,
             self._reducer,
             self._mode,
-            roster=Roster(module) if comm.size > 1 else None,
+            roster=Roster(module),
             finite=self._finite,
         )
 

@@ -33,7 +33,7 @@ class GradientSync(Kin):
     Those that share parameters reduce together, each parameter once.
 
     named: the module's parameters.
-    roster: of the module; None with one rank, where there is nothing to reduce.
+    roster: of the module.
     """
 
     def __init__(
@@ -44,14 +44,14 @@ class GradientSync(Kin):
         reducer: Reducer,
         mode: Mode,
         *,
-        roster: Roster | None,
+        roster: Roster,
         finite: FiniteCheck | None,
     ) -> None:
         super().__init__(named, channel.members, mode)
         self._module, self._channel = module, channel
         self._reducer, self._mode = reducer, mode
         self._roster, self._finite = roster, finite
-        self._layout = None if roster is None else BufferLayout(roster)
+        self._layout = BufferLayout(roster)
         self._checked = False
         self._looking: BackwardEnd | None = None
         self._ending: BackwardEnd | None = None
@@ -144,14 +144,12 @@ class GradientSync(Kin):
         self._checked = False
         self._ahead = self.ahead(family)
         self._done = None
-        layout = self._layout if self._mode.buffers else None
-        changed = layout is not None and layout.changed
+        changed = self._mode.buffers and self._layout.changed
         self._reducer.begin(self._mode.weight, self.shared_with(self._ahead), changed=changed)
 
     def _check(self) -> None:
         """Take notice of other parameters, and of other tensors in them."""
-        if self._roster is not None:
-            self._roster.check()
+        self._roster.check()
         self._reducer.follow_swaps()
 
     def _abandon(self) -> None:
@@ -220,7 +218,7 @@ class GradientSync(Kin):
             self._finite.agree()
         ahead, self._ahead = self._ahead, []
         if self._mode.buffers:
-            if self._reducer.told and self._layout is not None:
+            if self._reducer.told:
                 self._layout.agree(self._channel)
             # As `data`, which autograd takes no notice of: torch's own layers follow their running
             # statistics so, and another backward may run through what has kept these.
@@ -229,11 +227,10 @@ class GradientSync(Kin):
 
     def _buffers_but_for(self, others: Sequence[GradientSync]) -> list[Tensor]:
         """Return the buffers that others do not send."""
-        assert self._roster is not None
         sent = {
             id(buffer)
             for other in others
-            if other._mode.buffers and other._roster is not None
+            if other._mode.buffers
             for buffer in other._roster.buffers()
         }
         return [buffer for buffer in self._roster.buffers() if id(buffer) not in sent]

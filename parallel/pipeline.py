@@ -165,7 +165,8 @@ class Pipeline:
         check_equal(mesh.comm, described, "settings, parameters or buffers of the pipeline")
         named, num_stages, again = outlines[0].named, outlines[0].num_stages, outlines[0].again
         whole = outlines[0].whole
-        check_sendable(mesh.data, chain(whole.named_parameters(), whole.named_buffers()))
+        tensors = chain(whole.named_parameters(), whole.named_buffers())
+        check_sendable(tensors, empty_only=mesh.data.size == 1)
         self._finite = FiniteCheck(mesh.comm, num_stages) if check_finite else None
 
         if boundaries is None:

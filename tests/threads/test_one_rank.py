@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ringfold import DataParallel, NotFinite, run_local
+from ringfold import CommError, DataParallel, Mesh, NotFinite, Pipeline, run_local
 
 NAN = float("nan")
 
@@ -142,3 +142,68 @@ def test_a_sparse_gradient_of_weight_zero_stays_sparse():
 
     (found,) = run_local(1, main)
     assert found.is_sparse and not found.to_dense().any()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_another_parameter_is_refused(size):
+    """One rank trained it, or left it out, without a word."""
+
+    def main(comm):
+        module = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+        model = DataParallel(module, comm)
+        engine = Pipeline(list(module), Mesh(comm, data=size), loss_fn=nn.functional.mse_loss)
+        module[1].bias = nn.Parameter(torch.zeros(1))
+        with pytest.raises(RuntimeError, match=r"1\.bias was added or replaced"):
+            model(torch.ones(2, 1))
+        with torch.no_grad():
+            model(torch.ones(2, 1))
+        with pytest.raises(RuntimeError, match=r"1\.bias was added or replaced"):
+            engine.step(torch.ones(2, 1), torch.ones(2, 1))
+
+    run_local(size, main)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_module_without_values_is_refused(size):
+    def main(comm):
+        for make in (
+            lambda: DataParallel(nn.Linear(1, 1, device="meta"), comm),
+            lambda: Pipeline([nn.Linear(1, 1, device="meta")], Mesh(comm, pipe=size)),
+        ):
+            with pytest.raises(ValueError, match=r"weight \(1, 1\) float32 is on the meta device"):
+                make()
+
+    run_local(size, main)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: torch.ones(1).expand(3), lambda: torch.eye(3).to_sparse()]
+)
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_buffer_that_cannot_be_sent_is_refused(size, make):
+    def main(comm):
+        module = nn.Linear(1, 1)
+        module.register_buffer("x", make())
+        with pytest.raises(ValueError, match=r"^x \(3,"):
+            DataParallel(module, comm)
+
+    run_local(size, main)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_closed_pipeline_or_mesh_is_refused(size):
+    """One rank went on with it, as nothing was sent."""
+
+    def main(comm):
+        mesh, x = Mesh(comm, pipe=size), torch.ones(2, 1)
+        layers = [nn.Linear(1, 1) for _ in range(size)]
+        engine = Pipeline(layers, mesh, loss_fn=nn.functional.mse_loss)
+        engine.close()
+        for call in (lambda: engine.step(x, x), lambda: engine.forward(x)):
+            with pytest.raises(CommError, match="is closed"):
+                call()
+        mesh.close()
+        with pytest.raises(CommError, match="is closed"), mesh:
+            raise AssertionError("entered")
+
+    run_local(size, main)
