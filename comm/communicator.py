@@ -377,6 +377,10 @@ class Communicator(GroupCalls, Scope):
         """Refuse every call from now on; not collective, for a group that has lost a rank."""
         self._runner.close()
 
+    def require_open(self) -> None:
+        """Raise CommError where the group is closed; for the package's own use."""
+        self._runner.require_open()
+
     def _leave(self, error: BaseException | None) -> None:
         if error is None:
             self.close()

@@ -222,6 +222,10 @@ class Elastic(Scope):
         self._job.leave()
         self.comm.give_up()
 
+    def require_open(self) -> None:
+        """Raise CommError where `comm` is closed; for the package's own use."""
+        self.comm.require_open()
+
     def _leave(self, error: BaseException | None) -> None:
         if error is None:
             with suppress(PeerLost):  # all have done what there was to do

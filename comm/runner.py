@@ -235,6 +235,7 @@ class Runner:
 
     def plan(self, prepared: Prepared) -> Callable[[], Any]:
         """Return what runs an operation to its end, again and again, as called from here."""
+        self.require_open()
         call, meeting = self.note(prepared), prepared.meeting
         if not prepared.plain or meeting is None:
             return partial(self._repeat, prepared, call, self._ring.hold(call))

@@ -17,7 +17,11 @@ class Scope:
     def _leave(self, error: BaseException | None) -> None:
         raise NotImplementedError
 
+    def require_open(self) -> None:
+        """Raise CommError where it is closed, as what begins with it would do; for this package."""
+
     def __enter__(self) -> Self:
+        self.require_open()
         return self
 
     def __exit__(

@@ -18,7 +18,7 @@ from .drift import GradientReport, check_replicas, report_gradients
 from .finite import FiniteCheck
 from .gpu_threads import check_gpu_threads
 from .gradient_sync import GradientSync
-from .hooks import WireHook, wire_format
+from .hooks import WireFormat, WireHook, wire_format
 from .join import check_at_end, turns
 from .kinship import Mode
 from .loss_scale import LossScaler
@@ -72,8 +72,9 @@ class DataParallel(Transparent):
         gradients arrived and what reductions cost; a run may then differ from its repetition in
         the last bits, as the order of additions in some algorithms follows the bucket's size.
     wire: how gradients travel. None for their own dtype; "fp32", "bf16", "fp16" (added in fp32
-        inside); "powersgd:RANK"; "topk:RATIO"; or a hook, a function from (bucket, comm) to work,
-        see `hooks`. With one rank nothing travels, and nothing is compressed.
+        inside), or a dtype as torch.bfloat16; "powersgd:RANK"; "topk:RATIO"; or a hook, a function
+        from (bucket, comm) to work, see `hooks`. With one rank nothing travels,
+        and nothing is compressed.
     wire_dtype: the same, under an older name.
     check_finite: look at every gradient before it leaves: backward raises NotFinite on every rank,
         with the first rank, parameter, step and micro-batch (backwards since the last synchronised
@@ -93,8 +94,8 @@ class DataParallel(Transparent):
         comm: Communicator,
         *,
         bucket_bytes: int | Literal["auto"] = START_BYTES,
-        wire: str | WireHook | None = None,
-        wire_dtype: str | None = None,
+        wire: WireFormat | WireHook | None = None,
+        wire_dtype: WireFormat | None = None,
         root: int = 0,
         broadcast_buffers: bool = True,
         check_finite: bool = False,
@@ -109,6 +110,7 @@ class DataParallel(Transparent):
         self._mode = Mode(root, broadcast_buffers)
         named = list(module.named_parameters())
         buffers = list(module.named_buffers())
+        chosen = wire_dtype if wire is None else wire
 
         def settings() -> list[str]:
             if wire is not None and wire_dtype is not None:
@@ -117,8 +119,7 @@ class DataParallel(Transparent):
             if bucket_bytes != "auto":
                 whole("bucket_bytes", bucket_bytes, 1, "25 << 20, or 'auto'")
             require("loss_scaler", loss_scaler, (LossScaler, NoneType))
-            form = wire_format(wire or wire_dtype)
-            one = f"bucket_bytes {bucket_bytes}", f"wire {form}", f"root {root}"
+            one = f"bucket_bytes {bucket_bytes}", f"wire {wire_format(chosen)}", f"root {root}"
             scaled = f"loss_scaler {'none' if loss_scaler is None else 'given'}"
             sent = f"broadcast_buffers {broadcast_buffers}"
             return [*one, sent, f"check_finite {check_finite}", scaled]
@@ -126,7 +127,7 @@ class DataParallel(Transparent):
         check_equal(comm, settings, "settings of DataParallel")
         lines = [*describe(named), *describe(buffers)]
         check_equal(comm, lines, "parameters or buffers of the module")
-        check_sendable(comm, (*named, *buffers))
+        check_sendable((*named, *buffers))
         # What a backward sends is ordered among what this wrapper sends, not among wrappers.
         channel = comm if comm.size == 1 else comm.split(0, key=comm.rank)
         self._channel: Communicator | None = channel
@@ -135,7 +136,7 @@ class DataParallel(Transparent):
             named,
             channel,
             bucket_bytes=None if bucket_bytes == "auto" else bucket_bytes,
-            wire=wire or wire_dtype,
+            wire=chosen,
             sparse=sparse_parameters(module),
             finite=self._finite,
             loss_scaler=loss_scaler,
@@ -149,7 +150,7 @@ class DataParallel(Transparent):
             channel,
             self._reducer,
             self._mode,
-            roster=Roster(module) if comm.size > 1 else None,
+            roster=Roster(module),
             finite=self._finite,
         )
 
@@ -194,10 +195,14 @@ class DataParallel(Transparent):
         With the loss a mean over this rank's samples (or tokens) and `weight` their number, the
         result is the mean over all ranks' samples. All ranks use it in the same backwards. A rank
         of weight 0 adds nothing, even when its gradients are not finite; if all weights are 0, the
-        gradients are zeros. The weight applies to the whole accumulated gradient.
+        gradients are zeros. The weight applies to the whole accumulated gradient. ValueError for
+        what is no weight: on every rank, from backward; with one rank at once.
         """
         before = self._mode.weight
-        self._mode.weight = float(weight)  # a tensor would divide in its own, lesser precision
+        weight = float(weight)  # a tensor would divide in its own, lesser precision
+        if self._sync is not None:
+            self._sync.expect(weight)
+        self._mode.weight = weight
         try:
             yield
         finally:

@@ -18,6 +18,7 @@ from .kinship import Kin, Mode
 from .reducer import Reducer
 from .replicas import broadcast_tensors
 from .roster import Roster
+from .weights import require_weight
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -32,7 +33,7 @@ class GradientSync(Kin):
     Those that share parameters reduce together, each parameter once.
 
     named: the module's parameters.
-    roster: of the module; None with one rank, where there is nothing to reduce.
+    roster: of the module.
     """
 
     def __init__(
@@ -43,14 +44,14 @@ class GradientSync(Kin):
         reducer: Reducer,
         mode: Mode,
         *,
-        roster: Roster | None,
+        roster: Roster,
         finite: FiniteCheck | None,
     ) -> None:
         super().__init__(named, channel.members, mode)
         self._module, self._channel = module, channel
         self._reducer, self._mode = reducer, mode
         self._roster, self._finite = roster, finite
-        self._layout = None if roster is None else BufferLayout(roster)
+        self._layout = BufferLayout(roster)
         self._checked = False
         self._looking: BackwardEnd | None = None
         self._ending: BackwardEnd | None = None
@@ -62,9 +63,23 @@ class GradientSync(Kin):
         self._key = object()
         self._users[self._key] = self
         if channel.size > 1 or finite is not None:
-            # The hooks must not keep this alive, nor work for one that is gone.
-            own = weakref.ref(self)
-            reducer.attach(lambda index: _forward_to(own(), index))
+            self._attach()
+
+    def _attach(self) -> None:
+        # The hooks must not keep this alive, nor work for one that is gone.
+        own = weakref.ref(self)
+        self._reducer.attach(lambda index: _forward_to(own(), index))
+
+    def expect(self, weight: float) -> None:
+        """Take notice of the weight of backwards to come; ValueError for none, with one rank.
+
+        Several ranks tell each other theirs in the backward, and refuse it together.
+        """
+        if not self._reducer.single:
+            return
+        require_weight(weight, 0)
+        if weight == 0:  # as long as no weight is, backward runs without hooks
+            self._attach()
 
     def forward(self) -> None:
         """Take notice of a forward."""
@@ -83,6 +98,7 @@ class GradientSync(Kin):
     def reduce_without_backward(self) -> None:
         """Take part in the reduction of a backward that this rank does not run; collective."""
         if self._reducer.single:
+            self._clear()
             return
         if self._done is not None and self._done == self._gradients():
             self._done = None  # by the same call of one that reduces together with this
@@ -109,7 +125,8 @@ class GradientSync(Kin):
         """Take the gradient of a parameter, which a backward has completed."""
         reducer = self._reducer
         if reducer.single or not self._mode.synchronize:
-            if self._finite is not None and not (self._looking and self._looking.waits):
+            looks = self._finite is not None or self._weighs_nothing
+            if looks and not (self._looking and self._looking.waits):
                 self._looking = BackwardEnd(self._look)
             return
         if self._ending is None or not self._ending.waits:
@@ -127,14 +144,12 @@ class GradientSync(Kin):
         self._checked = False
         self._ahead = self.ahead(family)
         self._done = None
-        layout = self._layout if self._mode.buffers else None
-        changed = layout is not None and layout.changed
+        changed = self._mode.buffers and self._layout.changed
         self._reducer.begin(self._mode.weight, self.shared_with(self._ahead), changed=changed)
 
     def _check(self) -> None:
         """Take notice of other parameters, and of other tensors in them."""
-        if self._roster is not None:
-            self._roster.check()
+        self._roster.check()
         self._reducer.follow_swaps()
 
     def _abandon(self) -> None:
@@ -151,12 +166,25 @@ class GradientSync(Kin):
     def _look(self) -> None:
         """Look at what a backward has left here that is not reduced yet, or never is."""
         self._looking = None
-        if self._finite is None:
-            return
-        self._finite.look_at(self._module)
-        self._finite.microbatch += 1
-        if self._mode.synchronize:
-            self._finite.agree()
+        if self._finite is not None:
+            self._finite.look_at(self._module)
+            self._finite.microbatch += 1
+            if self._mode.synchronize:
+                self._finite.agree()
+        if self._reducer.single and self._weighs_nothing:
+            self._clear()
+
+    @property
+    def _weighs_nothing(self) -> bool:
+        """Tell whether this is reduced, and its weight 0."""
+        return self._mode.synchronize and self._mode.weight == 0
+
+    def _clear(self) -> None:
+        """With one rank leave zeros where its weight is 0, as ranks do that all weigh 0."""
+        family = self.family()
+        for one in family:
+            if one._mode.weight == 0:
+                one._reducer.clear(one.shared_with(one.ahead(family)))
 
     def _end_of_backward(self) -> None:
         """Reduce what a backward has left, of all wrappers in it, in one order on all ranks.
@@ -190,7 +218,7 @@ class GradientSync(Kin):
             self._finite.agree()
         ahead, self._ahead = self._ahead, []
         if self._mode.buffers:
-            if self._reducer.told and self._layout is not None:
+            if self._reducer.told:
                 self._layout.agree(self._channel)
             # As `data`, which autograd takes no notice of: torch's own layers follow their running
             # statistics so, and another backward may run through what has kept these.
@@ -199,11 +227,10 @@ class GradientSync(Kin):
 
     def _buffers_but_for(self, others: Sequence[GradientSync]) -> list[Tensor]:
         """Return the buffers that others do not send."""
-        assert self._roster is not None
         sent = {
             id(buffer)
             for other in others
-            if other._mode.buffers and other._roster is not None
+            if other._mode.buffers
             for buffer in other._roster.buffers()
         }
         return [buffer for buffer in self._roster.buffers() if id(buffer) not in sent]

@@ -74,6 +74,13 @@ class Gradients:
             )
         return gradient
 
+    def clear(self, elsewhere: frozenset[int]) -> None:
+        """Put zeros in place of the gradients there are, but for those of indices elsewhere."""
+        for index, parameter in enumerate(self.parameters):
+            gradient = parameter.grad
+            if gradient is not None and parameter.requires_grad and index not in elsewhere:
+                parameter.grad = torch.zeros_like(gradient)
+
     def make_sparse(self, load: Load) -> None:
         """Give gradients that came from other ranks only the layout that they have there."""
         if not self._sparse:

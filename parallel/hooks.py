@@ -27,10 +27,12 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .flatten import WIRES
+from .replicas import dtype_name
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -41,6 +43,7 @@ __all__ = [
     "GradientBucket",
     "Rounds",
     "Wire",
+    "WireFormat",
     "WireHook",
     "narrowed",
     "payload",
@@ -137,6 +140,7 @@ class Ended:
 
 
 WireHook: TypeAlias = "Callable[[GradientBucket, Communicator], Work | Rounds]"
+WireFormat: TypeAlias = "str | torch.dtype | np.dtype[Any] | type[np.generic]"
 
 
 @dataclass(frozen=True)
@@ -171,14 +175,19 @@ def _plain(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{n}={v!r}" for n, v in values.items() if isinstance(v, plain))
 
 
-def wire_format(wire: str | WireHook | None) -> Wire:
+def wire_format(wire: WireFormat | WireHook | None) -> Wire:
     """Read a user's choice: None, "fp32", "bf16", "fp16", "powersgd:RANK", "topk:RATIO" or a hook.
 
-    ValueError for an unknown name, or an argument that does not fit it.
+    A dtype of torch or NumPy stands for the first three, and so does its full name. ValueError for
+    an unknown name or another dtype, or an argument that does not fit a name; TypeError for what
+    is none of these.
     """
     if wire is None:
         return Wire()
+    wire = _plain_word(wire)
     if not isinstance(wire, str):
+        if isinstance(wire, type):  # callable, but one makes a hook of it first
+            raise TypeError(f"expected a wire format or a hook, got the class {wire.__qualname__}")
         if not callable(wire):
             raise TypeError(f"expected a wire format or a hook, got {type(wire).__name__}")
         return Wire(hook=wire)
@@ -193,6 +202,15 @@ def wire_format(wire: str | WireHook | None) -> Wire:
         return Wire(hook=make(argument))
     except ValueError as error:
         raise ValueError(f"wire format {wire!r}, expected {name}:{what}: {error}") from None
+
+
+def _plain_word(wire: Any) -> Any:
+    """Return the word for a dtype, or for the full name of one; anything else as it is."""
+    if isinstance(wire, torch.dtype):
+        wire = dtype_name(wire)
+    elif isinstance(wire, np.dtype) or (isinstance(wire, type) and issubclass(wire, np.generic)):
+        wire = np.dtype(wire).name
+    return _WORDS.get(wire, wire) if isinstance(wire, str) else wire
 
 
 def narrowed(values: Tensor, dtype: torch.dtype, loss_scale: float) -> Tensor:
@@ -222,6 +240,8 @@ def _topk(argument: str) -> WireHook:
 
     return TopK(float(argument)) if argument else TopK()
 
+
+_WORDS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 _NAMED: dict[str, tuple[Callable[[str], WireHook], str]] = {
     "powersgd": (_powersgd, "RANK"),

@@ -60,7 +60,8 @@ class Kin:
                 for index, (_, parameter) in enumerate(other._named)
                 if id(parameter) in own
             ]
-            if pairs and len(self._ranks) > 1 and len(other._ranks) > 1:
+            # What one rank has by itself is reduced with nobody, but for its weight.
+            if pairs and (len(self._ranks) > 1) == (len(other._ranks) > 1):
                 self._shared[other] = [mine for mine, _ in pairs]
                 other._shared[self] = [its for _, its in pairs]
 

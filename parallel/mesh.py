@@ -74,6 +74,11 @@ class Mesh(Scope):
         self.pipe.close()
         self.data.close()
 
+    def require_open(self) -> None:
+        """Raise CommError where it is closed; for the package's own use."""
+        self.pipe.require_open()
+        self.data.require_open()
+
     def _leave(self, error: BaseException | None) -> None:
         if error is None:
             self.close()

@@ -15,7 +15,7 @@ from torch import nn
 from ..comm.arguments import require, require_callable, whole
 from ..comm.communicator import Communicator
 from .actions import Action
-from .hooks import wire_format
+from .hooks import WireFormat, WireHook, wire_format
 from .layers import Named, named_layers
 from .loss_scale import LossScaler
 from .mesh import Mesh
@@ -54,7 +54,7 @@ class Choices:
     balance: str
     recompute: bool | Collection[int]
     bucket_bytes: int
-    wire_dtype: str | None
+    wire_dtype: WireFormat | WireHook | None
     broadcast_buffers: bool
     check_finite: bool
     scales_loss: bool
@@ -87,7 +87,7 @@ class Choices:
             f"boundaries {boundaries}",
             f"balance {self.balance}",
             f"bucket_bytes {self.bucket_bytes}",
-            f"wire_dtype {self.wire_dtype}",
+            f"wire_dtype {wire_format(self.wire_dtype)}",
             f"broadcast_buffers {self.broadcast_buffers}",
             f"check_finite {self.check_finite}",
             f"loss_scaler {'given' if self.scales_loss else 'none'}",

@@ -20,6 +20,7 @@ from .carried import Carried
 from .evaluation import Evaluator
 from .finite import FiniteCheck
 from .gpu_threads import check_gpu_threads
+from .hooks import WireFormat, WireHook
 from .loss_scale import LossScaler
 from .mesh import Mesh
 from .outline import Choices, Outline, require_mesh, require_scaler
@@ -124,7 +125,7 @@ class Pipeline:
         balance: str = "parameters",
         sample: Any = None,
         bucket_bytes: int = 4 << 20,
-        wire_dtype: str | None = None,
+        wire_dtype: WireFormat | WireHook | None = None,
         broadcast_buffers: bool = True,
         reduction: str = "bucket",
         recompute: bool | Collection[int] = False,
@@ -165,7 +166,8 @@ class Pipeline:
         check_equal(mesh.comm, described, "settings, parameters or buffers of the pipeline")
         named, num_stages, again = outlines[0].named, outlines[0].num_stages, outlines[0].again
         whole = outlines[0].whole
-        check_sendable(mesh.data, chain(whole.named_parameters(), whole.named_buffers()))
+        tensors = chain(whole.named_parameters(), whole.named_buffers())
+        check_sendable(tensors, empty_only=mesh.data.size == 1)
         self._finite = FiniteCheck(mesh.comm, num_stages) if check_finite else None
 
         if boundaries is None:

@@ -23,7 +23,7 @@ from .carried import Carried, digest_of, placed, stateful
 from .carriers import carrier_of
 from .finite import FiniteCheck
 from .gradients import Gradients
-from .hooks import WireHook, wire_format
+from .hooks import WireFormat, WireHook, wire_format
 from .ready_hook import comes_last, hang, hang_again
 from .reduction import Reduction, ReductionRecord, Terms
 from .replicas import check_equal
@@ -65,7 +65,7 @@ class Reducer:
         comm: Communicator,
         *,
         bucket_bytes: int | None,
-        wire: str | WireHook | None,
+        wire: WireFormat | WireHook | None,
         sparse: Iterable[nn.Parameter] = (),
         finite: FiniteCheck | None = None,
         loss_scaler: LossScaler | None = None,
@@ -87,6 +87,8 @@ class Reducer:
 
     def attach(self, on_ready: Callable[[int], None]) -> None:
         """Call on_ready(index) whenever backward has accumulated a parameter's gradient."""
+        if self._handles:
+            return
         # Where backward is called in a compiled function, what it calls would be compiled as well.
         on_ready = torch.compiler.disable(on_ready)  # type: ignore[no-untyped-call]
         for index, parameter in enumerate(self._gradients.parameters):
@@ -116,6 +118,10 @@ class Reducer:
     def single(self) -> bool:
         """Tell whether there is one rank only, whose gradients are what they are."""
         return self._comm.size == 1
+
+    def clear(self, elsewhere: frozenset[int]) -> None:
+        """Leave zeros for gradients, as ranks do that all weigh 0; not collective."""
+        self._gradients.clear(elsewhere)
 
     def unaware_of(self, scaler: LossScaler) -> Sequence[nn.Parameter]:
         """Return the parameters whose errors would stay in the units of a factor that changes."""

@@ -87,14 +87,14 @@ def describe(named: Iterable[tuple[str, Tensor]]) -> list[str]:
     return lines
 
 
-def check_sendable(comm: Communicator, named: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse a tensor that ranks cannot make equal; a lazy one in any case.
+def check_sendable(named: Iterable[tuple[str, Tensor]], *, empty_only: bool = False) -> None:
+    """Refuse a tensor that ranks cannot make equal; or only one without values, empty_only.
 
     ValueError by name, on every rank where `check_equal` has compared what `describe` returned.
     """
     for name, tensor in named:
         problem = _problem(tensor)
-        if problem and (comm.size > 1 or _is_lazy(tensor)):
+        if problem and (not empty_only or _is_lazy(tensor) or tensor.is_meta):
             raise ValueError(f"{name} {problem}")
 
 

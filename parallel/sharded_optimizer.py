@@ -116,7 +116,7 @@ class ShardedOptimizer(Optimizer):
             raise ValueError("expected every parameter name once over all groups")
         lines = [*describe(everything), f"{optimizer.__name__}, reduce {reduce}, {bucket_bytes}"]
         check_equal(comm, lines, "parameters or settings of the sharded optimizer")
-        check_sendable(comm, everything)
+        check_sendable(everything)
         self._bucket_bytes = bucket_bytes
         self._shards: list[list[Shard]] = []
         self._inner = optimizer(self._shared_out(groups), **hyper)
@@ -268,7 +268,7 @@ class ShardedOptimizer(Optimizer):
 
         param_group = {**param_group, "params": list(param_group["params"])}
         check_equal(self._comm, lines, "parameters of the group")
-        check_sendable(self._comm, param_group["params"])
+        check_sendable(param_group["params"])
         (added,) = self._shared_out([param_group])
         self._inner.add_param_group(added)
         self._names.append([name for name, _ in param_group["params"]])

@@ -89,8 +89,7 @@ class SplitModel:
 
     def begin(self) -> None:
         """Take notice of what was done to the parameters since the step before."""
-        if self._mesh.data.size > 1:
-            self._roster.check()
+        self._roster.check()
         if self._swaps.found():
             note_stage(self._swaps.tensors)
         self.ties.begin()

@@ -239,7 +239,9 @@ class StageWorker:
         assert self._loss_fn is not None
         loss = self._loss_fn(output, target)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise TypeError(f"expected loss_fn to return a tensor of one element, got {loss!r}")
+            raise TypeError(
+                f"expected loss_fn to return a tensor of one element, got {shown(loss)}"
+            )
         return loss
 
     def _backward(self, microbatch: int, batch: Batch) -> None:

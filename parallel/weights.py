@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ..comm.communicator import Communicator
     from ..comm.work import Work
 
-__all__ = ["begin_weighing", "is_summed", "sum_of_weights"]
+__all__ = ["begin_weighing", "is_summed", "require_weight", "sum_of_weights"]
 
 
 def begin_weighing(comm: Communicator, weight: float) -> Work:
@@ -24,9 +24,14 @@ def sum_of_weights(work: Work) -> float:
     """Return the sum of all ranks' weights; ValueError on every rank where one is no weight."""
     weights = work.wait()[:, 0].tolist()
     for rank, weight in enumerate(weights):
-        if not _is_weight(weight):
-            raise ValueError(f"expected a finite weight >= 0, got {weight} on rank {rank}")
+        require_weight(weight, rank)
     return float(sum(weights))
+
+
+def require_weight(weight: float, rank: int) -> None:
+    """Raise ValueError for what is no weight, named as of a rank."""
+    if not _is_weight(weight):
+        raise ValueError(f"expected a finite weight >= 0, got {weight} on rank {rank}")
 
 
 def is_summed(work: Work) -> bool:

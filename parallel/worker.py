@@ -78,9 +78,10 @@ class Worker:
         self._broken: BaseException | None = None
 
     def require_whole(self) -> None:
-        """Raise CommError after a run that was broken off.
+        """Raise CommError after a run that was broken off, or where the channel is closed.
 
-        What it has left under way has the tags of the next run: it would be taken for that one's.
+        What the former has left under way has the tags of the next run, and would be taken for
+        that one's.
         """
         if self._broken is not None:
             raise CommError(
@@ -88,6 +89,7 @@ class Worker:
                 f"{type(self._broken).__name__}, with messages under way: make the pipeline anew "
                 "over a fresh group"
             ) from self._broken
+        self._channel.require_open()
 
     @contextmanager
     def _to_the_end(self) -> Iterator[None]:

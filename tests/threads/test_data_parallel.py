@@ -244,13 +244,16 @@ def test_weights_that_are_tensors():
     assert run_local(2, main) == [(exact, 2 / 3), (exact, 4 / 3)]
 
 
-def test_bad_weight():
+@pytest.mark.parametrize("size", [1, 2])
+def test_bad_weight(size):
+    """One rank took any, and went on with it."""
+
     def main(comm):
         model = DataParallel(Scalars(w=1), comm)
         with pytest.raises(ValueError, match="finite weight >= 0, got -1"), model.weighted(-1):
             model(lambda m: m.w * 1).backward()
 
-    run_local(2, main)
+    run_local(size, main)
 
 
 def test_pr18_frozen_and_unfrozen_while_training():

@@ -326,6 +326,10 @@ def test_closed_and_forked_communicators_say_so(monkeypatch: pytest.MonkeyPatch)
     (comm,) = run_local(1, main)
     with pytest.raises(CommError, match="rank 0: the communicator is closed"):
         comm.allreduce(np.ones(3))
+    with pytest.raises(CommError, match="is closed"):  # the first step told
+        comm.plan("allreduce", np.ones(3))
+    with pytest.raises(CommError, match="is closed"), comm:
+        raise AssertionError("entered")
     (comm,) = run_local(1, lambda comm: comm)
     comm._runner.closed = False
     monkeypatch.setattr("os.getpid", lambda: -1)

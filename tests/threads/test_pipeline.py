@@ -856,12 +856,23 @@ def test_unfit_batch_of_an_evaluation():
     assert run_local(2, main) == [[6.0], [6.0]]
 
 
-def test_loss_must_be_one_element():
+@pytest.mark.parametrize(
+    ("loss", "shown"),
+    [
+        (lambda out: out[:, None].expand(-1, 40), "float32 (3, 40);"),
+        (lambda out: 0.5, "0.5;"),
+        (lambda out: (out, None), "(float32 (3,), None);"),
+    ],
+)
+def test_loss_must_be_one_element(loss, shown):
+    """The error had the elements, up to the first end of a line."""
+
     def main(comm):
-        engine = Pipeline([Times(2)], Mesh(comm), loss_fn=lambda out, _: out, microbatches=1)
+        engine = Pipeline([Times(2)], Mesh(comm), loss_fn=lambda out, _: loss(out), microbatches=1)
         engine.step(torch.ones(3))
 
-    with pytest.raises(StageError, match="loss_fn to return a tensor of one element"):
+    told = f"loss_fn to return a tensor of one element, got {shown}"
+    with pytest.raises(StageError, match=re.escape(told)):
         run_local(1, main)
 
 

@@ -4,11 +4,12 @@ import copy
 import dataclasses
 import functools
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from ringfold import DataParallel, run_local
+from ringfold import DataParallel, Mesh, Pipeline, run_local
 from ringfold.parallel.hooks import Rounds, wire_format
 from ringfold.parallel.powersgd import PowerSGD, factor_shapes
 from ringfold.parallel.topk import TopK, num_kept
@@ -102,6 +103,30 @@ def test_hook_with_weights_missing_gradients_and_a_late_parameter():
     run_local(3, main)
 
 
+@pytest.mark.parametrize(
+    ("word", "dtypes"),
+    [
+        ("fp32", ["float32", torch.float32, np.float32, np.dtype("float32")]),
+        ("bf16", ["bfloat16", torch.bfloat16]),
+        ("fp16", ["float16", torch.float16, np.float16, np.dtype("float16")]),
+    ],
+)
+def test_a_dtype_says_what_its_word_does(word, dtypes):
+    """Neither torch's nor a full name was one; NumPy's class was taken for a hook."""
+
+    def main(comm):
+        for dtype in dtypes:
+            own = word if comm.rank else dtype
+            model = DataParallel(nn.Linear(2, 1), comm, wire_dtype=own)
+            model(torch.ones(1, 2)).sum().backward()
+            assert model.module.weight.grad.tolist() == [[1.0, 1.0]]
+            mesh = Mesh(comm, data=2)
+            Pipeline([nn.Linear(2, 1)], mesh, loss_fn=nn.functional.mse_loss, wire_dtype=own)
+
+    run_local(2, main)
+    assert {wire_format(dtype) for dtype in dtypes} == {wire_format(word)}
+
+
 def test_bad_wires():
     for wire, message in (
         ("powersgd:0", "powersgd:RANK: expected rank >= 1, got 0"),
@@ -111,8 +136,12 @@ def test_bad_wires():
     ):
         with pytest.raises(ValueError, match=message):
             wire_format(wire)
-    with pytest.raises(TypeError, match="got int"):
-        wire_format(3)
+    for no_wire, got in ((3, "int"), (PowerSGD, "the class PowerSGD"), (float, "the class float")):
+        with pytest.raises(TypeError, match=f"got {got}$"):
+            wire_format(no_wire)
+    for dtype in (torch.float64, np.int8, np.dtype("float64")):
+        with pytest.raises(ValueError, match=r"unknown wire dtype '(float64|int8)'.*fp32, bf16"):
+            wire_format(dtype)
 
     def main(comm):
         with pytest.raises(
