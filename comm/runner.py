@@ -23,6 +23,7 @@ from .transport.base import Channel, Transport
 from .work import Prepared, Receipt, Steps, Work
 
 if TYPE_CHECKING:
+    from .express import Express
     from .meeting import Meeting
     from .notices import Standing
 
@@ -263,14 +264,13 @@ class Runner:
 
     def express(self, errand: Errand, tag: int, blocking: bool) -> bool:
         """Send or receive at once; tell whether that was done, else nothing was."""
-        express = errand.express
-        if express is None:
-            self._equip(errand)
+        if self.attentive:
             return False
-        return not self.attentive and self.progress.express(express, tag, blocking)
+        express = errand.express or self._equipped(errand)
+        return express is not None and self.progress.express(express, tag, blocking)
 
-    def _equip(self, errand: Errand) -> None:
-        """Let a message that comes again be sent, or received, at once from now on."""
+    def _equipped(self, errand: Errand) -> Express | None:
+        """Return what sends, or receives, at once from now on a message that comes again."""
         equip, errand.equip = errand.equip, None
         express = None if equip is None else equip()
         if express is not None:
@@ -278,6 +278,7 @@ class Runner:
             tally = address_of(self._tallies[message.operation]) + 8 * message.peer
             express.note_in(self._ring, errand.call, counter, tally)
             errand.express = express
+        return express
 
     def ended(self, errand: Errand, x: Any) -> Work:
         """Return the Work of a message that was sent or received at once."""
