@@ -10,6 +10,7 @@ import bisect
 import mmap
 import os
 import secrets
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -130,6 +131,7 @@ class Memory:
         self.handle = Handle(os.getpid(), self._descriptor, self.nbytes, token)
         self._shift = rank * _STAGGER % _PAGE
         self._free = [(_HEAD, self.nbytes)]
+        self._lock = threading.RLock()
         self._returned: deque[tuple[int, int]] = deque()
         self._kept: deque[tuple[Returned, object]] = deque()
         _MEMORIES.add(self)
@@ -139,14 +141,15 @@ class Memory:
 
         Raises: MemoryError where no space is left.
         """
-        self._take_back()
         needed = -(-(nbytes + self._shift) // _PAGE) * _PAGE
-        for index, (low, high) in enumerate(self._free):
-            if high - low >= needed:
-                self._free[index : index + 1] = (
-                    [(low + needed, high)] if low + needed < high else []
-                )
-                return Block(self, low, low + needed, low + self._shift, nbytes)
+        with self._lock:  # threads may ask at once, `empty` and messages
+            self._take_back()
+            for index, (low, high) in enumerate(self._free):
+                if high - low >= needed:
+                    self._free[index : index + 1] = (
+                        [(low + needed, high)] if low + needed < high else []
+                    )
+                    return Block(self, low, low + needed, low + self._shift, nbytes)
         raise MemoryError(f"no {nbytes} bytes are left of {self.nbytes} of shared memory")
 
     def lend(self, nbytes: int) -> npt.NDArray[np.uint8]:

@@ -150,7 +150,8 @@ class Outbox:
         """Give the memory back, which nobody looks at any more."""
         if self._windows is not None:
             self._memory.release(self._windows)
-            self._windows, self.words[_WINDOWS] = None, 0
+            self._windows = None
+        self.words[_SLOTS] = 0  # another thread may be about to send
         for run in self._runs:
             self._memory.release(run.block)
         self._runs.clear()

@@ -161,10 +161,24 @@ class Progress:
             if self._advancing:
                 self._require_uninterrupted()
             self._callers.add(threading.get_ident())
-            done = express.run(tag, blocking and not self.works)
+            try:
+                self._advancing = True
+                done = express.run(tag, blocking and not self.works)
+            finally:
+                self._advancing = False
             if done and self.works:
                 self._advance_in_passing()
         return done
+
+    def equip(self, make: Callable[[], Express | None]) -> Express | None:
+        """Make what sends or receives at once: it takes memory, as nothing else may meanwhile."""
+        with self._lock:
+            self._require_uninterrupted()
+            try:
+                self._advancing = True
+                return make()
+            finally:
+                self._advancing = False
 
     @property
     def _deserted(self) -> bool:

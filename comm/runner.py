@@ -272,7 +272,7 @@ class Runner:
     def _equipped(self, errand: Errand) -> Express | None:
         """Return what sends, or receives, at once from now on a message that comes again."""
         equip, errand.equip = errand.equip, None
-        express = None if equip is None else equip()
+        express = None if equip is None else self.progress.equip(equip)
         if express is not None:
             message, counter = errand.message, address_of(self.counter)
             tally = address_of(self._tallies[message.operation]) + 8 * message.peer

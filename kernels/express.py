@@ -59,15 +59,24 @@ def _count(express: Any) -> Any:
 
 
 @compiled
+def _is_free(out: Any, window: Any) -> Any:
+    """Tell whether the last message of a window was received."""
+    user, last = out[_USERS + 2 * window], out[_USERS + 2 * window + 1]
+    return user == 0 or load(user + _S_DONE) >= last
+
+
+@compiled
 def _send(express: Any, tag: Any, of_tag: Any) -> Any:
     """Copy a message to a window, if there are a slot and a window for it."""
     out = words_at(express[_OUT], _OUT_WORDS)
-    sequence, window = out[_SENT] + 1, out[_TAKEN] % EXPRESS_WINDOWS
-    user, last = out[_USERS + 2 * window], out[_USERS + 2 * window + 1]
+    sequence, taken = out[_SENT] + 1, out[_TAKEN]
     if sequence % SLOTS == 0 or out[_SLOTS] == 0:
         return _RUNNING
-    if user != 0 and load(user + _S_DONE) < last:
-        return _RUNNING
+    while not _is_free(out, taken % EXPRESS_WINDOWS):
+        taken += 1  # that nobody receives one yet is no reason for others to wait
+        if taken == out[_TAKEN] + EXPRESS_WINDOWS:
+            return _RUNNING
+    window = taken % EXPRESS_WINDOWS
     at = out[_SLOTS] + sequence % SLOTS * SLOT_BYTES
     place, nbytes = out[_WINDOWS] + window * EXPRESS_BYTES, express[_NBYTES]
     copy_bytes(place, express[_ADDRESS], nbytes)
@@ -81,7 +90,7 @@ def _send(express: Any, tag: Any, of_tag: Any) -> Any:
     slot[_S_KIND] = _BYTES
     store(at + _S_PRODUCED, nbytes)
     store(at + 8 * _S_SEQUENCE, sequence)
-    out[_SENT], out[_SLOT], out[_TAKEN] = sequence, at, out[_TAKEN] + 1
+    out[_SENT], out[_SLOT], out[_TAKEN] = sequence, at, taken + 1
     out[_USERS + 2 * window], out[_USERS + 2 * window + 1] = at, sequence
     return _DONE
 

@@ -135,16 +135,31 @@ def test_with_all_windows_taken_nothing_is_sent_and_none_is_written_over() -> No
     assert sender.run()
 
 
-def test_a_window_is_free_when_its_own_message_was_received_not_an_earlier_one() -> None:
+def test_a_message_that_is_received_late_keeps_its_window_and_no_other() -> None:
+    """The pair's messages took the long way from then on, until it was received."""
     pair, sender, receiver = two()
-    for tag in (TAG, TAG + 1):
-        pair.ordinals[0].next(tag)  # a message that never comes, so that the tag is known
-    for turn in range(EXPRESS_WINDOWS):
-        assert sender.run(TAG + (turn == 0))
-    pair.ordinals[1].next(TAG)
-    for _ in range(EXPRESS_WINDOWS - 1):
-        assert receiver.run()
-    assert not sender.run()
+    first = values(100, 1)
+    for rank in range(2):
+        pair.ordinals[rank].next(TAG + 1)
+        pair.ordinals[rank].take_back(TAG + 1, 1)
+    sender.x[:] = first
+    assert sender.run(TAG + 1)
+    for turn in range(3 * EXPRESS_WINDOWS):
+        sender.x[:] = values(100, turn)
+        assert sender.run() and receiver.run()
+        np.testing.assert_array_equal(receiver.x, sender.x)
+    for turn in range(EXPRESS_WINDOWS):  # with all others taken as well, none is left
+        assert sender.run() == (turn < EXPRESS_WINDOWS - 1)
+    assert receiver.run(TAG + 1)
+    np.testing.assert_array_equal(receiver.x, first)
+    assert sender.run() and not sender.run()
+
+
+def test_what_is_closed_is_not_sent_to() -> None:
+    """Another thread, just about to send, wrote to address 0."""
+    pair, sender, _ = two()
+    pair.boxes[0].close()
+    assert not sender.run() and sender.counted == (0, 0)
 
 
 def test_what_is_no_plain_message_is_left_to_others_untouched() -> None:

@@ -1,6 +1,8 @@
 """The slots of messages between two ranks: as many as are under way, and used again."""
 
 import sys
+import threading
+import time
 from random import Random
 
 import numpy as np
@@ -119,3 +121,24 @@ def test_a_run_that_is_used_again_leaves_the_words_of_later_ones_alone(
             open_ |= {*range(max(number * SLOTS, 1), (number + 1) * SLOTS)}
             sequences = [int(pair.words(k)[Slot.SEQUENCE]) for k in sorted(open_)]
             assert sequences == sorted(open_)
+
+
+def test_two_threads_take_memory_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same pages went to both."""
+    memory, inside, most = Memory(0, 1), [], []
+    look = Memory._take_back
+
+    def slowly(memory: Memory) -> None:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.02)
+        look(memory)
+        inside.pop()
+
+    monkeypatch.setattr(Memory, "_take_back", slowly)
+    threads = [threading.Thread(target=memory.allocate, args=(100,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1]

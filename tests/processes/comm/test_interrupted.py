@@ -14,7 +14,8 @@ import pytest
 
 from ringfold import CommError, CommTimeout, Communicator, Settings
 from ringfold.comm import outbox
-from ringfold.comm.boxes import BUFFERED_BYTES, IN_PLACE_BYTES
+from ringfold.comm.boxes import BUFFERED_BYTES, IN_PLACE_BYTES, Boxes
+from ringfold.comm.ordinals import Ordinals
 from ringfold.kernels import mailbox, meeting
 
 pytestmark = pytest.mark.usefixtures("sharing")
@@ -351,3 +352,51 @@ def test_messages_interrupted_at_any_moment_are_neither_lost_nor_mixed_up(
                 assert (got == got[0]).all() and got[0] in (last, last + 1)
                 last = int(got[0])
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def test_a_handler_that_sends_in_the_middle_of_a_known_send_is_refused(
+    comm: Communicator, interrupt: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sent with a new tag, which moved the count that the send was about to add to."""
+    x, got = np.zeros(4), np.zeros(4)
+    count = Ordinals.at
+
+    def disturbed(ordinals: Ordinals, tag: int) -> int:
+        found = count(ordinals, tag)
+        signal.raise_signal(signal.SIGALRM)
+        return found
+
+    with comm.split(0) as group:
+        signal.signal(signal.SIGALRM, lambda *_: group.send(np.ones(1), 1, 50))
+        for turn in range(6):
+            x[:] = turn
+            if group.rank == 0:
+                if turn == 4:
+                    with monkeypatch.context() as patch:
+                        patch.setattr(Ordinals, "at", disturbed)
+                        with pytest.raises(CommError, match="has interrupted the works"):
+                            group.send(x, 1)
+                group.send(x, 1)
+            elif group.rank == 1:
+                group.recv(got, 0)
+                assert (got == turn).all()
+
+
+def test_what_sends_at_once_is_made_while_nothing_else_takes_memory(
+    comm: Communicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread's message could lie in the same pages."""
+    made: list[bool] = []
+    make = Boxes.express
+
+    def watched(boxes: Boxes, *arguments: Any) -> Any:
+        made.append(comm._progress._advancing)
+        return make(boxes, *arguments)
+
+    monkeypatch.setattr(Boxes, "express", watched)
+    x, got = np.zeros(4), np.zeros(4)
+    right, left = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    for _ in range(3):
+        comm.isend(x, right, 3)
+        comm.recv(got, left, 3)
+    assert made == [True, True]
