@@ -14,7 +14,7 @@ import numpy as np
 from numba import types
 
 from .compiled import Kernel, compile_kernel
-from .mailbox import find, pause, slot_of
+from .mailbox import describe, find, pause, slot_of
 from .mailbox_words import (
     EXPRESS_BYTES,
     EXPRESS_WINDOWS,
@@ -33,14 +33,12 @@ from .scalars import compiled
 
 _RUNNING, _DONE = np.int64(Status.RUNNING), np.int64(Status.DONE)
 _BYTES, _WELL = int(Kind.BYTES), int(Outcome.DONE)
-_S_SEQUENCE, _S_TAG, _S_ORDINAL = int(Slot.SEQUENCE), int(Slot.TAG), int(Slot.ORDINAL)
 _S_NBYTES, _S_PLACE, _S_WINDOW = int(Slot.NBYTES), int(Slot.PLACE), int(Slot.WINDOW)
 _S_KIND, _S_WORDS = int(Slot.KIND), SLOT_BYTES // 8
 _S_PRODUCED, _S_DONE = 8 * Slot.PRODUCED, 8 * Slot.DONE
-_SENDS, _SEQUENCE, _TAG, _ORDINAL = map(
-    int, (Letter.SENDS, Letter.SEQUENCE, Letter.TAG, Letter.ORDINAL)
-)
+_SENDS, _TAG, _ORDINAL = int(Letter.SENDS), int(Letter.TAG), int(Letter.ORDINAL)
 _NBYTES, _ADDRESS, _BASE = int(Letter.NBYTES), int(Letter.ADDRESS), int(Letter.BASE)
+_PLACE, _WINDOW = int(Letter.PLACE), int(Letter.WINDOW)
 _SENT, _SLOT, _SLOTS, _WINDOWS = map(int, (Out.SENT, Out.SLOT, Out.SLOTS, Out.WINDOWS))
 _TAKEN, _USERS, _OUT_WORDS = int(Out.TAKEN), int(Out.USERS), int(Out.WORDS)
 _OUT, _COUNTER, _TALLY = int(Express.OUT), int(Express.COUNTER), int(Express.TALLY)
@@ -81,15 +79,11 @@ def _send(express: Any, tag: Any, of_tag: Any) -> Any:
     place, nbytes = out[_WINDOWS] + window * EXPRESS_BYTES, express[_NBYTES]
     copy_bytes(place, express[_ADDRESS], nbytes)
     of_tag[0] += 1
-    slot = words_at(at, _S_WORDS)
-    slot[_S_TAG] = tag
-    slot[_S_ORDINAL] = of_tag[0]
-    slot[_S_NBYTES] = nbytes
-    slot[_S_PLACE] = place - express[_BASE]
-    slot[_S_WINDOW] = nbytes
-    slot[_S_KIND] = _BYTES
+    express[_TAG], express[_ORDINAL] = tag, of_tag[0]
+    express[_PLACE], express[_WINDOW] = place - express[_BASE], nbytes
+    describe(express, at)
     store(at + _S_PRODUCED, nbytes)
-    store(at + 8 * _S_SEQUENCE, sequence)
+    store(at, sequence)
     out[_SENT], out[_SLOT], out[_TAKEN] = sequence, at, taken + 1
     out[_USERS + 2 * window], out[_USERS + 2 * window + 1] = at, sequence
     return _DONE

@@ -86,18 +86,23 @@ def _tell(letter: Any, at: Any, value: Any) -> Any:
 
 
 @compiled
-def _publish(letter: Any, at: Any) -> Any:
+def describe(letter: Any, at: Any) -> Any:
+    """Write to a slot what its message is, before it is told of."""
     slot = words_at(at, _S_WORDS)
-    nbytes = letter[_NBYTES]
     slot[_S_TAG] = letter[_TAG]
     slot[_S_ORDINAL] = letter[_ORDINAL]
-    slot[_S_NBYTES] = nbytes
+    slot[_S_NBYTES] = letter[_NBYTES]
     slot[_S_PLACE] = letter[_PLACE]
     slot[_S_WINDOW] = letter[_WINDOW]
     slot[_S_KIND] = letter[_KIND]
     store(at + _S_CONSUMED, 0)
+
+
+@compiled
+def _publish(letter: Any, at: Any) -> Any:
+    describe(letter, at)
     if letter[_WINDOW_AT] == 0:
-        store(at + _S_PRODUCED, nbytes)
+        store(at + _S_PRODUCED, letter[_NBYTES])
         _tell(letter, at, letter[_SEQUENCE])
     else:
         _fill(letter, at)

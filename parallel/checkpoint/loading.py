@@ -43,18 +43,14 @@ def saved_names(module: Any) -> Iterator[tuple[str, str, nn.Parameter]]:
     The two differ below a wrapper that is a part of the module: enc.weight, enc.module.weight.
     module: or an engine around one.
     """
-    inner = _layers_of(module)
-    while isinstance(inner, Transparent):
-        inner = inner.module
-    parts = () if inner is None else inner.named_modules()
-    wrapped = [f"{place}.module." for place, part in parts if isinstance(part, Transparent)]
-    inmost_first = sorted(wrapped, key=len, reverse=True)
+    layers = _layers_of(module)
+    saved: dict[nn.Parameter, str] = {}
+    for prefix, part in () if layers is None else _parts(layers, ""):
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                saved.setdefault(parameter, prefix + name)
     for name, parameter in module.named_parameters():
-        saved = name
-        for inside in inmost_first:
-            if saved.startswith(inside):
-                saved = inside.removesuffix("module.") + saved[len(inside) :]
-        yield saved, name, parameter
+        yield saved.get(parameter, name), name, parameter
 
 
 def _layers_of(module: Any) -> nn.Module | None:

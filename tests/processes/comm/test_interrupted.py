@@ -281,28 +281,24 @@ def test_a_known_message_that_is_interrupted_has_been_sent_or_received(
     """Behind the one call that does all of it; the next message is the next one."""
     x, got = np.zeros(4), np.zeros(4)
     with comm.split(0) as group:
-        known = group._errands.recall
+
+        def carry(name: str, array: Any, peer: int, *, interrupted: bool) -> None:
+            if not interrupted:
+                getattr(group, name)(array, peer)
+                return
+            express = group._errands.recall(array, name, (peer,)).express
+            plain, express._run = express._run, interrupt(express._run)()
+            with pytest.raises(Stop):
+                getattr(group, name)(array, peer)
+            express._run = plain
+
         for turn in range(10):
             if group.rank == 0:
                 x[:] = turn
-                if turn == 6:
-                    express = known(x, "send", (1,)).express
-                    plain, express._run = express._run, interrupt(express._run)()
-                    with pytest.raises(Stop):
-                        group.send(x, 1)
-                    express._run = plain
-                else:
-                    group.send(x, 1)
+                carry("send", x, 1, interrupted=turn == 6)
             group.barrier()
             if group.rank == 1:
-                if turn == 8:
-                    express = known(got, "recv", (0,)).express
-                    plain, express._run = express._run, interrupt(express._run)()
-                    with pytest.raises(Stop):
-                        group.recv(got, 0)
-                    express._run = plain
-                else:
-                    group.recv(got, 0)
+                carry("recv", got, 0, interrupted=turn == 8)
                 assert (got == turn).all()
 
 
