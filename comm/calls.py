@@ -1,46 +1,38 @@
-"""What users call on a group: collectives, messages between two ranks, and plans of these."""
+"""What users call on a group: collectives, and plans of these."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from . import uneven
-from .again import Errand, Repeated
-from .device import on_device
+from .again import Repeated
 from .memo import Memo
+from .message_calls import Array, MessageCalls
 from .operations import Operations
 from .runner import Runner
 from .schedule import Algorithm
-from .several import first_ended
 from .work import Prepared, Work
 
-if TYPE_CHECKING:
-    from .device_ways import DeviceWays
-
-Array = TypeVar("Array")
 Now = Literal[True]
 Later = Literal[False]
 
 
-class GroupCalls:
+class GroupCalls(MessageCalls):
     """The calls of one group, which a Communicator opens and closes."""
 
     rank: int
     size: int
 
     def __init__(self, runner: Runner, operations: Operations) -> None:
-        self._runner = runner
+        super().__init__(runner, operations)
         self._run = runner.run
         self._start = runner.start
         self._progress = runner.progress
-        self._operations = operations
-        self._device_operations: DeviceWays | None = None
         self._memo: Memo[Repeated] = Memo()
-        self._errands: Memo[Errand] = Memo()
         self._barrier: Repeated | None = None
         self._letters: dict[int, npt.NDArray[np.uint8]] = {}
         self._nothing = np.zeros(0, np.uint8)  # stands for what need not be given
@@ -250,50 +242,6 @@ class GroupCalls:
             what = self._barrier = self._runner.repeated(prepared)
         return self._run(what.meeting, what.receipt, None, None)
 
-    # -- point to point ----------------------------------------------------------------------
-
-    def send(self, x: Any, dst: int, tag: int = 0) -> None:
-        """Send x to rank dst; when it returns, x may be changed.
-
-        It may return before its recv has begun, and it may wait for that, whatever x's size: by the
-        transport, and by what is under way. Ranks that all send before they receive rely on the
-        former; isend does not wait.
-
-        tag: 0 to the transport's largest, which gatherv and alltoallv use; else ValueError. A recv
-            takes messages with its own tag, in the order of their sending.
-        """
-        self._message("send", x, dst, tag, True)
-
-    def recv(self, x: Array, src: int, tag: int = 0) -> Array:
-        """Fill x with rank src's next message with this tag, and return x.
-
-        Raises: MismatchError where it has another number of bytes.
-        """
-        self._message("recv", x, src, tag, True)
-        return x
-
-    def isend(self, x: Any, dst: int, tag: int = 0) -> Work:
-        """Start to send x; the Work, or the communicator if it is dropped, keeps x alive."""
-        work: Work = self._message("send", x, dst, tag, False)
-        return work
-
-    def irecv(self, x: Any, src: int, tag: int = 0) -> Work:
-        """Start to receive into x; wait() returns x."""
-        work: Work = self._message("recv", x, src, tag, False)
-        return work
-
-    def wait_any(self, works: Sequence[Work], timeout: float | None = None) -> int:
-        """Wait until one of several works has ended, well or not, and return its place among them.
-
-        works: of any group of this rank; of several that have ended it is the first. What ended it
-            is told by its wait(). One irecv for each rank that may send stands for a receive
-            from any source.
-        timeout: seconds; the communicator's own where None.
-
-        Raises: CommTimeout when time is up, all of them going on; ValueError without works.
-        """
-        return first_ended(works, timeout, self._runner.progress)
-
     # -- plans -------------------------------------------------------------------------------
 
     def plan(self, collective: str, *args: Any, **kwargs: Any) -> Callable[[], Any]:
@@ -313,7 +261,7 @@ class GroupCalls:
         prepared: Prepared = getattr(side, collective)(*args, **kwargs)
         return self._runner.plan(prepared)
 
-    # -- how operations are prepared ---------------------------------------------------------
+    # -- how they are prepared -------------------------------------------------------------
 
     def _call(
         self, name: str, x: Any, given: tuple[Any, ...], algorithm: Algorithm, blocking: bool
@@ -334,18 +282,6 @@ class GroupCalls:
         result = self._run(what.meeting, what.receipt, (x, result), result)
         return result if take is None else take()
 
-    def _message(self, name: str, x: Any, peer: int, tag: int, blocking: bool) -> Any:
-        """Send or receive x, at once where it was before."""
-        errand = self._errands.recall(x, name, (peer,))
-        if errand is None:
-            prepared: Prepared = getattr(self._side(x), name)(x, peer, tag)
-            if prepared.carry is None:
-                return self._start(prepared, blocking)
-            errand = self._errands.add(x, name, (peer,), self._runner.errand(prepared))
-        elif self._runner.express(errand, tag, blocking):
-            return x if blocking else self._runner.ended(errand, x)
-        return self._runner.carry(errand, x, self._operations.tag(tag), blocking)
-
     def letters(self, count: int) -> npt.NDArray[np.uint8]:
         """Lend letters for `uneven`, mostly the same ones; for the package's own use.
 
@@ -364,28 +300,6 @@ class GroupCalls:
         self._memo.forget()
         self._errands.forget()
         self._barrier = None
-
-    @property
-    def host_operations(self) -> Operations:
-        """Return what prepares operations on host memory; for the package's own use."""
-        return self._operations
-
-    def use_devices(self, operations: DeviceWays) -> None:
-        """Let these prepare operations on device memory, before the first of them."""
-        self._device_operations = operations
-
-    def _side(self, x: Any) -> Operations | DeviceWays:
-        """Return what prepares operations on memory such as x's."""
-        if not on_device(x):
-            return self._operations
-        if self._device_operations is None:
-            self.use_devices(self._find_devices())
-        assert self._device_operations is not None
-        return self._device_operations
-
-    def _find_devices(self) -> DeviceWays:
-        """Return what is to prepare operations on device memory, before the first of them."""
-        raise NotImplementedError
 
 
 _PLANNED = (

@@ -210,6 +210,11 @@ def check_messages(comm: Communicator) -> None:
         np.testing.assert_array_equal(second, data(behind + 2, count, np.float64))
         for send in sends:
             send.wait()
+        x, y = data(comm.rank, count, np.float64), np.empty(count)
+        for step in range(3):  # known from the second one on
+            x += step
+            assert comm.sendrecv(x, ahead, y, behind, 4) is y
+            np.testing.assert_array_equal(y, data(behind, count, np.float64) + sum(range(step + 1)))
     # Two messages of one tag and many pieces must not interleave.
     with reopened(comm, max_message_bytes=64) as small:
         works = [small.isend(data(comm.rank + k, 1001, np.int32), ahead) for k in range(3)]

@@ -24,6 +24,7 @@ def collectives(comm: ringfold.Communicator, later: bool) -> None:
     assert_type(comm.reduce(x), NDArray[np.float32])
     assert_type(comm.broadcast(row, root=0), torch.Tensor)
     assert_type(comm.recv(row, 0), torch.Tensor)
+    assert_type(comm.sendrecv(x, 0, row, None), torch.Tensor)
     for work in (
         comm.allreduce(x, blocking=False),
         comm.reduce(x, blocking=False),
