@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from ringfold import Checkpoints, run_local
 from ringfold.parallel.checkpoint.manifest import from_text, to_text
 
 LOCK = threading.Lock()  # torch's and Python's global random streams are one for all threads
@@ -66,3 +67,17 @@ def rewrite(folder, change):
     (path,) = folder.glob("*/manifest.json")
     manifest = from_text(path.read_text())
     path.write_text(to_text(replace(manifest, values=change(manifest))))
+
+
+def numbers(comm, step, size=40):
+    return {"v": {"step": step, "x": torch.full((size,), float(step))}}
+
+
+def three_of_them(tmp_path, keep=None):
+    def main(comm):
+        with Checkpoints(tmp_path, comm, keep=keep) as checkpoints:
+            for step in (10, 20, 30):
+                model = network(step)
+                checkpoints.save({"m": model, **numbers(comm, step)}, step)
+
+    run_local(2, main)

@@ -1,4 +1,4 @@
-"""Layers small enough that a test can say what comes out."""
+"""Layers and losses small enough that a test can say what comes out."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,3 +27,15 @@ class Call(nn.Module):
 
     def forward(self, value: Any) -> Any:
         return self.function(value)
+
+
+def mean_output(output: torch.Tensor, _: Any) -> torch.Tensor:
+    return output.mean()
+
+
+def sum_output(output: torch.Tensor, _: Any) -> torch.Tensor:
+    return output.sum()
+
+
+def grad(engine: nn.Module) -> dict[str, Any]:
+    return {name: p.grad.tolist() for name, p in engine.named_parameters() if p.grad is not None}
