@@ -215,7 +215,7 @@ class Boxes:
 
     def express(self, bytes_: Bytes, peer: int, sends: bool) -> Record | None:
         """Return an Express record for messages like this one, None of larger ones."""
-        if bytes_.nbytes > (EXPRESS_BYTES if sends else PIECE_BYTES):
+        if bytes_.nbytes > EXPRESS_BYTES:
             return None
         box = (self._outboxes if sends else self._inboxes)[peer]
         words = np.zeros(Express.WORDS, np.int64)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..kernels.mailbox_words import (
-    EXPRESS_BYTES,
+    EXPRESS_STRIDE,
     EXPRESS_WINDOWS,
     RUN_BYTES,
     RUNS,
@@ -143,7 +143,7 @@ class Outbox:
     def open_windows(self) -> None:
         """Have windows for known messages from now on."""
         if self._windows is None:
-            self._windows = self._memory.allocate(EXPRESS_WINDOWS * EXPRESS_BYTES)
+            self._windows = self._memory.allocate(EXPRESS_WINDOWS * EXPRESS_STRIDE)
             self.words[_WINDOWS] = self._memory.address + self._windows.offset
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from numba import types
 from .compiled import Kernel, compile_kernel
 from .mailbox import describe, find, pause, slot_of
 from .mailbox_words import (
-    EXPRESS_BYTES,
+    EXPRESS_STRIDE,
     EXPRESS_WINDOWS,
     SLOT_BYTES,
     SLOTS,
@@ -67,16 +67,16 @@ def _is_free(out: Any, window: Any) -> Any:
 def _send(express: Any, tag: Any, of_tag: Any) -> Any:
     """Copy a message to a window, if there are a slot and a window for it."""
     out = words_at(express[_OUT], _OUT_WORDS)
-    sequence, taken = out[_SENT] + 1, out[_TAKEN]
+    sequence, tried = out[_SENT] + 1, 0
     if sequence % SLOTS == 0 or out[_SLOTS] == 0:
         return _RUNNING
-    while not _is_free(out, taken % EXPRESS_WINDOWS):
-        taken += 1  # that nobody receives one yet is no reason for others to wait
-        if taken == out[_TAKEN] + EXPRESS_WINDOWS:
+    window = out[_TAKEN]  # if it is free; else the first that is, so that few are ever written to
+    while not _is_free(out, window):
+        if tried == EXPRESS_WINDOWS:
             return _RUNNING
-    window = taken % EXPRESS_WINDOWS
+        window, tried = tried, tried + 1
     at = out[_SLOTS] + sequence % SLOTS * SLOT_BYTES
-    place, nbytes = out[_WINDOWS] + window * EXPRESS_BYTES, express[_NBYTES]
+    place, nbytes = out[_WINDOWS] + window * EXPRESS_STRIDE, express[_NBYTES]
     copy_bytes(place, express[_ADDRESS], nbytes)
     of_tag[0] += 1
     express[_TAG], express[_ORDINAL] = tag, of_tag[0]
@@ -84,7 +84,7 @@ def _send(express: Any, tag: Any, of_tag: Any) -> Any:
     describe(express, at)
     store(at + _S_PRODUCED, nbytes)
     store(at, sequence)
-    out[_SENT], out[_SLOT], out[_TAKEN] = sequence, at, taken + 1
+    out[_SENT], out[_SLOT], out[_TAKEN] = sequence, at, window
     out[_USERS + 2 * window], out[_USERS + 2 * window + 1] = at, sequence
     return _DONE
 

@@ -29,8 +29,11 @@ GIVEN_UP = ASKED + 1
 """In PRODUCED or CONSUMED: that side has given up a message that the other may have begun with."""
 
 
-EXPRESS_WINDOWS, EXPRESS_BYTES = 16, 8 << 10
-"""Windows of a box for small known messages, taken by turns, and the most bytes of one."""
+EXPRESS_WINDOWS, EXPRESS_BYTES = 16, 256 << 10
+"""Windows of a box for known messages, and the most bytes of one; memory is taken as it is used."""
+
+EXPRESS_STRIDE = EXPRESS_BYTES + 4096 + LINE_BYTES
+"""From one window to the next: their beginnings lie in different sets of a cache."""
 
 
 class Kind(IntEnum):
@@ -128,7 +131,7 @@ class Out(IntEnum):
 
     SENT: messages so far.  SLOT: address of the last one's.  SLOTS: of the newest run's.
     WINDOWS: address of the windows for known messages, 0 before there are any.
-    TAKEN: how many of these messages there were.
+    TAKEN: which of them the last of these messages took.
     USERS: for each window two words: address of the slot of its last message, and its number.
     """
 

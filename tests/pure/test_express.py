@@ -13,6 +13,7 @@ from ringfold.comm.express import Express
 from ringfold.comm.trace import Entry, Ring, Signature, State
 from ringfold.kernels.mailbox_words import (
     EXPRESS_BYTES,
+    EXPRESS_STRIDE,
     EXPRESS_WINDOWS,
     GIVEN_UP,
     SLOT_BYTES,
@@ -133,6 +134,16 @@ def test_with_all_windows_taken_nothing_is_sent_and_none_is_written_over() -> No
     np.testing.assert_array_equal(got[:-1], [values(100, k) for k in range(EXPRESS_WINDOWS)])
     np.testing.assert_array_equal(got[-1], last)
     assert sender.run()
+
+
+def test_a_window_that_is_free_again_is_taken_again() -> None:
+    """Each window of a large message takes memory once it is used, and is cold when used first."""
+    pair, sender, receiver = two(EXPRESS_BYTES)
+    for _ in range(3 * EXPRESS_WINDOWS):
+        assert sender.run() and sender.run() and receiver.run() and receiver.run()
+    words = pair.boxes[0]._slots[1].words
+    users = [words[Out.USERS + 2 * window] for window in range(EXPRESS_WINDOWS)]
+    assert sum(user != 0 for user in users) == 2
 
 
 def test_a_message_that_is_received_late_keeps_its_window_and_no_other() -> None:
@@ -256,14 +267,11 @@ def test_a_run_of_slots_is_begun_by_others_and_used_again() -> None:
     assert len(pair.boxes[0]._slots[1]._runs) <= 2
 
 
-def test_larger_messages_are_not_sent_so_but_received() -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_larger_messages_go_another_way(rank: int) -> None:
     pair = TwoBoxes()
-    assert pair.boxes[0].express(Bytes(0, EXPRESS_BYTES + 1, None), 1, True) is None
-    assert pair.boxes[1].express(Bytes(0, EXPRESS_BYTES + 1, None), 0, False) is not None
-    receiver = Known(pair, 1, np.zeros(EXPRESS_BYTES + 1, np.uint8))
-    x = values(EXPRESS_BYTES + 1)
-    assert step(pair.send(x, TAG)) == Status.DONE and receiver.run()
-    np.testing.assert_array_equal(receiver.x, x)
+    assert pair.boxes[rank].express(Bytes(0, EXPRESS_BYTES, None), 1 - rank, rank == 0) is not None
+    assert pair.boxes[rank].express(Bytes(0, EXPRESS_BYTES + 1, None), 1 - rank, rank == 0) is None
 
 
 def test_windows_are_given_back_with_the_group() -> None:
@@ -275,6 +283,6 @@ def test_windows_are_given_back_with_the_group() -> None:
     slots, before = pair.boxes[0]._slots[1], free()
     for _ in range(2):
         slots.open_windows()
-        assert before - 2 * EXPRESS_WINDOWS * EXPRESS_BYTES < free() < before
+        assert before - 2 * EXPRESS_WINDOWS * EXPRESS_STRIDE < free() < before
     slots.close()
     assert free() == before
