@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from itertools import count, takewhile
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from .trace import Entry, Ring, entries_in
 
 if TYPE_CHECKING:
     from .communicator import Communicator
+    from .meeting import Meeting
 
 Words = npt.NDArray[np.int64]
 
@@ -42,6 +44,7 @@ class Board:
         self.rank, self.size = rank, len(members)
         self.memory = nodes.memory
         self.broken = ""
+        self.meetings: weakref.WeakSet[Meeting] = weakref.WeakSet()
         self._blocks = blocks
         self._bases = np.array([nodes.addresses[row[1]] for row in members.tolist()], np.int64)
         self._traces = [nodes.traces[row[1]] for row in members.tolist()]
@@ -141,6 +144,17 @@ class Board:
         self.memory.keep([(lambda: False, buffer)])
         self.broken = f"an earlier {name} was given up halfway, so the ranks may differ"
         self.record[BoardWord.BROKEN] = 1
+
+    def refuse(self) -> None:
+        """Refuse everything from now on: the group is being closed.
+
+        When this returns, no thread looks at the board but for a work: what one was launching
+        meanwhile has come to where it waits, and is refused there.
+        """
+        self.broken = self.broken or "the communicator is closed"
+        self.record[BoardWord.BROKEN] = 1
+        for meeting in tuple(self.meetings):
+            meeting.settle()
 
     def close(self) -> None:
         """Give the shared memory back, which no rank of the group may use any more."""

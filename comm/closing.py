@@ -23,7 +23,7 @@ class Closing:
     """One rank's part in closing a group.
 
     coming: what waits for all ranks of the group, for the first time, or the second.
-    start: starts a work of such steps.
+    start: starts a work of such steps.  refuse: lets the group take no other call.
     together: whether the ranks come together, as far as is known; False once some did not.
     """
 
@@ -35,10 +35,11 @@ class Closing:
         name: str,
         coming: Callable[[int], Steps],
         start: Callable[[Callable[[], Steps]], Work],
+        refuse: Callable[[], None],
         together: bool,
     ) -> None:
         self._transport, self._progress, self._name = transport, progress, name
-        self._coming, self._start = coming, start
+        self._coming, self._start, self._refuse = coming, start, refuse
         self._timeout = timeout
         self._end = 0.0
         self.together = together and transport.together
@@ -56,6 +57,7 @@ class Closing:
         drain(self._progress, self._timeout, lambda work: self._own(work, False), closes)
         self.meet(1)
         drain(self._progress, _LEAST, lambda work: self._own(work, True), closes)
+        self._refuse()  # before: what another thread begins until then is given up with the rest
         return self._progress.give_up(lambda work: work.transport is self._transport, self._why)
 
     def _own(self, work: Work, receives: bool) -> bool:

@@ -326,14 +326,15 @@ class Communicator(GroupCalls, Scope):
         """together: whether the ranks may all come; else they are not waited for."""
         self._progress.require_uninterrupted()
         self._runner.leaving = True
-        coming, come = self._operations.coming("close"), partial(self._come, "close")
+        coming = self._operations.coming("close")
         closing = self._closing = self._closing or Closing(
             self._transport,
             self._progress,
             self._settings.timeout,
             self.name,
             coming,
-            come,
+            self._leave_by,
+            self._runner.refuse,
             together,
         )
         self._job.kept += closing.finish()
@@ -353,6 +354,9 @@ class Communicator(GroupCalls, Scope):
         work: Work = self._start(self._operations.come(operation, steps), False)
         return work
 
+    def _leave_by(self, steps: Callable[[], Steps]) -> Work:
+        return self._runner.leave(self._operations.come("close", steps))
+
     def _find_devices(self) -> DeviceWays:
         from .transport.gpu_aware import cuda_ways
 
@@ -368,6 +372,7 @@ class Communicator(GroupCalls, Scope):
         if sharing is None:  # the same on all ranks
             return
         self.forget()
+        sharing.refuse()
         if self.size == 1 or closing.meet(2):
             self._operations.close()
             sharing.close()

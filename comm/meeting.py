@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -67,6 +68,7 @@ class Meeting:
 
         self.name = call.name
         self._board = board
+        board.meetings.add(self)
         self._call = call
         self._advance = advance_kernel()
         self._lists = board.lists()
@@ -151,6 +153,11 @@ class Meeting:
     def flying(self) -> bool:
         """Tell whether it was started and has not ended."""
         return bool(self._record[WorkWord.FLYING])
+
+    def settle(self) -> None:
+        """Wait until no thread is in the middle of a step, which takes a moment at most."""
+        while self._record[WorkWord.LOCK]:
+            time.sleep(0)
 
     def steps(self, owner: Any = None, result: Any = None, status: int | None = None) -> Steps:
         """Go on until the work has ended; return the result.

@@ -152,7 +152,7 @@ class Progress:
             self._advance_in_passing()
         return ended
 
-    def express(self, express: Express, tag: int, blocking: bool) -> bool:
+    def express(self, group: Runner, express: Express, tag: int, blocking: bool) -> bool:
         """Send or receive at once; tell whether that was done, else nothing was.
 
         blocking: the caller waits for it, and may as well look a while for a message to receive.
@@ -160,6 +160,8 @@ class Progress:
         with self._lock:
             if self._advancing:
                 self._require_uninterrupted()
+            if group.attentive:
+                return False
             self._callers.add(threading.get_ident())
             try:
                 self._advancing = True
@@ -170,10 +172,11 @@ class Progress:
                 self._advance_in_passing()
         return done
 
-    def equip(self, make: Callable[[], Express | None]) -> Express | None:
+    def equip(self, group: Runner, make: Callable[[], Express | None]) -> Express | None:
         """Make what sends or receives at once: it takes memory, as nothing else may meanwhile."""
         with self._lock:
             self._require_uninterrupted()
+            group.require_open()
             try:
                 self._advancing = True
                 return make()

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _COLLECTIVES, _MESSAGES, _HISTORY = map(int, (Count.COLLECTIVES, Count.MESSAGES, Count.HISTORY))
 _DONE, _REFUSED = int(Status.DONE), int(Status.REFUSED)
 _WELL, _FAILED = int(Outcome.DONE), int(Outcome.FAILED)
+CLOSED = "the communicator is closed"
 
 
 class Runner:
@@ -38,9 +39,9 @@ class Runner:
     name: what the group is called.
     counter: how many collectives, and messages, the group has begun, and the history of the former.
     messages: how many sends and receives were begun, by operation and peer.
-    closed: whether the group takes no more calls.  leaving: whether this rank has come to close it.
+    leaving: whether this rank has come to close the group.  closed: whether it has done so.
     progress: of this rank's works.
-    attentive: whether a call has to look at more than the group's own state: it is closed, this
+    attentive: whether a call has to look at more than the group's own state: it is refused, this
         rank records what it does, or this is a fork of the rank's process.
     """
 
@@ -52,7 +53,8 @@ class Runner:
         self.messages: dict[str, memoryview[int]]
         self.messages = {name: tally.data for name, tally in self._tallies.items()}
         self._shares = shares_of(transport.max_tag)
-        self.closed, self.leaving, self._why = False, False, ""
+        self.closed, self.leaving = False, False
+        self._refusal = ""
         self._transport = transport
         self.progress = progress
         self._ring = progress.ring
@@ -64,12 +66,17 @@ class Runner:
     def attend(self) -> None:
         """Decide anew what calls have to look at."""
         recorded = self.progress.timeline is not None
-        self.attentive = self.closed or recorded or os.getpid() != self._process
+        self.attentive = bool(self._refusal) or recorded or os.getpid() != self._process
 
-    def close(self, why: str = "the communicator is closed") -> None:
-        """Refuse every call from now on."""
-        self.closed, self._why = True, why
+    def refuse(self, why: str = CLOSED) -> None:
+        """Refuse every call from now on, but what `leave` begins."""
+        self._refusal = why
         self.attend()
+
+    def close(self, why: str = CLOSED) -> None:
+        """Refuse every call: the group is closed."""
+        self.closed = True
+        self.refuse(why)
 
     def begin_anew(self) -> None:
         """Let ranks go on that differ in what they have called so far, as is known by now."""
@@ -108,8 +115,8 @@ class Runner:
         rank = self._transport.rank
         if os.getpid() != self._process:
             raise in_fork(rank)
-        if self.closed:
-            raise CommError(f"rank {rank}: {self._why}")
+        if self._refusal:
+            raise CommError(f"rank {rank}: {self._refusal}")
 
     def _keep_up(self) -> None:
         """Let who records this rank take what is to leave the ring of operations."""
@@ -193,19 +200,28 @@ class Runner:
         """Note a call and begin it."""
         return self.begin(prepared, blocking, self.note(prepared))
 
-    def begin(self, prepared: Prepared, blocking: bool, call: int) -> Any:
-        """Begin what was noted as `call`; return its result, or its Work where not blocking."""
-        self.require_open()
+    def leave(self, prepared: Prepared) -> Work:
+        """Begin what ranks come together by as they close the group, which may refuse all else."""
+        work: Work = self.begin(prepared, False, self.note(prepared), last=True)
+        return work
+
+    def begin(self, prepared: Prepared, blocking: bool, call: int, *, last: bool = False) -> Any:
+        """Begin what was noted as `call`; return its result, or its Work where not blocking.
+
+        last: see `leave`.
+        """
+        if not last:
+            self.require_open()
         if self.attentive:
             self._keep_up()
         try:
-            work = self._begin(prepared, blocking, call)
+            work = self._begin(prepared, blocking, call, last)
             return work.wait() if blocking else work
         except BaseException as error:
             self._break_off(prepared.receipt, error)
             raise
 
-    def _begin(self, prepared: Prepared, blocking: bool, call: int) -> Work:
+    def _begin(self, prepared: Prepared, blocking: bool, call: int, last: bool) -> Work:
         if prepared.meeting is not None:  # it notes itself
             return self._advance(lambda: prepared.run(0), prepared.receipt, not blocking)
         message = None if prepared.channel is Channel.COLLECTIVE else prepared.signature
@@ -226,7 +242,7 @@ class Runner:
             return self._ring.noted(prepared.run(tag), self._ring.begin(call, sequence))
 
         background = prepared.background and not blocking
-        return self._advance(begin, prepared.receipt, background, message)
+        return self._advance(begin, prepared.receipt, background, message, last)
 
     def _count_message(self, message: Signature) -> int:
         """Count a message that begins; return its number among the group's."""
@@ -264,15 +280,13 @@ class Runner:
 
     def express(self, errand: Errand, tag: int, blocking: bool) -> bool:
         """Send or receive at once; tell whether that was done, else nothing was."""
-        if self.attentive:
-            return False
         express = errand.express or self._equipped(errand)
-        return express is not None and self.progress.express(express, tag, blocking)
+        return express is not None and self.progress.express(self, express, tag, blocking)
 
     def _equipped(self, errand: Errand) -> Express | None:
         """Return what sends, or receives, at once from now on a message that comes again."""
         equip, errand.equip = errand.equip, None
-        express = None if equip is None else self.progress.equip(equip)
+        express = None if equip is None else self.progress.equip(self, equip)
         if express is not None:
             message, counter = errand.message, address_of(self.counter)
             tally = address_of(self._tallies[message.operation]) + 8 * message.peer
@@ -312,6 +326,8 @@ class Runner:
 
     def _carrying(self, errand: Errand, x: Any, tag: int, entry: list[int]) -> Steps:
         """entry: takes the number of this run in the ring."""
+        if self._refusal:  # since this call looked, for another thread's sake
+            self.require_open()
         ring, outcome = self._ring, _FAILED
         number = ring.begin(errand.call, self._count_message(errand.message))
         entry.append(number)
@@ -340,12 +356,13 @@ class Runner:
         receipt: Receipt,
         background: bool,
         message: Signature | None = None,
+        last: bool = False,
     ) -> Work:
-        """message: what was asked for, of one between two ranks."""
+        """message: what was asked for, of one between two ranks.  last: see `leave`."""
         group = self.name if message is None else ""
 
         def make() -> Work:
-            if self.closed:  # by another thread, which ends MPI, since this call looked
+            if self._refusal and not last:  # since this call looked, for another thread's sake
                 self.require_open()
             work = Work(begin(), receipt, self._transport, self.progress, group)
             work.home = self.name

@@ -36,6 +36,11 @@ class Sharing:
         """Tell whether the ranks of the group have access to each other's own memory, see `cma`."""
         return self.board is not None and self.board.reads
 
+    def refuse(self) -> None:
+        """Let no thread of this rank look there any more, before the ranks meet and close."""
+        if self.board is not None:
+            self.board.refuse()
+
     def close(self) -> None:
         """Give board and boxes back, which no rank of the group may look at any more."""
         for shared in (self.board, self.mail):

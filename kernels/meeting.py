@@ -157,13 +157,13 @@ def _advance(record: Any, awaited: Any) -> Any:
     if work[_STATUS] != _RUNNING:
         return work[_STATUS]
     board = words_at(work[_ON_BOARD], _BOARD_WORDS)
-    if load(work[_ON_BOARD] + 8 * _TURN) != work[_TICKET]:
-        if board[_BROKEN] == 0:
-            return _RUNNING
-        work[_STATUS] = _REFUSED  # its turn never comes
+    if board[_BROKEN] != 0:
+        work[_STATUS] = _REFUSED  # its turn never comes, or its group is being closed
         _note_end(work, board, _BADLY)
         work[_FLYING] = 0
         return _REFUSED
+    if load(work[_ON_BOARD] + 8 * _TURN) != work[_TICKET]:
+        return _RUNNING
     while work[_ROW] < work[_NUM_ROWS]:
         row = work[_ROWS] + work[_ROW] * (8 * ROW_WORDS)
         kind = words_at(row, 1)[0]
@@ -272,11 +272,14 @@ def launch_kernel() -> Kernel:
     def launch_meeting(record: Any) -> Any:
         work = words_at(record, _WORK_WORDS)
         board = words_at(work[_ON_BOARD], _BOARD_WORDS)
-        if board[_BROKEN] != 0 or work[_FLYING] != 0:
+        if work[_FLYING] != 0:
             return _REFUSED
         # The background thread may still hold this record from its last run, and look at it.
         while try_lock(record + 8 * _LOCK) == 0:
             relax()
+        if board[_BROKEN] != 0:  # behind the lock, for who breaks it, and then takes the lock
+            store(record + 8 * _LOCK, 0)
+            return _REFUSED
         work[_FLYING] = 1
         work[_STATUS] = _RUNNING
         work[_TICKET] = board[_TICKETS]

@@ -54,7 +54,7 @@ class BoardWord(IntEnum):
     YIELD: address of sched_yield.
     SPINS, YIELDS: how often a waiting rank looks before it yields its core, and then before it
     returns.
-    BROKEN: not 0 where a work was given up halfway.
+    BROKEN: not 0 where a work was given up halfway, or the group is being closed.
     RING: address of the rank's ring of operations.
     COUNTER: address of what the rank counts of the group; see Count.
     BELL: address of the rank's BellWord record.

@@ -212,3 +212,23 @@ def test_the_background_serves_until_one_has_ended_or_there_is_something_else_to
     calls.clear()
     serve(0, 3)
     assert calls == [5, 6] * 3
+
+
+def test_who_closes_waits_for_a_launch_in_the_middle_and_then_nothing_goes_on() -> None:
+    """A group's close gave its board to the next group, where a thread was still at it."""
+    two = TwoBoards()
+    board = two.boards[0]
+    flying, launching, later = (two.allreduce(0, arrays(4, number)[0]) for number in range(3))
+    assert flying.launch() == Status.RUNNING
+    launching._record[WorkWord.LOCK] = 1  # as if a thread was in the middle of it
+    closing = threading.Thread(target=board.refuse)
+    closing.start()
+    closing.join(0.05)
+    assert closing.is_alive()
+    launching._record[WorkWord.LOCK] = 0
+    closing.join(10)
+    assert not closing.is_alive()
+    tickets = int(board.record[BoardWord.TICKET])
+    assert later.launch() == Status.REFUSED and launching.launch() == Status.REFUSED
+    assert board.record[BoardWord.TICKET] == tickets
+    assert step(flying) == Status.REFUSED and not flying.flying

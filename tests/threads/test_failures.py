@@ -331,7 +331,7 @@ def test_closed_and_forked_communicators_say_so(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(CommError, match="is closed"), comm:
         raise AssertionError("entered")
     (comm,) = run_local(1, lambda comm: comm)
-    comm._runner.closed = False
+    comm._runner.refuse("")
     monkeypatch.setattr("os.getpid", lambda: -1)
     with pytest.raises(CommError, match="fork of rank 0"):
         comm.barrier()

@@ -3,6 +3,7 @@
 import gc
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from contract import data, reopened
+from numpy.typing import NDArray
 
 from ringfold import CommError, Communicator, MismatchError
 from ringfold.comm.serving import Waiting
+
+Array = NDArray[np.float64]
 
 pytestmark = pytest.mark.usefixtures("several")
 
@@ -185,6 +189,56 @@ def test_a_group_is_closed_without_the_others_once(
             told = capfd.readouterr().err
             assert told.count("without the others") == 1 and f"closing {part.name} " in told
         comm.barrier()
+
+
+def ping(group: Communicator, x: Array) -> None:
+    ahead, behind = (group.rank + 1) % group.size, (group.rank - 1) % group.size
+    group.sendrecv(x, ahead, np.empty_like(x), behind)
+
+
+def listen(group: Communicator, x: Array) -> None:
+    group.recv(x, (group.rank + 1) % group.size)
+
+
+def add(group: Communicator, x: Array) -> None:
+    group.allreduce(x)
+
+
+def spread(group: Communicator, x: Array) -> None:
+    group.scatter(np.ones((group.size, 8)) if group.rank == 0 else None)
+
+
+@pytest.mark.parametrize("call", [ping, listen, add, spread], ids=lambda call: call.__name__)
+def test_what_another_thread_goes_on_to_call_reaches_no_later_group(
+    comm: Communicator, call: Callable[[Communicator, Array], None]
+) -> None:
+    """It took the next group's messages: they lay where those of the closed one had lain."""
+    for pause in (0.0, 0.002, 0.005):
+        group, ends = comm.split(0), list[str]()
+        assert group is not None
+
+        def go_on(group: Communicator = group, ends: list[str] = ends) -> None:
+            x = np.zeros(8)
+            while not ends:
+                try:
+                    call(group, x)
+                except CommError as error:  # once it may be that this was in flight, or differs
+                    if str(error).endswith("the communicator is closed"):
+                        ends.append(str(error))
+
+        thread = threading.Thread(target=go_on)
+        thread.start()
+        time.sleep(pause)
+        group.close()
+        for number in range(2):
+            with comm.split(0) as later:
+                x, got = np.full(8, later.rank + number + 1.0), np.empty(8)
+                ahead, behind = (later.rank + 1) % later.size, (later.rank - 1) % later.size
+                for _ in range(3):
+                    assert (later.sendrecv(x, ahead, got, behind) == behind + number + 1).all()
+                assert (later.allreduce(np.full(8, 1.0)) == later.size).all()
+        thread.join(10)
+        assert not thread.is_alive() and ends
 
 
 def mapped() -> int:
