@@ -10,7 +10,6 @@ from .board import Board
 from .buffer import Buffer, address_in, address_of
 from .call_codes import code_of
 from .dtypes import DType
-from .fused_rows import Shape
 from .meeting import Call, Meeting
 from .scattering import Scattering
 from .trace import Signature
@@ -79,7 +78,7 @@ class Meetings:
         return self._anew("alltoall", buffer, buffer.flat.size, buffer.shape)
 
     def barrier(self) -> Prepared:
-        call = Call("barrier", code_of("barrier", "", "uint8"), self._shape(0, 1, 0), 0, 0)
+        call = Call("barrier", code_of("barrier", "", "uint8"), self._board.shape(0, 1, 0), 0, 0)
         meeting = Meeting(self._board, call)
 
         def run(_: int) -> Steps:
@@ -142,13 +141,10 @@ class Meetings:
         dtype, fold, before, after = buffer.dtype, 0, 1.0, 1.0
         if op:
             fold, before, after = folding(op, dtype, self._size)
-        shape = self._shape(count, dtype.itemsize, root)
+        shape = self._board.shape(count, dtype.itemsize, root)
         code = code_of(name, op, dtype.name)
         where = address_of(buffer.flat), buffer.flat.nbytes
         return Meeting(self._board, Call(name, code, shape, *where, fold, before, after))
-
-    def _shape(self, count: int, itemsize: int, root: int) -> Shape:
-        return Shape(self._rank, self._size, count, itemsize, root, self._board.stage_bytes)
 
     def _receipt(self, meeting: Meeting, nbytes: int) -> Receipt:
         writes = (meeting.form, meeting.name) == ("cma", "allreduce")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ..kernels.records import BellWord
 from .cma import accessible
 from .errors import CommError
-from .memory import BELL_AT, Block, Handle, Mapping, Memory
+from .memory import BELL_AT, Handle, Mapping, Memory
 
 if TYPE_CHECKING:
     from .communicator import Communicator
@@ -72,11 +72,6 @@ class NodeMemory:
     def bell_of(self, node_rank: int) -> int:
         """Return the address of a rank's bell."""
         return self.addresses[node_rank] + BELL_AT
-
-    def release(self, block: Block) -> None:
-        """Take a block back."""
-        assert self.memory is not None
-        self.memory.release(block)
 
     def _open(self, handles: Words) -> None:
         assert self.memory is not None

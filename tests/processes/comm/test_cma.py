@@ -9,8 +9,8 @@ from contract import CHECKS, data, expected
 
 from ringfold import CommError, CommTimeout, Communicator, Settings, Work
 from ringfold.comm import cma, fused
-from ringfold.comm.board import STAGE_BYTES
 from ringfold.comm.buffer import Buffer
+from ringfold.comm.fused_rows import STAGE_BYTES
 from ringfold.kernels.records import Note, WorkWord
 
 LARGE = STAGE_BYTES // 4 * 2 + 1235
