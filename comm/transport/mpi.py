@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,14 +31,14 @@ _LOOKS = 100
 """For a message that is cancelled; one that is on its way is not, and may take long."""
 
 
-def load_mpi(lookout: Callable[[], Lookout] | None = None) -> Any:
-    """Import mpi4py's MPI module, and start MPI where nobody has.
+def load_mpi(lookout: Lookout | None = None) -> Any:
+    """Import mpi4py's MPI module, and start MPI where nobody has; lookout sees to it meanwhile.
 
     Raises: CommError that says how to install a library, that MPI has ended, or that the launcher
     is another library's.
     """
     try:
-        mpi = import_mpi(lookout)
+        mpi = import_mpi(lookout or Lookout())
     except (ImportError, RuntimeError) as error:
         raise CommError(f"{INSTALL_HINT} ({error})") from error
     _require_running(mpi)
