@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from .arithmetic import divisors
@@ -114,9 +113,7 @@ class Meetings:
     ) -> Prepared:
         """shape: of this rank's result; None where it has none."""
         meeting = self._meeting(name, buffer, count, op, root)
-        new = buffer.maker()
-        if buffer.kept is not None:
-            new = functools.cache(new)
+        new = buffer.maker
 
         def make() -> Any:
             if shape is None:
