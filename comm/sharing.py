@@ -31,11 +31,6 @@ class Sharing:
         """Return this rank's memory, None where the node does not map it."""
         return self.nodes.memory if self.nodes.token else None
 
-    @property
-    def reads(self) -> bool:
-        """Tell whether the ranks of the group have access to each other's own memory, see `cma`."""
-        return self.board is not None and self.board.reads
-
     def close(self) -> None:
         """Give board and boxes back, which no rank of the group may look at any more."""
         for shared in (self.board, self.mail):

@@ -13,6 +13,7 @@ import numpy as np
 
 from .clock import Offset, between
 from .intervals import Intervals, common, length, union, without
+from .notices import MESSAGES
 from .texts import few
 from .timeline import COMPUTE, PACK, STEP, WAIT, Timeline
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 SCALE = 1e-3
 """Microseconds, the unit of trace events, in a nanosecond."""
-
-_MESSAGES = ("send", "recv")
 
 
 def wire_bytes(operation: str, nbytes: float, size: int) -> float:
@@ -250,7 +249,7 @@ def _late(traces: Sequence[RankTrace]) -> dict[int, list[float]]:
     for trace in traces:
         for operation in trace.operations:
             name, _, _, start, _, _, group, sequence, size = operation
-            if name not in _MESSAGES and size > 1:
+            if name not in MESSAGES and size > 1:
                 starts[group, sequence].append((start, trace.rank, size))
     late: dict[int, list[float]] = defaultdict(list)
     for came in starts.values():

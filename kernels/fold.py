@@ -17,18 +17,8 @@ from .elements import ELEMENTS
 from .operations import check_operation
 from .records import FOLD_BLOCK, FOLD_WORDS
 from .reduce import OPS
-from .scalars import compiled, pointer_to
+from .scalars import divide, keep, pointer_to
 from .storage import FLOATS, HALVES, PARTS, STORAGE
-
-
-@compiled
-def _keep(value: Any, _factor: Any) -> Any:
-    return value
-
-
-@compiled
-def _divide(value: Any, factor: Any) -> Any:
-    return value / factor
 
 
 @functools.cache
@@ -51,8 +41,8 @@ def fold_callback(op: str, dtype: str) -> int:
     scalars, itemsize = element.scalars, np.dtype(stored).itemsize
     wide = np.float32 if dtype in HALVES else element.scalar
     operation = OPS[dtype][name]
-    before = _divide if mean and dtype in HALVES else _keep
-    after = _divide if mean else _keep
+    before = divide if mean and dtype in HALVES else keep
+    after = divide if mean else keep
 
     def fold(record: Any) -> Any:
         words = carray(pointer_to(record, np.int64), FOLD_WORDS)
