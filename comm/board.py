@@ -19,7 +19,7 @@ from . import fused
 from .cma import access
 from .fused_rows import STAGE_BYTES, Shape
 from .memory import Block
-from .node_memory import NodeMemory, patience, yielding
+from .node_memory import NodeMemory, look_counts, yielding
 from .notices import MESSAGES, Row
 from .trace import Entry, Ring, entries_in
 
@@ -54,7 +54,7 @@ class Board:
         self.record[BoardWord.BASES] = self._bases.ctypes.data
         self.record[BoardWord.RANK], self.record[BoardWord.SIZE] = rank, self.size
         self.record[BoardWord.YIELD] = yielding()
-        spins, yields = patience(len(nodes.addresses))
+        spins, yields = look_counts(len(nodes.addresses))
         self.record[BoardWord.SPINS], self.record[BoardWord.YIELDS] = spins, yields
         self._processes = np.zeros(self.size, np.int64)
         if nodes.processes is not None:

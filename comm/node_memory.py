@@ -102,7 +102,7 @@ def yielding() -> int:
     return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
 
 
-def patience(num_ranks: int) -> tuple[int, int]:
+def look_counts(num_ranks: int) -> tuple[int, int]:
     """Return how often a rank spins, and then yields, before it returns to Python.
 
     It spins where every rank of the node has a core, and yields where they share cores.

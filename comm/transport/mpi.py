@@ -17,7 +17,7 @@ from .mpi_abi import find_calls
 from .mpi_departures import Departures, await_all, groups_held
 from .mpi_errors import raising, refused, wrong_size
 from .mpi_launch import library_of, require_whole_world
-from .mpi_patience import patience
+from .mpi_patience import ends_after
 from .mpi_start import import_mpi
 
 INSTALL_HINT = (
@@ -93,7 +93,7 @@ def thread_level() -> str:
 def _making(mpi: Any, what: str, base: Any, seconds: float) -> Iterator[None]:
     """Make a group of another's ranks, which MPI does not watch."""
     where = f"rank {base.rank} of {base.size} is {what}, and not all of its ranks go on to it"
-    with raising(mpi, what, groups_held), patience(seconds, f"{where}; ending the job"):
+    with raising(mpi, what, groups_held), ends_after(seconds, f"{where}; ending the job"):
         yield
 
 

@@ -16,7 +16,7 @@ from .mpi import MpiTransport, load_mpi
 from .mpi_errors import raising
 from .mpi_exit import die_at_end, say_goodbye
 from .mpi_launch import require_own_place
-from .mpi_patience import Patience, patience
+from .mpi_patience import Patience, ends_after
 from .mpi_start import end_mpi
 
 _NOT_ALL = (
@@ -102,7 +102,7 @@ class Survivors:
         Raises: CommError where they cannot be started; PeerLost where one of these has died.
         """
         what = f"of {count} processes started in place of dead ranks, not all have opened MPI"
-        with raising(self._mpi, f"starting {count} processes"), patience(seconds, what):
+        with raising(self._mpi, f"starting {count} processes"), ends_after(seconds, what):
             place = self._mpi.Info.Create({"wdir": folder})
             both = self._base.Spawn(command[0], list(command[1:]), count, place, root=0)
             place.Free()
