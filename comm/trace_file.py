@@ -25,7 +25,7 @@ SCALE = 1e-3
 
 
 def wire_bytes(operation: str, nbytes: float, size: int) -> float:
-    """Return the bytes that a rank sends, on the mean over the ranks, where none are sent twice.
+    """Return the bytes that a rank sends, averaged over the ranks, if nothing is sent twice.
 
     Of a scatter the bytes that the root sends. nbytes: of this rank's x. The lower bounds of
     bandwidth of Thakur, Rabenseifner and Gropp, Optimization of Collective Communication Operations
@@ -244,7 +244,7 @@ def _summary(trace: RankTrace, late: list[float]) -> RankSummary:
 
 
 def _late(traces: Sequence[RankTrace]) -> dict[int, list[float]]:
-    """Return by rank how much later than the one before it it came, where it came last."""
+    """Return by rank, for each call that it came to last, how long after the one before it came."""
     starts: dict[tuple[str, int], list[tuple[float, int, int]]] = defaultdict(list)
     for trace in traces:
         for operation in trace.operations:

@@ -330,7 +330,10 @@ def settle_note_kernel() -> Kernel:
 
 @compiled
 def _break_off(letter: Any) -> Any:
-    """Tell the other side where it would wait for the rest; tell whether the message was begun."""
+    """Give a message up, and tell the other side where that would wait for the rest.
+
+    Returns: whether the message was begun.
+    """
     running = letter[_STATUS] == _RUNNING
     if letter[_SENDS] != 0:
         if letter[_PUBLISHED] == 0:
