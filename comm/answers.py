@@ -1,7 +1,7 @@
-"""Ask a rule about an array of ranks, and refuse what is no answer: naming method, and what came.
+"""Ask a rule about an array of ranks; refuse a wrong answer with its method and what it returned.
 
-A rule may tell an array of ranks something else than one rank: `~` inverts the truth of an array's
-elements, and the bits of an int. No rule is ever asked about an int.
+Rules are never asked about one rank, as an int: the same code may answer differently then. `~`, for
+one, negates the truth values of an array, but inverts the bits of an int.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def span_of(
 
 @contextmanager
 def in_round(index: int | None) -> Iterator[None]:
-    """Say of a ScheduleError, as of a rule within a rule, in which round it was, where known."""
+    """Add the round, where it is known, to a ScheduleError that does not name one yet."""
     try:
         yield
     except ScheduleError as error:
@@ -82,7 +82,7 @@ def _asked(name: str, method: Callable[..., Any], rank: Integers, *numbers: int)
 
 
 def _whole_numbers(name: str, told: Ranks, rank: Integers) -> Integers:
-    """Return a number for each rank; one is told for all, or as many as there are."""
+    """Return a number for each rank, of an answer that holds one for all or one for each."""
     try:
         found = np.asarray(told)
         # Floats and objects may be whole numbers; those without a sign, beyond what has one.

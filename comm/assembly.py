@@ -32,11 +32,11 @@ class Lasting:
 
 
 class Assembly:
-    """One rank's part in coming together, again and again; also where ranks have given up between.
+    """One rank's part in coming together, time after time, even if ranks give up in between.
 
-    In two steps, the second of which is taken only by who has seen all take the first and still
-    waits: of ranks that come late, none goes on with one that has given up. What was sent and
-    received stays so: who comes again goes on from there, and meets those who have not come yet.
+    It takes two steps. A rank takes the second only if it still waits when it has seen all ranks
+    take the first, so a late rank never goes on with one that has given up. What was sent and
+    received is not undone: a rank that comes again goes on where it left off.
     """
 
     def __init__(self, step: Callable[[int], Steps], check: Callable[[], None]) -> None:

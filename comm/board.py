@@ -18,8 +18,9 @@ from ..kernels.records import (
 )
 from . import fused
 from .cma import access
+from .fused_rows import STAGE_BYTES, Shape
 from .memory import Block
-from .node_memory import NodeMemory, patience, yielding
+from .node_memory import NodeMemory, look_counts, yielding
 from .notices import MESSAGES, Row
 from .trace import Entry, Ring, entries_in
 
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from .meeting import Meeting
 
 Words = npt.NDArray[np.int64]
-
-STAGE_BYTES = 1 << 18
-"""Of one staging place; two of them and two results of a part fit the second-level cache."""
 
 
 class Board:
@@ -59,7 +57,7 @@ class Board:
         self.record[BoardWord.BASES] = self._bases.ctypes.data
         self.record[BoardWord.RANK], self.record[BoardWord.SIZE] = rank, self.size
         self.record[BoardWord.YIELD] = yielding()
-        spins, yields = patience(len(nodes.addresses))
+        spins, yields = look_counts(len(nodes.addresses))
         self.record[BoardWord.SPINS], self.record[BoardWord.YIELDS] = spins, yields
         self._processes = np.zeros(self.size, np.int64)
         if nodes.processes is not None:
@@ -68,7 +66,6 @@ class Board:
             self.record[BoardWord.PROCESSES] = self._processes.ctypes.data
         self.record[BoardWord.BELL] = self._bell.ctypes.data
         self.record[BoardWord.BELLS] = self._bells.ctypes.data
-        self.stage_bytes = STAGE_BYTES
         self._lists = np.zeros((Where.LENGTH, max(self.size, 2)), np.int64)
         for which, offset in _places(self.size).items():
             self._lists[which, : self.size] = self._areas + offset
@@ -91,8 +88,9 @@ class Board:
         members = comm.allgather(row)
         if comm.size > 1 and nodes.token and (members[:, 0] == nodes.token).all():
             return cls(comm.rank, members, nodes, blocks)
-        for block in blocks:  # nobody has seen them
-            nodes.release(block)
+        if nodes.memory is not None:
+            for block in blocks:  # nobody has seen them
+                nodes.memory.release(block)
         return None
 
     def note_in(self, ring: Ring, counter: Words, settle: Callable[[int], None]) -> None:
@@ -130,6 +128,10 @@ class Board:
             for entry in self.recent(rank)
             if entry.group == group and entry.signature.operation not in MESSAGES
         }
+
+    def shape(self, count: int, itemsize: int, root: int) -> Shape:
+        """Return what this rank's program of a call depends on."""
+        return Shape(self.rank, self.size, count, itemsize, root)
 
     def lists(self) -> Words:
         """Return a table of addresses that programs name, to fill in: a row for each Where."""
@@ -183,8 +185,7 @@ def _places(size: int) -> dict[int, int]:
     ):
         places[int(which)] = offset
         offset += nbytes
-    places[-1] = offset
-    return {which: offset for which, offset in places.items() if which >= 0}
+    return places
 
 
 def _area_bytes(size: int) -> int:

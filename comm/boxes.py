@@ -1,7 +1,7 @@
 """The boxes through which a rank exchanges messages with others of its node, and what is put there.
 
-What a sender has to know of a message, and a receiver, are records of words that compiled code goes
-on with, see `kernels.mailbox`; here they are filled in.
+Sender and receiver each describe a message in a record of words. They are filled in here, and
+compiled code goes on with them, see `kernels.mailbox`.
 """
 
 from __future__ import annotations
@@ -160,12 +160,12 @@ class Boxes:
         return self._memory.lend(NOTE_BYTES)
 
     def keep(self, message: Message) -> None:
-        """Keep a note that its receiver may still write to; what it reads elsewhere it refuses."""
+        """Keep a note, to which its receiver may still write; bytes in place it refuses to read."""
         if message.is_note:
             self._memory.keep([(message.returned, message)])
 
     def take_back(self, dst: int) -> None:
-        """Count the last message to a rank no more, where it cannot have been seen."""
+        """Uncount the last message to a rank, unless that may have seen it."""
         self._slots[dst].take_back()
 
     # -- records of messages -----------------------------------------------------------------

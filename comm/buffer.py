@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from ctypes import addressof, c_char
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from numbers import Number
 from types import MappingProxyType
 from typing import Any
@@ -36,7 +36,7 @@ class Buffer:
     flat: 1-D, contiguous, aligned; the same memory as view, or memory of its own where `staged`,
     which stage() fills and commit() brings back.
     family: the array library's name, such as "numpy" or "torch".
-    kept: the arrays that `like` has made, by shape, where it makes each only once; else None.
+    keeps: results like it are made once for a shape, and written again.
     """
 
     owner: Any
@@ -44,7 +44,7 @@ class Buffer:
     flat: Array
     dtype: DType
     family: str
-    kept: dict[tuple[int, ...], Any] | None = None
+    keeps: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,17 +68,16 @@ class Buffer:
 
     def like(self, shape: tuple[int, ...]) -> Any:
         """Return an array of the same library and element type, new where none is kept."""
-        if self.kept is None:
-            return self.maker()(shape)
-        if shape not in self.kept:
-            self.kept[shape] = self.maker()(shape)
-        return self.kept[shape]
+        return self.maker(shape)
 
+    @cached_property
     def maker(self) -> Callable[[tuple[int, ...]], Any]:
-        """Return what makes new arrays like this one, without keeping this one's memory alive."""
+        """Return what makes arrays like this one, without keeping this one's memory alive."""
         if isinstance(self.owner, np.ndarray):
-            return partial(np.empty, dtype=self.owner.dtype)
-        return allocator(self.family, self.dtype)
+            make: Callable[[tuple[int, ...]], Any] = partial(np.empty, dtype=self.owner.dtype)
+        else:
+            make = allocator(self.family, self.dtype)
+        return cache(make) if self.keeps else make
 
 
 def address_of(array: np.ndarray[Any, Any]) -> int:
@@ -101,7 +100,7 @@ def address_in(result: Any) -> int:
 def wrap(x: Any, *, writable: bool, what: str = "x", keeps: bool = False) -> Buffer:
     """View x as a Buffer; `writable` where a result will be written into it.
 
-    keeps: results like it are made once, and written again.
+    keeps: see Buffer.
 
     Raises: TypeError for what is no array, or of an unsupported type or device; ValueError for a
     target that is read-only or maps several elements to one address.
@@ -110,7 +109,7 @@ def wrap(x: Any, *, writable: bool, what: str = "x", keeps: bool = False) -> Buf
     if writable:
         _require_target(x, view, what)
     flat = view.reshape(-1) if _is_flat(view) else np.empty(view.size, view.dtype)
-    return Buffer(x, view, flat, dtype, library_of(x), {} if keeps else None)
+    return Buffer(x, view, flat, dtype, library_of(x), keeps)
 
 
 def _is_flat(view: Array) -> bool:

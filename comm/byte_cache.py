@@ -13,10 +13,9 @@ Array = npt.NDArray[Any]
 
 
 class ByteCache(Generic[Parameters]):
-    """Call a function whose results follow from its arguments, once for those that are kept.
+    """Remember the arrays that a pure function returns, and forget the oldest first.
 
-    most: bytes of the arrays that are kept, of which the oldest goes first; the last one is,
-    whatever it takes.
+    most: bytes of all that are remembered; the newest one is, however large.
     """
 
     def __init__(self, make: Callable[Parameters, Array], most: int) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .algorithms import build
-from .collective import COLLECTIVES
 from .dtypes import DType
 from .errors import ScheduleError
 from .program import Part, Program, lower, part_of
@@ -76,13 +75,10 @@ class Choice:
             raise TypeError(
                 f"algorithm: expected a name, a Schedule or None, got {type(algorithm).__name__}"
             )
-        collective = COLLECTIVES[name]
         reason = "named by the caller"
         if algorithm is None:
             nbytes = count * dtype.itemsize
-            algorithm, reason = choose(
-                name, nbytes, dtype, collective.reduces, self._nodes, self._size, self._tuning
-            )
+            algorithm, reason = choose(name, nbytes, dtype, self._nodes, self._size, self._tuning)
         schedule, program = self._lowered(name, algorithm, root, count)
         # The pairwise builders' promise, which a test proves for every size.
         return Chosen(schedule, program, algorithm, reason, algorithm == "pairwise")

@@ -1,6 +1,6 @@
-"""What rules claim by `alike`: that rounds cost the same, which a price believes.
+"""What rules claim by `alike`: that rounds cost the same, so that one is priced for all of them.
 
-It is proven by `verify`, with all else: a false claim makes a price wrong by any factor.
+`verify` proves the claims with all else, since a false one would make a price wrong by any factor.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def require_kinds(schedule: Schedule) -> None:
 def refuse_false_claims(
     schedule: Schedule, round: Round, step: Moves, index: int, kinds: Kinds
 ) -> None:
-    """Refuse a round that is priced as another than its own moves, on nodes or without them.
+    """Refuse a round priced as one in which ranks send other numbers of chunks, on nodes or not.
 
     kinds: of the rounds before; this one's are added.
     Raises: ScheduleError.

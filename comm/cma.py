@@ -23,7 +23,7 @@ Words = npt.NDArray[np.int64]
 
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 _PR_SET_PTRACER, _PR_SET_PTRACER_ANY = 0x59616D61, -1
-"""Of prctl(2): whoever may by the other rules may also by Yama's (its documentation, scope 1)."""
+"""For prctl(2): Yama then allows what all other rules allow (its documentation, scope 1)."""
 
 
 class _Range(ctypes.Structure):

@@ -33,7 +33,7 @@ _AGAIN = 0.3
 """Seconds until a rank that suspects a cycle sends another probe."""
 
 _PROBES = 256
-"""So many are kept."""
+"""Probes that are kept at most."""
 
 _OF_ALL = ("allreduce", "allgather", "alltoall", "reduce_scatter", "barrier", *ASSEMBLING)
 _PARTS = ("alltoall", "reduce_scatter")
@@ -43,9 +43,9 @@ _EMPTY = ("barrier", "scatter", *ASSEMBLING, *MESSAGES)
 
 
 def needs(signature: Signature, rank: int, size: int) -> list[int]:
-    """Return the ranks of a group without whose call a rank's cannot end: their data is in it.
+    """Return the ranks of a group without whose call a rank's cannot end: it needs their data.
 
-    None where a rank may be at its end without some of them, as with fewer elements than ranks.
+    Empty where a rank may reach the end without some of them, as with fewer elements than ranks.
     """
     name = signature.operation
     least = size if name in _PARTS else 0 if name in _EMPTY else 1

@@ -1,4 +1,4 @@
-"""Look whether a rank that waits does so for ranks that wait for it, and tell them all."""
+"""Find out whether a waiting rank waits for ranks that wait for it, and tell them all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .runner import Runner
 
 _MEMBERS = 64
-"""Of a larger group, those alone are told at once that are in the cycle."""
+"""In a larger group only the ranks of the cycle are told at once."""
 
 
 class Deadlocks:

@@ -1,4 +1,4 @@
-"""The one table of element types: storage, size, allowed operations."""
+"""The element types that kernels know, each with its storage, size and allowed operations."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..kernels.operations import ALLOWED
+from ..kernels.storage import FLOATS, HALVES, PARTS, STORAGE
+
 OPS = ("sum", "mean", "min", "max", "prod")
-_INTEGER_OPS = ("sum", "min", "max", "prod")
-_COMPLEX_OPS = ("sum", "mean")
+_MEANS = (*HALVES, *FLOATS, *PARTS)
 
 
 @dataclass(frozen=True)
@@ -52,24 +54,13 @@ class DType:
             )
 
 
-def _table() -> dict[str, DType]:
-    rows = [
-        DType("float16", np.dtype(np.float16), OPS, wide=True),
-        DType("bfloat16", np.dtype(np.uint16), OPS, wide=True),
-        DType("float32", np.dtype(np.float32), OPS),
-        DType("float64", np.dtype(np.float64), OPS),
-        DType("bool", np.dtype(np.bool_), ("min", "max")),
-        DType("complex64", np.dtype(np.complex64), _COMPLEX_OPS),
-        DType("complex128", np.dtype(np.complex128), _COMPLEX_OPS),
-    ]
-    for sign in ("int", "uint"):
-        for bits in (8, 16, 32, 64):
-            name = f"{sign}{bits}"
-            rows.append(DType(name, np.dtype(name), _INTEGER_OPS))
-    return {row.name: row for row in rows}
+def _ops(name: str) -> tuple[str, ...]:
+    return tuple(op for op in OPS if name in (_MEANS if op == "mean" else ALLOWED[op]))
 
 
-DTYPES = _table()
+DTYPES = {
+    name: DType(name, storage, _ops(name), wide=name in HALVES) for name, storage in STORAGE.items()
+}
 
 
 def dtype_named(name: str) -> DType:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,10 +113,11 @@ class Elastic(Scope):
         self._reached = -1
         self._kept: list[Any] = []
         self._known = False
-        make = lookout_for(self._settings)
+        # One each, as MPI starts while this rank opens.
+        starting, opening = lookout_for(self._settings), lookout_for(self._settings)
         try:
-            with nullcontext() if make is None else make().opening():
-                self._survivors = Survivors(max(self._settings.timeout, PATIENCE), make)
+            with opening.opening():
+                self._survivors = Survivors(max(self._settings.timeout, PATIENCE), starting)
                 self._open()
         except PeerLost as error:
             raise CommError(

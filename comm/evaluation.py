@@ -31,7 +31,7 @@ def moves(round: Round, size: int, num_chunks: int, index: int | None = None) ->
     """Evaluate a round at its members; ranks that send nothing are left out.
 
     Raises: ScheduleError, with the round's index, for a rule that does not work on arrays, whose
-    members are no ranks in order, or with which a rank sends to none of them, or no such chunks.
+    members are not ranks in rising order, or that sends to a rank, or sends chunks, out of range.
     """
     ranks = members_of(round.peers, size, index)
     with in_round(index):
@@ -44,10 +44,10 @@ def moves(round: Round, size: int, num_chunks: int, index: int | None = None) ->
 
 
 def _require_there(step: Moves, size: int, num_chunks: int, index: int | None) -> None:
-    """Refuse messages to ranks, and of chunks, that there are not."""
+    """Refuse messages to ranks, or of chunks, that do not exist."""
 
     def most(found: Integers) -> int:
-        """Return the largest, where what is below 0 counts as above all else."""
+        """Return the largest; a negative number counts as larger than any other."""
         return int(found.view(np.uint64).max(initial=0))
 
     if most(step.dst) < size and most(step.first) < num_chunks and most(step.length) <= num_chunks:

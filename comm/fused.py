@@ -17,14 +17,14 @@ Pure functions; addresses come in when a program is bound to a group (`comm.boar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from .byte_cache import ByteCache
 from .fused_folds import FOLDS
-from .fused_pulls import PULLS, announced, pull_cma, pull_eager, pull_shared, pull_staged
+from .fused_pulls import PULLED, PULLS, announced
 from .fused_rows import Rows, Shape
 
-__all__ = ["NAMES", "announced", "cma", "eager", "lower", "private_form", "shared", "staged"]
+__all__ = ["NAMES", "announced", "lower", "private_form"]
 
 EAGER_BYTES = 8 << 10
 
@@ -46,43 +46,14 @@ cache in common "staged" is up to twice as fast, between others less so, or slow
 NAMES = (*FOLDS, *PULLS)
 
 
-def shared(name: str, shape: Shape) -> Rows:
-    """Return the program for buffers that every rank maps."""
-    return FOLDS[name][0](shape) if name in FOLDS else pull_shared(name, shape)
-
-
-def eager(name: str, shape: Shape) -> Rows:
-    """Return the program for buffers of up to EAGER_BYTES, wherever they are."""
-    return FOLDS[name][1](shape) if name in FOLDS else pull_eager(name, shape)
-
-
-def staged(name: str, shape: Shape) -> Rows:
-    """Return the program for private buffers."""
-    return FOLDS[name][2](shape) if name in FOLDS else pull_staged(name, shape)
-
-
-def cma(name: str, shape: Shape) -> Rows:
-    """Return the program for private buffers of processes that can read each other's memory."""
-    return FOLDS[name][3](shape) if name in FOLDS else pull_cma(name, shape)
-
-
 def private_form(name: str, shape: Shape, reads: bool) -> str:
     """Return the form for private buffers; reads: ranks have access to each other's memory."""
     least = READ_FROM.get(name)
     return "cma" if reads and least is not None and shape.nbytes >= least * shape.size else "staged"
 
 
-_FORMS: Mapping[str, Callable[[str, Shape], Rows]] = {
-    "shared": shared,
-    "eager": eager,
-    "staged": staged,
-    "cma": cma,
-}
-"""form -> what lowers a collective, by name, to it."""
-
-
 def _lowered(form: str, name: str, shape: Shape) -> Rows:
-    rows = _FORMS[form](name, shape)
+    rows = FOLDS[name][form](shape) if name in FOLDS else PULLED[form](name, shape)
     rows.setflags(write=False)
     return rows
 

@@ -199,14 +199,23 @@ def reduce_scatter_staged(shape: Shape) -> Rows:
     return table([*rows, MEET])
 
 
-FOLDS: Mapping[str, tuple[Callable[[Shape], Rows], ...]] = {
-    "allreduce": (allreduce_shared, allreduce_eager, allreduce_staged, allreduce_cma),
-    "reduce": (reduce_shared, reduce_eager, reduce_staged),
-    "reduce_scatter": (
-        reduce_scatter_shared,
-        reduce_scatter_eager,
-        reduce_scatter_staged,
-        reduce_scatter_cma,
-    ),
+FOLDS: Mapping[str, Mapping[str, Callable[[Shape], Rows]]] = {
+    "allreduce": {
+        "shared": allreduce_shared,
+        "eager": allreduce_eager,
+        "staged": allreduce_staged,
+        "cma": allreduce_cma,
+    },
+    "reduce": {
+        "shared": reduce_shared,
+        "eager": reduce_eager,
+        "staged": reduce_staged,
+    },
+    "reduce_scatter": {
+        "shared": reduce_scatter_shared,
+        "eager": reduce_scatter_eager,
+        "staged": reduce_scatter_staged,
+        "cma": reduce_scatter_cma,
+    },
 }
-"""name -> shared, eager, staged, and cma where there is that."""
+"""name -> form, see `comm.fused` -> what lowers it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Mapping
 
 from ..kernels.records import Where
 from .fused_rows import (
@@ -132,3 +133,12 @@ def pull_cma(name: str, shape: Shape) -> Rows:
             else:
                 rows += fetched(Where.OWN, OUTPUT, into, peer, start, nbytes)
     return table([*rows, MEET])
+
+
+PULLED: Mapping[str, Callable[[str, Shape], Rows]] = {
+    "shared": pull_shared,
+    "eager": pull_eager,
+    "staged": pull_staged,
+    "cma": pull_cma,
+}
+"""form, see `comm.fused` -> what lowers one of PULLS, by name, to it."""

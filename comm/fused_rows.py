@@ -20,6 +20,9 @@ MEET: OneRow = (Row.MEET, 0, 0, 0, 0, 0, 0, 0)
 PAUSE: OneRow = (Row.PAUSE, 0, 0, 0, 0, 0, 0, 0)
 STAGES = (Where.STAGE_0, Where.STAGE_1)
 
+STAGE_BYTES = 1 << 18
+"""Of one staging place; two of them and two results of a part fit the second-level cache."""
+
 INPUT, OUTPUT = 0, 1
 """Entries of Where.OWN: this rank's buffer, and where its result goes."""
 
@@ -37,7 +40,7 @@ class Shape:
     count: int
     itemsize: int
     root: int = 0
-    stage_bytes: int = 1 << 19
+    stage_bytes: int = STAGE_BYTES
 
     @property
     def nbytes(self) -> int:

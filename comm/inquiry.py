@@ -48,7 +48,7 @@ _LATE = 64
 """So many closed groups are remembered: what others tell of one may come a moment later."""
 
 _ROWS = 6
-"""So many calls are told, up to the first that still runs, or is asked for, and all behind it."""
+"""Calls told up to and with the first that still runs, or is asked for; all behind it are, too."""
 
 _EVERYBODY = 64
 """In larger groups, a rank that waits tells those it waits for, and some others."""

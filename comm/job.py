@@ -6,7 +6,7 @@ import gc
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -82,7 +82,7 @@ class Job:
         guard = Guard(Starting(seat)) if settings.abort else None
         lookout = lookout_for(settings)
         mpi = load_mpi(lookout)
-        with nullcontext() if lookout is None else lookout().opening():
+        with lookout.opening():
             job = cls(MpiTransport.open(comm, max(settings.timeout, PATIENCE)), settings)
             for other in tell_of_end(mpi, job):
                 if isinstance(other, Job):  # of the same rank, opened over another group

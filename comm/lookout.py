@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 from ..kernels.say import flush, say
 from .company import company, sees_launcher
@@ -35,15 +34,19 @@ PATIENCE = 60.0
 _GRACE = 1.5
 """Seconds that the launcher is given to end the job by itself."""
 
+_ALONE = Seat("", 0, 1, 1)
+
 
 class Lookout:
     """Look after the ranks of this node beside this one, while MPI does not let it."""
 
-    def __init__(self, seat: Seat, timeout: float = 0.0) -> None:
-        """timeout: seconds that the start may take; a short one is not meant for that."""
-        self._seat, self._timeout = seat, max(timeout, PATIENCE)
-        self._others = company(seat)
-        self._sees = sees_launcher(seat)
+    def __init__(self, seat: Seat | None = None, timeout: float = 0.0) -> None:
+        """seat: of this rank; None, or that of a job of one, to look after nobody.
+
+        timeout: seconds that the start may take; a short one is not meant for that.
+        """
+        self._seat, self._timeout = seat or _ALONE, max(timeout, PATIENCE)
+        self._others: dict[int, Process] = {}
         self._since: dict[tuple[int, float], float] = {}
 
     @contextmanager
@@ -53,6 +56,10 @@ class Lookout:
         A launcher that sees a rank end in the middle of the start ends the others, now and then
         without a word: then this rank says why.
         """
+        if self._seat.size == 1:
+            yield
+            return
+        self._sees = sees_launcher(self._seat)
         with told_to_end() as told, self._looking(self._why_not_started, told):
             yield
 
@@ -65,14 +72,17 @@ class Lookout:
     @contextmanager
     def ending(self) -> Iterator[None]:
         """End this rank where another stands still; ranks may take as long as they need."""
-        self._others = company(self._seat)  # at the start, some may not have been there yet
         with self._looking(self._why_not_ended, None):
             yield
 
     @contextmanager
     def _looking(self, why: Why, told: Told | None) -> Iterator[None]:
+        if self._seat.size == 1:
+            yield
+            return
         done = threading.Event()
         waited = Waited()
+        self._others = company(self._seat)
         self._since.clear()
 
         def look() -> None:
@@ -167,12 +177,9 @@ class Lookout:
         return f"rank {rank} (process {self._others[rank].pid} on {socket.gethostname()})"
 
 
-def lookout_for(settings: Settings) -> Callable[[], Lookout] | None:
-    """Return what makes one for this process; None where there is nobody to look after."""
-    seat = Seat.read()
-    if seat is None or seat.size == 1 or not settings.watch:
-        return None
-    return partial(Lookout, seat, settings.timeout)
+def lookout_for(settings: Settings) -> Lookout:
+    """Return one for this process, as the settings want it."""
+    return Lookout(Seat.read() if settings.watch else None, settings.timeout)
 
 
 def _starts(thread: threading.Thread) -> bool:

@@ -16,7 +16,7 @@ from .boxes import IN_PLACE_BYTES, Boxes, Bytes
 from .buffer import Buffer, address_of
 from .express import Express
 from .letters import Message
-from .node_memory import NodeMemory, patience
+from .node_memory import NodeMemory, look_counts
 from .ordinals import Ordinals
 from .posts import Torn
 from .trace import Signature
@@ -35,7 +35,7 @@ class Mailboxes:
         self._boxes = boxes
         self._ordinals: defaultdict[tuple[bool, int], Ordinals] = defaultdict(Ordinals)
         self._torn = Torn(self.rank)
-        self._patience = patience(boxes.num_neighbours)
+        self._patience = look_counts(boxes.num_neighbours)
 
     @classmethod
     def open(cls, comm: Communicator, nodes: NodeMemory) -> Mailboxes | None:
@@ -217,7 +217,7 @@ class Mailboxes:
             self._torn.add(src, tag)
 
     def _break_off_send(self, message: Message | None, dst: int, tag: int, ordinal: int) -> None:
-        """Keep what the receiver may still write to, or count what it cannot see no more."""
+        """Keep what the receiver may still write to; uncount a message that it cannot have seen."""
         if message is not None and message.abandon():
             self._boxes.keep(message)
             return

@@ -15,6 +15,7 @@ from ..kernels.records import (
     NOTE_BYTES,
     SCRATCH_BYTES,
     BoardWord,
+    FoldWord,
     Note,
     Place,
     Status,
@@ -82,9 +83,10 @@ class Meeting:
         record[WorkWord.LISTS] = address_of(self._lists)
         record[WorkWord.LIST_BYTES] = self._lists.strides[0]
         record[WorkWord.FOLD] = call.fold
-        record[WorkWord.FOLD_RECORD + 7] = address_of(self._scratch)
-        factors = record[WorkWord.FOLD_RECORD :].view(np.float64)
-        factors[8], factors[9] = call.before, call.after
+        fold = record[WorkWord.FOLD_RECORD :]
+        fold[FoldWord.SCRATCH] = address_of(self._scratch)
+        factors = fold.view(np.float64)
+        factors[FoldWord.BEFORE], factors[FoldWord.AFTER] = call.before, call.after
         own = self._lists[Where.OWN].data
         own[INPUT] = own[OUTPUT] = call.address
         self._own = own

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from .arithmetic import divisors
@@ -10,7 +9,6 @@ from .board import Board
 from .buffer import Buffer, address_in, address_of
 from .call_codes import code_of
 from .dtypes import DType
-from .fused_rows import Shape
 from .meeting import Call, Meeting
 from .scattering import Scattering
 from .trace import Signature
@@ -79,7 +77,7 @@ class Meetings:
         return self._anew("alltoall", buffer, buffer.flat.size, buffer.shape)
 
     def barrier(self) -> Prepared:
-        call = Call("barrier", code_of("barrier", "", "uint8"), self._shape(0, 1, 0), 0, 0)
+        call = Call("barrier", code_of("barrier", "", "uint8"), self._board.shape(0, 1, 0), 0, 0)
         meeting = Meeting(self._board, call)
 
         def run(_: int) -> Steps:
@@ -115,9 +113,7 @@ class Meetings:
     ) -> Prepared:
         """shape: of this rank's result; None where it has none."""
         meeting = self._meeting(name, buffer, count, op, root)
-        new = buffer.maker()
-        if buffer.kept is not None:
-            new = functools.cache(new)
+        new = buffer.maker
 
         def make() -> Any:
             if shape is None:
@@ -142,13 +138,10 @@ class Meetings:
         dtype, fold, before, after = buffer.dtype, 0, 1.0, 1.0
         if op:
             fold, before, after = folding(op, dtype, self._size)
-        shape = self._shape(count, dtype.itemsize, root)
+        shape = self._board.shape(count, dtype.itemsize, root)
         code = code_of(name, op, dtype.name)
         where = address_of(buffer.flat), buffer.flat.nbytes
         return Meeting(self._board, Call(name, code, shape, *where, fold, before, after))
-
-    def _shape(self, count: int, itemsize: int, root: int) -> Shape:
-        return Shape(self._rank, self._size, count, itemsize, root, self._board.stage_bytes)
 
     def _receipt(self, meeting: Meeting, nbytes: int) -> Receipt:
         writes = (meeting.form, meeting.name) == ("cma", "allreduce")

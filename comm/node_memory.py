@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ..kernels.records import BellWord
 from .cma import accessible
 from .errors import CommError
-from .memory import BELL_AT, Block, Handle, Mapping, Memory
+from .memory import BELL_AT, Handle, Mapping, Memory
 
 if TYPE_CHECKING:
     from .communicator import Communicator
@@ -73,11 +73,6 @@ class NodeMemory:
         """Return the address of a rank's bell."""
         return self.addresses[node_rank] + BELL_AT
 
-    def release(self, block: Block) -> None:
-        """Take a block back."""
-        assert self.memory is not None
-        self.memory.release(block)
-
     def _open(self, handles: Words) -> None:
         assert self.memory is not None
         try:
@@ -107,7 +102,7 @@ def yielding() -> int:
     return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
 
 
-def patience(num_ranks: int) -> tuple[int, int]:
+def look_counts(num_ranks: int) -> tuple[int, int]:
     """Return how often a rank spins, and then yields, before it returns to Python.
 
     It spins where every rank of the node has a core, and yields where they share cores.

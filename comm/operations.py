@@ -7,13 +7,13 @@ moves the messages; a plan runs one preparation many times.
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .arguments import whole
 from .board import Board
 from .buffer import Buffer, wrap
 from .choice import Choice
@@ -216,7 +216,7 @@ class Operations:
 
     def peer(self, rank: int, what: str) -> int:
         """Return a rank of this group, or raise an error that calls it what it is."""
-        rank = _whole(rank, what)
+        rank = whole(what, rank)
         if not 0 <= rank < self._size:
             raise ValueError(
                 f"{what} {rank} is outside 0..{self._size - 1}, the ranks of this group"
@@ -230,7 +230,7 @@ class Operations:
 
     def tag(self, tag: int) -> int:
         """Return a tag that every message can have, or raise an error."""
-        tag = _whole(tag, "tag")
+        tag = whole("tag", tag)
         if not 0 <= tag <= self.highest_tag:
             raise ValueError(f"tag {tag} is outside 0..{self.highest_tag}")
         return tag
@@ -244,10 +244,3 @@ class Operations:
                 f"{buffer.shape}"
             )
         return buffer
-
-
-def _whole(number: int, what: str) -> int:
-    try:
-        return operator.index(number)
-    except TypeError:
-        raise TypeError(f"{what}: expected a whole number, got {number!r:.80}") from None

@@ -40,7 +40,7 @@ class Ordinals:
         return count
 
     def take_back(self, tag: int, ordinal: int) -> bool:
-        """Count a message no more; tell whether it was the last of its tag, as it has to be."""
+        """Uncount a message; return False where later ones with its tag were counted."""
         place, recent = self._place(tag), self._recent
         count = recent[place]
         if count == ordinal:

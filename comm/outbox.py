@@ -99,7 +99,7 @@ class Outbox:
         words[_SENT], words[_SLOT] = sent, words[_SLOTS] + sent % SLOTS * SLOT_BYTES
 
     def take_back(self) -> None:
-        """Count the last message no more, where nothing was written to its slot."""
+        """Uncount the last message, if nothing was written to its slot."""
         if self.slot and ctypes.c_int64.from_address(self.slot).value < self.sent:
             self.words[_SENT], self.words[_SLOT] = self.sent - 1, 0
 

@@ -22,10 +22,10 @@ _ANSWERS = 1.5
 
 
 class Doubts:
-    """Whom a rank that waits has found gone: once is not enough to give a work up.
+    """The ranks that a waiting rank has found gone; it gives a work up only at the second look.
 
-    Its last messages may have come after this rank last looked. Behind them the work may wait for
-    another rank, which may have left meanwhile as well.
+    Until then, the gone rank's last messages may not have been looked at. With them the work may
+    end, or come to wait for another rank, which may be gone as well.
     """
 
     def __init__(self, deaths: Deaths | None) -> None:

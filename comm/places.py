@@ -1,4 +1,4 @@
-"""Lift a schedule of a few ranks to any some of a group's; the others sit it out."""
+"""Lift a schedule for few ranks to any subset of a group; the others sit out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Places:
-    """Some of a group's ranks, by the place that each has among them; one for many rounds."""
+    """A subset of a group's ranks, and the place of each in it; many rounds share one."""
 
     ranks: tuple[int, ...]
 
@@ -54,7 +54,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Among(Peers):
-    """Run a rule for a few ranks among some of a group; the others sit it out."""
+    """Run a rule for few ranks on a subset of a group; the others sit out."""
 
     rule: Peers
     places: Places

@@ -14,7 +14,7 @@ Start = Callable[[int, int], Request]
 
 
 class Torn:
-    """From whom, and with which tags, the next message would not be the one that is meant."""
+    """The (source, tag) pairs whose next message would not be the one that a receive means."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -68,7 +68,7 @@ class Posts:
         tag: int,
         keeps: object,
     ) -> Steps:
-        """Receive pieces; broken off, it leaves them to the next receive, or that is refused."""
+        """Receive pieces; if broken off, leave them to the next receive, or have that refused."""
         self._torn.check(src, tag)
         pending: list[Any] = []
         me, key, number = pending, (src, tag), 0

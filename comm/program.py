@@ -6,30 +6,18 @@ What a rank does in chunks is evaluated once (`part_of`), and laid out for each 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
+from ..kernels.message_words import Op
 from .chunks import begin, nested_begin, ranges
 from .collective import ALLTOALL
 from .evaluation import moves
 from .schedule import Schedule
 
-
-class Op(IntEnum):
-    """What a row does with `count` elements at `offset`.
-
-    SEND and RECV move them; RECV_REDUCE adds what arrives to them. WIDEN copies a rank's own
-    half-width elements into the float32 accumulator, NARROW rounds the accumulator back.
-    """
-
-    SEND = 0
-    RECV = 1
-    RECV_REDUCE = 2
-    WIDEN = 3
-    NARROW = 4
+__all__ = ["Op", "Part", "Program", "lower", "part_of", "with_accumulator"]
 
 
 @dataclass(frozen=True)

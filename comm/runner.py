@@ -85,8 +85,8 @@ class Runner:
     def lacks(self, other: Standing) -> bool:
         """Tell whether another rank of the group waits for a call that this one has not made.
 
-        After an error ranks may count apart, so that nothing is certain any more, but whether this
-        rank has come to close the group.
+        After an error ranks may count their calls differently, and all that is certain is whether
+        this rank has come to close the group.
         """
         operation, peer = other.row.signature.operation, other.place
         if operation == "close":

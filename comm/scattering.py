@@ -15,7 +15,7 @@ from .board import Board
 from .buffer import Buffer, address_in, address_of, allocator
 from .call_codes import code_of
 from .dtypes import DTYPES
-from .fused_rows import INPUT, OUTPUT, Rows, Shape
+from .fused_rows import INPUT, OUTPUT, Rows
 from .meeting import Call, Meeting
 
 
@@ -30,7 +30,7 @@ class Scattering(Meeting):
     def __init__(self, board: Board, root: int, buffer: Buffer | None) -> None:
         """buffer: the root's, a row for each rank; None elsewhere."""
         self._words = np.zeros(header.NBYTES, np.uint8)
-        shape = Shape(board.rank, board.size, header.NBYTES, 1, root, board.stage_bytes)
+        shape = board.shape(header.NBYTES, 1, root)
         code = code_of("scatter", "", "uint8")
         super().__init__(board, Call("scatter", code, shape, address_of(self._words), shape.nbytes))
         self._root, self._source = root, 0
@@ -41,8 +41,8 @@ class Scattering(Meeting):
             self._source = address_of(buffer.flat)
             self.form = self._shows(self._source, buffer.flat.nbytes)
             if self.form != "shared":
-                count, itemsize = buffer.flat.size, buffer.dtype.itemsize
-                self.form = fused.private_form("scatter", self._of(count, itemsize), board.reads)
+                shape = board.shape(buffer.flat.size, buffer.dtype.itemsize, root)
+                self.form = fused.private_form("scatter", shape, board.reads)
             row = buffer.shape[1:]
             self._words[:] = header.pack(buffer.family, buffer.dtype.name, row, self.form)
         self._begin = self.launch
@@ -68,10 +68,6 @@ class Scattering(Meeting):
     def _lowered(self) -> Rows:
         return fused.announced(self._call.shape)
 
-    def _of(self, count: int, itemsize: int) -> Shape:
-        board = self._board
-        return Shape(board.rank, board.size, count, itemsize, self._root, board.stage_bytes)
-
     def _otherwise(self) -> Rows:
         """Return the program of what the root has told."""
         told = self._words.tobytes()
@@ -87,5 +83,6 @@ class Scattering(Meeting):
         family, name, row, form = header.unpack(np.frombuffer(told, np.uint8))
         dtype = DTYPES[name]
         count = math.prod(row) * self._board.size
-        rows = fused.lower(form, "scatter", self._of(count, dtype.itemsize))
+        shape = self._board.shape(count, dtype.itemsize, self._root)
+        rows = fused.lower(form, "scatter", shape)
         return partial(allocator(family, dtype), tuple(row)), rows

@@ -27,7 +27,7 @@ class Peers:
     """Who talks to whom in a round; subclass as a frozen dataclass and give both directions."""
 
     def __init_subclass__(cls) -> None:
-        """Let a rule with a direction of its own claim nothing that it does not say itself."""
+        """Let a rule with a direction of its own inherit no claim about another's."""
         super().__init_subclass__()
         _drop_claims(cls, Peers, {"dst", "src"}, ("alike", "members"))
 
@@ -77,9 +77,10 @@ class Chunks:
 
 
 def _drop_claims(cls: type, base: type, methods: set[str], claims: tuple[str, ...]) -> None:
-    """Give a class the base's claims for those made before its methods: of others, that is.
+    """Undo claims that a class inherits from further up than the methods that they are about.
 
-    Its methods may come from a class that it was mixed with, as well as from its own body.
+    Those claims were made for other methods; the class gets the base's, which claim nothing. Its
+    methods may come from its own body or from a class that is mixed in.
     """
 
     def where(names: set[str]) -> int:

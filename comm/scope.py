@@ -1,4 +1,4 @@
-"""What `with` leaves together with all ranks where its body has ended well."""
+"""Context managers that all ranks leave together, where the body of the `with` has ended well."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ __all__ = ["Scope"]
 
 
 class Scope:
-    """Leave at the end of a `with`; `_leave` is told what has ended its body, None for its end.
+    """Call `_leave` at the end of a `with`, with the exception that ended the body, or None.
 
-    To leave is collective, mostly: a rank that fails, or exits, must not wait there for the others.
+    Leaving is mostly collective: a rank whose body has failed must not wait there for the others.
     """
 
     def _leave(self, error: BaseException | None) -> None:

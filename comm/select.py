@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from .algorithms import BY_NODE, build, names
+from .collective import COLLECTIVES
 from .cost import seconds_of
 from .dtypes import DType
 from .topology import Cluster, Nodes
@@ -81,7 +82,6 @@ def choose(
     collective: str,
     nbytes: int,
     dtype: DType,
-    reduces: bool,
     nodes: Nodes | None = None,
     size: int = 0,
     tuning: Tuning | None = None,
@@ -91,7 +91,7 @@ def choose(
     nodes: which ranks share a node, where the group is on several.
     tuning: what was measured on this machine, where it was; for a group of `size` ranks.
     """
-    if reduces and dtype.wide:
+    if COLLECTIVES[collective].reduces and dtype.wide:
         return RAW_REDUCE, f"{dtype.name} travels at its own width and is rounded once"
     cluster = tuning.cluster(nodes) if tuning and 1 < size <= MOST_PRICED else None
     if tuning and cluster:

@@ -31,11 +31,6 @@ class Sharing:
         """Return this rank's memory, None where the node does not map it."""
         return self.nodes.memory if self.nodes.token else None
 
-    @property
-    def reads(self) -> bool:
-        """Tell whether the ranks of the group have access to each other's own memory, see `cma`."""
-        return self.board is not None and self.board.reads
-
     def refuse(self) -> None:
         """Let no thread of this rank look there any more, before the ranks meet and close."""
         if self.board is not None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 
+from .arguments import whole
 from .assembly import Assembly
 from .errors import CommError, MismatchError
 from .job import Job
@@ -79,10 +79,7 @@ def key_of(number: int) -> int:
 
 
 def _within(number: int, what: str, lowest: int) -> int:
-    try:
-        number = operator.index(number)
-    except TypeError:
-        raise TypeError(f"{what}: expected a whole number, got {number!r}") from None
+    number = whole(what, number)
     if not lowest <= number < _KEYS:
         raise ValueError(f"{what} {number} is outside {lowest}..{_KEYS - 1}")
     return number

@@ -30,9 +30,9 @@ def listed(ranks: Sequence[int]) -> str:
 
 
 def table(title: str, rows: Mapping[int, str]) -> str:
-    """Return one text with a row per rank; of very many, one for all that have it alike.
+    """Return one text with a row per rank; of very many ranks, one for all with the same row.
 
-    And of very many such rows that of most ranks, and those of fewest, as of one that is astray.
+    Of very many different rows it shows the most common and the rarest, as that of a rank astray.
     """
     if len(rows) <= _SHOWN:
         return f"{title}: " + "; ".join(f"rank {rank}: {rows[rank]}" for rank in sorted(rows))

@@ -13,6 +13,7 @@ import numpy as np
 
 from .clock import Offset, between
 from .intervals import Intervals, common, length, union, without
+from .notices import MESSAGES
 from .texts import few
 from .timeline import COMPUTE, PACK, STEP, WAIT, Timeline
 
@@ -22,11 +23,9 @@ if TYPE_CHECKING:
 SCALE = 1e-3
 """Microseconds, the unit of trace events, in a nanosecond."""
 
-_MESSAGES = ("send", "recv")
-
 
 def wire_bytes(operation: str, nbytes: float, size: int) -> float:
-    """Return the bytes that a rank sends, on the mean over the ranks, where none are sent twice.
+    """Return the bytes that a rank sends, averaged over the ranks, if nothing is sent twice.
 
     Of a scatter the bytes that the root sends. nbytes: of this rank's x. The lower bounds of
     bandwidth of Thakur, Rabenseifner and Gropp, Optimization of Collective Communication Operations
@@ -245,12 +244,12 @@ def _summary(trace: RankTrace, late: list[float]) -> RankSummary:
 
 
 def _late(traces: Sequence[RankTrace]) -> dict[int, list[float]]:
-    """Return by rank how much later than the one before it it came, where it came last."""
+    """Return by rank, for each call that it came to last, how long after the one before it came."""
     starts: dict[tuple[str, int], list[tuple[float, int, int]]] = defaultdict(list)
     for trace in traces:
         for operation in trace.operations:
             name, _, _, start, _, _, group, sequence, size = operation
-            if name not in _MESSAGES and size > 1:
+            if name not in MESSAGES and size > 1:
                 starts[group, sequence].append((start, trace.rank, size))
     late: dict[int, list[float]] = defaultdict(list)
     for came in starts.values():

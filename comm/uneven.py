@@ -1,4 +1,4 @@
-"""Collectives of rows of which each rank has another number: MPI's "v" variants, by the even ones.
+"""Collectives in which ranks bring different numbers of rows: MPI's "v" variants, by the even ones.
 
 What is to come is told first, so that every rank knows where each part of its result lies, and the
 same error is raised everywhere where the ranks' rows do not fit. A few rows are told along with

@@ -1,8 +1,8 @@
 """Send or receive a small message again in one call, where nobody has to wait for anything.
 
-Whatever else there may be to do is left to `mailbox`: nothing is touched here then. All that is to
-be counted, noted and written down is done by the one call, so that a signal's handler, which runs
-in Python, comes before all of it or behind.
+Where anything more has to be done, nothing is touched here, and `mailbox` does it. Counting, noting
+and copying are all done by the one call, so that a signal's handler, which runs in Python, comes
+before all of it or after it.
 """
 
 from __future__ import annotations

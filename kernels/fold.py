@@ -15,31 +15,22 @@ from numba.np.numpy_support import carray
 from .compiled import compile_callback
 from .elements import ELEMENTS
 from .operations import check_operation
-from .records import FOLD_BLOCK, FOLD_WORDS
+from .records import FOLD_BLOCK, FoldWord
 from .reduce import OPS
-from .scalars import compiled, pointer_to
+from .scalars import divide, keep, pointer_to
 from .storage import FLOATS, HALVES, PARTS, STORAGE
 
-
-@compiled
-def _keep(value: Any, _factor: Any) -> Any:
-    return value
-
-
-@compiled
-def _divide(value: Any, factor: Any) -> Any:
-    return value / factor
+_SOURCES, _NUM_SOURCES, _FROM = map(int, (FoldWord.SOURCES, FoldWord.NUM_SOURCES, FoldWord.FROM))
+_TARGETS, _NUM_TARGETS, _INTO = map(int, (FoldWord.TARGETS, FoldWord.NUM_TARGETS, FoldWord.INTO))
+_COUNT, _SCRATCH = int(FoldWord.COUNT), int(FoldWord.SCRATCH)
+_BEFORE, _AFTER, _WORDS = map(int, (FoldWord.BEFORE, FoldWord.AFTER, FoldWord.WORDS))
 
 
 @functools.cache
 def fold_callback(op: str, dtype: str) -> int:
     """Return the address of a C function int64 f(int64 record): fold one piece of several buffers.
 
-    The record is FOLD_WORDS int64: address of a table of source addresses, number of sources, bytes
-    from each source to the piece; the same three for the targets; count of elements, address of
-    SCRATCH_BYTES; and as float64 bits the divisors of each element before, and of each result
-    after the fold (used by op "mean").
-    A target may be one of the sources. Half widths are folded in float32 and rounded once.
+    The record is that of `records.FoldWord`. Half widths are folded in float32 and rounded once.
 
     Raises: TypeError where the op is not allowed for the dtype.
     """
@@ -51,16 +42,16 @@ def fold_callback(op: str, dtype: str) -> int:
     scalars, itemsize = element.scalars, np.dtype(stored).itemsize
     wide = np.float32 if dtype in HALVES else element.scalar
     operation = OPS[dtype][name]
-    before = _divide if mean and dtype in HALVES else _keep
-    after = _divide if mean else _keep
+    before = divide if mean and dtype in HALVES else keep
+    after = divide if mean else keep
 
     def fold(record: Any) -> Any:
-        words = carray(pointer_to(record, np.int64), FOLD_WORDS)
-        factors = carray(pointer_to(record, np.float64), FOLD_WORDS)
-        sources = carray(pointer_to(words[0], np.int64), words[1])
-        targets = carray(pointer_to(words[3], np.int64), words[4])
-        first, last = wide(factors[8]), wide(factors[9])
-        count, skip, into = words[6] * scalars, words[2], words[5]
+        words = carray(pointer_to(record, np.int64), _WORDS)
+        factors = carray(pointer_to(record, np.float64), _WORDS)
+        sources = carray(pointer_to(words[_SOURCES], np.int64), words[_NUM_SOURCES])
+        targets = carray(pointer_to(words[_TARGETS], np.int64), words[_NUM_TARGETS])
+        first, last = wide(factors[_BEFORE]), wide(factors[_AFTER])
+        count, skip, into = words[_COUNT] * scalars, words[_FROM], words[_INTO]
         if sources.size == 2 and targets.size <= 2:
             a = carray(pointer_to(sources[0] + skip, stored), count)
             b = carray(pointer_to(sources[1] + skip, stored), count)
@@ -124,7 +115,7 @@ def fold_callback(op: str, dtype: str) -> int:
                     c[i] = result
                     d[i] = result
                 return 0
-        total = carray(pointer_to(words[7], wide), FOLD_BLOCK)
+        total = carray(pointer_to(words[_SCRATCH], wide), FOLD_BLOCK)
         for low in range(0, count, FOLD_BLOCK):
             length = min(FOLD_BLOCK, count - low)
             shift = low * itemsize

@@ -30,16 +30,6 @@ def _call(builder: Any, arguments: Any, kinds: tuple[Any, ...]) -> Any:
 
 
 @builtin
-def call_yield(_context: Any, function: Any) -> Any:
-    """Call int f(void)."""
-
-    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        return _call(builder, arguments, ())
-
-    return types.int64(types.int64), generate
-
-
-@builtin
 def call_post(
     _context: Any,
     function: Any,

@@ -1,4 +1,4 @@
-"""Tell what the handler of a signal has raised from errors of the code that it came into."""
+"""Distinguish what a signal's handler has raised from errors of the code that it interrupted."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from types import FrameType
 def of_a_signal(error: BaseException) -> bool:
     """Tell whether the handler of a signal has raised an error.
 
-    It is known by the frame that it interrupts, which Python hands it: whatever kind of callable it
-    is, and also where it has given its place to another meanwhile. One that has forgotten the frame
-    is known by its code.
+    A handler is recognised by its argument, the very frame that it interrupts: whatever kind of
+    callable it is, and even if another has taken its place meanwhile. One that has dropped the
+    argument is recognised by its code, as long as it is the present handler.
     """
     if threading.current_thread() is not threading.main_thread():
         return False

@@ -35,7 +35,7 @@ _RUNNING, _DONE = np.int64(Status.RUNNING), np.int64(Status.DONE)
 _MISMATCH, _REFUSED = np.int64(Status.MISMATCH), np.int64(Status.REFUSED)
 _FOUND_NOTE, _WANTS_BYTES = np.int64(Status.NOTE), np.int64(Status.BYTES)
 _NOTE, _PRIVATE, _ASKED, _GIVEN_UP = int(Kind.NOTE), int(Kind.PRIVATE), int(ASKED), int(GIVEN_UP)
-_S_SEQUENCE, _S_TAG, _S_ORDINAL = int(Slot.SEQUENCE), int(Slot.TAG), int(Slot.ORDINAL)
+_S_TAG, _S_ORDINAL = int(Slot.TAG), int(Slot.ORDINAL)
 _S_NBYTES, _S_PLACE, _S_WINDOW = int(Slot.NBYTES), int(Slot.PLACE), int(Slot.WINDOW)
 _S_KIND = int(Slot.KIND)
 _S_PRODUCED, _S_CONSUMED, _S_DONE = 8 * Slot.PRODUCED, 8 * Slot.CONSUMED, 8 * Slot.DONE
@@ -330,7 +330,10 @@ def settle_note_kernel() -> Kernel:
 
 @compiled
 def _break_off(letter: Any) -> Any:
-    """Tell the other side where it would wait for the rest; tell whether the message was begun."""
+    """Give a message up, and tell the other side where that would wait for the rest.
+
+    Returns: whether the message was begun.
+    """
     running = letter[_STATUS] == _RUNNING
     if letter[_SENDS] != 0:
         if letter[_PUBLISHED] == 0:

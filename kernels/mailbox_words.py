@@ -10,7 +10,7 @@ from enum import IntEnum
 from .records import LINE_BYTES
 
 SLOTS = 256
-"""Messages of a box that have a run of slots in common."""
+"""Messages of a box that share one run of slots."""
 
 SLOT_BYTES = 3 * LINE_BYTES
 RUN_BYTES = SLOTS * SLOT_BYTES
@@ -19,11 +19,11 @@ RUNS = 8192
 """Runs of slots between the oldest and the newest message that may be under way in a box."""
 
 BOX_BYTES = 8 * RUNS
-"""Of a word for each run, modulo RUNS: where its slots begin in the sender's memory, 0 before;
--1 - run once all of them are done and their memory serves a later run."""
+"""A box is a word for each run, modulo RUNS: where the run's slots begin in the sender's memory; 0
+before the sender has come to it; -1 - run once it is done with and a later run has its memory."""
 
 ASKED = -(1 << 62)
-"""In CONSUMED: the receiver asks for the bytes, which it has not come by."""
+"""In CONSUMED: the receiver has not got at the bytes, and asks for them."""
 
 GIVEN_UP = ASKED + 1
 """In PRODUCED or CONSUMED: that side has given up a message that the other may have begun with."""

@@ -5,6 +5,20 @@ from __future__ import annotations
 from enum import IntEnum
 
 
+class Op(IntEnum):
+    """What a row of a program does with `count` elements at `offset`.
+
+    SEND and RECV move them; RECV_REDUCE adds what arrives to them. WIDEN copies a rank's own
+    half-width elements into the float32 accumulator, NARROW rounds the accumulator back.
+    """
+
+    SEND = 0
+    RECV = 1
+    RECV_REDUCE = 2
+    WIDEN = 3
+    NARROW = 4
+
+
 class Word(IntEnum):
     """Words of the record of one program.
 

@@ -15,8 +15,8 @@ from numba import types
 from numba.np.numpy_support import carray
 
 from .compiled import Kernel, compile_kernel
-from .foreign import call_get_count, call_post, call_test, call_yield
-from .message_words import Slot, Status, Word
+from .foreign import call_get_count, call_post, call_test
+from .message_words import Op, Slot, Status, Word
 from .native import call, words_at
 from .records import Outcome
 from .ring import note_end, note_start
@@ -26,9 +26,7 @@ SPINS = 50
 """Looks in vain before the core is yielded between two of them."""
 
 ROW_WORDS = 5
-_SEND_OP, _RECV_OP, _REDUCE_OP, _WIDEN_OP = 0, 1, 2, 3
-"""Values of comm.program.Op, which a test compares."""
-
+_SEND_OP, _RECV_OP, _REDUCE_OP, _WIDEN_OP = map(int, (Op.SEND, Op.RECV, Op.RECV_REDUCE, Op.WIDEN))
 _RUNNING, _DONE = int(Status.RUNNING), int(Status.DONE)
 _WRONG_SIZE, _REFUSED = int(Status.WRONG_SIZE), int(Status.REFUSED)
 _ISEND, _IRECV, _TEST, _GET_COUNT = map(int, (Word.ISEND, Word.IRECV, Word.TEST, Word.GET_COUNT))
@@ -225,7 +223,7 @@ def _finish_tail(record: Any, work: Any, looks: Any) -> Any:
             work[_TAIL] += 1
             return _DONE
         if look >= SPINS:
-            call_yield(work[_YIELD])
+            call(work[_YIELD], 0)
     return _RUNNING
 
 

@@ -18,18 +18,8 @@ from .elements import ELEMENTS
 from .message_words import PIECE_WORDS
 from .operations import check_operation
 from .reduce import OPS
-from .scalars import compiled, identity, pointer_to
+from .scalars import compiled, divide, identity, keep, pointer_to
 from .storage import HALVES, storage
-
-
-@compiled
-def _keep(value: Any, _divisor: Any) -> Any:
-    return value
-
-
-@compiled
-def _divide(value: Any, divisor: Any) -> Any:
-    return value / divisor
 
 
 def _piecewise(
@@ -71,7 +61,7 @@ def combine_callback(op: str, dtype: str) -> int:
         OPS[dtype][op],
         (element.scalar, element.widen, element.narrow),
         (element.scalar, element.widen),
-        _keep,
+        keep,
         element.scalars,
     )
     return compile_callback(f"piece_combine_{op}_{dtype}", function)
@@ -90,7 +80,7 @@ def accumulate_callback(op: str, dtype: str) -> int:
         OPS[dtype][name],
         (np.float32, identity, identity),
         (element.scalar, element.widen),
-        _divide if op == "mean" else _keep,
+        divide if op == "mean" else keep,
     )
     return compile_callback(f"piece_accumulate_{op}_{dtype}", function)
 
@@ -101,7 +91,7 @@ def widen_callback(dtype: str) -> int:
     storage(dtype, HALVES)
     element = ELEMENTS[dtype]
     function = _piecewise(
-        _second, (np.float32, identity, identity), (element.scalar, element.widen), _divide
+        _second, (np.float32, identity, identity), (element.scalar, element.widen), divide
     )
     return compile_callback(f"piece_widen_{dtype}", function)
 
@@ -112,6 +102,6 @@ def narrow_callback(dtype: str) -> int:
     storage(dtype, HALVES)
     element = ELEMENTS[dtype]
     function = _piecewise(
-        _second, (element.scalar, identity, element.narrow), (np.float32, identity), _divide
+        _second, (element.scalar, identity, element.narrow), (np.float32, identity), divide
     )
     return compile_callback(f"piece_narrow_{dtype}", function)

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-FOLD_WORDS = 10
-"""Words of the record that `fold.fold_callback` describes."""
-
 FOLD_BLOCK = 1024
 """Elements folded at once where more than two buffers meet: an accumulator stays in cache."""
 
@@ -164,9 +161,36 @@ class Where(IntEnum):
     LENGTH = 11
 
 
+class FoldWord(IntEnum):
+    """Words of the record of one fold, see `fold.fold_callback`.
+
+    SOURCES: address of a table of source addresses.
+    FROM: bytes from each source to the piece.
+    TARGETS: address of a table of target addresses; a target may be one of the sources.
+    INTO: bytes from each target to the piece.
+    COUNT: elements of the piece.
+    SCRATCH: address of SCRATCH_BYTES.
+    BEFORE, AFTER: divisors of each element before, and of each result after the fold, as float64
+    bits; used by the op "mean".
+    """
+
+    SOURCES = 0
+    NUM_SOURCES = 1
+    FROM = 2
+    TARGETS = 3
+    NUM_TARGETS = 4
+    INTO = 5
+    COUNT = 6
+    SCRATCH = 7
+    BEFORE = 8
+    AFTER = 9
+    WORDS = 10
+
+
 class WorkWord(IntEnum):
     """Words of the record of one work.
 
+    FOLD: address of the compiled fold, and FOLD_RECORD the FoldWord record that it takes.
     FLYING: not 0 from its start to its end.
     LOCK: not 0 while a thread goes on with it.
     CALLED: what the ring of operations calls it.
@@ -185,7 +209,7 @@ class WorkWord(IntEnum):
     LIST_BYTES = 9
     FOLD = 10
     FOLD_RECORD = 11
-    NOTE = FOLD_RECORD + FOLD_WORDS
+    NOTE = FOLD_RECORD + FoldWord.WORDS
     WAITING_FOR = NOTE + Note.WORDS
     FLYING = WAITING_FOR + 1
     LOCK = FLYING + 1

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .native import access_process, call, copy_bytes, words_at
-from .records import ALL, FOLD_WORDS, PAIR, ROW_WORDS, BoardWord, Row, Where, WorkWord
+from .records import ALL, PAIR, ROW_WORDS, BoardWord, FoldWord, Row, Where, WorkWord
 from .scalars import compiled
 
 _COPY, _POINT = np.int64(Row.COPY), np.int64(Row.POINT)
@@ -18,6 +18,9 @@ _BOARD_WORDS, _WORK_WORDS = int(BoardWord.WORDS), int(WorkWord.WORDS)
 _ON_BOARD, _TICKET = int(WorkWord.BOARD), int(WorkWord.TICKET)
 _LISTS, _LIST_BYTES = int(WorkWord.LISTS), int(WorkWord.LIST_BYTES)
 _FOLD, _FOLD_RECORD = int(WorkWord.FOLD), int(WorkWord.FOLD_RECORD)
+_SOURCES, _NUM_SOURCES, _FROM = map(int, (FoldWord.SOURCES, FoldWord.NUM_SOURCES, FoldWord.FROM))
+_TARGETS, _NUM_TARGETS, _INTO = map(int, (FoldWord.TARGETS, FoldWord.NUM_TARGETS, FoldWord.INTO))
+_COUNT, _FOLD_WORDS = int(FoldWord.COUNT), int(FoldWord.WORDS)
 _EAGER = int(Where.EAGER)
 _ALL, _PAIR = ALL, PAIR
 
@@ -89,17 +92,17 @@ def _access(work: Any, direction: Any, peer: Any, own: Any, remote: Any, nbytes:
 @compiled
 def _fold(record: Any, work: Any, row: Any) -> Any:
     size = words_at(work[_ON_BOARD], _BOARD_WORDS)[_SIZE]
-    parameters = words_at(record + 8 * _FOLD_RECORD, FOLD_WORDS)
-    parameters[0] = _list(work, row[4])
-    parameters[1] = size
-    parameters[2] = row[6]
+    fold = words_at(record + 8 * _FOLD_RECORD, _FOLD_WORDS)
+    fold[_SOURCES] = _list(work, row[4])
+    fold[_NUM_SOURCES] = size
+    fold[_FROM] = row[6]
     entry = 0 if row[2] < 0 else row[2]
-    parameters[3] = work[_LISTS] + row[1] * work[_LIST_BYTES] + 8 * entry
-    parameters[4] = 1
+    fold[_TARGETS] = work[_LISTS] + row[1] * work[_LIST_BYTES] + 8 * entry
+    fold[_NUM_TARGETS] = 1
     if row[2] == _ALL:
-        parameters[4] = size
+        fold[_NUM_TARGETS] = size
     elif row[2] == _PAIR:
-        parameters[4] = 2
-    parameters[5] = row[3]
-    parameters[6] = row[7]
+        fold[_NUM_TARGETS] = 2
+    fold[_INTO] = row[3]
+    fold[_COUNT] = row[7]
     call(work[_FOLD], record + 8 * _FOLD_RECORD)

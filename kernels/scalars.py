@@ -136,6 +136,18 @@ def identity(value: Any) -> Any:
 
 
 @compiled
+def keep(value: Any, _divisor: Any) -> Any:
+    """Return `value`, where `divide` would take it over a divisor."""
+    return value
+
+
+@compiled
+def divide(value: Any, divisor: Any) -> Any:
+    """Return `value` over `divisor`."""
+    return value / divisor
+
+
+@compiled
 def float_minimum(first: Any, second: Any) -> Any:
     """Return the smaller float, NaN if either is NaN, and -0.0 before 0.0 in either order."""
     smaller = first < second or first != first

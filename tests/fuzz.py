@@ -29,10 +29,10 @@ import ringfold
 from ringfold import Communicator
 from ringfold.comm import boxes, fused
 from ringfold.comm.algorithms import BUILDERS
-from ringfold.comm.board import STAGE_BYTES
 from ringfold.comm.chunks import bounds
 from ringfold.comm.dtypes import DTYPES
 from ringfold.comm.fused import EAGER_BYTES
+from ringfold.comm.fused_rows import STAGE_BYTES
 
 Check = Callable[[Any], None]
 

@@ -82,7 +82,7 @@ class World:
         receive.finish(error)
 
     def take_back(self, request: LocalRequest) -> bool:
-        """Let a receive be met by no send; tell whether none has met it."""
+        """Withdraw a receive; tell whether no send had met it."""
         with self._condition:
             for key, waiting in self._receives.items():
                 if request in waiting:

@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from .mpi_abi import find_calls
 from .mpi_departures import Departures, await_all, groups_held
 from .mpi_errors import raising, refused, wrong_size
 from .mpi_launch import library_of, require_whole_world
-from .mpi_patience import patience
+from .mpi_patience import ends_after
 from .mpi_start import import_mpi
 
 INSTALL_HINT = (
@@ -31,14 +31,14 @@ _LOOKS = 100
 """For a message that is cancelled; one that is on its way is not, and may take long."""
 
 
-def load_mpi(lookout: Callable[[], Lookout] | None = None) -> Any:
-    """Import mpi4py's MPI module, and start MPI where nobody has.
+def load_mpi(lookout: Lookout | None = None) -> Any:
+    """Import mpi4py's MPI module, and start MPI where nobody has; lookout sees to it meanwhile.
 
     Raises: CommError that says how to install a library, that MPI has ended, or that the launcher
     is another library's.
     """
     try:
-        mpi = import_mpi(lookout)
+        mpi = import_mpi(lookout or Lookout())
     except (ImportError, RuntimeError) as error:
         raise CommError(f"{INSTALL_HINT} ({error})") from error
     _require_running(mpi)
@@ -93,7 +93,7 @@ def thread_level() -> str:
 def _making(mpi: Any, what: str, base: Any, seconds: float) -> Iterator[None]:
     """Make a group of another's ranks, which MPI does not watch."""
     where = f"rank {base.rank} of {base.size} is {what}, and not all of its ranks go on to it"
-    with raising(mpi, what, groups_held), patience(seconds, f"{where}; ending the job"):
+    with raising(mpi, what, groups_held), ends_after(seconds, f"{where}; ending the job"):
         yield
 
 

@@ -41,7 +41,7 @@ of another process, and nobody checks for lost peers or advances other works mea
 """
 
 
-class Waiting:
+class Awaited:
     """What a program that waits shows of it: the rank at the other end."""
 
     def __init__(self, peer: int) -> None:
@@ -188,9 +188,9 @@ class Compiled:
         slot = self._slots[tail * Slot.WORDS : (tail + 1) * Slot.WORDS].tolist()
         waiting: list[Request] = []
         if slot[Slot.RECEIVING]:
-            waiting.append(Waiting(slot[Slot.SRC]))
+            waiting.append(Awaited(slot[Slot.SRC]))
         if slot[Slot.SENDING]:
-            waiting.append(Waiting(slot[Slot.DST]))
+            waiting.append(Awaited(slot[Slot.DST]))
         return waiting
 
     def _failure(self, status: int) -> Exception:

@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from ...kernels.say import say
 from ..waited import Waited
 
-__all__ = ["Patience", "patience"]
+__all__ = ["Patience", "ends_after"]
 
 _LOOK = 1.0
 
 
 @contextmanager
-def patience(seconds: float, what: str) -> Iterator[None]:
+def ends_after(seconds: float, what: str) -> Iterator[None]:
     """Print `what` and end this process with status 1 if the block takes longer.
 
     MPI_Comm_spawn of Open MPI 5.0 waits for ever where the process that it has started dies before
@@ -48,7 +48,8 @@ def patience(seconds: float, what: str) -> Iterator[None]:
 class Patience:
     """The same for many short waits, one after the other: one thread looks at them now and then.
 
-    seconds: that each may take, but for some part of it.  what: is printed.
+    seconds: that each may take; more is noticed a quarter of it later at most, or a second.
+    what: is printed.
     """
 
     def __init__(self, seconds: float, what: str) -> None:

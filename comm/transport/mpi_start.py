@@ -15,8 +15,6 @@ import os
 import signal
 import sys
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, Protocol
 
 from ..errors import CommError
@@ -32,10 +30,10 @@ def process() -> int:
     return os.getpid()
 
 
-def import_mpi(make_lookout: Callable[[], Lookout] | None) -> Any:
+def import_mpi(lookout: Lookout) -> Any:
     """Import mpi4py's MPI, and start MPI where nobody has; end it then when Python ends.
 
-    make_lookout: makes what sees to it meanwhile, where MPI is to be started.
+    lookout: sees to it that MPI starts, and ends.
     Raises: ImportError, RuntimeError without an MPI library; CommError with too old an mpi4py.
     """
     import mpi4py
@@ -53,8 +51,7 @@ def import_mpi(make_lookout: Callable[[], Lookout] | None) -> Any:
         rc.initialize = True
     if not mpi.Is_initialized():
         defaults = [number for number in _CRASHES if signal.getsignal(number) is signal.SIG_DFL]
-        lookout = None if make_lookout is None else make_lookout()
-        with nullcontext() if lookout is None else lookout.starting(), fit_to_start_mpi():
+        with lookout.starting(), fit_to_start_mpi():
             _start(mpi, rc.thread_level if rc.threads else "single", _errors(rc))
         _take_back(defaults)
         if rc.finalize is not False:
@@ -113,17 +110,17 @@ def _take_back(defaults: list[signal.Signals]) -> None:
         faulthandler.enable()
 
 
-def _end(mpi: Any, lookout: Lookout | None, process: int) -> None:
+def _end(mpi: Any, lookout: Lookout, process: int) -> None:
     if os.getpid() == process and not mpi.Is_finalized():
         end_mpi(mpi, lookout)
 
 
-def end_mpi(mpi: Any, lookout: Lookout | None) -> None:
+def end_mpi(mpi: Any, lookout: Lookout) -> None:
     """Call MPI_Finalize, which waits for all ranks; lookout sees to it meanwhile.
 
     Raises: RuntimeError where it fails.
     """
-    with nullcontext() if lookout is None else lookout.ending():
+    with lookout.ending():
         failed = _library(mpi).MPI_Finalize()
     if failed:
         raise RuntimeError(f"MPI_Finalize failed with code {failed}")

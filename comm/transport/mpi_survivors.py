@@ -6,7 +6,7 @@ import atexit
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from .mpi import MpiTransport, load_mpi
 from .mpi_errors import raising
 from .mpi_exit import die_at_end, say_goodbye
 from .mpi_launch import require_own_place
-from .mpi_patience import Patience, patience
+from .mpi_patience import Patience, ends_after
 from .mpi_start import end_mpi
 
 _NOT_ALL = (
@@ -37,11 +37,11 @@ class Survivors:
     joined: whether this process was started by `grow` of others, which it has met then.
     """
 
-    def __init__(self, seconds: float, make_lookout: Callable[[], Lookout] | None) -> None:
+    def __init__(self, seconds: float, lookout: Lookout) -> None:
         """Start with all of the job, or with those that have started this process; collective.
 
-        seconds: that ranks wait for each other at most.  make_lookout: makes what sees to it that
-        MPI starts, which waits for every rank and is told of no death yet.
+        seconds: that ranks wait for each other at most.  lookout: sees to it that MPI starts, which
+        waits for every rank and is told of no death yet.
         """
         require_own_place()
         self._patience = Patience(seconds, _NOT_ALL)
@@ -52,7 +52,7 @@ class Survivors:
             import mpi4py
 
             mpi4py.rc.finalize = False
-        self._mpi = load_mpi(make_lookout)
+        self._mpi = load_mpi(lookout)
         self._clean = False
         self._left = False
         self._whole = True
@@ -102,7 +102,7 @@ class Survivors:
         Raises: CommError where they cannot be started; PeerLost where one of these has died.
         """
         what = f"of {count} processes started in place of dead ranks, not all have opened MPI"
-        with raising(self._mpi, f"starting {count} processes"), patience(seconds, what):
+        with raising(self._mpi, f"starting {count} processes"), ends_after(seconds, what):
             place = self._mpi.Info.Create({"wdir": folder})
             both = self._base.Spawn(command[0], list(command[1:]), count, place, root=0)
             place.Free()
@@ -127,8 +127,7 @@ class Survivors:
             die_at_end()
             return
         if self._clean:
-            seat = Seat.read()
-            end_mpi(self._mpi, None if seat is None else Lookout(seat))
+            end_mpi(self._mpi, Lookout(Seat.read()))
         elif self.joined:
             say_goodbye()
 

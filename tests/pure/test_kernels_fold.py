@@ -9,7 +9,7 @@ import pytest
 from ringfold.kernels import reference
 from ringfold.kernels.fold import fold_callback
 from ringfold.kernels.operations import ALLOWED
-from ringfold.kernels.records import FOLD_BLOCK, FOLD_WORDS, SCRATCH_BYTES
+from ringfold.kernels.records import FOLD_BLOCK, SCRATCH_BYTES, FoldWord
 from ringfold.kernels.storage import FLOATS, HALVES, PARTS, STORAGE
 
 FIRST = (*HALVES, *FLOATS, "int64", "uint8", "bool")
@@ -44,12 +44,12 @@ def fold(op, dtype, sources, targets, count, divisors, into):
     itemsize = STORAGE[dtype].itemsize
     tables = [np.array([x.ctypes.data for x in side], np.int64) for side in (sources, targets)]
     scratch = np.zeros(SCRATCH_BYTES, np.uint8)
-    record = np.zeros(FOLD_WORDS, np.int64)
-    record[:8] = (
+    record = np.zeros(FoldWord.WORDS, np.int64)
+    record[: FoldWord.BEFORE] = (
         tables[0].ctypes.data, len(sources), itemsize, tables[1].ctypes.data, len(targets),
         into * itemsize, count, scratch.ctypes.data,
     )  # fmt: skip
-    record.view(np.float64)[8:] = divisors
+    record.view(np.float64)[FoldWord.BEFORE :] = divisors
     ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(fold_callback(op, dtype))(record.ctypes.data)
 
 

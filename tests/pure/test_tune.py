@@ -155,7 +155,7 @@ def test_the_cheapest_is_chosen(collective, size):
     rows = priced(collective, size, cluster)
     assert [row[0] for row in rows] == sorted(row[0] for row in rows)
     for nbytes in (1, 4096, 1 << 20, 1 << 30):
-        algorithm, reason = choose(collective, nbytes, F32, True, None, size, TABLE)
+        algorithm, reason = choose(collective, nbytes, F32, None, size, TABLE)
         seconds = price(build(collective, algorithm, size), nbytes, cluster).seconds
         for other in ("ring", "pairwise"):
             assert seconds <= price(build(collective, other, size), nbytes, cluster).seconds * 1.01
@@ -164,9 +164,9 @@ def test_the_cheapest_is_chosen(collective, size):
 
 def test_without_the_links_of_a_group_the_default_is_taken():
     nodes = Nodes.blocks(4, 2)
-    assert "default table" in choose("allreduce", 8, F32, True, nodes, 4, TABLE)[1]
-    assert "tuned" in choose("allreduce", 8, F32, True, nodes, 4, replace(TABLE, inter=LINK))[1]
-    assert "default table" in choose("allreduce", 8, F32, True, None, 1 << 17, TABLE)[1]
+    assert "default table" in choose("allreduce", 8, F32, nodes, 4, TABLE)[1]
+    assert "tuned" in choose("allreduce", 8, F32, nodes, 4, replace(TABLE, inter=LINK))[1]
+    assert "default table" in choose("allreduce", 8, F32, None, 1 << 17, TABLE)[1]
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_the_cheapest_is_chosen_where_ranks_lie(labels):
                 name: price(schedule, nbytes, cluster).seconds
                 for name, schedule in schedules.items()
             }
-            algorithm, _ = choose(collective, nbytes, F32, True, nodes, nodes.size, table)
+            algorithm, _ = choose(collective, nbytes, F32, nodes, nodes.size, table)
             assert seconds[algorithm] == pytest.approx(min(seconds.values()))
 
 

@@ -9,8 +9,8 @@ from contract import CHECKS, data, expected
 
 from ringfold import CommError, CommTimeout, Communicator, Settings, Work
 from ringfold.comm import cma, fused
-from ringfold.comm.board import STAGE_BYTES
 from ringfold.comm.buffer import Buffer
+from ringfold.comm.fused_rows import STAGE_BYTES
 from ringfold.kernels.records import Note, WorkWord
 
 LARGE = STAGE_BYTES // 4 * 2 + 1235
@@ -23,6 +23,12 @@ def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(fused, "READ_FROM", dict.fromkeys(READ, 0))
     monkeypatch.setattr(fused, "EAGER_BYTES", 0)
     yield
+
+
+def reads(comm: Communicator) -> bool:
+    """Tell whether the ranks have access to each other's own memory."""
+    board = None if comm._sharing is None else comm._sharing.board
+    return board is not None and board.reads
 
 
 def algorithm_of(comm: Communicator, name: str, x: np.ndarray) -> str:
@@ -67,7 +73,7 @@ def test_the_sum_is_the_same_in_every_form(comm: Communicator, always: None) -> 
 
 
 def test_buffers_from_a_size_on_are_read(comm: Communicator) -> None:
-    if comm.size == 1 or comm._sharing is None or not comm._sharing.reads:
+    if not reads(comm):
         return
     large = np.ones(comm.size << 19)
     assert algorithm_of(comm, "allreduce", large) == "pairwise, cma"
@@ -79,7 +85,7 @@ def test_buffers_from_a_size_on_are_read(comm: Communicator) -> None:
 
 def test_receipts_tell_who_writes_to_the_memory_of_others(comm: Communicator) -> None:
     """All were said to write there, though only an allreduce does."""
-    if comm.size == 1 or comm._sharing is None or not comm._sharing.reads:
+    if not reads(comm):
         return
     large = np.ones(comm.size << 19)
     written = {
@@ -121,7 +127,7 @@ def test_one_rank_that_may_not_read_or_write_is_enough(
 def test_memory_that_has_gone_is_a_timeout_that_names_the_rank(
     comm: Communicator, always: None
 ) -> None:
-    if comm.size == 1 or comm._sharing is None or not comm._sharing.reads:
+    if not reads(comm):
         return
     last = comm.size - 1
     with Communicator(settings=Settings(timeout=1.0)) as other:

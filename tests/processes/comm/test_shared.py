@@ -14,7 +14,7 @@ from mpi4py import MPI
 import ringfold
 from ringfold import CommError, CommTimeout, Communicator, MismatchError, Settings
 from ringfold.comm import communicator
-from ringfold.comm.board import STAGE_BYTES
+from ringfold.comm.fused_rows import STAGE_BYTES
 from ringfold.comm.trace import State
 
 LARGE = STAGE_BYTES // 4 * 2 + 1235
