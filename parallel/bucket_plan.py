@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .bucketing import Bucketing, Describe, arrived, buckets_of, lay_out, limit_for
+from .bucketing import Bucketing, Describe, arrived, lay_out, limit_for
+from .buckets import plan_buckets
 from .carried import Layout
 from .pace import measure_pace
 
@@ -63,10 +64,14 @@ class BucketPlan:
     def change(self, trainable: tuple[bool, ...]) -> tuple[Bucket, ...]:
         """Reduce these parameters from now on; return buckets of those that were not before."""
         before = self.bucketing.trainable
-        late = [index for index, flag in enumerate(trainable) if flag and not before[index]]
+        late = {
+            index: self._describe(index)
+            for index, flag in enumerate(trainable)
+            if flag and not before[index]
+        }
         self.bucketing = self._lay_out(trainable, None)
         self.arrival_known = False
-        return buckets_of(self._describe, late, None, self.bucket_bytes)
+        return plan_buckets(late, self.bucket_bytes)
 
     def layout(self, names: str) -> Layout:
         """Return what the next pass follows, as data; names: digest of the parameters' names."""

@@ -178,7 +178,7 @@ def broadcast_tensors(
     if comm.size == 1 or not wholes:
         return
     targets = [real_view(tensor) for tensor in wholes]
-    members = [member_of("", tensor) for tensor in targets]
+    members = {index: member_of("", tensor) for index, tensor in enumerate(targets)}
     for bucket in plan_buckets(members, limit_bytes):
         if bucket.count == 0:
             continue

@@ -116,7 +116,7 @@ def shards_of(
                 f"{name}: a parameter of {parameter.dtype} with gradients of "
                 f"{gradient_dtype(parameter)} (grad_dtype) cannot be sharded"
             )
-    described = [member_of(name, parameter) for name, parameter in members]
+    described = {index: member_of(*member) for index, member in enumerate(members)}
     buckets = plan_buckets(described, bucket_bytes, range(len(members)))
     return [
         Shard([members[index] for index in bucket.indices], bucket, rank, size)
