@@ -6,7 +6,7 @@ Nothing is left behind: gradients, buffers and torch's random numbers are as bef
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from .batch import count_rows
 from .buffer_copies import BufferCopies
 from .generators import GeneratorStates
+from .layers import Named
 from .random_keys import Samples, show_samples
 from .structure import put_together, take_apart
 
 __all__ = ["kept_bytes", "layer_seconds", "parameter_bytes"]
-
-Named = Sequence[tuple[str, nn.Module]]
 
 
 def parameter_bytes(named: Named) -> list[float]:
