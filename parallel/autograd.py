@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..comm.uneven import checked_counts
 from .meeting import Call, meet, note
-from .replicas import real_view
+from .tensors import real_view
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator

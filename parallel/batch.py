@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..comm import chunks
-from .strides import overlaps
 from .structure import put_together, take_apart
+from .tensors import overlaps
 
 __all__ = [
     "clone_tensors",

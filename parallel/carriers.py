@@ -21,7 +21,7 @@ from .buckets import Bucket
 from .flatten import Home, in_place, wire_of
 from .flight import Carrier, Flight, Load
 from .hooks import Ended, GradientBucket, Rounds, Wire, WireHook
-from .replicas import real_view
+from .tensors import real_view
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator

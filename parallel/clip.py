@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .replicas import numbers_of
+from .tensors import numbers_of
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator

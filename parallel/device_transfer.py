@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .replicas import dtype_name
+from .tensors import dtype_name
 
 if TYPE_CHECKING:
     from ..kernels.device.launch import Launcher

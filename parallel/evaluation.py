@@ -11,10 +11,10 @@ from torch import Tensor
 from .batch import row_bounds, split_rows
 from .messages import broadcast_value
 from .random_keys import Samples
-from .replicas import numbers_of
 from .rows import agree_on_rows_of_pipe
 from .stage_error import raise_together
 from .stage_worker import Batch
+from .tensors import numbers_of
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .gradient_dtype import new_gradient
-from .replicas import real_view
 from .sparse import as_dense
-from .strides import overlaps
+from .tensors import overlaps, real_view
 from .transfer import Finite, are_few, pack_few, transfer_of
 
 __all__ = ["WIRES", "Flattened", "Home", "in_place", "wire_of"]

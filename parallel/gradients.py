@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .gradient_dtype import gradient_dtype
-from .replicas import dtype_name, member_of
+from .tensors import dtype_name, member_of
 
 if TYPE_CHECKING:
     from .buckets import Member

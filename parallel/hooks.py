@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from .flatten import WIRES
-from .replicas import dtype_name
+from .tensors import dtype_name
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .replicas import flat_bytes
 from .structure import Description, TensorSpec, put_together, take_apart
+from .tensors import flat_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

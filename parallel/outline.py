@@ -21,8 +21,9 @@ from .loss_scale import LossScaler
 from .mesh import Mesh
 from .partition import stages_of
 from .plan_check import num_stages_of
-from .replicas import describe, device_of
+from .replicas import describe
 from .shared_weights import refuse_gradient_hooks
+from .tensors import device_of
 
 __all__ = ["Choices", "Outline", "require_mesh", "require_scaler"]
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..comm.dtypes import DTYPES
 from .buckets import Bucket, plan_buckets
 from .gradient_dtype import gradient_dtype
-from .replicas import dtype_name, member_of
 from .sparse import as_dense
+from .tensors import dtype_name, member_of
 
 __all__ = ["Piece", "Shard", "shards_of"]
 

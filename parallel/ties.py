@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .gradient_dtype import gradient_dtype, new_gradient, take_gradient_dtype
 from .layer_copy import LayerCopier
 from .layers import Named
-from .replicas import real_view
 from .sparse import as_dense
+from .tensors import real_view
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator

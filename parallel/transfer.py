@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .device_transfer import Members, pack_on_device, unpack_on_device
-from .replicas import dtype_name
+from .tensors import dtype_name
 
 if TYPE_CHECKING:
     from ..kernels.table import PointerTable

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .gradient_dtype import gradient_dtype, new_gradient
-from .replicas import real_view
 from .sparse import as_dense
+from .tensors import real_view
 from .tree import Tree, frontier, meets_in_pairs
 
 if TYPE_CHECKING:
