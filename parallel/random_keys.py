@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..comm.arguments import require
 from ..kernels.masks import mask, random_words
-from .device_masks import mask_on_device
+from .device_transfer import launcher_of
 from .draws import Draws, Samples
 
 __all__ = [
@@ -54,9 +54,29 @@ def random_bits(
 
 
 def _mask_on_host(key: tuple[int, int], samples: Samples, count: int, least: int) -> Tensor:
+    """Return `count` flags for every sample, as `kernels.masks.mask` makes them."""
     kept = np.empty(samples.rows * count, dtype=np.bool_)
     mask(kept, samples.rows, samples.first, key, least)
     return torch.from_numpy(kept)
+
+
+def _mask_on_device(
+    device: torch.device, key: tuple[int, int], samples: Samples, count: int, least: int
+) -> Tensor | None:
+    """Make the same mask in a GPU's memory, on the caller's stream.
+
+    None for a device that is no GPU, or where no kernel can be compiled and run.
+    """
+    launcher = launcher_of(device)
+    if launcher is None:
+        return None
+    from ..kernels.device import masks
+    from ..kernels.device.table import Span
+
+    kept = torch.empty(samples.rows * count, dtype=torch.bool, device=device)
+    flags = Span(kept.data_ptr(), kept.numel())
+    masks.mask(flags, samples.rows, samples.first, key, least, launcher)
+    return kept
 
 
 class Dropout(nn.Module):
@@ -103,7 +123,7 @@ class Dropout(nn.Module):
         count = x[0].numel() if samples.rows else 0
         # The greatest p, 1, drops all: 2**32 is above every word.
         least = round(self.p * 2**32)
-        kept = mask_on_device(x.device, key, samples.first, samples.rows, count, least)
+        kept = _mask_on_device(x.device, key, samples, count, least)
         if kept is None:
             kept = _mask_on_host(key, samples, count, least).to(x.device)
         scale = 1.0 / (1.0 - self.p) if self.p < 1.0 else 0.0
