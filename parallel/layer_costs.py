@@ -22,6 +22,8 @@ from .structure import put_together, take_apart
 
 __all__ = ["kept_bytes", "layer_seconds", "parameter_bytes"]
 
+_TRIALS = 3
+
 
 def parameter_bytes(named: Named) -> list[float]:
     """Return the bytes of every layer's parameters, and of as large gradients where it has any."""
@@ -32,18 +34,14 @@ def parameter_bytes(named: Named) -> list[float]:
 
 
 def layer_seconds(
-    named: Named,
-    sample: Any,
-    *,
-    repeats: int = 3,
-    clock: Callable[[], float] = time.perf_counter,
+    named: Named, sample: Any, *, clock: Callable[[], float] = time.perf_counter
 ) -> list[float]:
     """Return the seconds of every layer's forward and backward; the least of some repetitions.
 
     sample: the first layer's input. ValueError names a layer that raises.
     """
     with _undone(named):
-        trials = [list(_seconds_of_each(named, sample, clock)) for _ in range(1 + repeats)]
+        trials = [list(_seconds_of_each(named, sample, clock)) for _ in range(1 + _TRIALS)]
     # The first trial warms up caches and allocators.
     return [min(column) for column in zip(*trials[1:], strict=True)]
 

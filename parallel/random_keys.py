@@ -8,18 +8,17 @@ micro-batches, so the mask of a sample is the same however the work is split, an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from numbers import Real
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..comm.arguments import require
-from ..kernels.masks import mask, random_words
+from ..kernels.masks import mask
 from .device_transfer import launcher_of
 from .draws import Draws, Samples
 
@@ -28,7 +27,6 @@ __all__ = [
     "Samples",
     "Shown",
     "name_layers",
-    "random_bits",
     "same_masks",
     "show_again",
     "show_samples",
@@ -39,18 +37,6 @@ def key_of(seed: int, layer: str, call: int, step: int) -> tuple[int, int]:
     """Return what a mask is drawn by: 64 bits that are hashed of seed, layer and call; the step."""
     text = f"{seed}/{call}/{layer}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"), step
-
-
-def random_bits(
-    seed: int, layer: str, call: int, step: int, samples: Iterable[int], count: int
-) -> NDArray[np.uint32]:
-    """Return `count` random 32-bit words for every sample, shape (samples, count).
-
-    See `kernels.masks.random_words`; the key is that of `key_of`.
-    """
-    key = key_of(seed, layer, call, step)
-    rows = [random_words(key, sample, count) for sample in samples]
-    return np.array(rows, dtype=np.uint32).reshape(len(rows), count)
 
 
 def _mask_on_host(key: tuple[int, int], samples: Samples, count: int, least: int) -> Tensor:

@@ -66,9 +66,9 @@ class Reducer:
         *,
         bucket_bytes: int | None,
         wire: WireFormat | WireHook | None,
-        sparse: Iterable[nn.Parameter] = (),
-        finite: FiniteCheck | None = None,
-        loss_scaler: LossScaler | None = None,
+        sparse: Iterable[nn.Parameter],
+        finite: FiniteCheck | None,
+        loss_scaler: LossScaler | None,
     ) -> None:
         self._comm = comm
         self._finite = finite

@@ -22,7 +22,7 @@ _NOT_GIVEN = -1
 _REFUSED = -2
 
 
-def agree_on_rows(mesh: Mesh, x: Any, y: Any, meets: bool = False) -> tuple[tuple[int, ...], bool]:
+def agree_on_rows(mesh: Mesh, x: Any, y: Any, meets: bool) -> tuple[tuple[int, ...], bool]:
     """Return the rows of every replica's batch, by replica, and whether any rank `meets`.
 
     Not all rows are zero; None for x has none. meets: whether layers of this rank meet other
@@ -47,7 +47,7 @@ def agree_on_rows(mesh: Mesh, x: Any, y: Any, meets: bool = False) -> tuple[tupl
     return tuple(map(int, rows_x)), bool(table[:, 2].any())
 
 
-def agree_on_rows_of_pipe(pipe: Communicator, x: Any, y: Any = None) -> int:
+def agree_on_rows_of_pipe(pipe: Communicator, x: Any, y: Any) -> int:
     """Return the rows of x as the first stage has it, at least one; y, if given, has as many.
 
     Collective over `pipe`; raises on every rank as `agree_on_rows` does.
