@@ -93,7 +93,7 @@ class DenseCarrier:
         return Flight(load, size, flattened, finite, rounds, counts)
 
     def _reduce(self, home: Home, op: str, last: bool) -> Rounds | Ended:
-        """Start to reduce a bucket; wait for it where it is the last, by a plan from then on."""
+        """Start to reduce a bucket; a last one on the host ends here, once it has a plan."""
         if not last or home.flat.device.type != "cpu":
             return Rounds(_one(self._comm.allreduce(home.flat, op=op, blocking=False)))
         plans = self._plans.setdefault(home, {})

@@ -42,7 +42,7 @@ class DevicePacker:
     """Launch the kernels of one device, on whatever stream is the caller's."""
 
     def __init__(self, stream_of: Callable[[], int], ordinal: int, **grid: int) -> None:
-        """stream_of: return the caller's current stream.  grid: of `kernels.device.Launcher`."""
+        """stream_of: returns the caller's current stream.  grid: what a `Launcher` takes of it."""
         self._stream_of, self._ordinal, self._grid = stream_of, ordinal, grid
         self._tables: dict[object, Tiles] = {}
         self._learned: dict[object, ByProducts] = {}

@@ -61,7 +61,7 @@ class Edge:
         return self.num_edges * (1 + 3 * microbatch + backward) + self.index
 
     def word_tag(self, microbatch: int) -> int:
-        """Return the tag of the word which gradients there are."""
+        """Return the tag of the message that says which gradients there are."""
         return self.num_edges * (3 + 3 * microbatch) + self.index
 
 

@@ -22,7 +22,7 @@ class Piece:
     """The part [first, end) of one flattened parameter that this rank updates.
 
     parameter: its elements, in the memory of the shard.
-    at: where they lie in the shard.
+    at: where they lie in the shard's `flat`.
     """
 
     name: str

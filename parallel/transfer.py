@@ -64,7 +64,7 @@ def are_few(members: Members, flat: Tensor) -> bool:
 def pack_few(members: Members, places: list[Tensor], around: Tensor, scale: float) -> bool:
     """Do as the kernel does, without the cost of pointing it to every tensor.
 
-    places: of the members in the bucket, flat.  around: a part of the bucket with all of them.
+    places: a flat view of the bucket for each member.  around: a part of it that holds them all.
     """
     torch._foreach_copy_(places, [tensor.view(-1) for tensor, _ in members])
     if scale != 1.0:
