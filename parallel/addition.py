@@ -26,8 +26,10 @@ __all__ = ["Added", "InBuckets", "InTree"]
 class Added:
     """What all ranks know after a step.
 
-    loss: of the global batch.  failed, changed: on how many ranks a stage has failed, buffers have
-    changed their shapes.  reduction: of the gradients over replicas, where they went in buckets.
+    loss: of the global batch.
+    failed: on how many ranks a stage has failed.
+    changed: on how many ranks buffers have changed their shapes.
+    reduction: what was done to reduce gradients over replicas, if they went in buckets.
     """
 
     loss: float

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..comm.uneven import checked_counts
 from .meeting import Call, meet, note
-from .replicas import real_view
+from .tensors import real_view
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -270,9 +270,9 @@ def _meet(x: Tensor, comm: Communicator, move: Move) -> Any:
 def _exchanged(
     call: Callable[[Any], Any], counts: list[int], comm: Communicator, move: Move
 ) -> tuple[int, ...]:
-    """Return the counts that a call brings; noted, as its move, as is all that layers call.
+    """Exchange counts by a call, and note its move, as all that layers call is noted.
 
-    By NumPy: a tensor that is made within one of torch.func's transforms has no memory.
+    In NumPy's arrays: a tensor made within a transform of torch.func has no memory to send.
     """
     found = call(np.array(counts, np.int64))
     note(Call(move, comm, (len(counts),), torch.int64, torch.device("cpu")))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .layer_costs import Named, kept_bytes, layer_seconds, parameter_bytes
+from .layer_costs import kept_bytes, layer_seconds, parameter_bytes
+from .layers import Named
 from .messages import broadcast_value
 from .partition import balance
 from .replicas import check_equal

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sampler import part_bounds
-from .strides import overlaps
+from ..comm import chunks
 from .structure import put_together, take_apart
+from .tensors import overlaps
 
 __all__ = [
     "clone_tensors",
@@ -32,7 +32,7 @@ def row_bounds(rows: int, num_microbatches: int) -> tuple[tuple[int, int], ...]:
     and 1.
     """
     count = min(rows, num_microbatches)
-    return tuple(part_bounds(rows, part, count) for part in range(count))
+    return tuple(chunks.bounds(rows, count, part) for part in range(count))
 
 
 def global_leaves(

@@ -23,9 +23,10 @@ __all__ = ["Counters", "Homes"]
 class Homes:
     """The memory of each bucket, the same in each pass as long as nobody else needs it.
 
-    A program that keeps gradients of one pass at a time finds two in turn.
+    There are up to two for each, which take turns where a program keeps the gradients of one pass
+    until after the next.
 
-    wire: the word for the dtype that it has, see `flatten.WIRES`; None for the gradients' own.
+    wire: names the dtype of the memory, see `flatten.WIRES`; None for the gradients' own.
     """
 
     def __init__(self, comm: Communicator, wire: str | None = None) -> None:
@@ -52,7 +53,7 @@ class Homes:
 
 
 class Counters:
-    """The flags of each bucket as integers, in the same array in each pass: it is known by then."""
+    """Keep one array for the flags of each bucket, which the communicator knows from then on."""
 
     def __init__(self) -> None:
         self._arrays: dict[tuple[Bucket, int], np.ndarray[Any, np.dtype[np.int32]]] = {}
@@ -72,9 +73,9 @@ class Counters:
 
 
 def _allocate(comm: Communicator, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return registered memory of a device, or any memory where the communicator has none of it.
+    """Return memory of a device: registered by the communicator, or any where it has none.
 
-    Ranks may differ in that: what one of them has not registered passes through the host's memory.
+    Ranks may differ in that. Where memory is not registered, messages pass through the host's.
     """
     if device.type not in ("cpu", "cuda"):
         return torch.empty(length, dtype=dtype, device=device)

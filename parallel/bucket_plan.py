@@ -5,22 +5,26 @@ Every change is the same on all ranks: where rank 0 has measured something, its 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .bucketing import Bucketing, Describe, arrived, buckets_of, lay_out, limit_for
+from .bucketing import Bucketing, Describe, arrived, lay_out, limit_for
+from .buckets import Bucket, Pace, plan_buckets
 from .carried import Layout
-from .pace import measure_pace
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
-    from .buckets import Bucket
 
 __all__ = ["START_BYTES", "BucketPlan"]
 
 START_BYTES = 4 << 20
+
+# Bytes of the allreduces that are timed, and how often each is.
+_SMALL, _LARGE = 8, 1 << 20
+_TRIES = 4
 
 
 class BucketPlan:
@@ -63,10 +67,14 @@ class BucketPlan:
     def change(self, trainable: tuple[bool, ...]) -> tuple[Bucket, ...]:
         """Reduce these parameters from now on; return buckets of those that were not before."""
         before = self.bucketing.trainable
-        late = [index for index, flag in enumerate(trainable) if flag and not before[index]]
+        late = {
+            index: self._describe(index)
+            for index, flag in enumerate(trainable)
+            if flag and not before[index]
+        }
         self.bucketing = self._lay_out(trainable, None)
         self.arrival_known = False
-        return buckets_of(self._describe, late, None, self.bucket_bytes)
+        return plan_buckets(late, self.bucket_bytes)
 
     def layout(self, names: str) -> Layout:
         """Return what the next pass follows, as data; names: digest of the parameters' names."""
@@ -102,10 +110,26 @@ class BucketPlan:
 
     def _follow_times(self, arrival: Sequence[int], times: Sequence[float]) -> None:
         """Choose the size of the buckets by rank 0's times of a pass, the first being untypical."""
-        pace = measure_pace(self._comm)
+        pace = _measure_pace(self._comm)
         order = arrived(self.bucketing, arrival)
         when = dict(zip(arrival, times, strict=True))
         plan = np.array([limit_for(self._describe, order, when, pace), *order], dtype=np.int64)
         self._comm.broadcast(plan, root=0)
         self.bucket_bytes, *order = plan.tolist()
         self.bucketing = self._lay_out(self.bucketing.trainable, order)
+
+
+def _measure_pace(comm: Communicator) -> Pace:
+    """Time a small and a large allreduce, the best of a few; collective, some milliseconds."""
+    seconds = {}
+    for nbytes in (_SMALL, _LARGE):
+        x = np.zeros(nbytes // 4, dtype=np.float32)
+        tries = []
+        for _ in range(_TRIES):
+            comm.barrier()
+            start = time.perf_counter()
+            comm.allreduce(x)
+            tries.append(time.perf_counter() - start)
+        seconds[nbytes] = min(tries)
+    slope = (seconds[_LARGE] - seconds[_SMALL]) / (_LARGE - _SMALL)
+    return Pace(seconds[_SMALL], max(slope, 0.0))

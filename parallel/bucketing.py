@@ -11,7 +11,7 @@ from functools import cached_property
 
 from .buckets import Bucket, Member, Pace, choose_limit, plan_buckets
 
-__all__ = ["Bucketing", "Describe", "arrived", "buckets_of", "lay_out", "limit_for"]
+__all__ = ["Bucketing", "Describe", "arrived", "lay_out", "limit_for"]
 
 SMALL = 1024
 """Up to so many elements the last bucket waits for the end of backward."""
@@ -54,29 +54,11 @@ def lay_out(
     describe: Describe, trainable: tuple[bool, ...], order: Sequence[int] | None, limit: int
 ) -> Bucketing:
     """Lay the trainable parameters out in buckets of at most `limit` bytes."""
-    chosen = _chosen(trainable)
+    members = {index: describe(index) for index in _chosen(trainable)}
     # Without a parameter there is still a bucket, to carry the flag of a change.
-    buckets = buckets_of(describe, chosen, order, limit) or (Bucket((), (), (), 0, "float32"),)
+    buckets = plan_buckets(members, limit, order) or (Bucket((), (), (), 0, "float32"),)
     bucket_of = {i: place for place, bucket in enumerate(buckets) for i in bucket.indices}
     return Bucketing(trainable, buckets, bucket_of, None if order is None else tuple(order))
-
-
-def buckets_of(
-    describe: Describe, chosen: Sequence[int], order: Sequence[int] | None, limit: int
-) -> tuple[Bucket, ...]:
-    """Return buckets of the chosen parameters, as `plan_buckets` fills them."""
-    positions = {index: position for position, index in enumerate(chosen)}
-    places = None if order is None else [positions[index] for index in order]
-    return tuple(
-        Bucket(
-            tuple(chosen[position] for position in bucket.indices),
-            bucket.offsets,
-            bucket.counts,
-            bucket.count,
-            bucket.dtype,
-        )
-        for bucket in plan_buckets([describe(index) for index in chosen], limit, places)
-    )
 
 
 def arrived(bucketing: Bucketing, arrival: Sequence[int]) -> list[int]:
@@ -94,14 +76,8 @@ def limit_for(
     order: all reduced parameters.  when: seconds at which gradients arrived; the others come last.
     """
     last = max(when.values(), default=0.0)
-    chosen = sorted(order)
-    place = {index: position for position, index in enumerate(chosen)}
-    return choose_limit(
-        [describe(index) for index in chosen],
-        [place[index] for index in order],
-        [when.get(index, last) for index in chosen],
-        pace,
-    )
+    members = {index: describe(index) for index in order}
+    return choose_limit(members, order, {index: when.get(index, last) for index in order}, pace)
 
 
 def _chosen(trainable: Sequence[bool]) -> list[int]:

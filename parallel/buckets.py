@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -26,8 +26,8 @@ class Member:
 class Bucket:
     """Lay several tensors of one dtype end to end.
 
-    `indices[i]` is the position of a tensor in the list given to `plan_buckets`; its elements lie
-    at `offsets[i] : offsets[i] + counts[i]` of the flat bucket of `count` elements.
+    `indices[i]` is the key of a tensor in what was given to `plan_buckets`; its elements lie at
+    `offsets[i] : offsets[i] + counts[i]` of the flat bucket of `count` elements.
     """
 
     indices: tuple[int, ...]
@@ -38,22 +38,20 @@ class Bucket:
 
 
 def plan_buckets(
-    members: Sequence[Member], limit_bytes: int, order: Sequence[int] | None = None
+    members: Mapping[int, Member], limit_bytes: int, order: Sequence[int] | None = None
 ) -> tuple[Bucket, ...]:
     """Fill buckets of at most limit_bytes with tensors in their order of readiness.
 
-    `order` lists positions in `members`, first ready first; without it the reverse of their order,
-    since backward goes from the last layer to the first. A bucket holds one dtype; a tensor above
-    the limit gets a bucket of its own. The buckets come in the order in which they are full.
+    `order` lists the keys of `members`, first ready first; without it from the highest to the
+    lowest, since backward goes from the last layer to the first. A bucket holds one dtype; a tensor
+    above the limit gets a bucket of its own. The buckets come in the order in which they are full.
     Pure: equal arguments give equal buckets on every rank.
     """
     if limit_bytes < 1:
         raise ValueError(f"expected bucket bytes >= 1, got {limit_bytes}")
-    order = range(len(members) - 1, -1, -1) if order is None else order
-    if sorted(order) != list(range(len(members))):
-        raise ValueError(
-            f"expected an order of 0 to {len(members) - 1}, once each, got {list(order)}"
-        )
+    order = sorted(members, reverse=True) if order is None else order
+    if sorted(order) != sorted(members):
+        raise ValueError(f"expected an order of {sorted(members)}, once each, got {list(order)}")
     open_groups: dict[str, list[int]] = {}
     open_bytes: dict[str, int] = {}
     # A bucket may start once its last member is ready: that moment orders the buckets.
@@ -83,39 +81,37 @@ class Pace:
 
 
 def finish_time(
-    buckets: Sequence[Bucket], itemsizes: Sequence[int], ready: Sequence[float], pace: Pace
+    buckets: Sequence[Bucket], members: Mapping[int, Member], ready: Mapping[int, float], pace: Pace
 ) -> float:
     """Return when the last bucket is reduced, in seconds.
 
     Buckets are reduced one after the other, each from the moment when its last member is ready or
     the bucket before is done: end = max(ready, end of the one before) + latency + bytes *
-    seconds_per_byte. itemsizes[i], ready[i]: of the tensor at position i.
+    seconds_per_byte. ready: the moment of every member.
     """
     end = 0.0
     for bucket in buckets:
         full = max((ready[index] for index in bucket.indices), default=0.0)
-        sizes = zip(bucket.indices, bucket.counts, strict=True)
-        nbytes = sum(count * itemsizes[index] for index, count in sizes)
+        nbytes = sum(members[index].count * members[index].itemsize for index in bucket.indices)
         end = max(end, full) + pace.latency + nbytes * pace.seconds_per_byte
     return end
 
 
 def choose_limit(
-    members: Sequence[Member], order: Sequence[int], ready: Sequence[float], pace: Pace
+    members: Mapping[int, Member], order: Sequence[int], ready: Mapping[int, float], pace: Pace
 ) -> int:
     """Return which of LIMITS lets all reductions end first; of equal ones the largest.
 
     Small buckets start early, large ones pay the latency less often.
     """
-    itemsizes = [member.itemsize for member in members]
     ends = {
-        limit: finish_time(plan_buckets(members, limit, order), itemsizes, ready, pace)
+        limit: finish_time(plan_buckets(members, limit, order), members, ready, pace)
         for limit in LIMITS
     }
     return min(LIMITS, key=lambda limit: (ends[limit], -limit))
 
 
-def _lay_out(members: Sequence[Member], indices: Sequence[int]) -> Bucket:
+def _lay_out(members: Mapping[int, Member], indices: Sequence[int]) -> Bucket:
     counts = tuple(members[index].count for index in indices)
     *offsets, count = accumulate(counts, initial=0)
     return Bucket(tuple(indices), tuple(offsets), counts, count, members[indices[0]].dtype)

@@ -21,7 +21,7 @@ _Place = dict[str, Tensor | None]
 
 @dataclass(eq=False, slots=True)
 class _Copy:
-    """What a buffer was; `shared`: by several BufferCopies, none of which may change it."""
+    """What a buffer was; if several BufferCopies share it, none of them may change it."""
 
     tensor: Tensor
     shared: bool = False
@@ -61,7 +61,7 @@ class BufferCopies:
         self._changed: set[_Copy] = set()
 
     def look(self) -> None:
-        """Note which buffers a forward has changed, as it will again `in_place`."""
+        """Note which buffers a forward has changed: a repetition `in_place` changes them again."""
         for place, row in self._rows:
             for name, copy in row.items():
                 buffer = place.get(name)
@@ -90,9 +90,9 @@ def _put(rows: Iterable[tuple[_Place, _Place]]) -> None:
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
-    """Tell whether two large tensors have the same bits; others count as different.
+    """Tell whether two large tensors have the same bits.
 
-    So do those of a GPU, for which the host would wait.
+    Small ones count as different, and so do those of a GPU, for which the host would have to wait.
     """
     size = left.element_size()
     if left.device.type != "cpu":

@@ -24,8 +24,9 @@ HookState = Mapping[str, Mapping[str, Any]]
 class StatefulHook(Protocol):
     """A wire hook that keeps something from step to step; a user's own may do so, too.
 
-    state_dict: parameter name -> key -> a tensor or a plain value. Tensors are replaced, not
-    written to, as the state changes. load_state_dict takes such a one, in place of what is there.
+    state_dict returns parameter name -> key -> a tensor or a plain value; as its state changes, a
+    hook replaces these tensors and does not write to them. load_state_dict takes such a state, in
+    place of the hook's own.
     """
 
     def state_dict(self) -> HookState: ...
@@ -37,10 +38,11 @@ class StatefulHook(Protocol):
 class Layout:
     """How the ranks have laid out their buckets; the same on all of them.
 
-    names: digest of the parameters' names.  trainable: places of those that are reduced.
-    order: places in the order of arrival, None where it is not known, or would change nothing.
-    arrived: whether a pass has told the order.  limit: bytes of a bucket that two passes have
-    chosen, None where they have not.
+    names: a digest of the parameters' names.
+    trainable: the indices of the parameters that are reduced.
+    order: indices in the order in which gradients arrive; None if unknown, or of no consequence.
+    arrived: whether a pass has told the order.
+    limit: the bytes of a bucket, if two passes have led to it; else None.
     """
 
     names: str
@@ -54,9 +56,11 @@ class Layout:
 class Carried:
     """What one rank carries on.
 
-    names: of the parameters.  rank, size: of the communicator over which their gradients are
-    reduced.  steps: of the engine.
-    layout: None before the first step.  wire: kind of the wire hook that `hook` is the state of.
+    names: of the parameters.
+    rank, size: of the communicator over which gradients are reduced.
+    steps: how many the engine has taken.
+    layout: None before the first step.
+    wire, hook: the kind of the wire hook, and its state.
     sparse: names of parameters that have had a sparse gradient here.
     """
 
@@ -81,10 +85,10 @@ def digest_of(names: Sequence[str]) -> str:
 
 
 def merged(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Make one parameter's state of those of several ranks.
+    """Merge what several ranks' hooks keep of one parameter into a state for any number of ranks.
 
-    Tensors of floats become their mean, so that what all ranks together have not sent is the same
-    as before, on however many ranks each goes on with this one. Of anything else, the first counts.
+    Tensors of floats are averaged: where every rank goes on with the mean, the mean of what the
+    ranks have not sent is the same as before. Of anything else, the first rank's counts.
     """
     found = dict(rows[0])
     for key, first in rows[0].items():

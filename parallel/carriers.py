@@ -21,7 +21,7 @@ from .buckets import Bucket
 from .flatten import Home, in_place, wire_of
 from .flight import Carrier, Flight, Load
 from .hooks import Ended, GradientBucket, Rounds, Wire, WireHook
-from .replicas import real_view
+from .tensors import real_view
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -93,7 +93,7 @@ class DenseCarrier:
         return Flight(load, size, flattened, finite, rounds, counts)
 
     def _reduce(self, home: Home, op: str, last: bool) -> Rounds | Ended:
-        """Start to reduce a bucket; wait for it where it is the last, by a plan from then on."""
+        """Start to reduce a bucket; a last one on the host ends here, once it has a plan."""
         if not last or home.flat.device.type != "cpu":
             return Rounds(_one(self._comm.allreduce(home.flat, op=op, blocking=False)))
         plans = self._plans.setdefault(home, {})

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .replicas import numbers_of
+from .tensors import numbers_of
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -23,7 +23,7 @@ _OF_ONE_STAGE = "_ringfold_of_one_stage"
 
 
 def note_stage(parameters: Iterable[Tensor]) -> None:
-    """Note that other stages than that of these parameters are on other ranks."""
+    """Note that these are one stage's parameters, and that other ranks have other stages."""
     for parameter in parameters:
         setattr(parameter, _OF_ONE_STAGE, True)
 
@@ -31,7 +31,7 @@ def note_stage(parameters: Iterable[Tensor]) -> None:
 def refuse_one_stage(parameters: Iterable[nn.Parameter]) -> None:
     """Raise ValueError where a norm over these parameters would be that of one stage alone.
 
-    No parameters are those of a stage that has none: nothing else has an optimizer of nothing.
+    An empty list counts as a stage without parameters: nothing else has an optimizer of nothing.
     """
     given = list(parameters)
     if not given or any(hasattr(parameter, _OF_ONE_STAGE) for parameter in given):
@@ -52,8 +52,8 @@ def clip_over_stages(
     """Scale this stage's gradients by min(1, max_norm / (norm + 1e-6)); return the norm before.
 
     norm: of the gradients of all ranks of `pipe` together, added in float64. Collective over
-    `pipe`; a stage without gradients joins. norm_type > 0, or infinity. counted_elsewhere: whose
-    gradients another rank counts, since both hold them.
+    `pipe`; a stage without gradients joins. norm_type > 0, or infinity. counted_elsewhere:
+    parameters that another rank holds, too, and counts.
     """
     if not norm_type > 0:
         raise ValueError(f"expected norm_type > 0, got {norm_type}")
@@ -82,7 +82,7 @@ def clip_over_stages(
 
 
 def _power(base: float, exponent: float) -> float:
-    """Return a power, infinity where it is beyond a float, where Python's own raises."""
+    """Return a power; infinity beyond the range of a float, where Python raises."""
     try:
         return float(base**exponent)
     except OverflowError:
@@ -90,7 +90,7 @@ def _power(base: float, exponent: float) -> float:
 
 
 def _values(gradient: Tensor) -> Tensor:
-    """Return what is not zero for certain, each element once."""
+    """Return a gradient's elements, each once; of a sparse one, those that it holds."""
     return gradient.coalesce().values() if gradient.layout == torch.sparse_coo else gradient
 
 

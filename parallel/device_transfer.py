@@ -15,15 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .replicas import dtype_name
+from .tensors import dtype_name
 
 if TYPE_CHECKING:
     from ..kernels.device.launch import Launcher
     from ..kernels.device.table import ByProducts, Tiles
 
-__all__ = ["DevicePacker", "pack_on_device", "unpack_on_device"]
+__all__ = [
+    "DevicePacker",
+    "Members",
+    "launcher_of",
+    "pack_by_torch",
+    "pack_on_device",
+    "unpack_by_torch",
+    "unpack_on_device",
+]
 
 Members = Sequence[tuple[Tensor, int]]
+"""Tensors of one dtype, with their offsets in the bucket."""
 
 _TABLES = 256
 """Tables of addresses that are kept: gradients lie where they lay the step before, mostly."""
@@ -33,7 +42,7 @@ class DevicePacker:
     """Launch the kernels of one device, on whatever stream is the caller's."""
 
     def __init__(self, stream_of: Callable[[], int], ordinal: int, **grid: int) -> None:
-        """stream_of: return the caller's current stream.  grid: of `kernels.device.Launcher`."""
+        """stream_of: returns the caller's current stream.  grid: what a `Launcher` takes of it."""
         self._stream_of, self._ordinal, self._grid = stream_of, ordinal, grid
         self._tables: dict[object, Tiles] = {}
         self._learned: dict[object, ByProducts] = {}
@@ -118,8 +127,6 @@ def pack_on_device(
     members: Members, flat: Tensor, scale: float
 ) -> bool | Callable[[], bool] | None:
     """Pack by the kernels where there are any; see `DevicePacker.pack`."""
-    from .transfer import pack_by_torch
-
     packer = _packer(flat.device.index or 0)
     return (
         pack_by_torch(members, flat, scale) if packer is None else packer.pack(members, flat, scale)
@@ -128,10 +135,39 @@ def pack_on_device(
 
 def unpack_on_device(members: Members, flat: Tensor) -> None:
     """Unpack by the kernels where there are any."""
-    from .transfer import unpack_by_torch
-
     packer = _packer(flat.device.index or 0)
     if packer is None:
         unpack_by_torch(members, flat)
     else:
         packer.unpack(members, flat)
+
+
+def pack_by_torch(members: Members, flat: Tensor, scale: float) -> bool | None:
+    """Do as the kernels do, in torch's own operations, on the caller's stream.
+
+    Does not look whether all is finite, since the host would have to wait for the answer.
+    """
+    for tensor, offset in members:
+        place = flat[offset : offset + tensor.numel()]
+        source = tensor.reshape(-1)
+        if scale != 1.0:
+            source = source.to(_arithmetic(tensor, flat)) * scale
+        place.copy_(_rounded(source, flat))
+    return None
+
+
+def unpack_by_torch(members: Members, flat: Tensor) -> None:
+    """Do as the kernels do, in torch's own operations, on the caller's stream."""
+    for tensor, offset in members:
+        piece = flat[offset : offset + tensor.numel()]
+        tensor.copy_(_rounded(piece, tensor).view(tensor.shape))
+
+
+def _arithmetic(tensor: Tensor, flat: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (tensor.dtype, flat.dtype) else torch.float32
+
+
+def _rounded(source: Tensor, target: Tensor) -> Tensor:
+    """From float64 to a half width by way of float32, as the kernels do."""
+    narrow = source.dtype == torch.float64 and target.element_size() == 2
+    return source.to(torch.float32) if narrow else source

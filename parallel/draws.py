@@ -1,7 +1,7 @@
 """Tell what a forward draws next, and what it has drawn when torch.utils.checkpoint repeats it.
 
-A checkpoint runs a part of a forward again within a backward. Nothing tells that part apart from
-the first run but that a backward runs, and which part it is only its `context_fn`.
+A checkpoint runs a part of a forward again within a backward. That a backward is running is all
+that tells a repetition from the first run, and only a `context_fn` tells which part is repeated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Draws:
 
     calls: so far.
     since: the number of autograd's next node when the forward began; 0 where whoever runs the
-        backward has seen to it that these draws are of its graph.
+        backward has made sure that these draws belong to its graph.
     knows_place: whether `calls` stands where a checkpoint began, as its `context_fn` has noted.
     """
 
@@ -43,7 +43,7 @@ class Draws:
         return cls(samples, since=torch._C._autograd._get_sequence_nr())
 
     def next_call(self, layer: str) -> int:
-        """Return the number of the call that runs; in a repetition that which it had before.
+        """Return the number of this call; in a repetition, the one that it had the first time.
 
         RuntimeError where a repetition cannot tell.
         """

@@ -14,7 +14,7 @@ from ..comm.errors import MismatchError
 from ..comm.texts import few, shown_ranks
 from .demands import require_comm
 from .objects import allgather_objects
-from .replicas import flat_bytes
+from .tensors import flat_bytes
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator

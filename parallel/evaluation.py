@@ -11,10 +11,10 @@ from torch import Tensor
 from .batch import row_bounds, split_rows
 from .messages import broadcast_value
 from .random_keys import Samples
-from .replicas import numbers_of
 from .rows import agree_on_rows_of_pipe
 from .stage_error import raise_together
 from .stage_worker import Batch
+from .tensors import numbers_of
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -26,9 +26,10 @@ __all__ = ["Evaluator"]
 
 
 class Evaluator:
-    """Evaluate a split model; every call is collective over `pipe`, and replicas are by themselves.
+    """Evaluate a split model; collective over `pipe`, without a word to other replicas.
 
-    steps: taken so far, of which a Dropout in training mode takes the rows for those of a batch.
+    steps: how many were taken so far. A Dropout in training mode draws the masks of that step's
+        global batch, as if it had these rows.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..comm.errors import NotFinite
-from .replicas import real_view
+from .tensors import real_view
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator

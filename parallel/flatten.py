@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .gradient_dtype import new_gradient
-from .replicas import real_view
 from .sparse import as_dense
-from .strides import overlaps
+from .tensors import overlaps, real_view
 from .transfer import Finite, are_few, pack_few, transfer_of
 
 __all__ = ["WIRES", "Flattened", "Home", "in_place", "wire_of"]
@@ -42,10 +41,15 @@ def wire_of(dtype: str, wire: str | None) -> str:
 class Home:
     """The flat memory of a bucket, and where its gradients live in it from pass to pass.
 
-    dtype: of the gradients, real.  offsets: of them in it.  places: their elements, flat.
-    addresses: of these.  elements: all of them.  rest: what lies behind.  left: what the last pass
-    has left there, None where that is not known.  own_uses: of the memory by what is no gradient,
-    after the last pass.
+    flat: the bucket's memory.
+    dtype: the gradients' own, of their real elements.
+    offsets: where each gradient starts.
+    places: a flat view for each gradient.
+    addresses: of these views.
+    elements: the part that holds gradients.
+    rest: the part behind it, for flags.
+    left: the values of `rest` after the last pass, None if unknown.
+    own_uses: references to the memory, other than gradients', after the last pass.
     """
 
     def __init__(
@@ -104,9 +108,10 @@ class Flattened:
 
     @property
     def takes_from_others(self) -> bool:
-        """Tell whether packing would overwrite gradients of a pass before that somebody keeps.
+        """Tell whether packing would overwrite gradients of an earlier pass that somebody keeps.
 
-        Where the parameters have let go of all of them; else these cannot be told apart.
+        False while a parameter's gradient lives here: its use of the memory cannot be told from
+        somebody else's.
         """
         own_uses = self.home.own_uses
         if own_uses is None or any(self._at_home):
@@ -116,8 +121,8 @@ class Flattened:
     def pack(self, scale: float) -> Finite:
         """Write the gradients times `scale` into the bucket, zeros for those that are not there.
 
-        A scale of 0 takes no gradient in. Tell whether all are finite, as `transfer.Finite` has
-        it; None where some lay there already and were not looked at.
+        With a scale of 0 the gradients are not read. Return whether all are finite, as a
+        `transfer.Finite`; None where some lay there already and were not looked at.
         """
         if scale == 0.0:
             self.home.elements.zero_()
@@ -204,9 +209,9 @@ def _plain_place(parameter: Tensor) -> tuple[Sequence[int], Sequence[int]]:
 
 
 def in_place(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
-    """Return a gradient's own memory as a flat tensor, None where that must be left alone.
+    """Return a gradient's own memory as a flat tensor; None if it must not be written to.
 
-    As where it is not contiguous, or where anything else looks at it.
+    It must not if it is not contiguous, or if anything else refers to it.
     """
     if gradient is None or not _can_move(gradient, parameter) or not gradient.is_contiguous():
         return None
@@ -218,9 +223,9 @@ def in_place(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
 def _is_sole_owner(gradient: Tensor) -> bool:
     """Tell whether no other tensor has the gradient's memory.
 
-    What autograd makes a gradient may be a view of what the rest of backward still reads, or of
-    another parameter's gradient, and then has no base that would tell so. Memory that torch cannot
-    resize is another library's, whose uses nobody counts.
+    Autograd may make a gradient of memory that the rest of backward still reads, or that is another
+    parameter's gradient as well, and no `_base` tells so: only the count of references does. Memory
+    that torch cannot resize is another library's, whose references it does not count.
     """
     return gradient.untyped_storage().resizable() and _uses(gradient) <= _USES_OF_ONE
 

@@ -36,7 +36,7 @@ _SMALL = 1 << 18
 class Returning:
     """Gradients on their way back, and which of them there are.
 
-    word: the last bytes of what is received, or on a way of its own.
+    word: a byte for each tensor, the last of what is received; or a message of its own, `work`.
     """
 
     received: Received

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .gradient_dtype import gradient_dtype
-from .replicas import dtype_name, member_of
+from .tensors import dtype_name, member_of
 
 if TYPE_CHECKING:
     from .buckets import Member
@@ -22,8 +22,8 @@ __all__ = ["Gradients"]
 class Gradients:
     """Know parameters by their indices, and which of them get sparse gradients.
 
-    sparse: parameters whose gradient is made sparse on a rank that had none; those that have had a
-        sparse one are known to be.
+    sparse: parameters whose gradient becomes a sparse one where only other ranks had any; those
+        that have had a sparse one on this rank are added.
     elsewhere: the indices of those that another reducer has in its pass.
     """
 
@@ -82,7 +82,7 @@ class Gradients:
                 parameter.grad = torch.zeros_like(gradient)
 
     def make_sparse(self, load: Load) -> None:
-        """Give gradients that came from other ranks only the layout that they have there."""
+        """Make gradients sparse that came from other ranks alone, where they are sparse."""
         if not self._sparse:
             return
         for parameter, gradient in zip(load.parameters, load.gradients, strict=True):
@@ -96,7 +96,7 @@ class Gradients:
         return tuple(name for name, parameter in pairs if parameter in self._sparse)
 
     def expect_sparse(self, names: Iterable[str]) -> None:
-        """Take it that the parameters of these names get sparse gradients, too."""
+        """Expect the parameters of these names to have sparse gradients, too."""
         chosen = set(names)
         pairs = zip(self.names, self.parameters, strict=True)
         self._sparse |= {parameter for name, parameter in pairs if name in chosen}

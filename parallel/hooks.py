@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from .flatten import WIRES
-from .replicas import dtype_name
+from .tensors import dtype_name
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -157,9 +157,9 @@ class Wire:
 
 
 def _shown(hook: Any) -> str:
-    """Say which hook it is and how it is set, the same on every rank.
+    """Describe a hook and its settings, in the same words on every rank.
 
-    Of its values only plain ones: a repr may name an address, or a state, of this rank alone.
+    Only plain values are shown: the repr of others may name an address or a state of this rank.
     """
     if isinstance(hook, functools.partial):
         given = {str(place): value for place, value in enumerate(hook.args)} | hook.keywords
@@ -214,10 +214,10 @@ def _plain_word(wire: Any) -> Any:
 
 
 def narrowed(values: Tensor, dtype: torch.dtype, loss_scale: float) -> Tensor:
-    """Return finite values in another dtype, those beyond it as its largest.
+    """Return finite values in another dtype; those beyond its range become its largest value.
 
-    As infinities where it may be the scale of the loss that has made them so large: the scaler
-    lowers its factor then, and else would not come to know.
+    They become infinities where losses are scaled up: the factor may have made them so large, and
+    the scaler lowers it only where it sees an infinity.
     """
     most = torch.finfo(dtype).max
     return (values if loss_scale > 1 else values.clamp(-most, most)).to(dtype)

@@ -1,7 +1,7 @@
 """Take instances of classes apart, and make equal ones, where that needs no code of the class.
 
 That is so for tuples and dicts of other classes, such as named tuples, for dataclasses, and for
-UserDicts, as tokenizers return: what such a one is lies in its items and attributes. As with
+UserDicts, as tokenizers return: their instances are nothing but items and attributes. As with
 pickle, `__init__` does not run again, and the class is found by its name.
 """
 
@@ -108,12 +108,12 @@ def _dict_of(kind: type) -> Any:
 
 
 def _made_by_call(kind: type) -> bool:
-    """Tell whether a class of tuples comes from C: torch.Size, and what torch.max and so return."""
+    """Tell whether a class of tuples is made in C: torch.Size, and what torch.max returns."""
     return kind.__module__ in ("torch", "torch.return_types")
 
 
 def _holds_no_more_than(base: Any, kind: type) -> bool:
-    """Tell whether instances are such of a class of Python's, and attributes beside."""
+    """Tell whether instances are of a built-in class, with nothing but attributes added."""
     try:
         base.__new__(kind)
     except TypeError:

@@ -35,11 +35,11 @@ class Mode:
 
 
 class Kin:
-    """A wrapper among the others of its rank.
+    """One wrapper, and what it shares with the other wrappers of its rank.
 
     named: its parameters.
-    ranks: over which it reduces, by their numbers in the world.
-    age: grows from wrapper to wrapper, alike on all ranks.
+    ranks: those that it reduces over, by their numbers in the world.
+    age: greater than that of every wrapper before it; the same on all ranks.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class Kin:
     def family(self) -> list[Self]:
         """Return all that reduce together with this one, the oldest first.
 
-        Those that share a parameter which is trained now, and what shares one with these; but for
-        those whose backwards are not to be reduced.
+        They share parameters that are trained now, with this one or with others of the family. A
+        wrapper whose backwards are not reduced is not among them.
 
         Raises: RuntimeError where they reduce over different ranks.
         """
@@ -100,10 +100,10 @@ class Kin:
         return sorted(found, key=lambda one: one.age)
 
     def ahead(self, family: Sequence[Self]) -> list[Self]:
-        """Return those of the family that reduce what this one shares with them.
+        """Return those of the family that reduce, in this one's place, what it shares with them.
 
-        One with a weight comes first, whose mean the others do not know; then the larger, which
-        may have the smaller in it, as a wrapper around a wrapper; then the younger.
+        A wrapper with a weight goes before one without, which does not know that mean; then the
+        larger, since a wrapper may be around a wrapper; then the younger.
         """
         return [other for other in family if other._precedence > self._precedence]
 

@@ -77,7 +77,10 @@ def _by_id(values: Iterable[Any]) -> dict[int, Any]:
 
 
 def _kept_attributes(module: nn.Module, copied: Collection[nn.Module]) -> list[Any]:
-    """Return what a module's copy has in common with it, which belongs to others as well."""
+    """Return what a module's copy shares with it: tensors, generators, and hooks.
+
+    Of a hook that is a module's method, that module, unless it is copied as well.
+    """
     values = module.__dict__
     found: list[Any] = [v for v in values.values() if isinstance(v, Tensor | torch.Generator)]
     for kind in MODULE_HOOKS:

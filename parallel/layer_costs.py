@@ -6,7 +6,7 @@ Nothing is left behind: gradients, buffers and torch's random numbers are as bef
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from .batch import count_rows
 from .buffer_copies import BufferCopies
 from .generators import GeneratorStates
+from .layers import Named
 from .random_keys import Samples, show_samples
 from .structure import put_together, take_apart
 
 __all__ = ["kept_bytes", "layer_seconds", "parameter_bytes"]
 
-Named = Sequence[tuple[str, nn.Module]]
+_TRIALS = 3
 
 
 def parameter_bytes(named: Named) -> list[float]:
@@ -33,18 +34,14 @@ def parameter_bytes(named: Named) -> list[float]:
 
 
 def layer_seconds(
-    named: Named,
-    sample: Any,
-    *,
-    repeats: int = 3,
-    clock: Callable[[], float] = time.perf_counter,
+    named: Named, sample: Any, *, clock: Callable[[], float] = time.perf_counter
 ) -> list[float]:
     """Return the seconds of every layer's forward and backward; the least of some repetitions.
 
     sample: the first layer's input. ValueError names a layer that raises.
     """
     with _undone(named):
-        trials = [list(_seconds_of_each(named, sample, clock)) for _ in range(1 + repeats)]
+        trials = [list(_seconds_of_each(named, sample, clock)) for _ in range(1 + _TRIALS)]
     # The first trial warms up caches and allocators.
     return [min(column) for column in zip(*trials[1:], strict=True)]
 

@@ -182,7 +182,7 @@ class LossScaler:
         return {parameter for user in users for parameter in user.unaware_of(self)}
 
     def update(self) -> None:
-        """End a turn in which an optimizer was unscaled, but is not stepped; else needless."""
+        """End a turn that gives up an optimizer after `unscale_`; not needed otherwise."""
         self._end_turn()
         self._unscaled.clear()
 
@@ -197,7 +197,7 @@ class LossScaler:
         self._stepped.clear()
 
     def _adjust(self) -> None:
-        """Say what the turn's verdicts so far mean for the next one."""
+        """Set the next turn's factor by this turn's verdicts so far."""
         factor, good = self._begun()
         if self._overflow:
             self.factor, self._good = max(factor * self._backoff, self._least), 0

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .replicas import flat_bytes
 from .structure import Description, TensorSpec, put_together, take_apart
+from .tensors import flat_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,6 +37,9 @@ _MEMORY = 64
 _HEADER = 3
 # Stands for the number of a description, of a value that will not come.
 _LOST = -1
+
+# Values of an edge that are received before they are asked for.
+_AHEAD = 2
 
 _HOST = torch.device("cpu")
 
@@ -58,7 +61,7 @@ class Edge:
         return self.num_edges * (1 + 3 * microbatch + backward) + self.index
 
     def word_tag(self, microbatch: int) -> int:
-        """Return the tag of the word which gradients there are."""
+        """Return the tag of the message that says which gradients there are."""
         return self.num_edges * (3 + 3 * microbatch) + self.index
 
 
@@ -129,13 +132,12 @@ class Received:
 
 @dataclass
 class Inbox:
-    """Receive the values that come over one edge, up to `ahead` before they are asked for."""
+    """Receive the values that come over one edge, up to two before they are asked for."""
 
     channel: Communicator
     src: int
     edge: Edge
-    ahead: int = 2
-    device: torch.device = _HOST
+    device: torch.device
     _known: dict[int, Description] = field(default_factory=dict)
     _expected: int = 0
     _header: tuple[NDArray[np.int64], Work] | None = None
@@ -148,7 +150,7 @@ class Inbox:
 
     def prefetch(self) -> None:
         """Begin to receive what has been announced, without waiting."""
-        while len(self._arriving) < self.ahead and self._header and self._header[1].done():
+        while len(self._arriving) < _AHEAD and self._header and self._header[1].done():
             self._read_header()
 
     def take(self, microbatch: int) -> Received | None:
@@ -195,7 +197,7 @@ def start_receive(
     description: Description,
     src: int,
     tag: int,
-    device: torch.device = _HOST,
+    device: torch.device,
     behind: int = 0,
 ) -> Received:
     """Begin to receive, on a device, the payload of a value whose description is known.
@@ -213,7 +215,7 @@ def payload_bytes(specs: Sequence[TensorSpec]) -> int:
     return _places(specs)[-1]
 
 
-def flatten(tensors: Sequence[Tensor], device: torch.device = _HOST, behind: int = 0) -> Tensor:
+def flatten(tensors: Sequence[Tensor], device: torch.device, behind: int = 0) -> Tensor:
     """Return the bytes of several tensors as one flat tensor on a device.
 
     A single one that lies there is not copied, but where bytes behind it are to be free.

@@ -156,9 +156,9 @@ def _listed(values: Iterable[Value] | None, size: int) -> list[Value]:
 def _values(
     joined: NDArray[np.uint8], count: int, error: Exception | None, first: int = 0
 ) -> list[Any]:
-    """Return the values of `count` headed texts, or raise what the first that is none tells.
+    """Return the values of `count` headed texts; TypeError for the first that tells an error.
 
-    error: what this rank has met.  first: the rank that the first text comes from.
+    error: this rank's own, if any.  first: the rank that the first text comes from.
     """
     texts = []
     for rank in range(first, first + count):
@@ -171,7 +171,7 @@ def _values(
 
 
 def _pickled(value: Any) -> tuple[NDArray[np.uint8], Exception | None]:
-    """Return the pickle of a value, or what is wrong with it as text, and as the error."""
+    """Return a value's pickle and None; or an error as text, and itself, where it has none."""
     try:
         text, error = pickle.dumps(value), None
     except Exception as raised:  # whatever the value's own methods raise
@@ -180,7 +180,7 @@ def _pickled(value: Any) -> tuple[NDArray[np.uint8], Exception | None]:
 
 
 def _told(error: Exception) -> str:
-    """Return an error as text, also where it cannot say itself what it is."""
+    """Return an error as text, even if its own __str__ raises."""
     try:
         return f"{type(error).__name__}: {error}"
     except Exception:
@@ -197,7 +197,7 @@ def _framed(text: NDArray[np.uint8], error: Exception | None) -> NDArray[np.uint
 
 
 def _write(letter: NDArray[np.uint8], text: NDArray[np.uint8], error: Exception | None) -> None:
-    """Write to a letter as much of a headed text as it takes."""
+    """Write as much of a headed text to a letter as fits."""
     first = text[: letter.size - _HEAD]
     letter[:_HEAD] = _headed(text, error)
     letter[_HEAD : _HEAD + first.size] = first

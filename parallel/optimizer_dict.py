@@ -1,9 +1,9 @@
 """An optimizer's state as its state_dict tells it, and back into it.
 
-Where an optimizer has torch's own state_dict and load_state_dict, its state is read and written as
-it lies, between torch's hooks: torch's load_state_dict casts state to the dtype of its parameter,
-and makes new groups, of which one that shares them does not know. Where it has methods of its own,
-as one that wraps another, it is read and written by these.
+An optimizer with torch's own state_dict and load_state_dict is read and written directly, between
+torch's hooks: torch's load_state_dict would cast state to the dtype of its parameter, and make new
+groups while others hold the old ones. An optimizer with methods of its own, such as one that wraps
+another, is read and written by these.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def state_dict_of(optimizer: Optimizer) -> Dict:
 
 
 def load_into(optimizer: Optimizer, state_dict: Dict) -> None:
-    """Give an optimizer a state_dict; it has the dtypes then that this has.
+    """Load a state_dict into an optimizer, and keep the state's dtypes.
 
-    Only code of the user's can fail, if `ids_of` takes the state_dict.
+    If `ids_of` takes the state_dict, only the user's own code can fail.
     """
     if has_own_dict(optimizer):
         optimizer.load_state_dict(state_dict)
@@ -88,10 +88,10 @@ def hooked_load(
 
 
 def ids_of(optimizer: Optimizer, state_dict: Any) -> dict[Tensor, Any]:
-    """Return what each parameter is called in a state_dict: a number, in torch's own.
+    """Return the key of each parameter in a state_dict; torch's own has numbers.
 
-    TypeError where it does not tell: it is to hold "state" by what its "param_groups" list under
-    "params", group by group as the optimizer. Other state has text for keys.
+    TypeError unless "params" in its "param_groups" list a key for each parameter, group by group as
+    the optimizer does, and "state" has no other keys, but for text.
     """
     given = state_dict if isinstance(state_dict, Mapping) else {}
     if not isinstance(given.get("state"), Mapping) or "param_groups" not in given:
@@ -167,7 +167,7 @@ def _unpack(optimizer: Optimizer, given: Dict) -> None:
 
 
 def _undo_casts(told: Dict, given: Dict) -> None:
-    """Take tensors as they were given where an optimizer now tells them in another dtype."""
+    """Put given tensors back where an optimizer has cast them to another dtype."""
     for key, entry in given["state"].items():
         now = told["state"].get(key)
         if not isinstance(now, dict) or not isinstance(entry, Mapping):

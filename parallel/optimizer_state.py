@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from .demands import require_comm
 from .objects import broadcast_object
 from .optimizer_dict import ids_of, load_into, state_dict_of
-from .replicas import check_equal, check_root, dtype_name
+from .replicas import check_equal, check_root
 from .sharded_optimizer import ShardedOptimizer
-from .strides import laid_out_like
+from .tensors import dtype_name, laid_out_like
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator

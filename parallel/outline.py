@@ -19,10 +19,10 @@ from .hooks import WireFormat, WireHook, wire_format
 from .layers import Named, named_layers
 from .loss_scale import LossScaler
 from .mesh import Mesh
-from .partition import stages_of
 from .plan_check import num_stages_of
-from .replicas import describe, device_of
+from .replicas import describe
 from .shared_weights import refuse_gradient_hooks
+from .tensors import device_of
 
 __all__ = ["Choices", "Outline", "require_mesh", "require_scaler"]
 
@@ -130,7 +130,7 @@ class Outline:
         plan = plan_of(choices.microbatches)
         num_stages = num_stages_of(plan)
         refuse_gradient_hooks(named)
-        return cls(named, plan, num_stages, stages_of(choices.recompute, num_stages))
+        return cls(named, plan, num_stages, _chosen_stages(choices.recompute, num_stages))
 
     @property
     def whole(self) -> nn.Sequential:
@@ -153,3 +153,12 @@ class Outline:
 def _check_word(what: str, word: str, known: Collection[str]) -> None:
     if word not in known:
         raise ValueError(f"unknown {what} {word!r}, expected one of: {', '.join(known)}")
+
+
+def _chosen_stages(chosen: bool | Collection[int], num_stages: int) -> tuple[int, ...]:
+    """Return the stages that are chosen, all if True; ValueError for one that is not there."""
+    if isinstance(chosen, bool):
+        return tuple(range(num_stages)) if chosen else ()
+    if strange := sorted(set(chosen) - set(range(num_stages))):
+        raise ValueError(f"expected stages 0 to {num_stages - 1}, got {strange}")
+    return tuple(sorted(set(chosen)))

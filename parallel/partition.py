@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["balance", "cut", "stages_of"]
+__all__ = ["balance", "cut"]
 
 
 def cut(num_layers: int, num_stages: int, boundaries: Sequence[int]) -> tuple[range, ...]:
@@ -101,12 +101,3 @@ def _even_cuts(totals: NDArray[np.float64], limit: float) -> list[int]:
     for choice in reversed(choices):
         boundaries.append(int(choice[boundaries[-1]]))
     return boundaries[:0:-1]
-
-
-def stages_of(chosen: bool | Collection[int], num_stages: int) -> tuple[int, ...]:
-    """Return the stages that are chosen, all if True; ValueError for one that is not there."""
-    if isinstance(chosen, bool):
-        return tuple(range(num_stages)) if chosen else ()
-    if strange := sorted(set(chosen) - set(range(num_stages))):
-        raise ValueError(f"expected stages 0 to {num_stages - 1}, got {strange}")
-    return tuple(sorted(set(chosen)))

@@ -29,13 +29,14 @@ from .plan import CheckedPlans, PlanFunction, plan_function
 from .plan_check import stage_peaks
 from .reducer import Reducer
 from .reduction import ReductionRecord
-from .replicas import check_equal, check_sendable, numbers_of
+from .replicas import check_equal, check_sendable
 from .rows import agree_on_rows
 from .share import counts_of, share_of
 from .sparse import sparse_parameters
 from .split_model import SplitModel
 from .stage_error import raise_together
 from .stage_worker import Batch
+from .tensors import numbers_of
 from .tree_gradients import TreeGradients
 from .worker import Worker
 

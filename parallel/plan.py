@@ -13,23 +13,18 @@ from functools import partial
 
 from ..comm.arguments import require_callable, whole
 from .actions import Action, Kind
-from .plan_check import Placed, PlanError, PlanReport, check_plan, draw
+from .plan_check import PlanError, check_plan
 
 __all__ = [
     "PLANS",
     "CheckedPlans",
-    "Placed",
     "PlanError",
     "PlanFunction",
-    "PlanReport",
-    "check_plan",
-    "draw",
     "gpipe",
     "interleaved",
     "naive",
     "one_f_one_b",
     "plan_function",
-    "plan_named",
     "whole_plan",
     "zero_bubble",
 ]
@@ -157,34 +152,31 @@ PLANS: Mapping[str, PlanFunction] = {
 def plan_function(schedule: str | PlanFunction, stages_per_rank: int | None = None) -> PlanFunction:
     """Return a schedule that may be a name as a function; None stands for the name's own number.
 
-    ValueError as `plan_named` has it, or for a function together with stages_per_rank.
+    ValueError lists the names there are, for another one; ValueError too where a plan of one stage
+    a rank is asked for several, and for a function together with stages_per_rank.
     """
     if stages_per_rank is not None:
         whole("stages_per_rank", stages_per_rank)
-    if isinstance(schedule, str):
-        number = 2 if schedule == "interleaved" else 1
-        return plan_named(schedule, number if stages_per_rank is None else stages_per_rank)
-    if stages_per_rank is not None:
-        raise ValueError("a plan function says itself which stages a rank has: no stages_per_rank")
-    require_callable("schedule", schedule)
-    return schedule
-
-
-def plan_named(name: str, stages_per_rank: int = 1) -> PlanFunction:
-    """Return the plan function of that name; ValueError lists the names there are.
-
-    ValueError too for a plan of one stage a rank that is asked for several.
-    """
-    if name not in PLANS:
+    if not isinstance(schedule, str):
+        if stages_per_rank is not None:
+            raise ValueError(
+                "a plan function says itself which stages a rank has: no stages_per_rank"
+            )
+        require_callable("schedule", schedule)
+        return schedule
+    if schedule not in PLANS:
         known = ", ".join(sorted(PLANS))
-        raise ValueError(f"unknown pipeline schedule {name!r}, expected one of: {known}")
-    if name == "interleaved":
+        raise ValueError(f"unknown pipeline schedule {schedule!r}, expected one of: {known}")
+    if stages_per_rank is None:
+        return PLANS[schedule]
+    if schedule == "interleaved":
         return partial(interleaved, stages_per_rank=stages_per_rank)
     if stages_per_rank != 1:
         raise ValueError(
-            f"the schedule {name!r} has one stage a rank, not {stages_per_rank}: choose interleaved"
+            f"the schedule {schedule!r} has one stage a rank, not {stages_per_rank}: "
+            "choose interleaved"
         )
-    return PLANS[name]
+    return PLANS[schedule]
 
 
 def whole_plan(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..comm.arguments import whole
 from .hooks import GradientBucket, Rounds, narrowed
-from .replicas import numbers_of
+from .tensors import numbers_of
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator

@@ -8,19 +8,18 @@ micro-batches, so the mask of a sample is the same however the work is split, an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from numbers import Real
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..comm.arguments import require
-from ..kernels.masks import mask, random_words
-from .device_masks import mask_on_device
+from ..kernels.masks import mask
+from .device_transfer import launcher_of
 from .draws import Draws, Samples
 
 __all__ = [
@@ -28,7 +27,6 @@ __all__ = [
     "Samples",
     "Shown",
     "name_layers",
-    "random_bits",
     "same_masks",
     "show_again",
     "show_samples",
@@ -41,22 +39,30 @@ def key_of(seed: int, layer: str, call: int, step: int) -> tuple[int, int]:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"), step
 
 
-def random_bits(
-    seed: int, layer: str, call: int, step: int, samples: Iterable[int], count: int
-) -> NDArray[np.uint32]:
-    """Return `count` random 32-bit words for every sample, shape (samples, count).
-
-    See `kernels.masks.random_words`; the key is that of `key_of`.
-    """
-    key = key_of(seed, layer, call, step)
-    rows = [random_words(key, sample, count) for sample in samples]
-    return np.array(rows, dtype=np.uint32).reshape(len(rows), count)
-
-
 def _mask_on_host(key: tuple[int, int], samples: Samples, count: int, least: int) -> Tensor:
+    """Return `count` flags for every sample, as `kernels.masks.mask` makes them."""
     kept = np.empty(samples.rows * count, dtype=np.bool_)
     mask(kept, samples.rows, samples.first, key, least)
     return torch.from_numpy(kept)
+
+
+def _mask_on_device(
+    device: torch.device, key: tuple[int, int], samples: Samples, count: int, least: int
+) -> Tensor | None:
+    """Make the same mask in a GPU's memory, on the caller's stream.
+
+    None for a device that is no GPU, or where no kernel can be compiled and run.
+    """
+    launcher = launcher_of(device)
+    if launcher is None:
+        return None
+    from ..kernels.device import masks
+    from ..kernels.device.table import Span
+
+    kept = torch.empty(samples.rows * count, dtype=torch.bool, device=device)
+    flags = Span(kept.data_ptr(), kept.numel())
+    masks.mask(flags, samples.rows, samples.first, key, least, launcher)
+    return kept
 
 
 class Dropout(nn.Module):
@@ -103,7 +109,7 @@ class Dropout(nn.Module):
         count = x[0].numel() if samples.rows else 0
         # The greatest p, 1, drops all: 2**32 is above every word.
         least = round(self.p * 2**32)
-        kept = mask_on_device(x.device, key, samples.first, samples.rows, count, least)
+        kept = _mask_on_device(x.device, key, samples, count, least)
         if kept is None:
             kept = _mask_on_host(key, samples, count, least).to(x.device)
         scale = 1.0 / (1.0 - self.p) if self.p < 1.0 else 0.0

@@ -38,15 +38,15 @@ def hang(parameter: Tensor, on_ready: Callable[[int], None], index: int) -> Remo
 
 
 def hang_again(parameter: Tensor) -> None:
-    """Have the hooks that a parameter tells of called for the tensor that it has now."""
+    """Let the hooks of a parameter be called for its new tensor, where torch has swapped it."""
     parameter._post_accumulate_grad_hooks = parameter._post_accumulate_grad_hooks
 
 
 def comes_last(parameter: Tensor, handle: RemovableHandle) -> bool:
-    """Tell, within the call, whether no hook but ready ones runs on the gradient behind this one.
+    """Tell, from within this hook, whether all that still run on the gradient are ready hooks.
 
-    Hooks run in the order of registration, by a list that is made before the first. Where others
-    were registered later, this one goes behind them: it comes last from the next backward on.
+    Hooks run in the order of registration, by a list that is made before the first runs. If others
+    were registered later, this one is moved behind them: from the next backward on it comes last.
     """
     hooks: dict[int, object] = parameter._post_accumulate_grad_hooks
     for key in reversed(hooks):

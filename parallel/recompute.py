@@ -25,7 +25,7 @@ class Replay:
     That is its input, the samples that keyed layers were shown, the states of torch's generators,
     and the buffers, such as running statistics, of which copies are kept.
 
-    before: another that is held, with which buffers that have not changed are in common.
+    before: an earlier one that is still held, to share the copies of unchanged buffers with.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Replay:
     def again(self) -> Iterator[Shown]:
         """Let a forward within this context be the same, and leave no trace on state.
 
-        It gives what keyed layers are shown for it. Buffers change on copies, so that running
+        Yields what keyed layers are shown for it. Buffers change on copies, so that running
         statistics count a micro-batch once.
         """
         generators = self._states()

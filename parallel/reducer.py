@@ -50,8 +50,8 @@ class Reducer:
     bucket_bytes: how much is reduced at once, in bytes of the gradients themselves; None to plan
         it by when the gradients arrived in the first passes, and what reductions cost then.
     wire: how gradients travel, as `hooks.wire_format` reads it.
-    sparse: parameters whose gradient is made sparse on a rank that had none; those that have had a
-        sparse one are known to be.
+    sparse: parameters whose gradient becomes a sparse one where only other ranks had any; those
+        that have had a sparse one on this rank are added.
     finite: what looks at gradients before they leave; the bad ones stay here.
     loss_scaler: what has scaled the losses, for a wire hook that keeps errors.
 
@@ -66,9 +66,9 @@ class Reducer:
         *,
         bucket_bytes: int | None,
         wire: WireFormat | WireHook | None,
-        sparse: Iterable[nn.Parameter] = (),
-        finite: FiniteCheck | None = None,
-        loss_scaler: LossScaler | None = None,
+        sparse: Iterable[nn.Parameter],
+        finite: FiniteCheck | None,
+        loss_scaler: LossScaler | None,
     ) -> None:
         self._comm = comm
         self._finite = finite
@@ -171,8 +171,8 @@ class Reducer:
 
         All buckets wait for the end where hooks of others are still to run on it.
 
-        nested: whether backwards within the backward may accumulate it again. All buckets wait for
-            the end then, in a first pass; in later ones if one has been.
+        nested: whether backwards within the backward may accumulate it again. Then all buckets of
+            the first pass wait for its end, and those of later ones if it has happened.
 
         Raises: RuntimeError where it is accumulated again although it has left.
         """

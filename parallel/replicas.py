@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,8 +15,9 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from ..comm.arguments import whole
 from ..comm.dtypes import DTYPES
 from ..comm.texts import few, gather_texts, shown_ranks
-from .buckets import Member, plan_buckets
+from .buckets import plan_buckets
 from .gradient_dtype import gradient_dtype
+from .tensors import dtype_name, member_of, real_view
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -24,55 +25,10 @@ if TYPE_CHECKING:
 __all__ = [
     "broadcast_tensors",
     "check_equal",
+    "check_root",
     "check_sendable",
     "describe",
-    "device_of",
-    "dtype_name",
-    "flat_bytes",
-    "member_of",
-    "numbers_of",
 ]
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return "float32" for torch.float32."""
-    return str(dtype).removeprefix("torch.")
-
-
-def member_of(name: str, tensor: Tensor) -> Member:
-    """Describe a tensor for `plan_buckets`; a complex element counts as two real ones."""
-    tensor = real_view(tensor)
-    return Member(name, tensor.numel(), dtype_name(tensor.dtype), tensor.element_size())
-
-
-def real_view(tensor: Tensor) -> Tensor:
-    """Return a complex tensor as real pairs, any other tensor as it is.
-
-    In the same memory, unless the tensor is a conjugate view: then in a copy.
-    """
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Return where a module's first parameter or buffer lies; the host where it has none."""
-    first = next(chain(module.parameters(), module.buffers()), None)
-    return torch.device("cpu") if first is None else first.device
-
-
-def numbers_of(tensors: Sequence[Tensor]) -> list[float]:
-    """Return tensors of one element as numbers; the host waits for a GPU once for all of them."""
-    if not tensors:
-        return []
-    there = tensors[0].device
-    found: list[float] = torch.stack([t.detach().reshape(()).to(there) for t in tensors]).tolist()
-    return found
-
-
-def flat_bytes(tensor: Tensor) -> Tensor:
-    """Return a tensor's elements, in their logical order, as flat bytes; copied only if need be."""
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    # One element counts as contiguous whatever its strides, and then has no view as bytes.
-    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)
 
 
 def describe(named: Iterable[tuple[str, Tensor]]) -> list[str]:
@@ -178,7 +134,7 @@ def broadcast_tensors(
     if comm.size == 1 or not wholes:
         return
     targets = [real_view(tensor) for tensor in wholes]
-    members = [member_of("", tensor) for tensor in targets]
+    members = {index: member_of("", tensor) for index, tensor in enumerate(targets)}
     for bucket in plan_buckets(members, limit_bytes):
         if bucket.count == 0:
             continue

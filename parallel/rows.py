@@ -22,13 +22,13 @@ _NOT_GIVEN = -1
 _REFUSED = -2
 
 
-def agree_on_rows(mesh: Mesh, x: Any, y: Any, meets: bool = False) -> tuple[tuple[int, ...], bool]:
+def agree_on_rows(mesh: Mesh, x: Any, y: Any, meets: bool) -> tuple[tuple[int, ...], bool]:
     """Return the rows of every replica's batch, by replica, and whether any rank `meets`.
 
-    Not all rows are zero; None for x has none. meets: whether layers of this rank meet other
-    replicas in their forward. x counts on first stages, y, if it is given, on last ones. Collective
-    over mesh.comm. Raises on every rank if a batch is unfit on any: there what is wrong with it,
-    elsewhere a ValueError that names the rank, and says what.
+    x counts on first stages and y, if given, on last ones; None for x has no rows. meets: whether
+    layers of this rank meet other replicas in their forward. Collective over mesh.comm. ValueError
+    if there is no row at all. If a batch is unfit, its rank raises what is wrong with it, and every
+    other rank a ValueError that names the rank and says what.
     """
     count = partial(_count, mesh.pipe, x, y, meets)
     table = _gathered(mesh.comm, count, lambda rank: f"rank {rank} of the mesh")
@@ -47,7 +47,7 @@ def agree_on_rows(mesh: Mesh, x: Any, y: Any, meets: bool = False) -> tuple[tupl
     return tuple(map(int, rows_x)), bool(table[:, 2].any())
 
 
-def agree_on_rows_of_pipe(pipe: Communicator, x: Any, y: Any = None) -> int:
+def agree_on_rows_of_pipe(pipe: Communicator, x: Any, y: Any) -> int:
     """Return the rows of x as the first stage has it, at least one; y, if given, has as many.
 
     Collective over `pipe`; raises on every rank as `agree_on_rows` does.

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..comm.arguments import whole
+from ..comm.chunks import bounds
 
-__all__ = ["GlobalBatchSampler", "NoneIfEmpty", "ShardSampler", "epoch_order", "part_bounds"]
+__all__ = ["GlobalBatchSampler", "NoneIfEmpty", "ShardSampler", "epoch_order"]
 
 Order = NDArray[np.int64]
 
@@ -26,13 +27,6 @@ def epoch_order(num_samples: int, epoch: int, seed: int, shuffle: bool) -> Order
         return np.arange(num_samples, dtype=np.int64)
     generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
     return generator.permutation(num_samples).astype(np.int64)
-
-
-def part_bounds(count: int, part: int, num_parts: int) -> tuple[int, int]:
-    """Return [first, end) of one of num_parts contiguous parts, the longer ones in front."""
-    short, longer = divmod(count, num_parts)
-    first = part * short + min(part, longer)
-    return first, first + short + (part < longer)
 
 
 def _keep(order: Order, multiple: int) -> Order:
@@ -131,12 +125,12 @@ class ShardSampler(_Epochs):
 
     def __iter__(self) -> Iterator[int]:
         order = self._dealt(self.size)
-        first, end = part_bounds(len(order), self.rank, self.size)
+        first, end = bounds(len(order), self.size, self.rank)
         return iter(order[first + self.done : end].tolist())
 
     def _count(self) -> int:
         total = len(TAILS[self.tail](np.arange(self.num_samples, dtype=np.int64), self.size))
-        first, end = part_bounds(total, self.rank, self.size)
+        first, end = bounds(total, self.size, self.rank)
         return end - first
 
 
@@ -179,7 +173,7 @@ class GlobalBatchSampler(_Epochs):
         order = self._dealt(self.batch_size)
         for start in range(self.done * self.batch_size, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            first, end = part_bounds(len(batch), self.rank, self.size)
+            first, end = bounds(len(batch), self.size, self.rank)
             yield batch[first:end].tolist()
 
     def _count(self) -> int:

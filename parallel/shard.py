@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..comm.dtypes import DTYPES
 from .buckets import Bucket, plan_buckets
 from .gradient_dtype import gradient_dtype
-from .replicas import dtype_name, member_of
 from .sparse import as_dense
+from .tensors import dtype_name, member_of
 
 __all__ = ["Piece", "Shard", "shards_of"]
 
@@ -21,7 +21,8 @@ __all__ = ["Piece", "Shard", "shards_of"]
 class Piece:
     """The part [first, end) of one flattened parameter that this rank updates.
 
-    parameter: its elements, which lie in the memory of the shard.
+    parameter: its elements, in the memory of the shard.
+    at: where they lie in the shard's `flat`.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Piece:
     first: int
     end: int
     parameter: nn.Parameter
+    at: slice
 
 
 class Shard:
@@ -50,13 +52,19 @@ class Shard:
         self.pieces: list[Piece] = []
         self._size = size
         start, stop = rank * self.length, (rank + 1) * self.length
-        for (name, whole), offset, count in zip(
-            self.members, bucket.offsets, bucket.counts, strict=True
-        ):
-            low, high = max(start, offset), min(stop, offset + count)
+        for name, whole, place in self.columns():
+            low, high = max(start, place.start), min(stop, place.stop)
             if low < high:
-                view = nn.Parameter(self.flat[low - start : high - start], requires_grad=False)
-                self.pieces.append(Piece(name, whole, low - offset, high - offset, view))
+                at = slice(low - start, high - start)
+                view = nn.Parameter(self.flat[at], requires_grad=False)
+                first, end = low - place.start, high - place.start
+                self.pieces.append(Piece(name, whole, first, end, view, at))
+
+    def columns(self) -> Iterator[tuple[str, nn.Parameter, slice]]:
+        """Yield name and parameter of every member, and where it lies in the bucket."""
+        offsets, counts = self.bucket.offsets, self.bucket.counts
+        for (name, parameter), offset, count in zip(self.members, offsets, counts, strict=True):
+            yield name, parameter, slice(offset, offset + count)
 
     def load_parameters(self) -> None:
         """Copy this rank's part out of the parameters."""
@@ -66,18 +74,16 @@ class Shard:
     def store_parameters(self, rows: Tensor) -> None:
         """Copy all ranks' parts, a row each, into the parameters."""
         whole = rows.reshape(-1)
-        columns = zip(self.members, self.bucket.offsets, self.bucket.counts, strict=True)
-        for (_, parameter), offset, count in columns:
-            parameter.copy_(whole[offset : offset + count].view(parameter.shape))
+        for _, parameter, place in self.columns():
+            parameter.copy_(whole[place].view(parameter.shape))
 
     def gradients(self) -> Tensor:
         """Return the gradients of all members, end to end, in equal parts for all ranks."""
         length = self.length * self._size
         whole = torch.zeros(length, dtype=self.flat.dtype, device=self.flat.device)
-        columns = zip(self.members, self.bucket.offsets, self.bucket.counts, strict=True)
-        for (_, parameter), offset, count in columns:
+        for _, parameter, place in self.columns():
             if parameter.grad is not None:
-                whole[offset : offset + count] = _flat(parameter.grad)
+                whole[place] = _flat(parameter.grad)
         return whole
 
     def hand_gradients(self, own: Tensor | None, present: set[str]) -> None:
@@ -85,17 +91,14 @@ class Shard:
 
         own: of this shard; None to take them from the parameters.
         """
-        place = 0
         for piece in self.pieces:
-            count = piece.end - piece.first
             if piece.name not in present:
                 piece.parameter.grad = None
             elif own is not None:
-                piece.parameter.grad = own[place : place + count]
+                piece.parameter.grad = own[piece.at]
             else:
                 assert piece.whole.grad is not None
                 piece.parameter.grad = _flat(piece.whole.grad)[piece.first : piece.end].clone()
-            place += count
 
 
 def shards_of(
@@ -116,7 +119,7 @@ def shards_of(
                 f"{name}: a parameter of {parameter.dtype} with gradients of "
                 f"{gradient_dtype(parameter)} (grad_dtype) cannot be sharded"
             )
-    described = [member_of(name, parameter) for name, parameter in members]
+    described = {index: member_of(*member) for index, member in enumerate(members)}
     buckets = plan_buckets(described, bucket_bytes, range(len(members)))
     return [
         Shard([members[index] for index in bucket.indices], bucket, rank, size)

@@ -34,21 +34,19 @@ def gather_state(
     """
     described = allgather_objects([_describe(shard, inner) for shard in shards], comm)
     state: State = {}
-    for place, shard in enumerate(shards):
+    for number, shard in enumerate(shards):
         entries: dict[str, dict[str, Any]] = {}
         for rank in described:
-            entries.update(rank[place])
+            entries.update(rank[number])
         columns = sorted(
             {(k, v) for e in entries.values() for k, v in e.items() if _is_dtype(k, v)}
         )
         wholes = {key: _gather(shard, inner, key, dtype, comm, root) for key, dtype in columns}
-        for (name, parameter), offset, count in zip(
-            shard.members, shard.bucket.offsets, shard.bucket.counts, strict=True
-        ):
+        for name, parameter, place in shard.columns():
             if name not in entries or root not in (None, comm.rank):
                 continue
             state[name] = {
-                key: wholes[key][offset : offset + count].view(parameter.shape).clone()
+                key: wholes[key][place].view(parameter.shape).clone()
                 if _is_dtype(key, value)
                 else value
                 for key, value in entries[name].items()
@@ -109,13 +107,10 @@ def _gather(
 ) -> Tensor:
     named = getattr(torch, dtype.removeprefix("torch."))
     mine = torch.zeros(shard.length, dtype=named, device=shard.flat.device)
-    place = 0
     for piece in shard.pieces:
-        count = piece.end - piece.first
         value = inner.get(piece.parameter, {}).get(key)
         if value is not None:
-            mine[place : place + count] = value
-        place += count
+            mine[piece.at] = value
     rows = comm.allgather(mine) if root is None else comm.gather(mine, root=root)
     return mine.new_empty(0) if rows is None else rows.reshape(-1)
 

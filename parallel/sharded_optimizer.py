@@ -186,7 +186,7 @@ class ShardedOptimizer(Optimizer):
 
     @property
     def state(self) -> Any:
-        """Return what is kept of this rank's parts of parameters, by these.
+        """Return the state of this rank's parts of parameters, by these parts.
 
         Clear it on every rank to begin anew; for the state of whole parameters see `state_dict`.
         """
@@ -306,7 +306,7 @@ class ShardedOptimizer(Optimizer):
     def _are_brought(self) -> bool:
         """Tell whether the pieces have the gradients that the parameters have now; collective.
 
-        Ranks agree, since one whose gradients only a reduction has written sees no change in them.
+        The ranks decide together: one whose gradients only a reduction has written sees no change.
         """
         if self._brought is None:
             return False

@@ -1,9 +1,9 @@
-"""Refuse what would be lost of a weight that layers share, as each of them has one of its own.
+"""Refuse what would lose a gradient of a shared weight, of which each layer has one of its own.
 
-A forward or a hook that closes over its layer, or knows it by a weak reference, computes with the
-layer that was given although a copy takes its place. One that is in no attribute which torch knows,
-such as a list, may be on another rank: then this rank's weight has a gradient that nobody takes. A
-hook on the gradient of one use would see a part of what it sees in the unsplit model.
+A forward or a hook that closes over its layer, or has a weak reference to it, computes with the
+layer that was given, although a copy has taken its place. A layer that is kept where torch does not
+look, such as in a list, may be on another rank: nobody takes the gradient that its weight gets
+here. A hook on the gradient of one use would see only a part of what it sees in the unsplit model.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def _same(left: Tensor, right: Tensor) -> bool:
 class SharedWeights:
     """Watch the backwards of one stage.
 
-    ties: of all layers.  own: the parameters of the stage.  elsewhere: those of other ranks.
+    ties: the shared weights of all layers.  own: the stage's parameters.  elsewhere: those of other
+    ranks, by name.
     """
 
     def __init__(

@@ -115,10 +115,10 @@ class SplitBackward:
 
 
 class _Graph:
-    """What is reachable from some edges, and which of it leads to the door.
+    """The nodes that are reachable from some edges, and which of them lead to the door.
 
-    forks: the nodes that lead there and elsewhere, with their edges elsewhere and their places.
-    uses: for every edge, the nodes that have it, as often as they have it.
+    forks: nodes that lead to the door and elsewhere; of each, its edges elsewhere by position.
+    uses: for each edge, the nodes that it leaves; one that has it twice is there twice.
     """
 
     def __init__(self, starts: Sequence[GradientEdge], door: Node) -> None:
@@ -160,9 +160,9 @@ class _Graph:
     def adds_in_order(self) -> bool:
         """Tell whether the two halves add up gradients as a whole backward does.
 
-        Where edges of forks end, gradients of starts are added first and those of forks then, and
-        those of other nodes when these have run. A whole backward runs what was made last first,
-        whether a fork or not. Of the first two the order makes no difference.
+        Where a fork's edge ends, the halves add the gradients of starts, then those of forks, then
+        those of other nodes, as these run. A whole backward runs nodes from the last made to the
+        first, forks or not. Which of the first two summands comes first makes no difference.
         """
         for edge in {edge for edges in self.forks.values() for edge in edges.values()}:
             whole = sorted(self.uses[edge], key=_time, reverse=True)
@@ -190,7 +190,7 @@ def _computes_all(node: Node) -> bool:
 def _run_as_one_task(run: Callable[[], None], edges: Iterable[Edge]) -> None:
     """Call `run` within a task of autograd in which nodes compute gradients for `edges` alone.
 
-    In one: `torch.utils.checkpoint` computes again what it has not kept once for every task.
+    One task for all nodes: in each, `torch.utils.checkpoint` recomputes what it has not kept.
     """
     # On the CPU whatever the default, so that `run` is called in this thread, on its streams.
     leaf: Any = torch.empty(0, device="cpu", requires_grad=True)
@@ -200,7 +200,7 @@ def _run_as_one_task(run: Callable[[], None], edges: Iterable[Edge]) -> None:
 
 
 def _call(node: Any, gradients: Gradients) -> Gradients:
-    """Return what a node computes, and makes of it by hooks of its own, from what it was given."""
+    """Call a node on the gradients given to it; return what its own hooks make of the result."""
     found: Gradients = node(*gradients)
     edges = zip(found, node.next_functions, strict=True)
     found = tuple(None if g is None or e[0] is None else _fitted(g, *e) for g, e in edges)
@@ -211,7 +211,7 @@ def _call(node: Any, gradients: Gradients) -> Gradients:
 
 
 def _fitted(gradient: Tensor, node: Any, output: int) -> Tensor:
-    """Sum over what was broadcast, which autograd leaves to the way from node to node."""
+    """Sum a gradient over broadcast dimensions, as autograd does between two nodes."""
     shape = torch.Size(node._input_metadata[output].shape)
     return gradient if gradient.shape == shape else gradient.sum_to_size(shape)
 

@@ -15,11 +15,12 @@ from .clip import clip_over_stages, note_stage
 from .constants import Constants
 from .layers import Named, RankLayers
 from .random_keys import name_layers
-from .replicas import broadcast_tensors, device_of
+from .replicas import broadcast_tensors
 from .roster import Roster
 from .shared_weights import names_of, refuse_two_values
 from .stage import Stage
 from .swaps import Swaps
+from .tensors import device_of
 from .ties import TiedGradients, move, untie
 
 if TYPE_CHECKING:

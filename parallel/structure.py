@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .instances import ITSELF, attributes_of, class_at, is_known, items_of, make, place_of
-from .replicas import dtype_name
+from .tensors import dtype_name
 
 __all__ = ["Description", "TensorSpec", "put_together", "take_apart"]
 

@@ -2,8 +2,8 @@
 
 `torch.utils.swap_tensors` gives a tensor object another's tensor and attributes, as loading and
 moving a module do where `torch.__future__.set_swap_module_params_on_conversion` says so, or where a
-parameter is of a tensor subclass. The object stays, and so does what it tells of its hooks, but
-those are called for the tensor that has gone.
+parameter is of a tensor subclass. The object stays and still lists its hooks, but autograd calls
+them for the tensor that it had before.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _attributes = attrgetter("__dict__")
 
 
 class Swaps:
-    """Remember what tensor each of some objects, `tensors`, has.
+    """Remember which tensor each object in `tensors` has.
 
-    By the dict of its attributes, which goes where the tensor goes: to hold the tensor itself, or
-    a weak reference to it, would forbid the swap.
+    It is known by the dict of its attributes, which is swapped with it. A reference to the tensor
+    itself, even a weak one, would forbid the swap.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -30,7 +30,7 @@ class Swaps:
         self._known = self._now()
 
     def found(self) -> list[int]:
-        """Return the places of those that have another since; 30 ns for each that has not."""
+        """Return the indices of those with another tensor since the last call; 30 ns for each."""
         before, now = self._known, self._now()
         if all(map(is_, before, now)):
             return []

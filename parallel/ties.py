@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from .gradient_dtype import gradient_dtype, new_gradient, take_gradient_dtype
 from .layer_copy import LayerCopier
+from .layers import Named
 from .sparse import as_dense
+from .tensors import real_view
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
 
 __all__ = ["Tie", "TiedGradients", "move", "untie"]
-
-Named = list[tuple[str, nn.Module]]
 
 
 @dataclass(frozen=True)
@@ -191,13 +191,13 @@ class _Shared:
         own = [None if u.grad is None else as_dense(u.grad.detach()) for u in self.uses]
         if self.channel is None:
             return own
-        like = _real(self.uses[0].detach())
+        like = real_view(self.uses[0].detach())
         dtype = gradient_dtype(self.uses[0]).to_real()
         width = max(map(self.places.count, self.places))
         rows = torch.zeros(width, like.numel() + 1, dtype=dtype, device=like.device)
         for row, gradient in zip(rows, own, strict=False):
             if gradient is not None:
-                row[:-1] = _real(gradient).reshape(-1)
+                row[:-1] = real_view(gradient).reshape(-1)
                 row[-1] = 1.0
         table: Tensor = self.channel.allgather(rows)
         found: list[Tensor | None] = []
@@ -225,7 +225,3 @@ def _sum(before: Tensor | None, total: Tensor | None) -> Tensor | None:
     if before is None or total is None:
         return total if before is None else before
     return before.add_(total)
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor.contiguous()) if tensor.is_complex() else tensor

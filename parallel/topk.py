@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..comm.arguments import require
 from .hooks import GradientBucket, Rounds, narrowed
-from .replicas import numbers_of
+from .tensors import numbers_of
 
 if TYPE_CHECKING:
     from ..comm.communicator import Communicator
@@ -49,8 +49,8 @@ class TopK:
     Bytes from each rank per parameter: k times an int32 index and an element in the gradients' own
     dtype; the error is kept in float32 at least. Use one object for one model; its state belongs to
     this rank. A gradient that is not finite is sent as such, and leaves all ranks' errors as they
-    were. Of a sum of gradient and error beyond that dtype its largest value is sent, but an
-    infinity where losses are scaled up. Errors are those of unscaled losses.
+    were. A sum of gradient and error beyond the range of that dtype is sent as its largest value,
+    or as an infinity where losses are scaled up. Errors are those of unscaled losses.
     """
 
     ratio: float = 0.01
@@ -87,7 +87,7 @@ class TopK:
                 self._errors[name] = rests[name]
 
     def _choose(self, bucket: GradientBucket) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return the chosen elements' indices into the bucket, them, and by name what is left."""
+        """Return the chosen elements' indices in the bucket, their values, and the rest by name."""
         if bucket.flat.numel() > torch.iinfo(_INDEX).max:
             raise ValueError(
                 f"a bucket of {bucket.flat.numel()} elements is too long for top-k, which has "

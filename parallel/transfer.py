@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import isfinite
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .device_transfer import pack_on_device, unpack_on_device
-from .replicas import dtype_name
+from .device_transfer import Members, pack_on_device, unpack_on_device
+from .tensors import dtype_name
 
 if TYPE_CHECKING:
     from ..kernels.table import PointerTable
@@ -24,10 +24,8 @@ __all__ = [
     "Unpack",
     "are_few",
     "host_array",
-    "pack_by_torch",
     "pack_few",
     "transfer_of",
-    "unpack_by_torch",
 ]
 
 # Up to so many tensors, and elements of them all, torch's operations are done before a kernel is
@@ -40,10 +38,10 @@ _PLAIN = (torch.float32, torch.float64)
 Finite = bool | Callable[[], bool] | None
 """Whether all is finite, if known; or what tells once the bucket has been reduced."""
 
-Pack = Callable[[Sequence[tuple[Tensor, int]], Tensor, float], Finite]
-"""(tensors with their offsets in the bucket, bucket, scale) -> whether all is finite."""
+Pack = Callable[[Members, Tensor, float], Finite]
+"""(members, bucket, scale) -> whether all is finite."""
 
-Unpack = Callable[[Sequence[tuple[Tensor, int]], Tensor], None]
+Unpack = Callable[[Members, Tensor], None]
 
 
 def host_array(flat: Tensor) -> NDArray[Any]:
@@ -52,7 +50,7 @@ def host_array(flat: Tensor) -> NDArray[Any]:
     return bits.numpy()
 
 
-def are_few(members: Sequence[tuple[Tensor, int]], flat: Tensor) -> bool:
+def are_few(members: Members, flat: Tensor) -> bool:
     """Tell whether `pack_few` may and should pack tensors of one dtype into a bucket."""
     return (
         len(members) <= _FEW
@@ -63,12 +61,10 @@ def are_few(members: Sequence[tuple[Tensor, int]], flat: Tensor) -> bool:
     )
 
 
-def pack_few(
-    members: Sequence[tuple[Tensor, int]], places: list[Tensor], around: Tensor, scale: float
-) -> bool:
+def pack_few(members: Members, places: list[Tensor], around: Tensor, scale: float) -> bool:
     """Do as the kernel does, without the cost of pointing it to every tensor.
 
-    places: of the members in the bucket, flat.  around: a part of the bucket with all of them.
+    places: a flat view of the bucket for each member.  around: a part of it that holds them all.
     """
     torch._foreach_copy_(places, [tensor.view(-1) for tensor, _ in members])
     if scale != 1.0:
@@ -77,21 +73,21 @@ def pack_few(
     return isfinite(around.sum().item()) or all(bool(place.isfinite().all()) for place in places)
 
 
-def _pack_by_kernel(members: Sequence[tuple[Tensor, int]], flat: Tensor, scale: float) -> bool:
+def _pack_by_kernel(members: Members, flat: Tensor, scale: float) -> bool:
     from ..kernels.pack import pack
 
     table, dtype = _point(members)
     return bool(pack(table, dtype, host_array(flat), dtype_name(flat.dtype), scale).finite)
 
 
-def _unpack_by_kernel(members: Sequence[tuple[Tensor, int]], flat: Tensor) -> None:
+def _unpack_by_kernel(members: Members, flat: Tensor) -> None:
     from ..kernels.pack import unpack
 
     table, dtype = _point(members)
     unpack(table, dtype, host_array(flat), dtype_name(flat.dtype))
 
 
-def _point(members: Sequence[tuple[Tensor, int]]) -> tuple[PointerTable, str]:
+def _point(members: Members) -> tuple[PointerTable, str]:
     from ..kernels.table import PointerTable
 
     first = members[0][0]
@@ -103,37 +99,6 @@ def _point(members: Sequence[tuple[Tensor, int]]) -> tuple[PointerTable, str]:
         owners=tuple(tensor for tensor, _ in members),
     )
     return table, dtype_name(first.dtype)
-
-
-def pack_by_torch(members: Sequence[tuple[Tensor, int]], flat: Tensor, scale: float) -> bool | None:
-    """Do as the kernel does, in torch's own operations, on the caller's stream.
-
-    Does not look whether all is finite, since the host would have to wait for the answer.
-    """
-    for tensor, offset in members:
-        place = flat[offset : offset + tensor.numel()]
-        source = tensor.reshape(-1)
-        if scale != 1.0:
-            source = source.to(_arithmetic(tensor, flat)) * scale
-        place.copy_(_rounded(source, flat))
-    return None
-
-
-def unpack_by_torch(members: Sequence[tuple[Tensor, int]], flat: Tensor) -> None:
-    """Do as the kernel does, in torch's own operations, on the caller's stream."""
-    for tensor, offset in members:
-        piece = flat[offset : offset + tensor.numel()]
-        tensor.copy_(_rounded(piece, tensor).view(tensor.shape))
-
-
-def _arithmetic(tensor: Tensor, flat: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (tensor.dtype, flat.dtype) else torch.float32
-
-
-def _rounded(source: Tensor, target: Tensor) -> Tensor:
-    """From float64 to a half width by way of float32, as the kernels do."""
-    narrow = source.dtype == torch.float64 and target.element_size() == 2
-    return source.to(torch.float32) if narrow else source
 
 
 _BY_DEVICE: Mapping[str, tuple[Pack, Unpack]] = MappingProxyType(

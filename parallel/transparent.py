@@ -14,9 +14,9 @@ __all__ = ["Transparent"]
 class Transparent(nn.Module):
     """Name the tensors of `self.module` as the user does, without "module." in front.
 
-    Also as a part of a parent, whose names go in front: what its state_dict returns, its
-    load_state_dict takes. `named_modules` has the layers where they are, below "module". It has no
-    tensors of its own, nor layers with any, which would be in none of that: they are refused.
+    This holds within a parent, too, whose names go in front: its load_state_dict takes what its
+    state_dict returns. Only `named_modules` has the layers where they are, below "module". Tensors
+    of the wrapper's own, and layers with any, would be in none of that: they are refused.
     """
 
     module: nn.Module
@@ -133,7 +133,7 @@ class Transparent(nn.Module):
 
 
 class _Within(dict[str, nn.Module | None]):
-    """The parts of a wrapper, which are looked through as those of its module."""
+    """The parts of a wrapper, whose items are the parts of its module instead."""
 
     def __init__(self, plain: dict[str, nn.Module | None]) -> None:
         super().__init__(plain)
@@ -146,7 +146,7 @@ class _Within(dict[str, nn.Module | None]):
 
 
 def _load_ends(wrapper: Transparent, keys: Any) -> None:
-    """Be a wrapper again, after a parent has loaded what is within."""
+    """Let a wrapper have its own parts again, once a parent has loaded those of its module."""
     if isinstance(wrapper._modules, _Within):
         wrapper._modules = wrapper._modules.plain
     for hook in wrapper.module._load_state_dict_post_hooks.values():

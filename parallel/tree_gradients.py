@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .gradient_dtype import gradient_dtype, new_gradient
 from .sparse import as_dense
+from .tensors import real_view
 from .tree import Tree, frontier, meets_in_pairs
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ class TreeGradients:
             gradient = parameter.grad
             if gradient is None:
                 gradient = new_gradient(parameter).zero_()
-            pieces.append(_real(as_dense(gradient.detach())).reshape(-1))
+            pieces.append(real_view(as_dense(gradient.detach())).reshape(-1))
         flags = [float(self._parameters[index].grad is not None) for index in group.indices]
         # Halves widen on their way into the vector, to the dtype of the flags.
         return torch.cat(
@@ -194,7 +195,7 @@ class TreeGradients:
         for index, flag in zip(group.indices, flags.tolist(), strict=True):
             parameter = self._parameters[index]
             gradient = new_gradient(parameter)
-            real = _real(gradient)
+            real = real_view(gradient)
             real.copy_(total[place : place + real.numel()].view(real.shape))
             place += real.numel()
             if flag:
@@ -204,7 +205,3 @@ class TreeGradients:
 
 def _added_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize < 4 else dtype
-
-
-def _real(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

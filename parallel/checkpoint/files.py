@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..replicas import flat_bytes
+from ..tensors import flat_bytes
 from .errors import Damaged
 from .manifest import Entry
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ...comm.texts import gather_texts
-from ..replicas import flat_bytes
 from ..sharded_optimizer import ShardedOptimizer
+from ..tensors import flat_bytes
 from .agreement import agree, together
 from .files import DTYPES
 from .fitting import wanted_by

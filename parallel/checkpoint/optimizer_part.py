@@ -20,7 +20,7 @@ from ..optimizer_dict import (
     load_into,
     state_dict_of,
 )
-from ..strides import laid_out_like
+from ..tensors import laid_out_like
 from .errors import CheckpointError
 from .files import raw_bytes
 from .fitting import value_at

@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from ..replicas import flat_bytes
+from ..tensors import flat_bytes
 from .files import raw_bytes
 
 __all__ = ["are_apart", "digest_of", "samples_of"]

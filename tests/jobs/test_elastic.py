@@ -18,8 +18,8 @@ import hashlib
 import torch
 from torch import nn
 from ringfold import DataParallel
+from ringfold.comm.chunks import bounds
 from ringfold.parallel.optimizer_state import broadcast_optimizer
-from ringfold.parallel.sampler import part_bounds
 
 STEPS, BATCH = 30, 12
 
@@ -34,7 +34,7 @@ def make():
 def one_step(engine, optimizer, comm, step):
     # The same samples whatever the number of ranks; uneven shares count by samples.
     x = torch.randn(BATCH, 6, generator=torch.Generator().manual_seed(step))
-    first, end = part_bounds(BATCH, comm.rank, comm.size)
+    first, end = bounds(BATCH, comm.size, comm.rank)
     optimizer.zero_grad()
     with engine.weighted(end - first):
         engine(x[first:end]).square().mean().backward()

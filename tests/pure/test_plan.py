@@ -11,17 +11,15 @@ from ringfold.parallel.actions import Action, Kind, parse_actions
 from ringfold.parallel.plan import (
     PLANS,
     PlanError,
-    check_plan,
-    draw,
     gpipe,
     interleaved,
     naive,
     one_f_one_b,
     plan_function,
-    plan_named,
     whole_plan,
     zero_bubble,
 )
+from ringfold.parallel.plan_check import check_plan, draw
 
 SIZES = [(p, m) for p in (1, 2, 3, 4, 5, 8) for m in (1, 2, 3, 4, 5, 7, 8, 16)]
 
@@ -137,7 +135,7 @@ def test_closed_form_of_zero_bubble(num_stages, num_microbatches):
 @pytest.mark.parametrize("stages_per_rank", [1, 2, 3, 4])
 def test_closed_form_of_interleaved(num_ranks, stages_per_rank):
     """Every M runs; for multiples of the ranks the bubble is a stages_per_rank-th of 1F1B's."""
-    function = plan_named("interleaved", stages_per_rank)
+    function = plan_function("interleaved", stages_per_rank)
     for num_microbatches in range(17):
         rows = whole_plan(function, num_ranks, num_microbatches)
         report = check_plan(rows, num_microbatches, forward_cost=1, backward_cost=2)
@@ -155,7 +153,7 @@ def test_closed_form_of_interleaved(num_ranks, stages_per_rank):
 
 
 def test_interleaved_of_one_stage_a_rank_has_the_bubble_of_1f1b():
-    plan = whole_plan(plan_named("interleaved", 1), 3, 6)
+    plan = whole_plan(plan_function("interleaved", 1), 3, 6)
     assert check_plan(plan, 6).bubble == check_plan(whole_plan(one_f_one_b, 3, 6), 6).bubble
 
 
@@ -185,7 +183,7 @@ def test_interleaved_has_two_stages_a_rank_unless_another_number_is_asked_for():
 
 def test_several_stages_a_rank_are_refused_where_the_plan_has_one():
     with pytest.raises(ValueError, match="'1f1b' has one stage a rank, not 2: choose interleaved"):
-        plan_named("1f1b", 2)
+        plan_function("1f1b", 2)
     with pytest.raises(ValueError, match="stages_per_rank >= 1, got 0"):
         interleaved(0, 1, 1, stages_per_rank=0)
 
@@ -288,7 +286,7 @@ def test_any_swap_is_judged_without_hanging(data):
 
 def test_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown pipeline schedule '2f2b'.*1f1b, gpipe"):
-        plan_named("2f2b")
+        plan_function("2f2b")
 
 
 @pytest.mark.parametrize(("stage", "num_stages"), [(-1, 2), (2, 2), (0, 0)])

@@ -2,7 +2,8 @@
 
 import pytest
 
-from ringfold.parallel.plan import PLANS, PlanError, check_plan, whole_plan
+from ringfold.parallel.plan import PLANS, PlanError, whole_plan
+from ringfold.parallel.plan_check import check_plan
 from ringfold.parallel.plan_text import parse_plan, print_plan
 from ringfold.workloads.command_line import parse
 from ringfold.workloads.options import UsageError, grid_of

@@ -2,16 +2,9 @@
 
 from itertools import chain
 
-import numpy as np
 import pytest
 
-from ringfold.parallel.sampler import (
-    GlobalBatchSampler,
-    NoneIfEmpty,
-    ShardSampler,
-    epoch_order,
-    part_bounds,
-)
+from ringfold.parallel.sampler import GlobalBatchSampler, NoneIfEmpty, ShardSampler, epoch_order
 
 COUNTS = (0, 1, 2, 3, 9, 10, 12)
 RANKS = (1, 2, 3, 4)
@@ -127,16 +120,6 @@ def test_uneven_parts_only_when_asked_for():
 
 def test_padding_more_ranks_than_samples_repeats_the_order():
     assert every_rank(2, 5, tail="pad", shuffle=False) == [[0], [1], [0], [1], [0]]
-
-
-@pytest.mark.parametrize("num_parts", [1, 2, 3, 7])
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 10, 21])
-def test_part_bounds_tile_the_range(count, num_parts):
-    bounds = [part_bounds(count, part, num_parts) for part in range(num_parts)]
-    assert np.concatenate([np.arange(*b) for b in bounds]).tolist() == list(range(count))
-    lengths = [end - first for first, end in bounds]
-    assert max(lengths) - min(lengths) <= 1
-    assert lengths == sorted(lengths, reverse=True)
 
 
 @pytest.mark.parametrize(

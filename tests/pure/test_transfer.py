@@ -3,13 +3,8 @@
 import pytest
 import torch
 
-from ringfold.parallel.transfer import (
-    are_few,
-    pack_by_torch,
-    pack_few,
-    transfer_of,
-    unpack_by_torch,
-)
+from ringfold.parallel.device_transfer import pack_by_torch, unpack_by_torch
+from ringfold.parallel.transfer import are_few, pack_few, transfer_of
 
 FLOATS, HALVES = (torch.float64, torch.float32), (torch.bfloat16, torch.float16)
 PAIRS = [

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfold import Dropout
+from ringfold.kernels.masks import random_words
 from ringfold.parallel.batch import global_leaves
-from ringfold.parallel.random_keys import Samples, name_layers, random_bits, show_samples
+from ringfold.parallel.random_keys import Samples, key_of, name_layers, show_samples
 from ringfold.parallel.tree import Tree, frontier, meets_in_pairs
 
 
@@ -75,6 +76,11 @@ def test_microbatches_of_the_global_batch_are_dealt_whole():
     assert leaves == (range(0, 2), range(2, 2), range(2, 4))
     with pytest.raises(ValueError, match=r"of \[3, 4\] rows: replica 1 begins at row 3, within"):
         global_leaves([3, 4], 4)
+
+
+def random_bits(seed, layer, call, step, samples, count):
+    key = key_of(seed, layer, call, step)
+    return np.array([random_words(key, sample, count) for sample in samples])
 
 
 def test_random_bits_are_keyed_by_sample_and_not_by_its_company():

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from ringfold import Mesh, Pipeline, run_local
-from ringfold.parallel.plan import PLANS, PlanError, check_plan, plan_named, whole_plan
+from ringfold.parallel.plan import PLANS, PlanError, plan_function, whole_plan
+from ringfold.parallel.plan_check import check_plan
 from ringfold.parallel.plan_text import parse_plan
 
 ROWS = 12
@@ -75,7 +76,7 @@ def test_any_number_of_stages_a_rank_gives_the_same_bits(
     assert found[2] == [
         tuple(range(rank % pipe, pipe * stages_per_rank, pipe)) for rank in range(size)
     ]
-    plan = whole_plan(plan_named("interleaved", stages_per_rank), pipe, microbatches // num_data)
+    plan = whole_plan(plan_function("interleaved", stages_per_rank), pipe, microbatches // num_data)
     report = check_plan(plan, microbatches // num_data)
     for rank, record in enumerate(found[3]):
         assert record.actions == plan[rank % pipe]

@@ -12,7 +12,7 @@ from torch import nn
 from ringfold import Mesh, Pipeline, run_local
 from ringfold.parallel.drift import check_replicas
 from ringfold.parallel.plan import PLANS
-from ringfold.parallel.replicas import flat_bytes
+from ringfold.parallel.tensors import flat_bytes
 
 ONE_STAGE_A_RANK = [name for name in PLANS if name != "interleaved"]
 

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..parallel.sampler import epoch_order, part_bounds
+from ..comm.chunks import bounds
+from ..parallel.sampler import epoch_order
 from .workload import Predict, Share, Sums, Workload, constant
 
 __all__ = ["NUM_ROWS", "WORKLOAD", "Linear", "rows", "uniform"]
@@ -63,7 +64,7 @@ class Linear:
     def __init__(self, share: Share, num_rows: int = NUM_ROWS) -> None:
         self.share = share
         self.steps_per_epoch = num_rows // share.batch_size
-        first, end = part_bounds(share.batch_size, share.rank, share.size)
+        first, end = bounds(share.batch_size, share.size, share.rank)
         self.local = end - first
         count = self.steps_per_epoch * self.local
         x = np.empty((count, NUM_COLUMNS), np.float32)
@@ -96,7 +97,7 @@ class Linear:
             yield self.x[start : start + self.local], self.y[start : start + self.local]
 
     def evaluate(self, predict: Predict) -> Sums:
-        first, end = part_bounds(NUM_TEST, self.share.rank, self.share.size)
+        first, end = bounds(NUM_TEST, self.share.size, self.share.rank)
         numbers = self.first_test_row + np.arange(first, end)
         x, y = map(torch.from_numpy, rows(self.share.seed, numbers))
         result = predict(x)

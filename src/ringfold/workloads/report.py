@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from ..comm.text_file import why_unwritable, write_whole
-from ..parallel.replicas import flat_bytes
+from ..parallel.tensors import flat_bytes
 from .options import UsageError
 
 if TYPE_CHECKING:
