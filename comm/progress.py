@@ -8,7 +8,6 @@ and then while nobody waits.
 from __future__ import annotations
 
 import math
-import sys
 import threading
 import time
 import weakref
@@ -16,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from .background import Background
+from .callers import Callers
 from .deaths import Deaths
 from .errors import CommError, CommTimeout, MismatchError, PeerLost
 from .forks import in_fork, when_forked
@@ -57,7 +57,7 @@ class Progress:
         self.timeline: Timeline | None = None
         self.groups: weakref.WeakSet[Runner] = weakref.WeakSet()
         self._lock = threading.RLock()
-        self._callers: set[int] = set()
+        self._callers = Callers()
         self._advancing = False
         self._forked = False
         self._rested = 0.0
@@ -103,9 +103,7 @@ class Progress:
 
         Without the lock: who asks may hold one that a work wants as it advances.
         """
-        living = sys._current_frames()
-        callers = tuple(self._callers)
-        return all(one not in living for one in callers if one != threading.get_ident())
+        return self._callers.alone()
 
     def start(self, make: Callable[[], Work], background: bool) -> Work:
         """Make a work, which starts it, and look after it until it has ended.
@@ -114,7 +112,7 @@ class Progress:
         """
         with self._lock:
             self._require_uninterrupted()
-            self._callers.add(threading.get_ident())
+            self._callers.note()
             try:
                 self._advancing = True
                 work = make()
@@ -139,7 +137,7 @@ class Progress:
         ended = False
         with self._lock:
             self._require_uninterrupted()
-            self._callers.add(threading.get_ident())
+            self._callers.note()
             try:
                 self._advancing = True
                 steps.send(None)
@@ -162,7 +160,7 @@ class Progress:
                 self._require_uninterrupted()
             if group.attentive:
                 return False
-            self._callers.add(threading.get_ident())
+            self._callers.note()
             try:
                 self._advancing = True
                 done = express.run(tag, blocking and not self.works)
