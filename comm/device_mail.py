@@ -161,7 +161,7 @@ class DeviceMail:
     ) -> Steps:
         place, fetched = self._lane.fetch(berth.room, array.nbytes, copied)
         yield from reached(fetched, self._mail.rank)
-        yield from self._mail.answer(place.part(0, array.nbytes), dst, asked)
+        yield from self._mail.answer(place[: array.nbytes], dst, asked)
         self._lane.staging.give(place, None)
 
     def _take(self, nbytes: int) -> Berth:
@@ -200,7 +200,7 @@ class DeviceMail:
                 if copied is not None:
                     return Behind(array.owner, following(device, array, caller, copied), WAY)
                 place = lane.staging.take(array.nbytes)
-                yield from self._mail.take(message, place.part(0, array.nbytes), src)
+                yield from self._mail.take(message, place[: array.nbytes], src)
             except CommError:
                 raise
             except BaseException:

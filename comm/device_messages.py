@@ -70,7 +70,7 @@ class DeviceMessages:
             ready = lane.device.record(lane.caller(array))
             place, copied = lane.fetch(array.address, array.nbytes, ready)
             wait_here(copied)
-            part = place.part(0, array.nbytes)
+            part = place[: array.nbytes]
             yield from host.send(typed(part, array, (array.count,)), dst, tag).run(0)
             lane.staging.give(place, None)
             return array.owner
@@ -84,7 +84,7 @@ class DeviceMessages:
             device, caller = lane.device, lane.caller(array)
             ready = device.record(caller)
             place = lane.staging.take(array.nbytes)
-            part = place.part(0, array.nbytes)
+            part = place[: array.nbytes]
             yield from host.recv(typed(part, array, (array.count,)), src, tag).run(0)
             copied = lane.deliver(place, array, ready)
             return Behind(array.owner, following(device, array, caller, copied))

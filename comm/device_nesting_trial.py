@@ -11,7 +11,7 @@ from .device import Device, DeviceArray, Like
 from .device_nesting import Nested
 from .ipc_trial import give_up, open_ipc
 from .nested_node import NestedNode
-from .scratch import Place, Scratch
+from .scratch import DevicePlace, Scratch
 
 if TYPE_CHECKING:
     from .communicator import Communicator
@@ -47,7 +47,7 @@ def open_nested(
     lane = group.split(node.rank, group.rank)
     scratch, stream = Scratch(arithmetic), ipc.stream
 
-    def lent(device: Device, array: DeviceArray, shape: tuple[int, ...]) -> Place:
+    def lent(device: Device, array: DeviceArray, shape: tuple[int, ...]) -> DevicePlace:
         return scratch.array(shape, array.dtype, stream)
 
     ways = alike(lane, lent)

@@ -18,15 +18,15 @@ import numpy as np
 from .device import Device, DeviceArray, Like, describe, like
 from .device_messages import REASON, DeviceMessages
 from .device_wait import following
+from .dtypes import Typed
 from .fingerprint import fingerprint
 from .ipc import Ipc
 from .ipc_trial import open_ipc
 from .schedule import Algorithm
-from .staging import Staging, Typed
 from .trace import Signature
 from .transport.base import Channel
 from .turns import Line
-from .windowed import Lane, run_windows
+from .windowed import Lane, pinned, run_windows
 from .windows import Window, elementwise, exchanged, gathered, scattered
 from .work import Behind, Prepared, Receipt, Steps
 
@@ -257,7 +257,7 @@ class DeviceOperations:
         device = self._find(array)
         lane = self._lanes.get(device.name)
         if lane is None:
-            staging = Staging(device, lambda nbytes: self._comm.empty(nbytes, np.uint8))
+            staging = pinned(device, lambda nbytes: self._comm.empty(nbytes, np.uint8))
             lane = Lane(device, device.make_stream(), device.make_stream(), staging)
             self._lanes[device.name] = lane
         return lane

@@ -19,7 +19,7 @@ from .device_wait import following, reached
 from .dtypes import DTYPES
 from .executor import NETWORK_WINDOW
 from .fingerprint import fingerprint
-from .scratch import Piece, Scratch
+from .scratch import Room, Scratch
 from .trace import Signature
 from .transport.base import Channel, DeviceMessages
 from .work import Behind, Prepared, Receipt, Steps
@@ -83,9 +83,9 @@ class Direct:
             if self._group.rank == root:
                 yield from self._reduce(chosen, array, into, op, tag)
             else:
-                piece = yield from self._copy(array)
-                yield from self._reduce(chosen, array, piece[0], op, tag)
-                self._give(piece)
+                room = yield from self._copy(array)
+                yield from self._reduce(chosen, array, room.address, op, tag)
+                self._give(room)
 
         return self._prepared(signature, chosen, array, array.nbytes, run)
 
@@ -97,12 +97,12 @@ class Direct:
         item = array.dtype.itemsize
 
         def run(tag: int, into: int) -> Steps:
-            piece = yield from self._copy(array)
-            yield from self._reduce(chosen, array, piece[0], op, tag)
+            room = yield from self._copy(array)
+            yield from self._reduce(chosen, array, room.address, op, tag)
             if high > low:
                 size = (high - low) * item
-                self._arithmetic.copy(into, piece[0] + low * item, size, self._stream)
-            self._give(piece)
+                self._arithmetic.copy(into, room.address + low * item, size, self._stream)
+            self._give(room)
 
         make = partial(self._like, self._device, array, (high - low,))
         return self._prepared(signature, chosen, array, array.nbytes, run, make)
@@ -120,12 +120,12 @@ class Direct:
                 self._convert(address, name, address, name, count, float(self._group.size))
             return
         before, after = mean_scales(op, self._group.size)
-        piece = self._scratch.take(count * 4)
-        self._convert(address, name, piece[0], "float32", count, before)
+        room = self._scratch.take(count * 4)
+        self._convert(address, name, room.address, "float32", count, before)
         yield from self._settled()
-        yield from self._execute(chosen, 4, piece[0], piece[0], tag, (plain, "float32"))
-        self._convert(piece[0], "float32", address, name, count, after)
-        self._give(piece)
+        yield from self._execute(chosen, 4, room.address, room.address, tag, (plain, "float32"))
+        self._convert(room.address, "float32", address, name, count, after)
+        self._give(room)
 
     # -- movements ---------------------------------------------------------------------------
 
@@ -163,10 +163,10 @@ class Direct:
                 yield from self._own_row(array, into)
                 yield from self._move(chosen, array, into, into, tag)
                 return
-            piece = self._scratch.take(array.nbytes * size)
-            yield from self._own_row(array, piece[0])
-            yield from self._move(chosen, array, piece[0], piece[0], tag)
-            self._give(piece)
+            room = self._scratch.take(array.nbytes * size)
+            yield from self._own_row(array, room.address)
+            yield from self._move(chosen, array, room.address, room.address, tag)
+            self._give(room)
 
         def make() -> Any:
             at_root = self._group.rank == root
@@ -242,8 +242,8 @@ class Direct:
         mark = fingerprint(signature, way)
         return Prepared(receipt, Channel.COLLECTIVE, begin, signature, way=way, mark=mark)
 
-    def _give(self, piece: Piece) -> None:
-        self._scratch.give(piece, self._device.record(self._stream))
+    def _give(self, room: Room) -> None:
+        self._scratch.give(room, self._device.record(self._stream))
 
     def _settled(self) -> Steps:
         """Wait for all that is on this side's stream, so that messages may touch it."""
@@ -257,11 +257,11 @@ class Direct:
 
     def _copy(self, array: DeviceArray) -> Steps:
         """Return a copy of an array in scratch memory."""
-        piece = self._scratch.take(array.nbytes)
+        room = self._scratch.take(array.nbytes)
         if array.nbytes:
-            self._arithmetic.copy(piece[0], array.address, array.nbytes, self._stream)
+            self._arithmetic.copy(room.address, array.address, array.nbytes, self._stream)
         yield from self._settled()
-        return piece
+        return room
 
     def _move(
         self, chosen: Chosen, array: DeviceArray, source: int, target: int, tag: int
@@ -289,16 +289,16 @@ class Direct:
             NETWORK_WINDOW,
             self._abandoned,
         )
-        room = landing_bytes(chosen.program, itemsize, segment, site.window)
-        piece = self._scratch.take(room) if room else None
-        memory = Memory(source, target, piece[0] if piece else 0, itemsize)
+        nbytes = landing_bytes(chosen.program, itemsize, segment, site.window)
+        room = self._scratch.take(nbytes) if nbytes else None
+        memory = Memory(source, target, room.address if room else 0, itemsize)
 
         def add(into: int, incoming: int, count: int) -> None:
             self._arithmetic.combine(*adding, into, incoming, count, self._stream)
 
         yield from execute_on_device(chosen.program, site, memory, add)
-        if piece:
-            self._give(piece)
+        if room:
+            self._give(room)
 
     def _convert(
         self, source: int, source_dtype: str, target: int, dtype: str, count: int, divisor: float

@@ -14,7 +14,7 @@ from .device import DeviceArithmetic, Peering, Stream
 from .dtypes import DType
 from .ipc import Launch
 from .nested_pieces import Piece
-from .scratch import Place
+from .scratch import DevicePlace
 from .trace import Signature
 from .work import Prepared
 
@@ -33,7 +33,7 @@ class Call:
     signature: Signature
     dtype: DType
     number: int
-    between: Callable[[Place], Prepared]
+    between: Callable[[DevicePlace], Prepared]
     shows: bool = True
     brings: bool = True
     takes: bool = True
@@ -68,7 +68,7 @@ class RowsCall:
 
     signature: Signature
     dtype: DType
-    between: Callable[[Place], Prepared]
+    between: Callable[[DevicePlace], Prepared]
     order: Sequence[int] = ()
     width: int = 1
     which: int = 0
