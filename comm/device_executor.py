@@ -27,7 +27,7 @@ Add = Callable[[int, int, int], None]
 class Site:
     """Where a program runs.
 
-    rank: this one.  segment_bytes, window: as of `executor.Lane`, with the same meaning.
+    rank: this one.  segment_bytes, window: as of `executor.Route`, with the same meaning.
     abandoned: takes what the library may still write to after a run was given up.
     """
 

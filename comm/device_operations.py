@@ -26,7 +26,7 @@ from .schedule import Algorithm
 from .trace import Signature
 from .transport.base import Channel
 from .turns import Line
-from .windowed import Lane, pinned, run_windows
+from .windowed import Copier, pinned, run_windows
 from .windows import Window, elementwise, exchanged, gathered, scattered
 from .work import Behind, Prepared, Receipt, Steps
 
@@ -56,13 +56,13 @@ class DeviceOperations:
         self._find = find
         self._like = like
         self._window_bytes = window_bytes
-        self._lanes: dict[str, Lane] = {}
+        self._copiers: dict[str, Copier] = {}
         self._line = Line(comm.rank)
         self._group: Communicator | None = None
         self._ipc: Ipc | None = None
         self._no_ipc = ""
         self._abandoned: list[object] = []
-        self.messages = DeviceMessages(comm, self._lane)
+        self.messages = DeviceMessages(comm, self._copier)
 
     def close(self) -> list[object]:
         """Give the group back; collective where a collective was called.
@@ -74,9 +74,9 @@ class DeviceOperations:
         if ipc is not None:
             ipc.close()
         kept = self.messages.close()
-        lanes, self._lanes = self._lanes, {}
-        # With a lane go its streams, and pinned memory, where copies may still be at.
-        self._abandoned += [lane for lane in lanes.values() if not lane.ends()]
+        copiers, self._copiers = self._copiers, {}
+        # With a copier go its streams, and pinned memory, where copies may still be at.
+        self._abandoned += [copier for copier in copiers.values() if not copier.ends()]
         if group is not None:
             group.close()
         return kept
@@ -181,7 +181,7 @@ class DeviceOperations:
         cut: return the windows, where it is staged.
         make: return what takes the result, or None where nothing comes; the array itself without.
         """
-        lane, group = self._lane(array), self._copy_of_group(array)
+        copier, group = self._copier(array), self._copy_of_group(array)
         ipc = self._ipc if algorithm is None else None
         cut = cache(cut)
 
@@ -191,13 +191,13 @@ class DeviceOperations:
                 group._runner.note(prepared)
                 return (yield from prepared.run(tag))
 
-            caller = lane.caller(array)
+            caller = copier.caller(array)
             result, into = array.owner, array.address
             if make is not None:
-                result = make(lane.device)
+                result = make(copier.device)
                 into = 0 if result is None else describe(result, writable=False).address
             # Recorded now, when the caller calls, and behind the making of its result.
-            ready = lane.device.record(caller)
+            ready = copier.device.record(caller)
             try:
                 with self._line.turn() as turn:
                     while not turn.done():
@@ -205,17 +205,17 @@ class DeviceOperations:
                     if ipc is not None:
                         last = yield from ipc.run(signature, array, into, ready, tag)
                         if last is not None:
-                            follow = following(lane.device, array, caller, last)
+                            follow = following(copier.device, array, caller, last)
                             return Behind(result, follow, "ipc")
                     windows = cut()
                     last = yield from run_windows(
-                        lane, group.rank, array, into, windows, exchange, ready
+                        copier, group.rank, array, into, windows, exchange, ready
                     )
             except BaseException:
                 self._abandoned.append((array, result))  # which devices may be at
                 raise
             way = f"staged, {group.host_operations.way}"
-            return Behind(result, following(lane.device, array, caller, last), way)
+            return Behind(result, following(copier.device, array, caller, last), way)
 
         name = "staged" if ipc is None else "ipc"
         return Prepared(
@@ -252,15 +252,15 @@ class DeviceOperations:
         group = self._copy_of_group(array)
         return group, self._ipc is not None
 
-    def _lane(self, array: DeviceArray) -> Lane:
+    def _copier(self, array: DeviceArray) -> Copier:
         """Return what this rank keeps for the device that an array lies on."""
         device = self._find(array)
-        lane = self._lanes.get(device.name)
-        if lane is None:
+        copier = self._copiers.get(device.name)
+        if copier is None:
             staging = pinned(device, lambda nbytes: self._comm.empty(nbytes, np.uint8))
-            lane = Lane(device, device.make_stream(), device.make_stream(), staging)
-            self._lanes[device.name] = lane
-        return lane
+            copier = Copier(device, device.make_stream(), device.make_stream(), staging)
+            self._copiers[device.name] = copier
+        return copier
 
     def _most(self, array: DeviceArray) -> int:
         return max(1, self._window_bytes // array.dtype.itemsize)

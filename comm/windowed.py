@@ -29,8 +29,8 @@ Exchange = Callable[[Typed], Steps]
 
 
 @dataclass(frozen=True)
-class Lane:
-    """What one rank keeps for one device: two streams for copies, and pinned memory."""
+class Copier:
+    """Copies between one device and pinned host memory of one rank, on a stream for each way."""
 
     device: Device
     inward: Stream
@@ -88,7 +88,7 @@ def pinned(device: Device, allocate: Callable[[int], Bytes]) -> Pool[Bytes]:
 
 
 def run_windows(
-    lane: Lane,
+    copier: Copier,
     rank: int,
     array: DeviceArray,
     into: int,
@@ -100,11 +100,11 @@ def run_windows(
 
     ready: behind which the array may be read, and written to `into`.
     """
-    device, item = lane.device, array.dtype.itemsize
+    device, item = copier.device, array.dtype.itemsize
     patient: bool | None = False
-    device.follow(lane.inward, ready)
-    device.follow(lane.outward, ready)
-    slots = [_Slot(lane, windows, item) for _ in range(min(2, len(windows)))]
+    device.follow(copier.inward, ready)
+    device.follow(copier.outward, ready)
+    slots = [_Slot(copier, windows, item) for _ in range(min(2, len(windows)))]
     fetched = deque([slots[0].fetch(windows[0], array.address)])
     for index, window in enumerate(windows):
         if index + 1 < len(windows):
@@ -115,26 +115,26 @@ def run_windows(
         result = yield from exchange(typed(slot.passed(window), array, window.shape))
         slot.deliver(window, result, into)
     # Also where there was nothing to copy out: what comes next may change what was read.
-    device.follow(lane.outward, device.record(lane.inward))
-    last = device.record(lane.outward)
+    device.follow(copier.outward, device.record(copier.inward))
+    last = device.record(copier.outward)
     for slot in slots:
-        lane.staging.give(slot.place, last)
+        copier.staging.give(slot.place, last)
     return last
 
 
 class _Slot:
     """One of an operation's two places: what is passed, and behind it what comes out."""
 
-    def __init__(self, lane: Lane, windows: Sequence[Window], item: int) -> None:
-        self._lane, self._item = lane, item
+    def __init__(self, copier: Copier, windows: Sequence[Window], item: int) -> None:
+        self._copier, self._item = copier, item
         self._second = max(window.count for window in windows) * item
         results = max(window.result for window in windows) * item
-        self.place = lane.staging.take(self._second + results)
+        self.place = copier.staging.take(self._second + results)
         self._emptied: Event | None = None
 
     def fetch(self, window: Window, address: int) -> Event:
         """Start to copy a window in; the place is the host's when the event has ended."""
-        device, inward, item = self._lane.device, self._lane.inward, self._item
+        device, inward, item = self._copier.device, self._copier.inward, self._item
         if self._emptied is not None:
             device.follow(inward, self._emptied)
         for start, at, count in window.into:
@@ -148,7 +148,7 @@ class _Slot:
 
     def deliver(self, window: Window, result: Any, address: int) -> None:
         """Start to copy a window's result out."""
-        device, outward, item = self._lane.device, self._lane.outward, self._item
+        device, outward, item = self._copier.device, self._copier.outward, self._item
         begin = 0
         if isinstance(result, np.ndarray) and window.out:
             begin = self._second

@@ -83,7 +83,7 @@ class Prepared:
     """One operation, ready to run any number of times.
 
     channel: of its messages; None where it sends none.
-    run: given the lane's tag, does it; the generator returns the operation's result.
+    run: given its tag, does it; the generator returns the operation's result.
     signature: what was asked for.
     meeting: where the operation meets on a board.
     note: given (ring, call, sequence), lets the next run note itself there; None where it does not.
