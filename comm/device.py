@@ -101,6 +101,15 @@ class Device(Protocol):
         """Let all later work of a stream run behind an event."""
         ...
 
+    def room(self, nbytes: int) -> tuple[int, Any]:
+        """Return the address of new registered memory, and what owns it.
+
+        An allocation of its own, as MPI libraries and other processes open whole ones.
+
+        Raises: OutOfMemory where none is left.
+        """
+        ...
+
     def pin(self, memory: Bytes) -> None:
         """Make host memory fit for copies that the host does not wait for, as long as it lives."""
         ...
@@ -132,14 +141,6 @@ class DeviceArithmetic(Protocol):
 
     Everything is put on a stream, and of no elements nothing is.
     """
-
-    def knows(self, op: str, dtype: str) -> bool:
-        """Tell whether `combine` knows an op on a type; dtype "" for moving alone."""
-        ...
-
-    def allocate(self, nbytes: int) -> tuple[int, Any]:
-        """Return the address of new memory, and what owns it."""
-        ...
 
     def copy(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
         """Copy within the device."""
@@ -193,13 +194,6 @@ class Peering(Protocol):
         """Return how others open memory; None for memory that is not registered."""
         ...
 
-    def room(self, nbytes: int) -> tuple[int, Any]:
-        """Return the address of new registered memory, and what owns it.
-
-        Raises: OutOfMemory where none is left.
-        """
-        ...
-
     def open(self, handle: bytes) -> int:
         """Return the address here of another process's allocation."""
         ...
@@ -222,10 +216,6 @@ class Peering(Protocol):
 
     def place(self, event: Event, stream: Stream) -> None:
         """Put an event of `make_event` on a stream, anew."""
-        ...
-
-    def folds(self, op: str, dtype: str) -> bool:
-        """Tell whether `fold` knows an op on a type."""
         ...
 
     def fold(

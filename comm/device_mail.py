@@ -174,7 +174,7 @@ class DeviceMail:
         return free.pop() if free else self._make(size)
 
     def _make(self, size: int) -> Berth:
-        room, owner = self._peering.room(size)
+        room, owner = self._copier.device.room(size)
         exported = self._peering.export(room, size)
         assert exported is not None
         ready, handle = self._peering.make_event()

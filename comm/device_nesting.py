@@ -75,16 +75,8 @@ class Nested:
         self._ways.close()
         self._lane.close()
 
-    def reduces(self, array: DeviceArray, op: str) -> bool:
-        """Tell whether a reduction goes this way; alike on all ranks."""
-        if not self.moves(array.nbytes):
-            return False
-        if array.dtype.wide:
-            return self._arithmetic.knows(plain(op), "float32")
-        return self._peering.folds(plain(op), array.dtype.name)
-
-    def moves(self, nbytes: int) -> bool:
-        """Tell whether what moves so much goes this way; alike on all ranks."""
+    def takes(self, nbytes: int) -> bool:
+        """Tell whether a collective on so much goes this way; alike on all ranks."""
         return nbytes >= NEST_BYTES
 
     # -- reductions, and a broadcast; who names an algorithm goes another way -----------------

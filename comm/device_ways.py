@@ -197,11 +197,8 @@ class DeviceWays:
     ) -> Nested | Direct | None:
         """Return what computes a reduction; None where that is staged."""
         array.dtype.require(op)
-        direct = self._open(array)
-        nested = self._nested if algorithm is None else None
-        if nested is not None and nested.reduces(array, op):
-            return nested
-        return direct if direct is not None and direct.knows(op, array.dtype.name) else None
+        side = self._moving(array, array.nbytes, algorithm)
+        return side if array.dtype.on_devices else None
 
     def _moving(
         self, array: DeviceArray, nbytes: int, algorithm: Algorithm
@@ -209,7 +206,7 @@ class DeviceWays:
         """Return what moves nbytes of every rank's; None where that is staged."""
         direct = self._open(array)
         nested = self._nested if algorithm is None else None
-        return nested if nested is not None and nested.moves(nbytes) else direct
+        return nested if nested is not None and nested.takes(nbytes) else direct
 
     def _judge(self) -> Verdict:
         if self._verdict is None:

@@ -54,13 +54,8 @@ class Direct:
         self._group, self._messages, self._device, self._like = group, messages, device, like
         self._arithmetic, self._reason = arithmetic, reason
         self._stream = device.make_stream()
-        self._scratch = Scratch(arithmetic)
+        self._scratch = Scratch(device)
         self._abandoned: list[object] = []
-
-    def knows(self, op: str, dtype: str) -> bool:
-        """Tell whether a reduction can be computed; alike on all ranks."""
-        wide = DTYPES[dtype].wide
-        return self._arithmetic.knows("sum" if op == "mean" else op, "float32" if wide else dtype)
 
     # -- reductions --------------------------------------------------------------------------
 

@@ -133,7 +133,7 @@ class Ipc:
         """Return what this rank brings to a collective on an array."""
         operation, op, dtype, count, root = signature
         call = code_of(operation, op, dtype), count, root
-        if not count or (op and not self._peering.folds(op, dtype)):
+        if not count or (op and not array.dtype.on_devices):
             return Offer(_NOT_REGISTERED, None, call)
         if not own_bytes(operation, self._shape(signature, array)):
             return Offer(_NOTHING_SHOWN, None, call)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from .device import DeviceArithmetic, Stream
+from .device import Device, Stream
 from .dtypes import DType
 from .pool import Pool
 
@@ -47,8 +47,8 @@ class DevicePlace:
 class Scratch(Pool[Room]):
     """Registered device memory, which messages and kernels may use."""
 
-    def __init__(self, arithmetic: DeviceArithmetic) -> None:
-        super().__init__(_LEAST, lambda nbytes: Room(*arithmetic.allocate(nbytes)))
+    def __init__(self, device: Device) -> None:
+        super().__init__(_LEAST, lambda nbytes: Room(*device.room(nbytes)))
 
     def array(self, shape: tuple[int, ...], dtype: DType, stream: Stream) -> DevicePlace:
         """Return memory for an array; its room is to be given back."""
