@@ -60,7 +60,7 @@ class DeviceOperations:
         self._line = Line(comm.rank)
         self._group: Communicator | None = None
         self._ipc: Ipc | None = None
-        self._no_ipc = ""
+        self._why = REASON
         self._abandoned: list[object] = []
         self.messages = DeviceMessages(comm, self._copier)
 
@@ -234,8 +234,14 @@ class DeviceOperations:
         """
         if self._group is None:
             self._group = self._comm.split(0, self._comm.rank)
-            self._ipc, self._no_ipc = open_ipc(self._group, self._find(array))
+            self._ipc, no_ipc = open_ipc(self._group, self._find(array))
+            if no_ipc:
+                self.because(f"no ipc: {no_ipc}")
         return self._group
+
+    def because(self, reason: str) -> None:
+        """Let receipts of what is staged give one more reason."""
+        self._why += f"; {reason}"
 
     def alike(self, comm: Communicator, like: Like) -> DeviceOperations:
         """Return the operations of another group on the same devices.
@@ -281,5 +287,4 @@ class DeviceOperations:
         if offer is not None and offer.fits:
             why = "ipc where the root's memory is registered, which it alone knows"
             return Receipt(name, "pairwise, in place", f"ipc or {way}", size, nbytes, why)
-        why = f"{REASON}; no ipc: {self._no_ipc}" if self._no_ipc else REASON
-        return Receipt(name, f"{len(cut())} windows", way, 1, nbytes, why)
+        return Receipt(name, f"{len(cut())} windows", way, 1, nbytes, self._why)
