@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .arithmetic import plain
 from .chunks import bounds
 from .device import Device, DeviceArithmetic, DeviceArray, Peering, describe, renewed
 from .device_wait import following
 from .fingerprint import fingerprint
-from .nested_launches import Call, RowsCall, plain
+from .nested_launches import Call, RowsCall
 from .nested_node import NestedNode
 from .nested_pieces import Piece, elementwise, scattered, steps
 from .trace import Signature

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .arithmetic import mean_scales
+from .arithmetic import mean_scales, plain
 from .chunks import bounds
 from .device import Device, DeviceArithmetic, DeviceArray, Like, describe, renewed
 from .device_executor import Memory, Site, execute_on_device, landing_bytes
@@ -107,9 +107,8 @@ class Direct:
         name, count = array.dtype.name, array.count
         if not count:
             return
-        plain = "sum" if op == "mean" else op
         if not array.dtype.wide:
-            adding, item = (plain, name), array.dtype.itemsize
+            adding, item = (plain(op), name), array.dtype.itemsize
             yield from self._execute(chosen, item, address, address, tag, adding)
             if op == "mean" and self._group.size > 1:
                 self._convert(address, name, address, name, count, float(self._group.size))
@@ -118,7 +117,7 @@ class Direct:
         room = self._scratch.take(count * 4)
         self._convert(address, name, room.address, "float32", count, before)
         yield from self._settled()
-        yield from self._execute(chosen, 4, room.address, room.address, tag, (plain, "float32"))
+        yield from self._execute(chosen, 4, room.address, room.address, tag, (plain(op), "float32"))
         self._convert(room.address, "float32", address, name, count, after)
         self._give(room)
 

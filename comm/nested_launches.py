@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from .arithmetic import mean_scales
+from .arithmetic import mean_scales, plain
 from .device import DeviceArithmetic, Peering, Stream
 from .dtypes import DType
 from .ipc import Launch
@@ -73,11 +73,6 @@ class RowsCall:
     width: int = 1
     which: int = 0
     takes: bool = True
-
-
-def plain(op: str) -> str:
-    """Return the op of which another is made by a division at the end."""
-    return "sum" if op == "mean" else op
 
 
 @dataclass(frozen=True)
