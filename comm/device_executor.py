@@ -56,8 +56,7 @@ class Memory:
 
 def landing_bytes(program: Program, itemsize: int, segment_bytes: int, window: int) -> int:
     """Return the bytes that what arrives to be added needs."""
-    added = program.rows[program.rows[:, 1] == Op.RECV_REDUCE, 4]
-    return window * min(max(1, segment_bytes // itemsize), int(added.max(initial=0))) * itemsize
+    return window * min(max(1, segment_bytes // itemsize), program.most_added) * itemsize
 
 
 def execute_on_device(program: Program, site: Site, memory: Memory, add: Add) -> Steps:

@@ -172,9 +172,7 @@ def segments(
 
 def _scratch(program: Program, segment: int, target: Array, window: int) -> Array:
     """Return memory for what arrives to be added: a segment for each one in flight."""
-    added = program.rows[program.rows[:, 1] == Op.RECV_REDUCE, 4]
-    largest = min(segment, int(added.max(initial=0)))
-    return np.empty(window * largest, target.dtype)
+    return np.empty(window * min(segment, program.most_added), target.dtype)
 
 
 def _landing(receive: Segment, target: Array, scratch: Array, slot: int, window: int) -> Array:
