@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from .arithmetic import plain
 from .chunks import bounds
-from .device import Device, DeviceArithmetic, DeviceArray, Peering, describe, renewed
-from .device_wait import following
+from .device import Device, DeviceArray, Event, like
+from .device_calls import Make, called
 from .fingerprint import fingerprint
 from .nested_launches import Call, RowsCall
 from .nested_node import NestedNode
@@ -28,7 +28,7 @@ from .nested_pieces import Piece, elementwise, scattered, steps
 from .trace import Signature
 from .transport.base import Channel
 from .turns import Line
-from .work import Behind, Prepared, Receipt, Steps
+from .work import Prepared, Receipt, Steps
 
 if TYPE_CHECKING:
     from .communicator import Communicator
@@ -44,9 +44,6 @@ An estimate, of three meetings within a node with a launch behind each; not meas
 PIECE_BYTES = 64 << 20
 """Of the buffer at a time, so that scratch memory stays bounded."""
 
-Run = Callable[[int, int], Iterator[Steps]]
-"""(address of the result, tag) -> the steps of every piece."""
-
 
 class Nested:
     """Prepare collectives of one group whose nodes hold equally many ranks, which open memory."""
@@ -61,11 +58,8 @@ class Nested:
         way: str,
     ) -> None:
         """node: this rank's side.  ways: of the lane, where `way` is taken."""
-        assert device.peering is not None and device.arithmetic is not None
         self._rank, self._size = group.rank, group.size
         self._node, self._lane, self._ways, self._device = node, lane, ways, device
-        self._peering: Peering = device.peering
-        self._arithmetic: DeviceArithmetic = device.arithmetic
         self._way = f"ipc in nodes, {way} between them"
         self._line = Line(group.rank)
         self._abandoned: list[object] = []
@@ -152,7 +146,7 @@ class Nested:
         def run(into: int, tag: int) -> Iterator[Steps]:
             return (self._node.piece(call, array, into, piece, tag) for piece in pieces)
 
-        make = None if shape is None else partial(self._device.like, array, shape)
+        make = None if shape is None else partial(like, array=array, shape=shape)
         return self._prepared(call.signature, array, array.nbytes, len(pieces), run, make)
 
     # -- rows of others ----------------------------------------------------------------------
@@ -209,8 +203,8 @@ class Nested:
                 for index, part in enumerate(parts)
             )
 
-        def make() -> Any:
-            return self._device.like(array, shape) if call.takes else None
+        def make(device: Device) -> Any:
+            return device.like(array, shape) if call.takes else None
 
         return self._prepared(call.signature, array, nbytes, len(parts), run, make)
 
@@ -222,36 +216,25 @@ class Nested:
         array: DeviceArray,
         nbytes: int,
         number: int,
-        run: Run,
-        make: Callable[[], Any] | None,
+        run: Callable[[int, int], Iterator[Steps]],
+        make: Make | None,
     ) -> Prepared:
         """Prepare what works on one piece after the other.
 
-        number: of pieces.  make: return what takes the result; None where it is the array itself.
+        number: of pieces.  run: given what takes the result, and a tag, return the steps of each.
         """
         device, stream = self._device, self._node.stream
 
-        def begin(tag: int) -> Steps:
-            caller = device.caller(renewed(array))
-            result, into = array.owner, 0
-            if make is not None:
-                result = make()
-                into = 0 if result is None else describe(result, writable=True).address
-            # Recorded now, when the caller calls, and behind the making of its result.
-            ready = device.record(caller)
-            try:
-                with self._line.turn() as turn:
-                    while not turn.done():
-                        yield [turn]
-                    device.follow(stream, ready)
-                    for piece in run(into, tag):
-                        yield from piece
-                    last = device.record(stream)
-            except BaseException:
-                self._abandoned.append((array, result))  # which devices may be at
-                raise
-            return Behind(result, following(device, array, caller, last))
+        def in_turn(into: int, ready: Event, tag: int) -> Steps:
+            with self._line.turn() as turn:
+                while not turn.done():
+                    yield [turn]
+                device.follow(stream, ready)
+                for piece in run(into, tag):
+                    yield from piece
+                return device.record(stream), ""
 
+        begin = partial(called, device, array, make, in_turn, self._abandoned)
         width, nodes = self._node.seats.width, len(self._node.seats.lane)
         receipt = Receipt(
             signature.operation,

@@ -10,14 +10,14 @@ ends differs from rank to rank, so they could not keep an order with the host's 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from functools import cache, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .device import Device, DeviceArray, Like, describe, like
+from .device import Device, DeviceArray, Event, Like, like
+from .device_calls import Make, called
 from .device_messages import REASON, DeviceMessages
-from .device_wait import following
 from .dtypes import Typed
 from .fingerprint import fingerprint
 from .ipc import Ipc
@@ -28,7 +28,7 @@ from .transport.base import Channel
 from .turns import Line
 from .windowed import Copier, pinned, run_windows
 from .windows import Window, elementwise, exchanged, gathered, scattered
-from .work import Behind, Prepared, Receipt, Steps
+from .work import Prepared, Receipt, Steps
 
 if TYPE_CHECKING:
     from .communicator import Communicator
@@ -174,54 +174,41 @@ class DeviceOperations:
         cut: Callable[[], Sequence[Window]],
         prepare: Prepare,
         algorithm: Algorithm,
-        make: Callable[[Device], Any] | None = None,
+        make: Make | None = None,
     ) -> Prepared:
         """Prepare it both ways: which one is taken, the ranks find when they meet.
 
         cut: return the windows, where it is staged.
-        make: return what takes the result, or None where nothing comes; the array itself without.
+        make: None where the array itself takes the result.
         """
         copier, group = self._copier(array), self._copy_of_group(array)
         ipc = self._ipc if algorithm is None else None
         cut = cache(cut)
 
-        def run(tag: int) -> Steps:
+        def run(into: int, ready: Event, tag: int) -> Steps:
             def exchange(part: Typed) -> Steps:
                 prepared = prepare(group.host_operations, part)
                 group._runner.note(prepared)
                 return (yield from prepared.run(tag))
 
-            caller = copier.caller(array)
-            result, into = array.owner, array.address
-            if make is not None:
-                result = make(copier.device)
-                into = 0 if result is None else describe(result, writable=False).address
-            # Recorded now, when the caller calls, and behind the making of its result.
-            ready = copier.device.record(caller)
-            try:
-                with self._line.turn() as turn:
-                    while not turn.done():
-                        yield [turn]
-                    if ipc is not None:
-                        last = yield from ipc.run(signature, array, into, ready, tag)
-                        if last is not None:
-                            follow = following(copier.device, array, caller, last)
-                            return Behind(result, follow, "ipc")
-                    windows = cut()
-                    last = yield from run_windows(
-                        copier, group.rank, array, into, windows, exchange, ready
-                    )
-            except BaseException:
-                self._abandoned.append((array, result))  # which devices may be at
-                raise
-            way = f"staged, {group.host_operations.way}"
-            return Behind(result, following(copier.device, array, caller, last), way)
+            with self._line.turn() as turn:
+                while not turn.done():
+                    yield [turn]
+                if ipc is not None:
+                    last = yield from ipc.run(signature, array, into, ready, tag)
+                    if last is not None:
+                        return last, "ipc"
+                windows = cut()
+                last = yield from run_windows(
+                    copier, group.rank, array, into, windows, exchange, ready
+                )
+            return last, f"staged, {group.host_operations.way}"
 
         name = "staged" if ipc is None else "ipc"
         return Prepared(
             self._receipt(signature, array, cut, ipc),
             Channel.COLLECTIVE,
-            run,
+            partial(called, copier.device, array, make, run, self._abandoned),
             signature,
             way=name,
             mark=fingerprint(signature, name),

@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from .arithmetic import mean_scales, plain
 from .chunks import bounds
-from .device import Device, DeviceArithmetic, DeviceArray, Like, describe, renewed
+from .device import Device, DeviceArithmetic, DeviceArray, Event, Like
+from .device_calls import Make, called
 from .device_executor import Memory, Site, execute_on_device, landing_bytes
-from .device_wait import following, reached
+from .device_wait import reached
 from .dtypes import DTYPES
 from .executor import NETWORK_WINDOW
 from .fingerprint import fingerprint
 from .scratch import Room, Scratch
 from .trace import Signature
 from .transport.base import Channel, DeviceMessages
-from .work import Behind, Prepared, Receipt, Steps
+from .work import Prepared, Receipt, Steps
 
 if TYPE_CHECKING:
     from .choice import Chosen
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     from .schedule import Algorithm
 
 WAY = "gpu-aware mpi"
-
-Run = Callable[[int, int], Steps]
-"""(tag, address of what takes the result) -> steps; the caller's work has run when they begin."""
 
 
 class Direct:
@@ -64,7 +62,7 @@ class Direct:
         signature = Signature("allreduce", op, array.dtype.name, array.count)
         chosen = self._choose(signature, array.count, algorithm)
 
-        def run(tag: int, into: int) -> Steps:
+        def run(into: int, tag: int) -> Steps:
             yield from self._reduce(chosen, array, into, op, tag)
 
         return self._prepared(signature, chosen, array, array.nbytes, run)
@@ -74,7 +72,7 @@ class Direct:
         signature = Signature("reduce", op, array.dtype.name, array.count, root)
         chosen = self._choose(signature, array.count, algorithm, root)
 
-        def run(tag: int, into: int) -> Steps:
+        def run(into: int, tag: int) -> Steps:
             if self._group.rank == root:
                 yield from self._reduce(chosen, array, into, op, tag)
             else:
@@ -91,7 +89,7 @@ class Direct:
         low, high = bounds(array.count, self._group.size, self._group.rank)
         item = array.dtype.itemsize
 
-        def run(tag: int, into: int) -> Steps:
+        def run(into: int, tag: int) -> Steps:
             room = yield from self._copy(array)
             yield from self._reduce(chosen, array, room.address, op, tag)
             if high > low:
@@ -99,7 +97,7 @@ class Direct:
                 self._arithmetic.copy(into, room.address + low * item, size, self._stream)
             self._give(room)
 
-        make = partial(self._like, self._device, array, (high - low,))
+        make = self._new(array, (high - low,))
         return self._prepared(signature, chosen, array, array.nbytes, run, make)
 
     def _reduce(self, chosen: Chosen, array: DeviceArray, address: int, op: str, tag: int) -> Steps:
@@ -128,7 +126,7 @@ class Direct:
         signature = Signature("broadcast", "", array.dtype.name, array.count, root)
         chosen = self._choose(signature, array.count, algorithm, root)
 
-        def run(tag: int, into: int) -> Steps:
+        def run(into: int, tag: int) -> Steps:
             yield from self._move(chosen, array, into, into, tag)
 
         return self._prepared(signature, chosen, array, array.nbytes, run)
@@ -139,11 +137,11 @@ class Direct:
         signature = Signature("allgather", "", array.dtype.name, array.count)
         chosen = self._choose(signature, array.count * size, algorithm)
 
-        def run(tag: int, into: int) -> Steps:
+        def run(into: int, tag: int) -> Steps:
             yield from self._own_row(array, into)
             yield from self._move(chosen, array, into, into, tag)
 
-        make = partial(self._like, self._device, array, (size, *array.shape))
+        make = self._new(array, (size, *array.shape))
         return self._prepared(signature, chosen, array, array.nbytes * size, run, make)
 
     def gather(self, array: DeviceArray, root: int, algorithm: Algorithm) -> Prepared:
@@ -152,7 +150,7 @@ class Direct:
         signature = Signature("gather", "", array.dtype.name, array.count, root)
         chosen = self._choose(signature, array.count * size, algorithm, root)
 
-        def run(tag: int, into: int) -> Steps:
+        def run(into: int, tag: int) -> Steps:
             if self._group.rank == root:
                 yield from self._own_row(array, into)
                 yield from self._move(chosen, array, into, into, tag)
@@ -162,9 +160,9 @@ class Direct:
             yield from self._move(chosen, array, room.address, room.address, tag)
             self._give(room)
 
-        def make() -> Any:
+        def make(device: Device) -> Any:
             at_root = self._group.rank == root
-            return self._like(self._device, array, (size, *array.shape)) if at_root else None
+            return self._like(device, array, (size, *array.shape)) if at_root else None
 
         return self._prepared(signature, chosen, array, array.nbytes * size, run, make)
 
@@ -174,14 +172,14 @@ class Direct:
         chosen = self._choose(signature, array.count, algorithm)
         row = array.nbytes // self._group.size
 
-        def run(tag: int, into: int) -> Steps:
+        def run(into: int, tag: int) -> Steps:
             if row:
                 at = self._group.rank * row
                 self._arithmetic.copy(into + at, array.address + at, row, self._stream)
             yield from self._settled()
             yield from self._move(chosen, array, array.address, into, tag)
 
-        make = partial(self._like, self._device, array, array.shape)
+        make = self._new(array, array.shape)
         return self._prepared(signature, chosen, array, array.nbytes, run, make)
 
     # -- parts of them -----------------------------------------------------------------------
@@ -200,30 +198,18 @@ class Direct:
         chosen: Chosen,
         array: DeviceArray,
         nbytes: int,
-        run: Run,
-        make: Callable[[], Any] | None = None,
+        run: Callable[[int, int], Steps],
+        make: Make | None = None,
     ) -> Prepared:
-        """make: return what takes the result, or None where nothing comes; array itself without."""
+        """run: given what takes the result, and a tag; the caller's work has run when it begins."""
 
-        def begin(tag: int) -> Steps:
-            device = self._device
-            caller = device.caller(renewed(array))
-            result, into = array.owner, array.address
-            if make is not None:
-                # When the caller calls: memory comes from the pool of the stream that is current.
-                result = make()
-                into = 0 if result is None else describe(result, writable=True).address
-            # Behind the making of the result, too: the caller's stream may still be at its memory.
-            device.follow(self._stream, device.record(caller))
-            try:
-                yield from self._settled()
-                yield from run(tag, into)
-                last = device.record(self._stream)
-            except BaseException:
-                self._abandoned.append([array, result])
-                raise
-            return Behind(result, following(device, array, caller, last))
+        def settled(into: int, ready: Event, tag: int) -> Steps:
+            self._device.follow(self._stream, ready)
+            yield from self._settled()
+            yield from run(into, tag)
+            return self._device.record(self._stream), ""
 
+        begin = partial(called, self._device, array, make, settled, self._abandoned)
         receipt = Receipt(
             signature.operation,
             chosen.algorithm,
@@ -235,6 +221,9 @@ class Direct:
         way = f"direct {chosen.way}"
         mark = fingerprint(signature, way)
         return Prepared(receipt, Channel.COLLECTIVE, begin, signature, way=way, mark=mark)
+
+    def _new(self, array: DeviceArray, shape: tuple[int, ...]) -> Make:
+        return lambda device: self._like(device, array, shape)
 
     def _give(self, room: Room) -> None:
         self._scratch.give(room, self._device.record(self._stream))
