@@ -43,9 +43,9 @@ _LEAST_ROOM = 2 << 20
 
 @dataclass
 class Berth:
-    """What one message of a time needs at its sender.
+    """What a sender needs for one message; reused by later ones.
 
-    taken: behind which the last receiver has read the room; None before the first.
+    taken: the event behind which the last receiver has read the room; None before the first.
     """
 
     note: Words
@@ -83,8 +83,8 @@ class DeviceMail:
     def close(self) -> None:
         """Give back the others' rooms and events; after the last message has ended.
 
-        Nothing of this rank waits for the others' events any more, then: for an owner to destroy an
-        event that another's stream waits for is undefined. So this is to be kept until all ranks
+        From then on nothing of this rank waits for the others' events. What happens when an owner
+        destroys an event that another's stream waits for is undefined, so keep this until all ranks
         have closed theirs.
         """
         device, stream = self._copier.device, self._copier.inward
@@ -147,7 +147,7 @@ class DeviceMail:
         return bool(asked)
 
     def _taken(self, berth: Berth, dst: int) -> None:
-        """Have a berth back that a receiver's device will have read some time."""
+        """Take a berth back whose room a receiver's device reads now or later."""
         try:
             berth.taken = self._event(berth.note[_TAKEN].tobytes())
         except CommError as error:  # nobody can tell when, so it is not used again

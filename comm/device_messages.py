@@ -33,7 +33,7 @@ class DeviceMessages:
         self._mails: dict[str, DeviceMail] = {}
 
     def close(self) -> list[object]:
-        """Give back what was opened of others; return what they may use until they close theirs."""
+        """Give back what was opened of others; return what must live until they close theirs."""
         mails, self._mails = self._mails, {}
         for mail in mails.values():
             mail.close()
@@ -62,7 +62,8 @@ class DeviceMessages:
     def _send_staged(self, array: DeviceArray, dst: int, tag: int) -> Callable[[int], Steps]:
         """Copy to the host while the caller waits, then send it as any host memory.
 
-        A message keeps its place among the others to that rank, which wait for no copy.
+        The caller waits so that the message keeps its place among the others to that rank, which
+        wait for no copy.
         """
         host, copier = self._comm.host_operations, self._copier_of(array)
 
@@ -117,7 +118,7 @@ def gpu_aware(
     empty: Prepared,
     tag: int,
 ) -> Prepared:
-    """Prepare a message from or into device memory, as one of no host elements was prepared.
+    """Prepare a message from or into device memory; empty: the same of no elements on the host.
 
     The host waits for the caller's stream before the library is called, so that a message keeps
     its place among the others to that rank. The other end may be in host memory.
@@ -161,7 +162,7 @@ def _by_note(empty: Prepared, array: DeviceArray, run: Callable[[int], Steps]) -
 def _prepared(
     empty: Prepared, array: DeviceArray, way: str, why: str, run: Callable[[int], Steps]
 ) -> Prepared:
-    """Prepare a message as one of no elements was prepared."""
+    """Prepare a message to or from the same rank as `empty`, which has no elements."""
     receipt = replace(empty.receipt, transport=way, nbytes=array.nbytes, reason=why)
     signature = empty.signature._replace(dtype=array.dtype.name, elements=array.count)
     return Prepared(receipt, empty.channel, run, signature)

@@ -1,14 +1,15 @@
 """Collectives on GPU memory over several nodes: over ipc within them, by messages between them.
 
-Of every piece of a buffer each rank of a node has a part. It folds that part of its node's ranks
-(of a broadcast it copies the root's), the ranks of equal place on their nodes - a lane - move their
-parts by whatever way the lane has, and where a result is wanted each rank copies the other parts
-from its node's. What brings rows of others begins with the lanes: of an alltoall a rank sends each
-of its lane the rows for all of that one's node. So a rank's messages carry one part of many, and
-nothing else passes through the host. Half widths travel as float32 and are rounded once.
+Each rank of a node has one part of every piece of a buffer. It folds that part of all its node's
+ranks, or copies the root's for a broadcast. Then the ranks of equal place on their nodes - a lane -
+move their parts, by whatever way the lane has. Where a result is wanted, each rank copies the other
+parts from the ranks of its node. What brings rows of others begins with the lanes: in an alltoall a
+rank sends to each rank of its lane the rows for all ranks of that one's node. So a rank's messages
+carry one part of many, and nothing else passes through the host. Half widths travel as float32 and
+are rounded once.
 
-It is what `nesting.nest` does for the host, in place. Only ranks of one node read each other's
-memory. What is not registered is copied to scratch memory that is, on the device.
+It does in place what `nesting.nest` does for the host. Only ranks of one node read each other's
+memory; an array that is not registered is copied to scratch memory on the device, which is.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class Nested:
         return self._elementwise(call, array)
 
     def reduce_scatter(self, array: DeviceArray, op: str, algorithm: Algorithm) -> Prepared:
-        """Reduce a copy, in which the chunks of a lane's ranks lie together; return one's own."""
+        """Reduce a copy, where the chunks of a lane's ranks lie together; return this rank's."""
         call = Call(
             Signature("reduce_scatter", op, array.dtype.name, array.count),
             array.dtype,

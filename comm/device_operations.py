@@ -1,10 +1,11 @@
-"""Collectives on device memory: in place by `ipc`, and all through pinned host memory.
+"""Collectives on device memory: in place by `ipc`, or through pinned host memory.
 
 Where the ranks of a group open each other's memory, and what a collective reads of others is
 registered, their kernels do it (`ipc`). Everything else is staged, window by window (`windowed`).
 
-Operations of a group take turns, in the order of the calls, on a group of their own: when a copy
-ends differs from rank to rank, so they could not keep an order with the host's operations.
+Operations of a group take turns, in the order of the calls. They have a copy of the group to
+themselves: a copy of memory ends sooner on one rank than on another, so that ranks could not keep
+one order of these operations and the host's.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class DeviceOperations:
     def close(self) -> list[object]:
         """Give the group back; collective where a collective was called.
 
-        Returns: what other ranks may use until they have closed theirs, so that it must live.
+        Returns: what must live until the other ranks have closed theirs.
         """
         group, self._group = self._group, None
         ipc, self._ipc = self._ipc, None
@@ -148,7 +149,7 @@ class DeviceOperations:
         )
 
     def scatter(self) -> Prepared:
-        """Refuse: ranks that pass nothing could not tell on which device they want their row."""
+        """Refuse: ranks that pass nothing cannot say on which device they want their row."""
         raise TypeError(
             "x: scatter takes host memory only, since the other ranks do not say where their row "
             "is to lie; broadcast it, or scatter a host copy"
@@ -176,7 +177,7 @@ class DeviceOperations:
         algorithm: Algorithm,
         make: Make | None = None,
     ) -> Prepared:
-        """Prepare it both ways: which one is taken, the ranks find when they meet.
+        """Prepare it both ways; when the ranks meet they find which one they take.
 
         cut: return the windows, where it is staged.
         make: None where the array itself takes the result.

@@ -1,8 +1,8 @@
 """Operations on device memory that a GPU-aware MPI library sends as it lies there.
 
-Whatever the host waits for is an event: before the library may read or write a buffer, all that
-the caller has put on its stream has run; what the caller puts there after the operation has ended
-runs behind the last kernel. Sums are made by kernels: half widths in float32, rounded once.
+The host waits for events. Before the library may read or write a buffer, all that the caller has
+put on its stream has run; what the caller puts there after the operation has ended runs behind the
+last kernel. Sums are made by kernels: half widths in float32, rounded once.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Direct:
         reason: str,
         like: Like,
     ) -> None:
-        """group: whose collective messages nobody else sends with the tags of these operations.
+        """group: where nobody else sends collective messages with the tags of these operations.
 
         like: makes what takes a result.
         """

@@ -114,7 +114,7 @@ class NestedNode:
     ) -> Steps:
         """Work on a piece at `base` of every rank of the node.
 
-        into: where the result of a lane goes that is not the part itself.
+        into: where the lane's result goes, if that is not the part itself.
         """
         low, high = piece.parts[self.seats.place]
         rows = yield from self._meet(call.signature, piece.index, exported, tag)
@@ -144,7 +144,7 @@ class NestedNode:
     def _between(
         self, call: Call, at: int, count: int, into: int, rooms: list[Room], tag: int
     ) -> Steps:
-        """Let the lane move this rank's part, and write what comes to its place."""
+        """Let the lane move this rank's part, and write what comes where it belongs."""
         dtype = DTYPES["float32"] if rooms else call.dtype
         place = DevicePlace(rooms[0].address if rooms else at, (count,), dtype, self.stream)
         found: DevicePlace = yield from self._over_lane(call.between(place), tag)

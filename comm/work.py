@@ -55,7 +55,9 @@ class Behind:
     """
 
     def __init__(self, result: Any, follow: Callable[[Any], None], transport: str = "") -> None:
-        """follow: given the result, or None where nobody looks, lets streams do so; has no array.
+        """follow: makes the caller's streams wait; must hold no reference to the array.
+
+        It is given the result, or None where nobody looks.
 
         transport: that was taken, where the receipt left it open.
         """
