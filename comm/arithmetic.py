@@ -63,7 +63,7 @@ def _same_width(program: Program, flat: Array, dtype: DType, op: str, size: int)
 
             divide(flat, float(size))
 
-    arithmetic = _combined("sum" if op == "mean" else op, dtype.name)
+    arithmetic = _combined(plain(op), dtype.name)
     return Reduction(program, flat, arithmetic, _nothing, finish)
 
 
@@ -101,6 +101,11 @@ def _accumulating(op: str, dtype: str, before: float, after: float) -> Callable[
     return native
 
 
+def plain(op: str) -> str:
+    """Return the op of which another is made by a division at the end."""
+    return "sum" if op == "mean" else op
+
+
 def mean_scales(op: str, size: int) -> tuple[float, float]:
     """Return (before, after): divide by the one before adding, by the other afterwards."""
     if op != "mean":
@@ -132,7 +137,7 @@ def _widened(program: Program, flat: Array, dtype: DType, op: str, size: int) ->
     def finish() -> None:
         narrow(work, flat, dtype.name, after)
 
-    arithmetic = _combined("sum" if op == "mean" else op, "float32")
+    arithmetic = _combined(plain(op), "float32")
     return Reduction(program, work, arithmetic, begin, finish)
 
 
@@ -142,7 +147,7 @@ def _accumulated(program: Program, flat: Array, dtype: DType, op: str, size: int
     from ..kernels.reduce import accumulate, combine, divide
 
     before, after = mean_scales(op, size)
-    add = _when_called(lambda: accumulate("sum" if op == "mean" else op, dtype.name))
+    add = _when_called(lambda: accumulate(plain(op), dtype.name))
     # Not NumPy's own, which warns or raises by its error state, on one rank alone.
     add_wide = _when_called(lambda: combine("sum", "float32"))
 

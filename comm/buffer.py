@@ -16,9 +16,8 @@ import numpy.typing as npt
 
 from . import dlpack
 from .device import bare, library_of, on_device
-from .dtypes import DType, dtype_named
+from .dtypes import DType, Typed, dtype_named
 from .memory import Memory
-from .staging import Typed
 
 Array = npt.NDArray[Any]
 

@@ -85,7 +85,7 @@ class Device(Protocol):
     def caller(self, array: DeviceArray) -> Stream:
         """Return the stream that the caller's own work on an array goes to at this moment.
 
-        It lives as long as the handle, as one of `make_stream` does: keep that, and not its number.
+        As one of `make_stream`, it lives as long as its handle: keep the handle, not its number.
         """
         ...
 
@@ -101,8 +101,17 @@ class Device(Protocol):
         """Let all later work of a stream run behind an event."""
         ...
 
+    def room(self, nbytes: int) -> tuple[int, Any]:
+        """Return the address of new registered memory, and what owns it.
+
+        An allocation of its own, as MPI libraries and other processes open whole ones.
+
+        Raises: OutOfMemory where none is left.
+        """
+        ...
+
     def pin(self, memory: Bytes) -> None:
-        """Make host memory fit for copies that the host does not wait for, as long as it lives."""
+        """Make host memory fit, while it lives, for copies that the host does not wait for."""
         ...
 
     def to_host(self, target: Bytes, address: int, stream: Stream) -> None:
@@ -130,16 +139,8 @@ def like(device: Device, array: DeviceArray, shape: tuple[int, ...]) -> Any:
 class DeviceArithmetic(Protocol):
     """Kernels that a device runs on memory of its own; addresses are of aligned elements.
 
-    Everything is put on a stream, and of no elements nothing is.
+    Everything is put on a stream; for no elements, nothing is.
     """
-
-    def knows(self, op: str, dtype: str) -> bool:
-        """Tell whether `combine` knows an op on a type; dtype "" for moving alone."""
-        ...
-
-    def allocate(self, nbytes: int) -> tuple[int, Any]:
-        """Return the address of new memory, and what owns it."""
-        ...
 
     def copy(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
         """Copy within the device."""
@@ -193,13 +194,6 @@ class Peering(Protocol):
         """Return how others open memory; None for memory that is not registered."""
         ...
 
-    def room(self, nbytes: int) -> tuple[int, Any]:
-        """Return the address of new registered memory, and what owns it.
-
-        Raises: OutOfMemory where none is left.
-        """
-        ...
-
     def open(self, handle: bytes) -> int:
         """Return the address here of another process's allocation."""
         ...
@@ -224,10 +218,6 @@ class Peering(Protocol):
         """Put an event of `make_event` on a stream, anew."""
         ...
 
-    def folds(self, op: str, dtype: str) -> bool:
-        """Tell whether `fold` knows an op on a type."""
-        ...
-
     def fold(
         self,
         op: str,
@@ -249,7 +239,10 @@ class Peering(Protocol):
         ...
 
     def trial(self, count: int) -> tuple[Any, Callable[[int], bool]]:
-        """Return registered ones of float32, and what waits and tells whether all are a number."""
+        """Return registered float32 elements, all 1, and what tells whether all are a number.
+
+        That waits for the device first.
+        """
         ...
 
 
@@ -264,7 +257,7 @@ def on_device(x: Any) -> bool:
 def library_of(x: Any) -> str:
     """Return the name of the library that x is an array of, also where a program derives from it.
 
-    What speaks no DLPack is of the package of its class.
+    For what speaks no DLPack that is the package of its class.
     """
     kind = type(x)
     if kind is np.ndarray:

@@ -1,8 +1,8 @@
 """Run one rank's program over messages that lie in device memory, kernels adding what arrives.
 
-The rounds, messages and their order are `executor`'s, so that it could be at the other end. The
-host waits for an event wherever a message is to read what a kernel has written, or to be written
-where one still reads: the library that sends looks at no stream.
+The rounds, the messages and their order are those of `executor`, which could run at the other end.
+The library that sends looks at no stream. So the host waits for an event before a message reads
+what a kernel has written, and before one is written where a kernel still reads.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Add = Callable[[int, int, int], None]
 class Site:
     """Where a program runs.
 
-    rank: this one.  segment_bytes, window: as of `executor.Lane`, with the same meaning.
+    rank: this one.  segment_bytes, window: as of `executor.Route`, with the same meaning.
     abandoned: takes what the library may still write to after a run was given up.
     """
 
@@ -55,9 +55,8 @@ class Memory:
 
 
 def landing_bytes(program: Program, itemsize: int, segment_bytes: int, window: int) -> int:
-    """Return the bytes that what arrives to be added needs."""
-    added = program.rows[program.rows[:, 1] == Op.RECV_REDUCE, 4]
-    return window * min(max(1, segment_bytes // itemsize), int(added.max(initial=0))) * itemsize
+    """Return the bytes of memory for what arrives to be added."""
+    return window * min(max(1, segment_bytes // itemsize), program.most_added) * itemsize
 
 
 def execute_on_device(program: Program, site: Site, memory: Memory, add: Add) -> Steps:
@@ -125,7 +124,7 @@ def _rounds(
 def _finish(
     flying: deque[_Flying], site: Site, memory: Memory, add: Add, added: dict[int, Event]
 ) -> Steps:
-    """Wait for the oldest pair of messages; add what came only when what left has left."""
+    """Wait for both of the oldest pair of messages; only then add what has come."""
     entry = flying[0]
     waiting = entry.requests
     while waiting := [request for request in waiting if not request.done()]:

@@ -23,7 +23,7 @@ from .device_wait import following, passes, reached
 from .errors import CommError
 from .letters import Message
 from .mailboxes import Mailboxes
-from .windowed import Lane
+from .windowed import Copier
 from .work import Behind, Steps
 
 Words: TypeAlias = npt.NDArray[np.int64]
@@ -43,9 +43,9 @@ _LEAST_ROOM = 2 << 20
 
 @dataclass
 class Berth:
-    """What one message of a time needs at its sender.
+    """What a sender needs for one message; reused by later ones.
 
-    taken: behind which the last receiver has read the room; None before the first.
+    taken: the event behind which the last receiver has read the room; None before the first.
     """
 
     note: Words
@@ -68,9 +68,9 @@ class Landing:
 class DeviceMail:
     """One rank's messages of one device, to and from ranks that it shares memory with."""
 
-    def __init__(self, mail: Mailboxes, lane: Lane, peering: Peering, staged: str) -> None:
+    def __init__(self, mail: Mailboxes, copier: Copier, peering: Peering, staged: str) -> None:
         """staged: the way of a message whose bytes were asked for."""
-        self._mail, self._lane, self._peering, self._staged = mail, lane, peering, staged
+        self._mail, self._copier, self._peering, self._staged = mail, copier, peering, staged
         self._stream: Stream | None = None
         self._berths: dict[int, list[Berth]] = {}
         self._landings: dict[tuple[int, int], Landing] = {}
@@ -83,11 +83,11 @@ class DeviceMail:
     def close(self) -> None:
         """Give back the others' rooms and events; after the last message has ended.
 
-        Nothing of this rank waits for the others' events any more, then: for an owner to destroy an
-        event that another's stream waits for is undefined. So this is to be kept until all ranks
+        From then on nothing of this rank waits for the others' events. What happens when an owner
+        destroys an event that another's stream waits for is undefined, so keep this until all ranks
         have closed theirs.
         """
-        device, stream = self._lane.device, self._lane.inward
+        device, stream = self._copier.device, self._copier.inward
         for berth in (berth for free in self._berths.values() for berth in free):
             if berth.taken is not None:
                 device.follow(stream, berth.taken)
@@ -110,12 +110,12 @@ class DeviceMail:
         staged: sends it where no room can be had that others can open.
         """
 
-        def run(lane_tag: int) -> Steps:
+        def run(ours: int) -> Steps:
             try:
                 berth = self._take(array.nbytes)
             except CommError as error:
                 self.refused[dst] = str(error)
-                yield from staged(lane_tag)
+                yield from staged(ours)
                 return Behind(array.owner, _nothing, self._staged)
             try:
                 asked = yield from self._pass(array, berth, dst, tag)
@@ -128,7 +128,7 @@ class DeviceMail:
 
     def _pass(self, array: DeviceArray, berth: Berth, dst: int, tag: int) -> Steps:
         """Send an array from a berth; return whether its bytes were asked for."""
-        device, peering, caller = self._lane.device, self._peering, self._lane.caller(array)
+        device, peering, caller = self._copier.device, self._peering, self._copier.caller(array)
         if berth.taken is not None:
             device.follow(caller, berth.taken)
         peering.copy(berth.room, array.address, array.nbytes, caller)
@@ -147,7 +147,7 @@ class DeviceMail:
         return bool(asked)
 
     def _taken(self, berth: Berth, dst: int) -> None:
-        """Have a berth back that a receiver's device will have read some time."""
+        """Take a berth back whose room a receiver's device reads now or later."""
         try:
             berth.taken = self._event(berth.note[_TAKEN].tobytes())
         except CommError as error:  # nobody can tell when, so it is not used again
@@ -159,10 +159,10 @@ class DeviceMail:
     def _answer(
         self, array: DeviceArray, berth: Berth, copied: Event, dst: int, asked: int
     ) -> Steps:
-        place, fetched = self._lane.fetch(berth.room, array.nbytes, copied)
+        place, fetched = self._copier.fetch(berth.room, array.nbytes, copied)
         yield from reached(fetched, self._mail.rank)
-        yield from self._mail.answer(place.part(0, array.nbytes), dst, asked)
-        self._lane.staging.give(place, None)
+        yield from self._mail.answer(place[: array.nbytes], dst, asked)
+        self._copier.staging.give(place, None)
 
     def _take(self, nbytes: int) -> Berth:
         """Return a berth that nobody uses.
@@ -174,7 +174,7 @@ class DeviceMail:
         return free.pop() if free else self._make(size)
 
     def _make(self, size: int) -> Berth:
-        room, owner = self._peering.room(size)
+        room, owner = self._copier.device.room(size)
         exported = self._peering.export(room, size)
         assert exported is not None
         ready, handle = self._peering.make_event()
@@ -189,24 +189,24 @@ class DeviceMail:
 
     def recv(self, array: DeviceArray, src: int, tag: int) -> Callable[[int], Steps]:
         """Return what receives into an array; the caller's stream follows."""
-        lane, device = self._lane, self._lane.device
+        copier, device = self._copier, self._copier.device
 
         def run(_: int) -> Steps:
-            caller = lane.caller(array)
+            caller = copier.caller(array)
             ready = device.record(caller)
             message = yield from self._mail.hope(array.nbytes, src, tag)
             try:
                 copied = self._copied(message, array, src, ready)
                 if copied is not None:
                     return Behind(array.owner, following(device, array, caller, copied), WAY)
-                place = lane.staging.take(array.nbytes)
-                yield from self._mail.take(message, place.part(0, array.nbytes), src)
+                place = copier.staging.take(array.nbytes)
+                yield from self._mail.take(message, place[: array.nbytes], src)
             except CommError:
                 raise
             except BaseException:
                 self._mail.break_off(message, src, tag, message.ordinal)
                 raise
-            copied = lane.deliver(place, array, ready)
+            copied = copier.deliver(place, array, ready)
             return Behind(array.owner, following(device, array, caller, copied), self._staged)
 
         return run
@@ -215,7 +215,7 @@ class DeviceMail:
         """Let the device copy what a note tells of; return the event behind that, if it can."""
         if not message.note:
             return None
-        note, device, peering = _note_at(message.note), self._lane.device, self._peering
+        note, device, peering = _note_at(message.note), self._copier.device, self._peering
         try:
             room, landing = self._room(src, note), self._landing(src, note)
         except CommError:
@@ -232,7 +232,7 @@ class DeviceMail:
 
     def _receiving(self) -> Stream:
         if self._stream is None:
-            self._stream = self._lane.device.make_stream()
+            self._stream = self._copier.device.make_stream()
         return self._stream
 
     def _room(self, src: int, note: Words) -> int:

@@ -16,7 +16,7 @@ from .device_wait import following, wait_here
 from .direct import WAY
 from .transport.base import Channel, Receiving, Request
 from .transport.base import DeviceMessages as Sender
-from .windowed import Lane, typed
+from .windowed import Copier, typed
 from .work import Behind, Prepared, Steps
 
 if TYPE_CHECKING:
@@ -28,12 +28,12 @@ REASON = "device memory passes through pinned host memory"
 class DeviceMessages:
     """Prepare messages of device memory for one rank of one group."""
 
-    def __init__(self, comm: Communicator, lane_of: Callable[[DeviceArray], Lane]) -> None:
-        self._comm, self._lane_of = comm, lane_of
+    def __init__(self, comm: Communicator, copier_of: Callable[[DeviceArray], Copier]) -> None:
+        self._comm, self._copier_of = comm, copier_of
         self._mails: dict[str, DeviceMail] = {}
 
     def close(self) -> list[object]:
-        """Give back what was opened of others; return what they may use until they close theirs."""
+        """Give back what was opened of others; return what must live until they close theirs."""
         mails, self._mails = self._mails, {}
         for mail in mails.values():
             mail.close()
@@ -62,31 +62,32 @@ class DeviceMessages:
     def _send_staged(self, array: DeviceArray, dst: int, tag: int) -> Callable[[int], Steps]:
         """Copy to the host while the caller waits, then send it as any host memory.
 
-        A message keeps its place among the others to that rank, which wait for no copy.
+        The caller waits so that the message keeps its place among the others to that rank, which
+        wait for no copy.
         """
-        host, lane = self._comm.host_operations, self._lane_of(array)
+        host, copier = self._comm.host_operations, self._copier_of(array)
 
         def run(_: int) -> Steps:
-            ready = lane.device.record(lane.caller(array))
-            place, copied = lane.fetch(array.address, array.nbytes, ready)
+            ready = copier.device.record(copier.caller(array))
+            place, copied = copier.fetch(array.address, array.nbytes, ready)
             wait_here(copied)
-            part = place.part(0, array.nbytes)
+            part = place[: array.nbytes]
             yield from host.send(typed(part, array, (array.count,)), dst, tag).run(0)
-            lane.staging.give(place, None)
+            copier.staging.give(place, None)
             return array.owner
 
         return run
 
     def _recv_staged(self, array: DeviceArray, src: int, tag: int) -> Callable[[int], Steps]:
-        host, lane = self._comm.host_operations, self._lane_of(array)
+        host, copier = self._comm.host_operations, self._copier_of(array)
 
         def run(_: int) -> Steps:
-            device, caller = lane.device, lane.caller(array)
+            device, caller = copier.device, copier.caller(array)
             ready = device.record(caller)
-            place = lane.staging.take(array.nbytes)
-            part = place.part(0, array.nbytes)
+            place = copier.staging.take(array.nbytes)
+            part = place[: array.nbytes]
             yield from host.recv(typed(part, array, (array.count,)), src, tag).run(0)
-            copied = lane.deliver(place, array, ready)
+            copied = copier.deliver(place, array, ready)
             return Behind(array.owner, following(device, array, caller, copied))
 
         return run
@@ -98,15 +99,14 @@ class DeviceMessages:
         host = self._comm.host_operations
         if not array.nbytes or peer == self._comm.rank or not host.by_mail(peer):
             return None
-        lane = self._lane_of(array)
-        peering, mail = lane.device.peering, host.mail
+        copier = self._copier_of(array)
+        peering, mail = copier.device.peering, host.mail
         if peering is None or mail is None:
             return None
-        known = self._mails.get(lane.device.name)
+        known = self._mails.get(copier.device.name)
         if known is None:
-            known = self._mails[lane.device.name] = DeviceMail(
-                mail, lane, peering, "staged, shared"
-            )
+            known = DeviceMail(mail, copier, peering, "staged, shared")
+            self._mails[copier.device.name] = known
         return known
 
 
@@ -118,7 +118,7 @@ def gpu_aware(
     empty: Prepared,
     tag: int,
 ) -> Prepared:
-    """Prepare a message from or into device memory, as one of no host elements was prepared.
+    """Prepare a message from or into device memory; empty: the same of no elements on the host.
 
     The host waits for the caller's stream before the library is called, so that a message keeps
     its place among the others to that rank. The other end may be in host memory.
@@ -162,7 +162,7 @@ def _by_note(empty: Prepared, array: DeviceArray, run: Callable[[int], Steps]) -
 def _prepared(
     empty: Prepared, array: DeviceArray, way: str, why: str, run: Callable[[int], Steps]
 ) -> Prepared:
-    """Prepare a message as one of no elements was prepared."""
+    """Prepare a message to or from the same rank as `empty`, which has no elements."""
     receipt = replace(empty.receipt, transport=way, nbytes=array.nbytes, reason=why)
     signature = empty.signature._replace(dtype=array.dtype.name, elements=array.count)
     return Prepared(receipt, empty.channel, run, signature)

@@ -1,14 +1,15 @@
 """Collectives on GPU memory over several nodes: over ipc within them, by messages between them.
 
-Of every piece of a buffer each rank of a node has a part. It folds that part of its node's ranks
-(of a broadcast it copies the root's), the ranks of equal place on their nodes - a lane - move their
-parts by whatever way the lane has, and where a result is wanted each rank copies the other parts
-from its node's. What brings rows of others begins with the lanes: of an alltoall a rank sends each
-of its lane the rows for all of that one's node. So a rank's messages carry one part of many, and
-nothing else passes through the host. Half widths travel as float32 and are rounded once.
+Each rank of a node has one part of every piece of a buffer. It folds that part of all its node's
+ranks, or copies the root's for a broadcast. Then the ranks of equal place on their nodes - a lane -
+move their parts, by whatever way the lane has. Where a result is wanted, each rank copies the other
+parts from the ranks of its node. What brings rows of others begins with the lanes: in an alltoall a
+rank sends to each rank of its lane the rows for all ranks of that one's node. So a rank's messages
+carry one part of many, and nothing else passes through the host. Half widths travel as float32 and
+are rounded once.
 
-It is what `nesting.nest` does for the host, in place. Only ranks of one node read each other's
-memory. What is not registered is copied to scratch memory that is, on the device.
+It does in place what `nesting.nest` does for the host. Only ranks of one node read each other's
+memory; an array that is not registered is copied to scratch memory on the device, which is.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from .arithmetic import plain
 from .chunks import bounds
-from .device import Device, DeviceArithmetic, DeviceArray, Peering, describe, renewed
-from .device_wait import following
+from .device import Device, DeviceArray, Event, like
+from .device_calls import Make, called
 from .fingerprint import fingerprint
-from .nested_launches import Call, RowsCall, plain
+from .nested_launches import Call, RowsCall
 from .nested_node import NestedNode
 from .nested_pieces import Piece, elementwise, scattered, steps
 from .trace import Signature
 from .transport.base import Channel
 from .turns import Line
-from .work import Behind, Prepared, Receipt, Steps
+from .work import Prepared, Receipt, Steps
 
 if TYPE_CHECKING:
     from .communicator import Communicator
@@ -43,9 +45,6 @@ An estimate, of three meetings within a node with a launch behind each; not meas
 PIECE_BYTES = 64 << 20
 """Of the buffer at a time, so that scratch memory stays bounded."""
 
-Run = Callable[[int, int], Iterator[Steps]]
-"""(address of the result, tag) -> the steps of every piece."""
-
 
 class Nested:
     """Prepare collectives of one group whose nodes hold equally many ranks, which open memory."""
@@ -60,11 +59,8 @@ class Nested:
         way: str,
     ) -> None:
         """node: this rank's side.  ways: of the lane, where `way` is taken."""
-        assert device.peering is not None and device.arithmetic is not None
         self._rank, self._size = group.rank, group.size
         self._node, self._lane, self._ways, self._device = node, lane, ways, device
-        self._peering: Peering = device.peering
-        self._arithmetic: DeviceArithmetic = device.arithmetic
         self._way = f"ipc in nodes, {way} between them"
         self._line = Line(group.rank)
         self._abandoned: list[object] = []
@@ -75,16 +71,8 @@ class Nested:
         self._ways.close()
         self._lane.close()
 
-    def reduces(self, array: DeviceArray, op: str) -> bool:
-        """Tell whether a reduction goes this way; alike on all ranks."""
-        if not self.moves(array.nbytes):
-            return False
-        if array.dtype.wide:
-            return self._arithmetic.knows(plain(op), "float32")
-        return self._peering.folds(plain(op), array.dtype.name)
-
-    def moves(self, nbytes: int) -> bool:
-        """Tell whether what moves so much goes this way; alike on all ranks."""
+    def takes(self, nbytes: int) -> bool:
+        """Tell whether a collective on so much goes this way; alike on all ranks."""
         return nbytes >= NEST_BYTES
 
     # -- reductions, and a broadcast; who names an algorithm goes another way -----------------
@@ -128,7 +116,7 @@ class Nested:
         return self._elementwise(call, array)
 
     def reduce_scatter(self, array: DeviceArray, op: str, algorithm: Algorithm) -> Prepared:
-        """Reduce a copy, in which the chunks of a lane's ranks lie together; return one's own."""
+        """Reduce a copy, where the chunks of a lane's ranks lie together; return this rank's."""
         call = Call(
             Signature("reduce_scatter", op, array.dtype.name, array.count),
             array.dtype,
@@ -159,7 +147,7 @@ class Nested:
         def run(into: int, tag: int) -> Iterator[Steps]:
             return (self._node.piece(call, array, into, piece, tag) for piece in pieces)
 
-        make = None if shape is None else partial(self._device.like, array, shape)
+        make = None if shape is None else partial(like, array=array, shape=shape)
         return self._prepared(call.signature, array, array.nbytes, len(pieces), run, make)
 
     # -- rows of others ----------------------------------------------------------------------
@@ -216,8 +204,8 @@ class Nested:
                 for index, part in enumerate(parts)
             )
 
-        def make() -> Any:
-            return self._device.like(array, shape) if call.takes else None
+        def make(device: Device) -> Any:
+            return device.like(array, shape) if call.takes else None
 
         return self._prepared(call.signature, array, nbytes, len(parts), run, make)
 
@@ -229,36 +217,25 @@ class Nested:
         array: DeviceArray,
         nbytes: int,
         number: int,
-        run: Run,
-        make: Callable[[], Any] | None,
+        run: Callable[[int, int], Iterator[Steps]],
+        make: Make | None,
     ) -> Prepared:
         """Prepare what works on one piece after the other.
 
-        number: of pieces.  make: return what takes the result; None where it is the array itself.
+        number: of pieces.  run: given what takes the result, and a tag, return the steps of each.
         """
         device, stream = self._device, self._node.stream
 
-        def begin(tag: int) -> Steps:
-            caller = device.caller(renewed(array))
-            result, into = array.owner, 0
-            if make is not None:
-                result = make()
-                into = 0 if result is None else describe(result, writable=True).address
-            # Recorded now, when the caller calls, and behind the making of its result.
-            ready = device.record(caller)
-            try:
-                with self._line.turn() as turn:
-                    while not turn.done():
-                        yield [turn]
-                    device.follow(stream, ready)
-                    for piece in run(into, tag):
-                        yield from piece
-                    last = device.record(stream)
-            except BaseException:
-                self._abandoned.append((array, result))  # which devices may be at
-                raise
-            return Behind(result, following(device, array, caller, last))
+        def in_turn(into: int, ready: Event, tag: int) -> Steps:
+            with self._line.turn() as turn:
+                while not turn.done():
+                    yield [turn]
+                device.follow(stream, ready)
+                for piece in run(into, tag):
+                    yield from piece
+                return device.record(stream), ""
 
+        begin = partial(called, device, array, make, in_turn, self._abandoned)
         width, nodes = self._node.seats.width, len(self._node.seats.lane)
         receipt = Receipt(
             signature.operation,

@@ -11,7 +11,7 @@ from .device import Device, DeviceArray, Like
 from .device_nesting import Nested
 from .ipc_trial import give_up, open_ipc
 from .nested_node import NestedNode
-from .scratch import Place, Scratch
+from .scratch import DevicePlace, Scratch
 
 if TYPE_CHECKING:
     from .communicator import Communicator
@@ -37,17 +37,17 @@ def open_nested(
     widths = group.allgather(np.array([node.size], np.int64))
     if widths.min() < 2 or widths.min() != widths.max():
         return None
-    ipc, arithmetic = open_ipc(node, device)[0], device.arithmetic
-    able = np.array([ipc is not None and arithmetic is not None], np.uint8)
+    ipc = open_ipc(node, device)[0]
+    able = np.array([ipc is not None and device.arithmetic is not None], np.uint8)
     if not group.allreduce(able, "min")[0]:
         if ipc is not None:
             give_up(node, ipc)
         return None
-    assert ipc is not None and arithmetic is not None
+    assert ipc is not None
     lane = group.split(node.rank, group.rank)
-    scratch, stream = Scratch(arithmetic), ipc.stream
+    scratch, stream = Scratch(device), ipc.stream
 
-    def lent(device: Device, array: DeviceArray, shape: tuple[int, ...]) -> Place:
+    def lent(device: Device, array: DeviceArray, shape: tuple[int, ...]) -> DevicePlace:
         return scratch.array(shape, array.dtype, stream)
 
     ways = alike(lane, lent)

@@ -1,34 +1,35 @@
-"""Collectives on device memory: in place by `ipc`, and all through pinned host memory.
+"""Collectives on device memory: in place by `ipc`, or through pinned host memory.
 
 Where the ranks of a group open each other's memory, and what a collective reads of others is
 registered, their kernels do it (`ipc`). Everything else is staged, window by window (`windowed`).
 
-Operations of a group take turns, in the order of the calls, on a group of their own: when a copy
-ends differs from rank to rank, so they could not keep an order with the host's operations.
+Operations of a group take turns, in the order of the calls. They have a copy of the group to
+themselves: a copy of memory ends sooner on one rank than on another, so that ranks could not keep
+one order of these operations and the host's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from functools import cache, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .device import Device, DeviceArray, Like, describe, like
+from .device import Device, DeviceArray, Event, Like, like
+from .device_calls import Make, called
 from .device_messages import REASON, DeviceMessages
-from .device_wait import following
+from .dtypes import Typed
 from .fingerprint import fingerprint
 from .ipc import Ipc
 from .ipc_trial import open_ipc
 from .schedule import Algorithm
-from .staging import Staging, Typed
 from .trace import Signature
 from .transport.base import Channel
 from .turns import Line
-from .windowed import Lane, run_windows
+from .windowed import Copier, pinned, run_windows
 from .windows import Window, elementwise, exchanged, gathered, scattered
-from .work import Behind, Prepared, Receipt, Steps
+from .work import Prepared, Receipt, Steps
 
 if TYPE_CHECKING:
     from .communicator import Communicator
@@ -56,27 +57,27 @@ class DeviceOperations:
         self._find = find
         self._like = like
         self._window_bytes = window_bytes
-        self._lanes: dict[str, Lane] = {}
+        self._copiers: dict[str, Copier] = {}
         self._line = Line(comm.rank)
         self._group: Communicator | None = None
         self._ipc: Ipc | None = None
-        self._no_ipc = ""
+        self._why = REASON
         self._abandoned: list[object] = []
-        self.messages = DeviceMessages(comm, self._lane)
+        self.messages = DeviceMessages(comm, self._copier)
 
     def close(self) -> list[object]:
         """Give the group back; collective where a collective was called.
 
-        Returns: what other ranks may use until they have closed theirs, so that it must live.
+        Returns: what must live until the other ranks have closed theirs.
         """
         group, self._group = self._group, None
         ipc, self._ipc = self._ipc, None
         if ipc is not None:
             ipc.close()
         kept = self.messages.close()
-        lanes, self._lanes = self._lanes, {}
-        # With a lane go its streams, and pinned memory, where copies may still be at.
-        self._abandoned += [lane for lane in lanes.values() if not lane.ends()]
+        copiers, self._copiers = self._copiers, {}
+        # With a copier go its streams, and pinned memory, where copies may still be at.
+        self._abandoned += [copier for copier in copiers.values() if not copier.ends()]
         if group is not None:
             group.close()
         return kept
@@ -148,7 +149,7 @@ class DeviceOperations:
         )
 
     def scatter(self) -> Prepared:
-        """Refuse: ranks that pass nothing could not tell on which device they want their row."""
+        """Refuse: ranks that pass nothing cannot say on which device they want their row."""
         raise TypeError(
             "x: scatter takes host memory only, since the other ranks do not say where their row "
             "is to lie; broadcast it, or scatter a host copy"
@@ -174,54 +175,41 @@ class DeviceOperations:
         cut: Callable[[], Sequence[Window]],
         prepare: Prepare,
         algorithm: Algorithm,
-        make: Callable[[Device], Any] | None = None,
+        make: Make | None = None,
     ) -> Prepared:
-        """Prepare it both ways: which one is taken, the ranks find when they meet.
+        """Prepare it both ways; when the ranks meet they find which one they take.
 
         cut: return the windows, where it is staged.
-        make: return what takes the result, or None where nothing comes; the array itself without.
+        make: None where the array itself takes the result.
         """
-        lane, group = self._lane(array), self._copy_of_group(array)
+        copier, group = self._copier(array), self._copy_of_group(array)
         ipc = self._ipc if algorithm is None else None
         cut = cache(cut)
 
-        def run(tag: int) -> Steps:
+        def run(into: int, ready: Event, tag: int) -> Steps:
             def exchange(part: Typed) -> Steps:
                 prepared = prepare(group.host_operations, part)
                 group._runner.note(prepared)
                 return (yield from prepared.run(tag))
 
-            caller = lane.caller(array)
-            result, into = array.owner, array.address
-            if make is not None:
-                result = make(lane.device)
-                into = 0 if result is None else describe(result, writable=False).address
-            # Recorded now, when the caller calls, and behind the making of its result.
-            ready = lane.device.record(caller)
-            try:
-                with self._line.turn() as turn:
-                    while not turn.done():
-                        yield [turn]
-                    if ipc is not None:
-                        last = yield from ipc.run(signature, array, into, ready, tag)
-                        if last is not None:
-                            follow = following(lane.device, array, caller, last)
-                            return Behind(result, follow, "ipc")
-                    windows = cut()
-                    last = yield from run_windows(
-                        lane, group.rank, array, into, windows, exchange, ready
-                    )
-            except BaseException:
-                self._abandoned.append((array, result))  # which devices may be at
-                raise
-            way = f"staged, {group.host_operations.way}"
-            return Behind(result, following(lane.device, array, caller, last), way)
+            with self._line.turn() as turn:
+                while not turn.done():
+                    yield [turn]
+                if ipc is not None:
+                    last = yield from ipc.run(signature, array, into, ready, tag)
+                    if last is not None:
+                        return last, "ipc"
+                windows = cut()
+                last = yield from run_windows(
+                    copier, group.rank, array, into, windows, exchange, ready
+                )
+            return last, f"staged, {group.host_operations.way}"
 
         name = "staged" if ipc is None else "ipc"
         return Prepared(
             self._receipt(signature, array, cut, ipc),
             Channel.COLLECTIVE,
-            run,
+            partial(called, copier.device, array, make, run, self._abandoned),
             signature,
             way=name,
             mark=fingerprint(signature, name),
@@ -234,8 +222,14 @@ class DeviceOperations:
         """
         if self._group is None:
             self._group = self._comm.split(0, self._comm.rank)
-            self._ipc, self._no_ipc = open_ipc(self._group, self._find(array))
+            self._ipc, no_ipc = open_ipc(self._group, self._find(array))
+            if no_ipc:
+                self.because(f"no ipc: {no_ipc}")
         return self._group
+
+    def because(self, reason: str) -> None:
+        """Let receipts of what is staged give one more reason."""
+        self._why += f"; {reason}"
 
     def alike(self, comm: Communicator, like: Like) -> DeviceOperations:
         """Return the operations of another group on the same devices.
@@ -252,15 +246,15 @@ class DeviceOperations:
         group = self._copy_of_group(array)
         return group, self._ipc is not None
 
-    def _lane(self, array: DeviceArray) -> Lane:
+    def _copier(self, array: DeviceArray) -> Copier:
         """Return what this rank keeps for the device that an array lies on."""
         device = self._find(array)
-        lane = self._lanes.get(device.name)
-        if lane is None:
-            staging = Staging(device, lambda nbytes: self._comm.empty(nbytes, np.uint8))
-            lane = Lane(device, device.make_stream(), device.make_stream(), staging)
-            self._lanes[device.name] = lane
-        return lane
+        copier = self._copiers.get(device.name)
+        if copier is None:
+            staging = pinned(device, lambda nbytes: self._comm.empty(nbytes, np.uint8))
+            copier = Copier(device, device.make_stream(), device.make_stream(), staging)
+            self._copiers[device.name] = copier
+        return copier
 
     def _most(self, array: DeviceArray) -> int:
         return max(1, self._window_bytes // array.dtype.itemsize)
@@ -281,5 +275,4 @@ class DeviceOperations:
         if offer is not None and offer.fits:
             why = "ipc where the root's memory is registered, which it alone knows"
             return Receipt(name, "pairwise, in place", f"ipc or {way}", size, nbytes, why)
-        why = f"{REASON}; no ipc: {self._no_ipc}" if self._no_ipc else REASON
-        return Receipt(name, f"{len(cut())} windows", way, 1, nbytes, why)
+        return Receipt(name, f"{len(cut())} windows", way, 1, nbytes, self._why)

@@ -19,7 +19,7 @@ _LOOKS, _GLANCES = 200, 12
 
 @dataclass(frozen=True)
 class Reached:
-    """What an operation that waits shows: itself, and no other rank."""
+    """The request of an operation that waits for its own device: `peer` is this rank itself."""
 
     peer: int
     event: Event
@@ -32,7 +32,10 @@ class Reached:
 def reached(
     event: Event, rank: int, patient: bool | None = False
 ) -> Generator[list[Request], bool | None, bool | None]:
-    """Wait until an event has ended; take and return whether somebody waits for the operation."""
+    """Wait until an event has ended; return whether somebody waits for the operation by then.
+
+    patient: whether somebody does as this begins.
+    """
     while True:
         for _ in range(_LOOKS if patient else _GLANCES):
             if event.ended():
@@ -76,7 +79,7 @@ def following(device: Device, array: DeviceArray, caller: Stream, event: Event) 
 
 
 def passes(event: Event, seconds: float = 30.0) -> bool:
-    """Wait for an event so long; tell whether it has ended, which it never does after an error."""
+    """Wait for an event up to `seconds`; tell whether it has ended: after an error none does."""
     end = time.monotonic() + seconds
     try:
         while not event.ended():

@@ -14,7 +14,6 @@ Large collectives over several nodes take the first within them and another betw
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +32,8 @@ if TYPE_CHECKING:
     from .communicator import Communicator
 
 Find = Callable[[DeviceArray], Device]
+Side = Nested | Direct | DeviceOperations
+"""What prepares a collective one way."""
 
 
 class DeviceWays:
@@ -55,17 +56,16 @@ class DeviceWays:
         self._comm, self._find, self._staged, self._aware = comm, find, staged, aware
         self._like = like
         self._verdict: Verdict | None = None
-        self._direct: Direct | None = None
+        self._flat: Direct | DeviceOperations = staged  # for what is not nested
         self._nested: Nested | None = None
         self._asked = False
-        self._why_not = ""
 
     def close(self) -> list[object]:
         """Give the group back; collective where a collective was called.
 
         Returns: what must live until the other ranks have closed theirs.
         """
-        self._direct = None
+        self._flat = self._staged
         nested, self._nested = self._nested, None
         if nested is not None:
             nested.close()
@@ -84,9 +84,7 @@ class DeviceWays:
     def allreduce(self, x: Any, op: str = "sum", algorithm: Algorithm = None) -> Prepared:
         array = describe(x, writable=True)
         side = self._reducing(array, op, algorithm)
-        if side is not None:
-            return side.allreduce(array, op, algorithm)
-        return self._told(self._staged.allreduce(array, op, algorithm))
+        return side.allreduce(array, op, algorithm)
 
     def reduce(
         self, x: Any, root: int = 0, op: str = "sum", algorithm: Algorithm = None
@@ -94,39 +92,29 @@ class DeviceWays:
         root = self._comm.host_operations.root(root)
         array = describe(x, writable=self._comm.rank == root)
         side = self._reducing(array, op, algorithm)
-        if side is not None:
-            return side.reduce(array, root, op, algorithm)
-        return self._told(self._staged.reduce(array, root, op, algorithm))
+        return side.reduce(array, root, op, algorithm)
 
     def reduce_scatter(self, x: Any, op: str = "sum", algorithm: Algorithm = None) -> Prepared:
         array = describe(x, writable=False)
         side = self._reducing(array, op, algorithm)
-        if side is not None:
-            return side.reduce_scatter(array, op, algorithm)
-        return self._told(self._staged.reduce_scatter(array, op, algorithm))
+        return side.reduce_scatter(array, op, algorithm)
 
     def broadcast(self, x: Any, root: int = 0, algorithm: Algorithm = None) -> Prepared:
         root = self._comm.host_operations.root(root)
         array = describe(x, writable=self._comm.rank != root)
         side = self._moving(array, array.nbytes, algorithm)
-        if side is not None:
-            return side.broadcast(array, root, algorithm)
-        return self._told(self._staged.broadcast(array, root, algorithm))
+        return side.broadcast(array, root, algorithm)
 
     def allgather(self, x: Any, algorithm: Algorithm = None) -> Prepared:
         array = describe(x, writable=False)
         side = self._moving(array, array.nbytes * self._comm.size, algorithm)
-        if side is not None:
-            return side.allgather(array, algorithm)
-        return self._told(self._staged.allgather(array, algorithm))
+        return side.allgather(array, algorithm)
 
     def gather(self, x: Any, root: int = 0, algorithm: Algorithm = None) -> Prepared:
         root = self._comm.host_operations.root(root)
         array = describe(x, writable=False)
         side = self._moving(array, array.nbytes * self._comm.size, algorithm)
-        if side is not None:
-            return side.gather(array, root, algorithm)
-        return self._told(self._staged.gather(array, root, algorithm))
+        return side.gather(array, root, algorithm)
 
     def scatter(self, x: Any = None, root: int = 0, algorithm: Algorithm = None) -> Prepared:
         return self._staged.scatter()
@@ -138,9 +126,7 @@ class DeviceWays:
                 f"x: expected a first axis of {size}, a row per rank, got shape {array.shape}"
             )
         side = self._moving(array, array.nbytes, algorithm)
-        if side is not None:
-            return side.alltoall(array, algorithm)
-        return self._told(self._staged.alltoall(array, algorithm))
+        return side.alltoall(array, algorithm)
 
     # -- arrays ------------------------------------------------------------------------------
 
@@ -192,56 +178,45 @@ class DeviceWays:
 
     # -- choosing ----------------------------------------------------------------------------
 
-    def _reducing(
-        self, array: DeviceArray, op: str, algorithm: Algorithm
-    ) -> Nested | Direct | None:
-        """Return what computes a reduction; None where that is staged."""
+    def _reducing(self, array: DeviceArray, op: str, algorithm: Algorithm) -> Side:
+        """Return what computes a reduction."""
         array.dtype.require(op)
-        direct = self._open(array)
-        nested = self._nested if algorithm is None else None
-        if nested is not None and nested.reduces(array, op):
-            return nested
-        return direct if direct is not None and direct.knows(op, array.dtype.name) else None
+        side = self._moving(array, array.nbytes, algorithm)
+        return side if array.dtype.on_devices else self._staged
 
-    def _moving(
-        self, array: DeviceArray, nbytes: int, algorithm: Algorithm
-    ) -> Nested | Direct | None:
-        """Return what moves nbytes of every rank's; None where that is staged."""
-        direct = self._open(array)
+    def _moving(self, array: DeviceArray, nbytes: int, algorithm: Algorithm) -> Side:
+        """Return what moves nbytes of every rank's."""
+        self._open(array)
         nested = self._nested if algorithm is None else None
-        return nested if nested is not None and nested.moves(nbytes) else direct
+        return nested if nested is not None and nested.takes(nbytes) else self._flat
 
     def _judge(self) -> Verdict:
         if self._verdict is None:
             self._verdict = self._aware()
         return self._verdict
 
-    def _open(self, array: DeviceArray) -> Direct | None:
-        """Return the direct side of the group where all of its ranks have one; collective."""
+    def _open(self, array: DeviceArray) -> None:
+        """Find the ways that the group has, once; collective."""
         if not self._asked:
             self._asked = True
-            self._direct, self._why_not = self._agree(array)
+            self._flat = self._agree(array) or self._staged
             group, device = self._staged.open(array)[0], self._find(array)
             self._nested = open_nested(group, array, device, self.alike)
-        return self._direct
 
-    def _agree(self, array: DeviceArray) -> tuple[Direct | None, str]:
+    def _agree(self, array: DeviceArray) -> Direct | None:
+        """Return the direct side of the group where all of its ranks have one."""
         group, has_ipc = self._staged.open(array)
         messages = group._transport.device_messages
         if group.size == 1 or has_ipc or messages is None:
-            return None, ""
+            return None
         if group.host_operations.way == "shared":
-            return None, ""
+            return None
         device, verdict = self._find(array), self._judge()
         arithmetic = device.arithmetic
         able = verdict.aware and arithmetic is not None
         if not group.allreduce(np.array([able], np.uint8), "min")[0]:
-            return None, verdict.reason if not verdict.aware else "not on every rank"
+            why = verdict.reason if not verdict.aware else "not on every rank"
+            self._staged.because(f"no gpu-aware MPI: {why}")
+            return None
         assert arithmetic is not None
-        return Direct(group, messages, device, arithmetic, verdict.reason, self._like), ""
-
-    def _told(self, prepared: Prepared) -> Prepared:
-        if not self._why_not:
-            return prepared
-        reason = f"{prepared.receipt.reason}; no gpu-aware MPI: {self._why_not}"
-        return replace(prepared, receipt=replace(prepared.receipt, reason=reason))
+        return Direct(group, messages, device, arithmetic, verdict.reason, self._like)

@@ -1,8 +1,8 @@
 """Operations on device memory that a GPU-aware MPI library sends as it lies there.
 
-Whatever the host waits for is an event: before the library may read or write a buffer, all that
-the caller has put on its stream has run; what the caller puts there after the operation has ended
-runs behind the last kernel. Sums are made by kernels: half widths in float32, rounded once.
+The host waits for events. Before the library may read or write a buffer, all that the caller has
+put on its stream has run; what the caller puts there after the operation has ended runs behind the
+last kernel. Sums are made by kernels: half widths in float32, rounded once.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .arithmetic import mean_scales
+from .arithmetic import mean_scales, plain
 from .chunks import bounds
-from .device import Device, DeviceArithmetic, DeviceArray, Like, describe, renewed
+from .device import Device, DeviceArithmetic, DeviceArray, Event, Like
+from .device_calls import Make, called
 from .device_executor import Memory, Site, execute_on_device, landing_bytes
-from .device_wait import following, reached
+from .device_wait import reached
 from .dtypes import DTYPES
 from .executor import NETWORK_WINDOW
 from .fingerprint import fingerprint
-from .scratch import Piece, Scratch
+from .scratch import Room, Scratch
 from .trace import Signature
 from .transport.base import Channel, DeviceMessages
-from .work import Behind, Prepared, Receipt, Steps
+from .work import Prepared, Receipt, Steps
 
 if TYPE_CHECKING:
     from .choice import Chosen
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     from .schedule import Algorithm
 
 WAY = "gpu-aware mpi"
-
-Run = Callable[[int, int], Steps]
-"""(tag, address of what takes the result) -> steps; the caller's work has run when they begin."""
 
 
 class Direct:
@@ -47,20 +45,15 @@ class Direct:
         reason: str,
         like: Like,
     ) -> None:
-        """group: whose collective messages nobody else sends with the tags of these operations.
+        """group: where nobody else sends collective messages with the tags of these operations.
 
         like: makes what takes a result.
         """
         self._group, self._messages, self._device, self._like = group, messages, device, like
         self._arithmetic, self._reason = arithmetic, reason
         self._stream = device.make_stream()
-        self._scratch = Scratch(arithmetic)
+        self._scratch = Scratch(device)
         self._abandoned: list[object] = []
-
-    def knows(self, op: str, dtype: str) -> bool:
-        """Tell whether a reduction can be computed; alike on all ranks."""
-        wide = DTYPES[dtype].wide
-        return self._arithmetic.knows("sum" if op == "mean" else op, "float32" if wide else dtype)
 
     # -- reductions --------------------------------------------------------------------------
 
@@ -69,7 +62,7 @@ class Direct:
         signature = Signature("allreduce", op, array.dtype.name, array.count)
         chosen = self._choose(signature, array.count, algorithm)
 
-        def run(tag: int, into: int) -> Steps:
+        def run(into: int, tag: int) -> Steps:
             yield from self._reduce(chosen, array, into, op, tag)
 
         return self._prepared(signature, chosen, array, array.nbytes, run)
@@ -79,13 +72,13 @@ class Direct:
         signature = Signature("reduce", op, array.dtype.name, array.count, root)
         chosen = self._choose(signature, array.count, algorithm, root)
 
-        def run(tag: int, into: int) -> Steps:
+        def run(into: int, tag: int) -> Steps:
             if self._group.rank == root:
                 yield from self._reduce(chosen, array, into, op, tag)
             else:
-                piece = yield from self._copy(array)
-                yield from self._reduce(chosen, array, piece[0], op, tag)
-                self._give(piece)
+                room = yield from self._copy(array)
+                yield from self._reduce(chosen, array, room.address, op, tag)
+                self._give(room)
 
         return self._prepared(signature, chosen, array, array.nbytes, run)
 
@@ -96,15 +89,15 @@ class Direct:
         low, high = bounds(array.count, self._group.size, self._group.rank)
         item = array.dtype.itemsize
 
-        def run(tag: int, into: int) -> Steps:
-            piece = yield from self._copy(array)
-            yield from self._reduce(chosen, array, piece[0], op, tag)
+        def run(into: int, tag: int) -> Steps:
+            room = yield from self._copy(array)
+            yield from self._reduce(chosen, array, room.address, op, tag)
             if high > low:
                 size = (high - low) * item
-                self._arithmetic.copy(into, piece[0] + low * item, size, self._stream)
-            self._give(piece)
+                self._arithmetic.copy(into, room.address + low * item, size, self._stream)
+            self._give(room)
 
-        make = partial(self._like, self._device, array, (high - low,))
+        make = self._new(array, (high - low,))
         return self._prepared(signature, chosen, array, array.nbytes, run, make)
 
     def _reduce(self, chosen: Chosen, array: DeviceArray, address: int, op: str, tag: int) -> Steps:
@@ -112,20 +105,19 @@ class Direct:
         name, count = array.dtype.name, array.count
         if not count:
             return
-        plain = "sum" if op == "mean" else op
         if not array.dtype.wide:
-            adding, item = (plain, name), array.dtype.itemsize
+            adding, item = (plain(op), name), array.dtype.itemsize
             yield from self._execute(chosen, item, address, address, tag, adding)
             if op == "mean" and self._group.size > 1:
                 self._convert(address, name, address, name, count, float(self._group.size))
             return
         before, after = mean_scales(op, self._group.size)
-        piece = self._scratch.take(count * 4)
-        self._convert(address, name, piece[0], "float32", count, before)
+        room = self._scratch.take(count * 4)
+        self._convert(address, name, room.address, "float32", count, before)
         yield from self._settled()
-        yield from self._execute(chosen, 4, piece[0], piece[0], tag, (plain, "float32"))
-        self._convert(piece[0], "float32", address, name, count, after)
-        self._give(piece)
+        yield from self._execute(chosen, 4, room.address, room.address, tag, (plain(op), "float32"))
+        self._convert(room.address, "float32", address, name, count, after)
+        self._give(room)
 
     # -- movements ---------------------------------------------------------------------------
 
@@ -134,7 +126,7 @@ class Direct:
         signature = Signature("broadcast", "", array.dtype.name, array.count, root)
         chosen = self._choose(signature, array.count, algorithm, root)
 
-        def run(tag: int, into: int) -> Steps:
+        def run(into: int, tag: int) -> Steps:
             yield from self._move(chosen, array, into, into, tag)
 
         return self._prepared(signature, chosen, array, array.nbytes, run)
@@ -145,11 +137,11 @@ class Direct:
         signature = Signature("allgather", "", array.dtype.name, array.count)
         chosen = self._choose(signature, array.count * size, algorithm)
 
-        def run(tag: int, into: int) -> Steps:
+        def run(into: int, tag: int) -> Steps:
             yield from self._own_row(array, into)
             yield from self._move(chosen, array, into, into, tag)
 
-        make = partial(self._like, self._device, array, (size, *array.shape))
+        make = self._new(array, (size, *array.shape))
         return self._prepared(signature, chosen, array, array.nbytes * size, run, make)
 
     def gather(self, array: DeviceArray, root: int, algorithm: Algorithm) -> Prepared:
@@ -158,19 +150,19 @@ class Direct:
         signature = Signature("gather", "", array.dtype.name, array.count, root)
         chosen = self._choose(signature, array.count * size, algorithm, root)
 
-        def run(tag: int, into: int) -> Steps:
+        def run(into: int, tag: int) -> Steps:
             if self._group.rank == root:
                 yield from self._own_row(array, into)
                 yield from self._move(chosen, array, into, into, tag)
                 return
-            piece = self._scratch.take(array.nbytes * size)
-            yield from self._own_row(array, piece[0])
-            yield from self._move(chosen, array, piece[0], piece[0], tag)
-            self._give(piece)
+            room = self._scratch.take(array.nbytes * size)
+            yield from self._own_row(array, room.address)
+            yield from self._move(chosen, array, room.address, room.address, tag)
+            self._give(room)
 
-        def make() -> Any:
+        def make(device: Device) -> Any:
             at_root = self._group.rank == root
-            return self._like(self._device, array, (size, *array.shape)) if at_root else None
+            return self._like(device, array, (size, *array.shape)) if at_root else None
 
         return self._prepared(signature, chosen, array, array.nbytes * size, run, make)
 
@@ -180,14 +172,14 @@ class Direct:
         chosen = self._choose(signature, array.count, algorithm)
         row = array.nbytes // self._group.size
 
-        def run(tag: int, into: int) -> Steps:
+        def run(into: int, tag: int) -> Steps:
             if row:
                 at = self._group.rank * row
                 self._arithmetic.copy(into + at, array.address + at, row, self._stream)
             yield from self._settled()
             yield from self._move(chosen, array, array.address, into, tag)
 
-        make = partial(self._like, self._device, array, array.shape)
+        make = self._new(array, array.shape)
         return self._prepared(signature, chosen, array, array.nbytes, run, make)
 
     # -- parts of them -----------------------------------------------------------------------
@@ -206,30 +198,18 @@ class Direct:
         chosen: Chosen,
         array: DeviceArray,
         nbytes: int,
-        run: Run,
-        make: Callable[[], Any] | None = None,
+        run: Callable[[int, int], Steps],
+        make: Make | None = None,
     ) -> Prepared:
-        """make: return what takes the result, or None where nothing comes; array itself without."""
+        """run: given what takes the result, and a tag; the caller's work has run when it begins."""
 
-        def begin(tag: int) -> Steps:
-            device = self._device
-            caller = device.caller(renewed(array))
-            result, into = array.owner, array.address
-            if make is not None:
-                # When the caller calls: memory comes from the pool of the stream that is current.
-                result = make()
-                into = 0 if result is None else describe(result, writable=True).address
-            # Behind the making of the result, too: the caller's stream may still be at its memory.
-            device.follow(self._stream, device.record(caller))
-            try:
-                yield from self._settled()
-                yield from run(tag, into)
-                last = device.record(self._stream)
-            except BaseException:
-                self._abandoned.append([array, result])
-                raise
-            return Behind(result, following(device, array, caller, last))
+        def settled(into: int, ready: Event, tag: int) -> Steps:
+            self._device.follow(self._stream, ready)
+            yield from self._settled()
+            yield from run(into, tag)
+            return self._device.record(self._stream), ""
 
+        begin = partial(called, self._device, array, make, settled, self._abandoned)
         receipt = Receipt(
             signature.operation,
             chosen.algorithm,
@@ -242,8 +222,11 @@ class Direct:
         mark = fingerprint(signature, way)
         return Prepared(receipt, Channel.COLLECTIVE, begin, signature, way=way, mark=mark)
 
-    def _give(self, piece: Piece) -> None:
-        self._scratch.give(piece, self._device.record(self._stream))
+    def _new(self, array: DeviceArray, shape: tuple[int, ...]) -> Make:
+        return lambda device: self._like(device, array, shape)
+
+    def _give(self, room: Room) -> None:
+        self._scratch.give(room, self._device.record(self._stream))
 
     def _settled(self) -> Steps:
         """Wait for all that is on this side's stream, so that messages may touch it."""
@@ -257,11 +240,11 @@ class Direct:
 
     def _copy(self, array: DeviceArray) -> Steps:
         """Return a copy of an array in scratch memory."""
-        piece = self._scratch.take(array.nbytes)
+        room = self._scratch.take(array.nbytes)
         if array.nbytes:
-            self._arithmetic.copy(piece[0], array.address, array.nbytes, self._stream)
+            self._arithmetic.copy(room.address, array.address, array.nbytes, self._stream)
         yield from self._settled()
-        return piece
+        return room
 
     def _move(
         self, chosen: Chosen, array: DeviceArray, source: int, target: int, tag: int
@@ -289,16 +272,16 @@ class Direct:
             NETWORK_WINDOW,
             self._abandoned,
         )
-        room = landing_bytes(chosen.program, itemsize, segment, site.window)
-        piece = self._scratch.take(room) if room else None
-        memory = Memory(source, target, piece[0] if piece else 0, itemsize)
+        nbytes = landing_bytes(chosen.program, itemsize, segment, site.window)
+        room = self._scratch.take(nbytes) if nbytes else None
+        memory = Memory(source, target, room.address if room else 0, itemsize)
 
         def add(into: int, incoming: int, count: int) -> None:
             self._arithmetic.combine(*adding, into, incoming, count, self._stream)
 
         yield from execute_on_device(chosen.program, site, memory, add)
-        if piece:
-            self._give(piece)
+        if room:
+            self._give(room)
 
     def _convert(
         self, source: int, source_dtype: str, target: int, dtype: str, count: int, divisor: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +53,14 @@ class DType:
             raise TypeError(
                 f"op {op!r} is not defined for {self.name}; allowed: {', '.join(self.ops)}"
             )
+
+
+@dataclass(frozen=True)
+class Typed:
+    """Host elements of a type that NumPy may lack, as `buffer.wrap` takes them."""
+
+    view: np.ndarray[Any, Any]
+    dtype: DType
 
 
 def _ops(name: str) -> tuple[str, ...]:

@@ -72,7 +72,7 @@ MOVE = Arithmetic(nothing)
 
 
 @dataclass(frozen=True)
-class Lane:
+class Route:
     """Where a program's messages travel.
 
     segment_bytes: the largest single message; both ends must use the same.
@@ -92,7 +92,7 @@ class Lane:
 
 def execute(
     program: Program,
-    lane: Lane,
+    route: Route,
     source: Array,
     target: Array,
     arithmetic: Arithmetic = MOVE,
@@ -103,44 +103,44 @@ def execute(
     """
     flying: list[tuple[list[Request], Segment | None, Array]] = []
     try:
-        yield from _rounds(program, lane, source, target, arithmetic, flying)
+        yield from _rounds(program, route, source, target, arithmetic, flying)
     except BaseException:
-        lane.abandoned.append((flying, source))
+        route.abandoned.append((flying, source))
         raise
 
 
 def _rounds(
     program: Program,
-    lane: Lane,
+    route: Route,
     source: Array,
     target: Array,
     arithmetic: Arithmetic,
     flying: list[tuple[list[Request], Segment | None, Array]],
 ) -> Steps:
-    segment = max(1, lane.segment_bytes // source.itemsize)
-    scratch = _scratch(program, segment, target, lane.window)
+    segment = max(1, route.segment_bytes // source.itemsize)
+    scratch = _scratch(program, segment, target, route.window)
     total = target if arithmetic.accumulator is None else arithmetic.accumulator
     for rows in program.rounds():
         _local(rows, target, arithmetic)
         sends = segments(rows, (Op.SEND,), segment)
         receives = segments(rows, (Op.RECV, Op.RECV_REDUCE), segment)
         adds = any(op == Op.RECV_REDUCE for op, *_ in rows)
-        limit = lane.window if adds else max(lane.window, lane.moving)
+        limit = route.window if adds else max(route.window, route.moving)
         for slot, (send, receive) in enumerate(zip_longest(sends, receives)):
             requests: list[Request] = []
             arrived = scratch
             if receive is not None:
-                arrived = _landing(receive, target, scratch, slot, lane.window)
+                arrived = _landing(receive, target, scratch, slot, route.window)
             flying.append((requests, receive, arrived))  # first: it keeps what arrives
             if receive is not None:
                 requests.append(
-                    lane.transport.irecv(
-                        arrived.view(np.uint8), receive.peer, lane.tag, lane.channel
+                    route.transport.irecv(
+                        arrived.view(np.uint8), receive.peer, route.tag, route.channel
                     )
                 )
             if send is not None:
                 data = source[send.offset : send.offset + send.count].view(np.uint8)
-                requests.append(lane.transport.isend(data, send.peer, lane.tag, lane.channel))
+                requests.append(route.transport.isend(data, send.peer, route.tag, route.channel))
             if len(flying) == limit:
                 yield from _finish(flying[0], total, arithmetic)
                 del flying[0]
@@ -172,9 +172,7 @@ def segments(
 
 def _scratch(program: Program, segment: int, target: Array, window: int) -> Array:
     """Return memory for what arrives to be added: a segment for each one in flight."""
-    added = program.rows[program.rows[:, 1] == Op.RECV_REDUCE, 4]
-    largest = min(segment, int(added.max(initial=0)))
-    return np.empty(window * largest, target.dtype)
+    return np.empty(window * min(segment, program.most_added), target.dtype)
 
 
 def _landing(receive: Segment, target: Array, scratch: Array, slot: int, window: int) -> Array:

@@ -3,12 +3,13 @@
 The programs are those of host memory that all ranks map (`fused.shared`): everybody comes, each
 rank folds or copies its part (of ranks that share a card, one folds for all), everybody is done.
 Events of each rank are known to all others: behind one its buffer may be read, behind another its
-part of the work is done. (A third serves who works in two steps, `device_nesting`.) The host
-exchanges only words: that every rank has put its event on its stream. No host waits for a device.
+part of the work is done. (A third is for work in two steps, see `device_nesting`.) The hosts
+exchange only words, which say that every rank has put its event on its stream. No host waits for a
+device.
 
-An event is put on a stream anew for every operation. A rank does so only after an exchange that
-each other rank enters behind its own use of the event's last place: the event of the first exchange
-is used before the last, the last one's before the next operation's first.
+Every operation puts the same events on the streams anew. By then no rank may still have to follow
+an event's last place; and none has, since all follow the first event before they enter the last
+exchange, and the last event before they enter the next operation's first exchange.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class Ipc:
 
         mine: events of this rank, with their handles.
 
-        Raises: CommError where a device refuses another rank's; after all were exchanged.
+        Raises: CommError where this rank's device refuses another's, once all are exchanged.
         """
         self._comm, self._device, self._peering = comm, device, peering
         self._opened: dict[tuple[int, int], int] = {}
@@ -133,7 +134,7 @@ class Ipc:
         """Return what this rank brings to a collective on an array."""
         operation, op, dtype, count, root = signature
         call = code_of(operation, op, dtype), count, root
-        if not count or (op and not self._peering.folds(op, dtype)):
+        if not count or (op and not array.dtype.on_devices):
             return Offer(_NOT_REGISTERED, None, call)
         if not own_bytes(operation, self._shape(signature, array)):
             return Offer(_NOTHING_SHOWN, None, call)
@@ -151,11 +152,11 @@ class Ipc:
     ) -> Steps:
         """Run on this rank; return the event behind all ranks' work.
 
-        None where it is not done; so it is on all ranks, then.
+        None, on all ranks, where they cannot do it this way.
 
         into: the address of the result.  ready: behind which this rank's memory may be used.
-        missed: takes what has kept this rank from launching, which goes on with the others then;
-        without, that is an error.
+        missed: takes the error that kept this rank from launching, and the rank goes on with the
+        others; without it, that error is raised.
         """
         self._device.follow(self.stream, ready)
         rows = yield from self.meet(self.offer(signature, array), tag)
@@ -184,18 +185,18 @@ class Ipc:
     def meet(self, offer: Offer, tag: int) -> Steps:
         """Tell all ranks what this one brings; return what all bring, a row each.
 
-        Memory may be used behind what is on this rank's stream by now.
+        Others may use this rank's memory behind what is on its stream by now.
         """
         offer.write(self._told.words)
         self._peering.place(self._mine[_READY], self.stream)
         return (yield from self._told.run(tag))
 
     def begin(self) -> None:
-        """Let this rank's stream run behind what the others' were at when they met."""
+        """Let this rank's stream run behind all that was on the others' when they met."""
         self._follow(_READY, self._all)
 
     def meet_again(self, tag: int) -> Steps:
-        """Let it run behind what all ranks' are at by now; once in an operation, if at all."""
+        """Let it run behind all that is on every rank's by now; at most once in an operation."""
         yield from self._pass(_AGAIN, tag, self._all)
 
     def end(self, tag: int) -> Steps:
@@ -203,7 +204,7 @@ class Ipc:
         yield from self._pass(_DONE, tag, self._all)
 
     def _pass(self, which: int, tag: int, of: Sequence[int]) -> Steps:
-        """Meet, and run behind the ranks `of` from there on."""
+        """Meet, and let this rank's stream run behind what is on those of the ranks `of`."""
         if self._comm.rank in of:
             self._peering.place(self._mine[which], self.stream)
         yield from self._plain.run(tag)
@@ -219,8 +220,8 @@ class Ipc:
     def close(self) -> None:
         """Give back the others' memory and events; after the last operation has ended.
 
-        Nothing of this rank waits for the others' events any more, then. Their owners must not
-        destroy them before, so that this is to be kept until all ranks have closed theirs.
+        From then on nothing of this rank waits for the others' events. Their owners must not
+        destroy them before that, so keep this until all ranks have closed theirs.
         """
         passes(self._device.record(self.stream))
         self._close_events()
@@ -246,12 +247,12 @@ class Ipc:
     def kept(
         self, key: object, rows: Words, address: int, make: Callable[[list[int]], Made]
     ) -> Made | None:
-        """Return what follows from what the ranks bring; made anew only where they bring other.
+        """Return what `make` makes of what the ranks bring; again only when they bring another.
 
-        None where ranks cannot take part, or where their calls differ: they go another way, all of
-        them, which tells how.
+        None where a rank cannot take part, or where their calls differ: then all of them go another
+        way, which tells how they differ.
 
-        address: of this rank's array.  make: given where the ranks' arrays lie for this one; 0 for
+        address: of this rank's array.  make: given the address here of every rank's array; 0 for
         one that shows none.
         """
         shown = rows.tobytes()

@@ -1,6 +1,6 @@
 """Open a group's device memory to its ranks, and see it work before it is used.
 
-What one rank's device refuses, or a wrong sum, and no rank uses it.
+If one rank's device refuses, or one trial sum is wrong, no rank uses it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _TRIAL = 1000
 def open_ipc(comm: Communicator, device: Device) -> tuple[Ipc | None, str]:
     """Open a group's device memory to its ranks, and try it; collective.
 
-    Returns: the group's side, or None and why not. It was seen to give right sums where it is not
-    None; what a device refuses is refused on all ranks.
+    Returns: the group's side, which has given right sums, and ""; or None and why not. Where one
+    rank gets None, all do.
     """
     peering = device.peering
     several = 1 < comm.size == comm.node.size

@@ -17,7 +17,7 @@ from .choice import Choice, Chosen
 from .chunks import bounds, pieces
 from .dtypes import DTYPES, DType
 from .errors import MismatchError
-from .executor import MOVE, NETWORK_MOVING, NETWORK_WINDOW, WINDOW, Arithmetic, Lane, execute
+from .executor import MOVE, NETWORK_MOVING, NETWORK_WINDOW, WINDOW, Arithmetic, Route, execute
 from .fingerprint import fingerprint, shares_of, tag_of
 from .posts import Posts
 from .program import Op, Program
@@ -191,7 +191,7 @@ class Messaging:
         def run(number: int) -> Steps:
             token = np.zeros(1, np.uint8)
             tag = tag_of(number, mark, shares_of(self._transport.max_tag))
-            return execute(chosen.program, self._lane(tag), token, token)
+            return execute(chosen.program, self._route(tag), token, token)
 
         return run
 
@@ -315,18 +315,18 @@ class Messaging:
     ) -> Executor:
         """Bind a program to its memory."""
         if self._compiled and can_run(self._transport.calls, program, arithmetic):
-            lane = self._lane(0)
-            return Compiled(program, lane, source, target, arithmetic, self._in_flight)
-        return Plain(lambda tag: execute(program, self._lane(tag), source, target, arithmetic))
+            route = self._route(0)
+            return Compiled(program, route, source, target, arithmetic, self._in_flight)
+        return Plain(lambda tag: execute(program, self._route(tag), source, target, arithmetic))
 
-    def _lane(self, tag: int) -> Lane:
+    def _route(self, tag: int) -> Route:
         settings = self._settings
         segment = min(settings.segment_bytes, settings.max_message_bytes)
         windows = (WINDOW, WINDOW)
         if self.choice.spans_nodes:
             windows = (NETWORK_WINDOW, NETWORK_MOVING)
         kept = self._in_flight.abandoned
-        return Lane(self._transport, Channel.COLLECTIVE, tag, segment, *windows, kept)
+        return Route(self._transport, Channel.COLLECTIVE, tag, segment, *windows, kept)
 
 
 def _copy(buffer: Buffer) -> Buffer:

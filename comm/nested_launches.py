@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from .arithmetic import mean_scales
+from .arithmetic import mean_scales, plain
 from .device import DeviceArithmetic, Peering, Stream
 from .dtypes import DType
 from .ipc import Launch
 from .nested_pieces import Piece
-from .scratch import Place
+from .scratch import DevicePlace
 from .trace import Signature
 from .work import Prepared
 
@@ -24,8 +24,8 @@ class Call:
     """One collective on this rank.
 
     number: of ranks in all.  between: prepare the lane's collective on a part.
-    shows: the array may be what others of the node read, and be written.
-    brings, takes: this rank's elements count, and its array gets the result.
+    shows: others of the node may read the array itself, and it may be written.
+    brings: this rank's elements count.  takes: its array gets the result.
     source: the place of the rank of this node whose part is copied before the lane moves it; None
     for none.  gathers: ranks of the node copy others' parts when the lanes have moved them.
     """
@@ -33,7 +33,7 @@ class Call:
     signature: Signature
     dtype: DType
     number: int
-    between: Callable[[Place], Prepared]
+    between: Callable[[DevicePlace], Prepared]
     shows: bool = True
     brings: bool = True
     takes: bool = True
@@ -62,22 +62,17 @@ class RowsCall:
 
     between: prepare the lane's collective.  order: of an alltoall, the ranks whose rows of the
     array are sent to the lane's, one after the other; () where the array is sent as it is.
-    width: rows that come from each rank of the lane, of which those of number `which` are wanted,
-    by the rank of that place.  takes: this rank gets a result.
+    width: rows that a rank gets from each rank of its lane, for the ranks of its node.
+    which: the number of this rank's row among them.  takes: this rank gets a result.
     """
 
     signature: Signature
     dtype: DType
-    between: Callable[[Place], Prepared]
+    between: Callable[[DevicePlace], Prepared]
     order: Sequence[int] = ()
     width: int = 1
     which: int = 0
     takes: bool = True
-
-
-def plain(op: str) -> str:
-    """Return the op of which another is made by a division at the end."""
-    return "sum" if op == "mean" else op
 
 
 @dataclass(frozen=True)

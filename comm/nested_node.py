@@ -17,8 +17,7 @@ from .nested_launches import Call, Launches, RowsCall
 from .nested_pieces import Part, Piece
 from .nested_seats import Seats
 from .notices import DIFFER
-from .scratch import Piece as Room
-from .scratch import Place, Scratch
+from .scratch import DevicePlace, Room, Scratch
 from .texts import table
 from .trace import Signature
 from .waits import seen_from
@@ -70,11 +69,11 @@ class NestedNode:
         room = self._scratch.take(nbytes)
         for begin, start, count in piece.into if call.brings else ():
             source = array.address + start * item
-            self._arithmetic.copy(room[0] + begin * item, source, count * item, self.stream)
-        exported = self._export(room[0], nbytes)
-        yield from self._nest(call, piece, room[0], into + piece.start * item, exported, tag)
+            self._arithmetic.copy(room.address + begin * item, source, count * item, self.stream)
+        exported = self._export(room.address, nbytes)
+        yield from self._nest(call, piece, room.address, into + piece.start * item, exported, tag)
         if call.takes:
-            self._arithmetic.copy(at, room[0], nbytes, self.stream)
+            self._arithmetic.copy(at, room.address, nbytes, self.stream)
         self._give(room)
 
     def rows(
@@ -90,13 +89,13 @@ class NestedNode:
             row = array.nbytes // self._size
             place = self._sorted(call, array.address + low * item, row, high - low)
         else:
-            place = Place(array.address + low * item, (high - low,), call.dtype, stream)
-        found: Place | None = yield from self._over_lane(call.between(place), tag)
-        if place.piece is not None:
-            self._give(place.piece)
+            place = DevicePlace(array.address + low * item, (high - low,), call.dtype, stream)
+        found: DevicePlace | None = yield from self._over_lane(call.between(place), tag)
+        if place.room is not None:
+            self._give(place.room)
         if found is None:  # of a gather, on nodes without the root
             return
-        assert found.piece is not None
+        assert found.room is not None
         exported = self._export(found.address, nbytes * len(self.seats.lane) * call.width)
         shown = yield from self._meet(call.signature, index, exported, tag)
         make = partial(self._launches.rows, call, into + low * item, row, nbytes, self.seats.lanes)
@@ -106,7 +105,7 @@ class NestedNode:
         for launch in copies:
             launch()
         yield from seen_from(self._neighbours, self._ipc.end(tag))
-        self._give(found.piece)
+        self._give(found.room)
 
     # -- parts of them -----------------------------------------------------------------------
 
@@ -115,12 +114,12 @@ class NestedNode:
     ) -> Steps:
         """Work on a piece at `base` of every rank of the node.
 
-        into: where the result of a lane goes that is not the part itself.
+        into: where the lane's result goes, if that is not the part itself.
         """
         low, high = piece.parts[self.seats.place]
         rows = yield from self._meet(call.signature, piece.index, exported, tag)
         rooms = [self._scratch.take((high - low) * 4) for _ in range(2 if call.wide else 0)]
-        places = [room[0] for room in rooms]
+        places = [room.address for room in rooms]
 
         def launches(bases: list[int]) -> tuple[list[Launch], list[Launch]]:
             fill = self._launches.fill(call, piece, base, bases, places)
@@ -145,18 +144,18 @@ class NestedNode:
     def _between(
         self, call: Call, at: int, count: int, into: int, rooms: list[Room], tag: int
     ) -> Steps:
-        """Let the lane move this rank's part, and write what comes to its place."""
+        """Let the lane move this rank's part, and write what comes where it belongs."""
         dtype = DTYPES["float32"] if rooms else call.dtype
-        place = Place(rooms[0][0] if rooms else at, (count,), dtype, self.stream)
-        found: Place = yield from self._over_lane(call.between(place), tag)
+        place = DevicePlace(rooms[0].address if rooms else at, (count,), dtype, self.stream)
+        found: DevicePlace = yield from self._over_lane(call.between(place), tag)
         if found is not place:
             at, count = into, found.shape[0]
         for launch in self._launches.settle(call, found.address, at, count):
             launch()
-        if found.piece is not None:
-            self._give(found.piece)
+        if found.room is not None:
+            self._give(found.room)
 
-    def _sorted(self, call: RowsCall, at: int, row_bytes: int, count: int) -> Place:
+    def _sorted(self, call: RowsCall, at: int, row_bytes: int, count: int) -> DevicePlace:
         """Return a copy of elements of every row, in the order in which the lane sends them."""
         lanes, nbytes = len(self.seats.lane), count * call.dtype.itemsize
         place = self._scratch.array((lanes, call.width * count), call.dtype, self.stream)

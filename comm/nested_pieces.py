@@ -1,8 +1,8 @@
 """Cut a collective that is nested over nodes into pieces, and share each out within a node.
 
-Pure. A piece is what the ranks of a node work on between two meetings: every rank has it in memory
-that the others read, and the rank of each place has a part of it, which is what its lane - the
-ranks of that place on all nodes - moves between the nodes.
+Pure. A piece is what the ranks of a node work on between two meetings. Every rank has it in memory
+that the others read. To each place belongs one part of it, which that place's lane - the ranks of
+that place on all nodes - moves between the nodes.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def elementwise(count: int, itemsize: int, width: int, most: int) -> Iterator[Pi
 def scattered(count: int, lanes: Sequence[Sequence[int]], most: int) -> Iterator[Piece]:
     """Cut a reduce_scatter: a run of every rank's chunk, those of a lane's ranks together.
 
-    lanes: the ranks of each place's lane, ascending. So a part is what the chunks of a smaller
-    reduce_scatter over the lane make up: they differ by one element at most, the longer ones first.
+    lanes: the ranks of each place's lane, ascending. So a reduce_scatter over the lane cuts a part
+    into just these runs: they differ by one element at most, the longer ones first.
     """
     size = sum(len(lane) for lane in lanes)
     for index, (low, high) in enumerate(steps(-(-count // size), most // size)):

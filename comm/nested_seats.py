@@ -10,7 +10,7 @@ from dataclasses import dataclass
 class Seats:
     """The ranks of a group whose nodes hold equally many, seen from one node.
 
-    node_of: of every rank, any number that its node alone has.  lanes: of each place on a node, the
+    node_of: for every rank, a number that only its node has.  lanes: for each place on a node, the
     ranks that have it, one of every node, ascending.  place: this rank's.
     """
 
@@ -33,12 +33,12 @@ class Seats:
         return next(place for place, lane in enumerate(self.lanes) if rank in lane)
 
     def in_lane(self, root: int, place: int) -> int:
-        """Return which rank of a place's lane is on the node of `root`, by its number there."""
+        """Return the number, in a place's lane, of the rank that is on the node of `root`."""
         node = self.node_of[root]
         return next(i for i, rank in enumerate(self.lanes[place]) if self.node_of[rank] == node)
 
     def by_lane(self) -> list[int]:
-        """Return all ranks: for each of this rank's lane those of its node, in order of places."""
+        """Return all ranks, node by node in the order of this lane, in each in order of places."""
         return [
             self.lanes[place][self.in_lane(member, place)]
             for member in self.lane

@@ -15,24 +15,27 @@ from typing import Any
 
 import numpy as np
 
-from .device import Device, DeviceArray, Event, Stream, renewed
+from .device import Bytes, Device, DeviceArray, Event, Stream, renewed
 from .device_wait import passes, reached
-from .staging import Place, Staging, Typed
+from .dtypes import Typed
+from .pool import Pool
 from .windows import Window
 from .work import Steps
+
+_LEAST = 1 << 12
 
 Exchange = Callable[[Typed], Steps]
 """A window's collective on the host; returns what its operation returns."""
 
 
 @dataclass(frozen=True)
-class Lane:
-    """What one rank keeps for one device: two streams for copies, and pinned memory."""
+class Copier:
+    """Copies between one device and pinned host memory of one rank, on a stream for each way."""
 
     device: Device
     inward: Stream
     outward: Stream
-    staging: Staging
+    staging: Pool[Bytes]
 
     def caller(self, array: DeviceArray) -> Stream:
         """Return the caller's stream as it is now: a plan may have been made under another."""
@@ -46,7 +49,7 @@ class Lane:
             return False
         return all(map(passes, behind))
 
-    def fetch(self, address: int, nbytes: int, ready: Event) -> tuple[Place, Event]:
+    def fetch(self, address: int, nbytes: int, ready: Event) -> tuple[Bytes, Event]:
         """Start to copy device memory into a place; it is the host's when the event has ended.
 
         ready: behind which the memory may be read.
@@ -54,24 +57,38 @@ class Lane:
         place = self.staging.take(nbytes)
         self.device.follow(self.inward, ready)
         if nbytes:
-            self.device.to_host(place.part(0, nbytes), address, self.inward)
+            self.device.to_host(place[:nbytes], address, self.inward)
         return place, self.device.record(self.inward)
 
-    def deliver(self, place: Place, array: DeviceArray, ready: Event) -> Event:
+    def deliver(self, place: Bytes, array: DeviceArray, ready: Event) -> Event:
         """Start to copy a place into an array, and take it back; return the event behind that.
 
         ready: behind which the array may be written.
         """
         self.device.follow(self.outward, ready)
         if array.nbytes:
-            self.device.to_device(array.address, place.part(0, array.nbytes), self.outward)
+            self.device.to_device(array.address, place[: array.nbytes], self.outward)
         copied = self.device.record(self.outward)
         self.staging.give(place, copied)
         return copied
 
 
+def pinned(device: Device, allocate: Callable[[int], Bytes]) -> Pool[Bytes]:
+    """Return host memory for copies.
+
+    allocate: return so many bytes of it; best where the node's ranks map it.
+    """
+
+    def make(nbytes: int) -> Bytes:
+        memory = allocate(nbytes)
+        device.pin(memory)
+        return memory
+
+    return Pool(_LEAST, make)
+
+
 def run_windows(
-    lane: Lane,
+    copier: Copier,
     rank: int,
     array: DeviceArray,
     into: int,
@@ -83,11 +100,11 @@ def run_windows(
 
     ready: behind which the array may be read, and written to `into`.
     """
-    device, item = lane.device, array.dtype.itemsize
+    device, item = copier.device, array.dtype.itemsize
     patient: bool | None = False
-    device.follow(lane.inward, ready)
-    device.follow(lane.outward, ready)
-    slots = [_Slot(lane, windows, item) for _ in range(min(2, len(windows)))]
+    device.follow(copier.inward, ready)
+    device.follow(copier.outward, ready)
+    slots = [_Slot(copier, windows, item) for _ in range(min(2, len(windows)))]
     fetched = deque([slots[0].fetch(windows[0], array.address)])
     for index, window in enumerate(windows):
         if index + 1 < len(windows):
@@ -98,46 +115,48 @@ def run_windows(
         result = yield from exchange(typed(slot.passed(window), array, window.shape))
         slot.deliver(window, result, into)
     # Also where there was nothing to copy out: what comes next may change what was read.
-    device.follow(lane.outward, device.record(lane.inward))
-    last = device.record(lane.outward)
+    device.follow(copier.outward, device.record(copier.inward))
+    last = device.record(copier.outward)
     for slot in slots:
-        lane.staging.give(slot.place, last)
+        copier.staging.give(slot.place, last)
     return last
 
 
 class _Slot:
     """One of an operation's two places: what is passed, and behind it what comes out."""
 
-    def __init__(self, lane: Lane, windows: Sequence[Window], item: int) -> None:
-        self._lane, self._item = lane, item
+    def __init__(self, copier: Copier, windows: Sequence[Window], item: int) -> None:
+        self._copier, self._item = copier, item
         self._second = max(window.count for window in windows) * item
         results = max(window.result for window in windows) * item
-        self.place: Place = lane.staging.take(self._second + results)
+        self.place = copier.staging.take(self._second + results)
         self._emptied: Event | None = None
 
     def fetch(self, window: Window, address: int) -> Event:
         """Start to copy a window in; the place is the host's when the event has ended."""
-        device, inward, item = self._lane.device, self._lane.inward, self._item
+        device, inward, item = self._copier.device, self._copier.inward, self._item
         if self._emptied is not None:
             device.follow(inward, self._emptied)
         for start, at, count in window.into:
-            device.to_host(self.place.part(start * item, count * item), address + at * item, inward)
+            target = self.place[start * item : (start + count) * item]
+            device.to_host(target, address + at * item, inward)
         return device.record(inward)
 
-    def passed(self, window: Window) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    def passed(self, window: Window) -> Bytes:
         """Return the bytes that the host passes."""
-        return self.place.part(0, window.count * self._item)
+        return self.place[: window.count * self._item]
 
     def deliver(self, window: Window, result: Any, address: int) -> None:
         """Start to copy a window's result out."""
-        device, outward, item = self._lane.device, self._lane.outward, self._item
+        device, outward, item = self._copier.device, self._copier.outward, self._item
         begin = 0
         if isinstance(result, np.ndarray) and window.out:
             begin = self._second
             source = result.reshape(-1).view(np.uint8)
-            self.place.part(begin, source.size)[:] = source
+            self.place[begin : begin + source.size] = source
         for start, at, count in window.out:
-            source = self.place.part(begin + start * item, count * item)
+            low = begin + start * item
+            source = self.place[low : low + count * item]
             device.to_device(address + at * item, source, outward)
         self._emptied = device.record(outward)
 

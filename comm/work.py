@@ -55,7 +55,9 @@ class Behind:
     """
 
     def __init__(self, result: Any, follow: Callable[[Any], None], transport: str = "") -> None:
-        """follow: given the result, or None where nobody looks, lets streams do so; has no array.
+        """follow: makes the caller's streams wait; must hold no reference to the array.
+
+        It is given the result, or None where nobody looks.
 
         transport: that was taken, where the receipt left it open.
         """
@@ -83,7 +85,7 @@ class Prepared:
     """One operation, ready to run any number of times.
 
     channel: of its messages; None where it sends none.
-    run: given the lane's tag, does it; the generator returns the operation's result.
+    run: given its tag, does it; the generator returns the operation's result.
     signature: what was asked for.
     meeting: where the operation meets on a board.
     note: given (ring, call, sequence), lets the next run note itself there; None where it does not.

@@ -83,6 +83,7 @@ class FakeGpu:
         self._events = 0
         self._lock = threading.RLock() if node is None else node.lock
         self._made = 100
+        self.allocated = 0
 
     # -- the protocol ------------------------------------------------------------------------
 
@@ -109,6 +110,11 @@ class FakeGpu:
                 event = event.place
         self.log.append(("follow", stream, event.stream, event.number))
         self._put(stream, (event,))
+
+    def room(self, nbytes: int) -> tuple[int, FakeArray]:
+        self.allocated += 1
+        made = FakeArray(self, np.full(nbytes, DIRT, np.uint8), registered=True)
+        return made.address, made
 
     def pin(self, memory: np.ndarray) -> None:
         memory[:] = DIRT
@@ -194,15 +200,6 @@ class FakeArithmetic:
 
     def __init__(self, gpu: FakeGpu) -> None:
         self.gpu = gpu
-        self.allocated = 0
-
-    def knows(self, op: str, dtype: str) -> bool:
-        return DTYPES[dtype].on_devices and op in DTYPES[dtype].ops
-
-    def allocate(self, nbytes: int) -> tuple[int, FakeArray]:
-        self.allocated += 1
-        made = FakeArray(self.gpu, np.full(nbytes, DIRT, np.uint8), registered=True)
-        return made.address, made
 
     def copy(self, target: int, source: int, nbytes: int, stream: int) -> None:
         into, read = self.gpu.memory(target, nbytes), self.gpu.memory(source, nbytes)
@@ -334,9 +331,6 @@ class FakePeering:
 
     def place(self, event: SharedEvent, stream: int) -> None:
         event.place = self.gpu.record(stream)
-
-    def folds(self, op: str, dtype: str) -> bool:
-        return DTYPES[dtype].on_devices and op in DTYPES[dtype].ops
 
     def fold(
         self,

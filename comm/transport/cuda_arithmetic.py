@@ -5,27 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from ..device import Stream
-from ..dtypes import DTYPES
-from .cuda_memory import CudaMemory
 
 
 class CudaArithmetic:
     """The kernels as the device protocol has them."""
 
-    def __init__(self, cupy: Any, ordinal: int, memory: CudaMemory) -> None:
-        self._cupy, self._ordinal, self._memory = cupy, ordinal, memory
-
-    def knows(self, op: str, dtype: str) -> bool:
-        """Tell whether `combine` knows an op on a type."""
-        return DTYPES[dtype].on_devices and op in DTYPES[dtype].ops
-
-    def allocate(self, nbytes: int) -> tuple[int, Any]:
-        """Return new memory: an allocation of its own, as MPI libraries map whole ones.
-
-        Raises: OutOfMemory where there is none left.
-        """
-        made = self._memory.allocate(nbytes)
-        return made.piece.base, made
+    def __init__(self, cupy: Any, ordinal: int) -> None:
+        self._cupy, self._ordinal = cupy, ordinal
 
     def copy(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
         """Copy within the device."""

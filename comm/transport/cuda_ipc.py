@@ -60,11 +60,6 @@ class CudaPeering:
         held = self._cupy.cuda.UnownedMemory(piece.base, piece.nbytes, allocation, self._ordinal)
         return self._cupy.ndarray(shape, storage, self._cupy.cuda.MemoryPointer(held, 0))
 
-    def room(self, nbytes: int) -> tuple[int, Any]:
-        """Return the address of new registered memory, and what owns it."""
-        allocation = self._memory.allocate(nbytes)
-        return allocation.piece.base, allocation
-
     def make_event(self) -> tuple[Event, bytes]:
         """Return an event that other processes can open, and its handle."""
         with self._told("no event can be shared"):
@@ -90,10 +85,6 @@ class CudaPeering:
         """Put an event of `make_event` on a stream, anew."""
         with self._cupy.cuda.Device(self._ordinal):
             self._runtime.eventRecord(self._handle_of(event), stream)
-
-    def folds(self, op: str, dtype: str) -> bool:
-        """Tell whether `fold` knows an op on a type."""
-        return DTYPES[dtype].on_devices and op in DTYPES[dtype].ops
 
     def fold(
         self,

@@ -142,7 +142,7 @@ class CudaDevice:
         from ...kernels.device.usable import why_not
 
         why = why_not(self._ordinal)
-        return None if why else CudaArithmetic(self._cupy, self._ordinal, self._memory)
+        return None if why else CudaArithmetic(self._cupy, self._ordinal)
 
     def caller(self, array: DeviceArray) -> Stream:
         """Return the stream that the array names, else its library's current one.
@@ -175,6 +175,14 @@ class CudaDevice:
         assert isinstance(event, CudaEvent)
         with self._device:
             self._runtime.streamWaitEvent(stream, event.event.ptr)
+
+    def room(self, nbytes: int) -> tuple[int, Any]:
+        """Return the address of new registered memory, and what owns it.
+
+        Raises: OutOfMemory where none is left.
+        """
+        made = self._memory.allocate(nbytes)
+        return made.piece.base, made
 
     def pin(self, memory: Bytes) -> None:
         """Register host memory with the driver until it is given back.

@@ -216,8 +216,8 @@ class MpiTransport:
         try:
             request = self._channels[channel].Irecv([data, self._mpi.BYTE], src, tag)
         except self._mpi.Exception as error:
-            raise refused(self._mpi, error.Get_error_code(), src, data.size) from error
-        return MpiRequest(self._mpi, request, src, data.size)
+            raise refused(self._mpi, error.Get_error_code(), src, data.nbytes) from error
+        return MpiRequest(self._mpi, request, src, data.nbytes)
 
     @property
     def device_messages(self) -> DeviceMessages:
@@ -236,11 +236,7 @@ class MpiTransport:
     ) -> MpiRequest:
         """Start to receive into device memory."""
         buffer: Any = self._mpi.buffer.fromaddress(address, nbytes)
-        try:
-            request = self._channels[channel].Irecv([buffer, self._mpi.BYTE], src, tag)
-        except self._mpi.Exception as error:
-            raise refused(self._mpi, error.Get_error_code(), src, nbytes) from error
-        return MpiRequest(self._mpi, request, src, nbytes)
+        return self.irecv(buffer, src, tag, channel)
 
     def pause(self, spins: int) -> None:
         """Spin at first, then yield the core, and sleep when it takes long."""

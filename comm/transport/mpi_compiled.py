@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ...kernels.message_words import Slot, Status, Word
 from ...kernels.records import Outcome
 from ..buffer import address_of
-from ..executor import MOVE, Arithmetic, Lane, Native
+from ..executor import MOVE, Arithmetic, Native, Route
 from ..program import Program
 from ..trace import Ring
 from ..work import Steps
@@ -83,7 +83,7 @@ class Compiled:
     def __init__(
         self,
         program: Program,
-        lane: Lane,
+        route: Route,
         source: Array,
         target: Array,
         arithmetic: Arithmetic = MOVE,
@@ -92,21 +92,21 @@ class Compiled:
         """Bind flat `source` and `target`, which may be one array; see `execute`."""
         from ...kernels.messages import advance_kernel
 
-        calls = lane.transport.calls
+        calls = route.transport.calls
         assert calls is not None and can_run(calls, program, arithmetic)
-        self._bound = (program, lane, source, target, arithmetic)
+        self._bound = (program, route, source, target, arithmetic)
         self._calls = calls
         self._in_flight = InFlight() if in_flight is None else in_flight
         self._advance = advance_kernel()
         self._busy = False
         native = Native() if arithmetic.native is None else arithmetic.native()
         total = target if arithmetic.accumulator is None else arithmetic.accumulator
-        segment = max(1, lane.segment_bytes // source.itemsize)
+        segment = max(1, route.segment_bytes // source.itemsize)
         slot_bytes = min(segment, program.most_added) * target.itemsize
         # Slots do not start at the same place of a page: their loads and stores would collide.
         slot_bytes += -slot_bytes % 64 + (64 if slot_bytes % 4096 == 0 and slot_bytes else 0)
-        self._scratch_bytes = lane.window * slot_bytes
-        slots = max(lane.window, lane.moving)
+        self._scratch_bytes = route.window * slot_bytes
+        slots = max(route.window, route.moving)
         self._slots = np.zeros(slots * Slot.WORDS, np.int64)
         self._status = np.zeros(calls.status_bytes // 8 + 1, np.int64)
         self._record = record = np.zeros(Word.WORDS, np.int64)
@@ -143,7 +143,7 @@ class Compiled:
         )
         self._at = address_of(record)
         self._words = record.data
-        self._words[_WINDOW] = lane.window
+        self._words[_WINDOW] = route.window
         self._ring: Ring | None = None
 
     def note(self, ring: Ring, call: int, sequence: int) -> None:

@@ -10,6 +10,7 @@ SCRIPT = """
 import gc, weakref
 from types import SimpleNamespace
 import numpy as np
+from ringfold.comm.dtypes import DTYPES
 from ringfold.comm.transport.cuda_ipc import CudaPeering
 from ringfold.comm.transport.cuda_memory import CudaMemory
 
@@ -18,7 +19,7 @@ peering = CudaPeering(cupy, 0, CudaMemory(cupy, 0), None, None)
 for count in (1, 3, 37):
     for op in ("sum", "mean", "min", "max", "prod"):
         for dtype, storage in (("float32", "f4"), ("float16", "f2"), ("float64", "f8")):
-            assert peering.folds(op, dtype)
+            assert DTYPES[dtype].on_devices
             rows = [((np.arange(count) % 7 + 1) * (r + 1)).astype(storage) for r in range(3)]
             wanted = {
                 "sum": np.sum, "mean": np.mean, "min": np.min, "max": np.max, "prod": np.prod
@@ -32,9 +33,8 @@ for count in (1, 3, 37):
                 peering.fold(op, dtype, places, places, count, 1)()
                 for copy in copies:
                     np.testing.assert_array_equal(copy, wanted)
-assert peering.folds("sum", "int8") and peering.folds("max", "bfloat16")
-assert not peering.folds("mean", "int8")
-assert not peering.folds("max", "bool") and not peering.folds("sum", "complex64")
+assert DTYPES["int8"].on_devices and DTYPES["bfloat16"].on_devices
+assert not DTYPES["bool"].on_devices and not DTYPES["complex64"].on_devices
 assert len(peering._tables) <= 256
 places = [np.arange(5, dtype="f4") for _ in range(2)]
 at = [place.ctypes.data for place in places]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ringfold.comm.executor import Arithmetic, Lane, Native
+from ringfold.comm.executor import Arithmetic, Native, Route
 from ringfold.comm.program import Op, Program
 from ringfold.comm.trace import Ring, Signature, State
 from ringfold.comm.transport.base import Calls, Channel
@@ -103,12 +103,14 @@ def program(*rows: tuple[int, Op, int, int]) -> Program:
     return Program(np.array([(r, op, 0, at, n) for r, op, at, n in rows], np.int64).reshape(-1, 5))
 
 
-def lane(mpi: Loopback, segment_bytes: int = 64, window: int = 4, moving: int = 0) -> Lane:
-    return Lane(mpi, Channel.COLLECTIVE, 7, segment_bytes, window, moving)  # type: ignore[arg-type]
+def route(mpi: Loopback, segment_bytes: int = 64, window: int = 4, moving: int = 0) -> Route:
+    return Route(mpi, Channel.COLLECTIVE, 7, segment_bytes, window, moving)  # type: ignore[arg-type]
 
 
-def run_compiled(program: Program, lane: Lane, x: Any, target: Any, *arithmetic: Arithmetic) -> Any:
-    return Compiled(program, lane, x, target, *arithmetic).run(lane.tag)
+def run_compiled(
+    program: Program, route: Route, x: Any, target: Any, *arithmetic: Arithmetic
+) -> Any:
+    return Compiled(program, route, x, target, *arithmetic).run(route.tag)
 
 
 def finish(steps: Any) -> int:
@@ -137,7 +139,7 @@ SWAP = program((0, Op.SEND, 0, 50), (0, Op.RECV, 50, 50))
 def test_segments_travel_in_order_and_a_window_at_a_time(window: int) -> None:
     mpi = Loopback(patience=2)
     x = np.arange(100, dtype=np.int32)
-    finish(run_compiled(SWAP, lane(mpi, 64, window), x, x))
+    finish(run_compiled(SWAP, route(mpi, 64, window), x, x))
     assert (x[50:] == np.arange(50)).all()
     sizes = [64, 64, 64, 8]
     assert mpi.log == [(kind, 0, 7, n) for n in sizes for kind in ("recv", "send")]
@@ -148,7 +150,7 @@ def test_a_run_is_noted_from_its_start_to_its_end_well_or_not() -> None:
     ring = Ring()
     call = ring.intern(Signature("allreduce", "sum", "int32", 100), "world", 2, "a:1")
     x = np.arange(100, dtype=np.int32)
-    well = Compiled(SWAP, lane(Loopback(patience=2)), x, x)
+    well = Compiled(SWAP, route(Loopback(patience=2)), x, x)
     well.note(ring, call, 7)
     finish(well.run(7))
     (entry,) = ring.entries()
@@ -160,7 +162,7 @@ def test_a_run_is_noted_from_its_start_to_its_end_well_or_not() -> None:
     finish(well.run(7))
     after = time.monotonic_ns()
     assert before <= ring.entries(1)[0].start < ring.entries(1)[0].end <= after
-    given_up = Compiled(SWAP, lane(Loopback(patience=1000)), x, x)
+    given_up = Compiled(SWAP, route(Loopback(patience=1000)), x, x)
     given_up.note(ring, call, 8)
     steps = given_up.run(7)
     steps.send(None)
@@ -174,7 +176,7 @@ def test_a_run_is_noted_from_its_start_to_its_end_well_or_not() -> None:
         (8, State.FAILED),
         (9, State.FAILED),
     ]
-    finish(Compiled(SWAP, lane(Loopback()), x, x).run(7))
+    finish(Compiled(SWAP, route(Loopback()), x, x).run(7))
     assert len(ring.entries()) == 4  # nobody asked for a note
 
 
@@ -184,7 +186,7 @@ def test_a_run_that_takes_long_leaves_entries_that_took_its_place_alone() -> Non
     for number in range(RING_ENTRIES):
         ring.end(ring.begin(call, number), Outcome.DONE)
     x = np.arange(100, dtype=np.int32)
-    run = Compiled(SWAP, lane(Loopback(patience=1000)), x, x)
+    run = Compiled(SWAP, route(Loopback(patience=1000)), x, x)
     run.note(ring, call, 5)
     steps = run.run(7)
     steps.send(None)
@@ -201,10 +203,10 @@ def test_more_segments_fly_where_nothing_is_added() -> None:
     mpi = Loopback(patience=3)
     x = np.arange(100, dtype=np.int32)
     add = program((0, Op.SEND, 0, 50), (0, Op.RECV_REDUCE, 50, 50))
-    finish(run_compiled(add, lane(mpi, 64, 2, moving=3), x, x, adding()))
+    finish(run_compiled(add, route(mpi, 64, 2, moving=3), x, x, adding()))
     assert mpi.most_in_flight == 4
     assert (x[50:] == np.arange(50, 100) + np.arange(50)).all()
-    finish(run_compiled(SWAP, lane(mpi, 64, 2, moving=3), x, x))
+    finish(run_compiled(SWAP, route(mpi, 64, 2, moving=3), x, x))
     assert mpi.most_in_flight == 6
     assert (x[50:] == np.arange(50)).all()
 
@@ -220,7 +222,7 @@ def test_rounds_run_one_after_the_other_and_empty_rows_send_nothing() -> None:
         (4, Op.RECV, 6, 3),
         (4, Op.RECV, 0, 0),
     )
-    finish(run_compiled(rows, lane(mpi), x, x, adding()))
+    finish(run_compiled(rows, route(mpi), x, x, adding()))
     assert x.tolist() == [0, 1, 2, 3, 5, 7, 3, 5, 7]
     assert [n for _, _, _, n in mpi.log] == [12] * 4
 
@@ -228,7 +230,7 @@ def test_rounds_run_one_after_the_other_and_empty_rows_send_nothing() -> None:
 def test_a_program_without_rows_ends_at_once() -> None:
     mpi = Loopback()
     x = np.zeros(0, np.int32)
-    assert finish(run_compiled(program(), lane(mpi), x, x)) == 0
+    assert finish(run_compiled(program(), route(mpi), x, x)) == 0
     assert not mpi.log
 
 
@@ -236,7 +238,7 @@ def test_more_to_receive_than_to_send_uses_slots_of_one_kind() -> None:
     mpi = Loopback()
     mpi.box.extend(bytes([k] * 64) for k in range(5))
     x = np.zeros(5 * 64, np.uint8)
-    finish(run_compiled(program((0, Op.RECV, 0, 320)), lane(mpi, 64, 2), x, x))
+    finish(run_compiled(program((0, Op.RECV, 0, 320)), route(mpi, 64, 2), x, x))
     assert x.tolist() == [k for k in range(5) for _ in range(64)]
     assert mpi.most_in_flight == 2
 
@@ -244,13 +246,13 @@ def test_more_to_receive_than_to_send_uses_slots_of_one_kind() -> None:
 def test_a_message_of_another_size_is_an_error() -> None:
     x = np.arange(100, dtype=np.int32)
     with pytest.raises(ValueError, match="0: 63 for 64"):
-        finish(run_compiled(SWAP, lane(Loopback(cut=1)), x, x))
+        finish(run_compiled(SWAP, route(Loopback(cut=1)), x, x))
 
 
 @pytest.mark.parametrize("fails", ["recv", "send", "test recv", "test send"])
 def test_what_mpi_refuses_is_an_error_and_its_memory_is_kept(fails: str) -> None:
     x, wanted = np.arange(100, dtype=np.int32), 64 if "recv" in fails else None
-    run = Compiled(SWAP, lane(Loopback(code=TRUNCATED, fails=fails)), x, x)
+    run = Compiled(SWAP, route(Loopback(code=TRUNCATED, fails=fails)), x, x)
     with pytest.raises(OSError, match=f"0: 15 for {wanted}"):
         finish(run.run(7))
     assert [kept[0] for kept in run._in_flight.abandoned] == [run]  # type: ignore[index]
@@ -259,7 +261,7 @@ def test_what_mpi_refuses_is_an_error_and_its_memory_is_kept(fails: str) -> None
 def test_it_yields_the_rank_it_waits_for_and_is_taken_up_again() -> None:
     mpi = Loopback(patience=2000)
     x = np.arange(100, dtype=np.int32)
-    steps = run_compiled(SWAP, lane(mpi), x, x)
+    steps = run_compiled(SWAP, route(mpi), x, x)
     assert [request.peer for request in steps.send(None)] == [0, 0]
     before = mpi.requests[0][1]
     steps.send(None)
@@ -284,7 +286,7 @@ def test_a_second_run_reuses_the_scratch_and_one_given_up_does_not() -> None:
     mpi = Loopback()
     x = np.arange(100, dtype=np.int32)
     rows = program((0, Op.SEND, 0, 50), (0, Op.RECV_REDUCE, 50, 50))
-    run = Compiled(rows, lane(mpi), x, x, adding())
+    run = Compiled(rows, route(mpi), x, x, adding())
     finish(run.run(1))
     (scratch,) = run._in_flight.free
     finish(run.run(2))

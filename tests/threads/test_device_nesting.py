@@ -331,10 +331,10 @@ def test_again_and_again_without_reading_it(on_nodes, registered) -> None:
             step()
             gpu.launch(7, lambda: np.multiply(x.values, 1 / comm.size, out=x.values))
             if turn == 2:
-                allocated = gpu.arithmetic.allocated
+                allocated = gpu.allocated
         assert (x.get() == 1).all()
         comm.barrier()
-        return gpu.arithmetic.allocated - allocated
+        return gpu.allocated - allocated
 
     assert max(on_nodes((2, 2), main)) <= (0 if registered else 2)
 
