@@ -1,7 +1,8 @@
 """Collectives on GPU memory in place: kernels of a node's ranks work on each other's memory.
 
-The programs are those of host memory that all ranks map (`fused.shared`): everybody comes, each
-rank folds or copies its part (of ranks that share a card, one folds for all), everybody is done.
+The programs are those of host memory that all ranks map (the form "shared" of `fused`): everybody
+comes, each rank folds or copies its part (of ranks that share a card, one folds for all), everybody
+is done.
 Events of each rank are known to all others: behind one its buffer may be read, behind another its
 part of the work is done. (A third is for work in two steps, see `device_nesting`.) The hosts
 exchange only words, which say that every rank has put its event on its stream. No host waits for a

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 CHECK = 0.05
 """Seconds between two checks for lost peers and for the deadline while waiting."""
 
-_ANSWERS = 1.5
+ANSWERS = 1.5
 """Seconds that the others have to say where they are, when time is up."""
+
+ASKS = 2.0
+"""Who is given fewer seconds to wait has a look now and then: it asks nobody."""
 
 
 class Doubts:
@@ -112,7 +115,7 @@ class Watch:
         if waited >= self._timeout:
             receipt, around = self._work.receipt, ""
             if self._inquiry is not None and self._asks:
-                around = "; " + self._inquiry.around(self._work, _ANSWERS)
+                around = "; " + self._inquiry.around(self._work, ANSWERS)
             raise CommTimeout(
                 f"rank {transport.rank} waited {waited:.1f} s in {receipt.operation} "
                 f"({receipt.algorithm}, {receipt.nbytes} bytes) for ranks {listed(peers)}{around}"

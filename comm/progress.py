@@ -20,7 +20,7 @@ from .deaths import Deaths
 from .errors import CommError, CommTimeout, MismatchError, PeerLost
 from .forks import in_fork, when_forked
 from .inquiry import Inquiry
-from .patience import Watch
+from .patience import ASKS, Watch
 from .serving import Waiting
 from .timeline import WAIT, Timeline
 from .trace import Ring
@@ -30,9 +30,6 @@ from .work import Steps, Work
 if TYPE_CHECKING:
     from .express import Express
     from .runner import Runner
-
-_ASKS = 2.0
-"""A wait() that is given fewer seconds is a look now and then: it asks nobody."""
 
 _MANY = 64
 """With more works in flight than these, a start does not always advance all others first."""
@@ -292,7 +289,7 @@ class Progress:
 
     def _wait(self, work: Work, timeout: float | None) -> None:
         patience = self.timeout if timeout is None else timeout
-        asks = timeout is None or timeout >= _ASKS
+        asks = timeout is None or timeout >= ASKS
         counted = overdue = False
         try:
             with self._lock:

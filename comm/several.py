@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from .arguments import require, seconds
 from .errors import CommTimeout
+from .patience import ANSWERS, ASKS
 from .progress import Progress
 from .texts import few
 from .waited import Waited
@@ -28,6 +29,8 @@ def first_ended(works: Sequence[Work], timeout: float | None, progress: Progress
     transport = works[0].transport
     progress.require_own(transport.rank)
     progress.require_uninterrupted()
+    if len(works) == 1:
+        return _wait(works[0], timeout, progress)
     waited, spins = Waited(), 0
     while True:
         progress.poll(works)
@@ -35,9 +38,26 @@ def first_ended(works: Sequence[Work], timeout: float | None, progress: Progress
             if work.ended:
                 return place
         if waited.look() >= patience:
+            around = ""
+            if timeout is None or timeout >= ASKS:  # as wait() does
+                for work in works:
+                    work.overdue = True
+                if progress.inquiry is not None:
+                    around = "; " + progress.inquiry.around(works[0], ANSWERS)
             raise CommTimeout(
                 f"rank {transport.rank} waited {waited.seconds:.1f} s in vain for any of: "
-                f"{few([*map(str, works)], '; ')}"
+                f"{few([*map(str, works)], '; ')}{around}"
             )
         spins += 1
         transport.pause(spins)
+
+
+def _wait(work: Work, timeout: float | None, progress: Progress) -> int:
+    """Wait for the only one, as its wait() does, which learns more; what ended it is not raised."""
+    if not work.ended:
+        try:
+            progress.wait(work, timeout)
+        except Exception:
+            if not work.ended:
+                raise
+    return 0

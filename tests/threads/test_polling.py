@@ -6,7 +6,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ringfold import CommError, CommTimeout, Communicator, MismatchError, PeerLost, Work, run_local
+from ringfold import (
+    CommError,
+    CommTimeout,
+    Communicator,
+    MismatchError,
+    PeerLost,
+    Settings,
+    Work,
+    run_local,
+)
 
 
 def polled(work: Work) -> Any:
@@ -97,6 +106,27 @@ def test_the_first_of_several_works() -> None:
             works[place].wait()
 
     run_local(3, main)
+
+
+def test_several_works_that_were_waited_for_in_vain_tell_where_the_ranks_are() -> None:
+    """It told what it waited for alone, and close() waited for the same works once more."""
+
+    def main(comm: Communicator) -> None:
+        if comm.rank == 0:
+            works = [comm.irecv(np.zeros(1), 1, tag) for tag in (1, 2)]
+            start = time.monotonic()
+            with pytest.raises(CommTimeout, match=r"in vain for any of: recv .*; where the ranks"):
+                comm.wait_any(works)
+            one = comm.irecv(np.zeros(1), 1, 3)
+            with pytest.raises(CommTimeout, match=r"in recv .*; where the ranks"):
+                comm.wait_any([one], timeout=2.0)
+            comm.send(np.zeros(1), 1)
+            comm.close()
+            assert time.monotonic() - start < 8
+        else:
+            comm.irecv(np.zeros(1), 0).wait(timeout=20)
+
+    run_local(2, main, settings=Settings(timeout=3))
 
 
 def test_several_works_with_one_that_has_ended_and_wrong_arguments() -> None:
