@@ -229,8 +229,8 @@ def test_a_timeout_that_is_no_number_of_seconds_is_refused(
 def test_a_work_that_was_waited_for_in_vain_holds_nobody_up_at_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("ringfold.comm.progress._ASKS", 0.1)  # less is a look now and then
-    monkeypatch.setattr("ringfold.comm.patience._ANSWERS", 0.1)
+    monkeypatch.setattr("ringfold.comm.progress.ASKS", 0.1)  # less is a look now and then
+    monkeypatch.setattr("ringfold.comm.patience.ANSWERS", 0.1)
 
     def main(comm: Communicator) -> None:
         if comm.rank == 0:

@@ -12,10 +12,10 @@ from ringfold import (
     Communicator,
     MismatchError,
     PeerLost,
-    Settings,
     Work,
     run_local,
 )
+from ringfold.comm.draining import drain
 
 
 def polled(work: Work) -> Any:
@@ -108,25 +108,30 @@ def test_the_first_of_several_works() -> None:
     run_local(3, main)
 
 
-def test_several_works_that_were_waited_for_in_vain_tell_where_the_ranks_are() -> None:
+def test_several_works_that_were_waited_for_in_vain_tell_where_the_ranks_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It told what it waited for alone, and close() waited for the same works once more."""
+    for module in ("several", "progress"):
+        monkeypatch.setattr(f"ringfold.comm.{module}.ASKS", 0.1)
+    for module in ("several", "patience"):
+        monkeypatch.setattr(f"ringfold.comm.{module}.ANSWERS", 0.1)
 
     def main(comm: Communicator) -> None:
-        if comm.rank == 0:
-            works = [comm.irecv(np.zeros(1), 1, tag) for tag in (1, 2)]
-            start = time.monotonic()
-            with pytest.raises(CommTimeout, match=r"in vain for any of: recv .*; where the ranks"):
-                comm.wait_any(works)
-            one = comm.irecv(np.zeros(1), 1, 3)
-            with pytest.raises(CommTimeout, match=r"in recv .*; where the ranks"):
-                comm.wait_any([one], timeout=2.0)
-            comm.send(np.zeros(1), 1)
-            comm.close()
-            assert time.monotonic() - start < 8
-        else:
-            comm.irecv(np.zeros(1), 0).wait(timeout=20)
+        if comm.rank == 1:
+            comm.recv(np.zeros(1), 0)
+            return
+        works = [comm.irecv(np.zeros(1), 1, tag) for tag in (1, 2)]
+        with pytest.raises(CommTimeout, match=r"in vain for any of: recv .*; where the ranks"):
+            comm.wait_any(works, timeout=0.2)
+        with pytest.raises(CommTimeout, match=r"in recv .*; where the ranks"):
+            comm.wait_any([comm.irecv(np.zeros(1), 1, 3)], timeout=0.2)
+        start = time.monotonic()
+        drain(comm._progress, 60, lambda work: True, "ends")
+        assert time.monotonic() - start < 20
+        comm.send(np.zeros(1), 1)
 
-    run_local(2, main, settings=Settings(timeout=3))
+    run_local(2, main)
 
 
 def test_several_works_with_one_that_has_ended_and_wrong_arguments() -> None:
