@@ -31,7 +31,7 @@ from .reducer import Reducer
 from .reduction import ReductionRecord
 from .replicas import check_equal, check_sendable, numbers_of
 from .rows import agree_on_rows
-from .share import counts_of, share_of
+from .share import share_of
 from .sparse import sparse_parameters
 from .split_model import SplitModel
 from .stage_error import raise_together
@@ -232,9 +232,6 @@ class Pipeline:
         self._worker.require_whole()
         self._require_loss("train, only give outputs")
         rows, meeting = agree_on_rows(self.mesh, x, y, self._model.meets_replicas)
-        # On all ranks before anything is sent, as a plan may refuse what one replica has.
-        for count in counts_of(rows, self._choices.microbatches, in_tree=self._adding.in_tree):
-            self._plan(count)
         share = share_of(
             rows,
             self.mesh.data.rank,
@@ -243,6 +240,9 @@ class Pipeline:
             in_tree=self._adding.in_tree,
             meeting=meeting,
         )
+        # On all ranks before anything is sent, as a plan may refuse what one replica has.
+        for count in sorted(set(share.counts)):
+            self._plan(count)
         factor = self._adding.factor
         if self._loss_scaler is not None:
             factor = self._loss_scaler.scale(factor)
