@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..comm.arguments import require
 from ..comm.timeline import STEP, span
 from .actions import Action
 from .addition import InBuckets, InTree
@@ -23,13 +24,13 @@ from .gpu_threads import check_gpu_threads
 from .hooks import WireFormat, WireHook
 from .loss_scale import LossScaler
 from .mesh import Mesh
-from .outline import Choices, Outline, require_mesh, require_scaler
+from .outline import Choices, Outline
 from .partition import cut
-from .plan import CheckedPlans, PlanFunction, plan_function
+from .plan import PlanFunction
 from .plan_check import stage_peaks
 from .reducer import Reducer
 from .reduction import ReductionRecord
-from .replicas import check_equal, check_sendable, numbers_of
+from .replicas import check_sendable, numbers_of
 from .rows import agree_on_rows
 from .share import share_of
 from .sparse import sparse_parameters
@@ -133,7 +134,7 @@ class Pipeline:
         loss_scaler: LossScaler | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        require_mesh(mesh)
+        require("mesh", mesh, Mesh, "Mesh(comm, pipe=2)")
         self.mesh = mesh
         self.last_step: StepRecord | None = None
         self.steps_taken = 0
@@ -155,18 +156,11 @@ class Pipeline:
             scales_loss=loss_scaler is not None,
             device=device,
         )
-        outlines: list[Outline] = []
-
-        def described() -> list[str]:
-            self._plan = CheckedPlans(plan_function(schedule, stages_per_rank), mesh.pipe.size)
-            require_scaler(loss_scaler, mesh.pipe)
-            outlines.append(Outline.of(layers, mesh, choices, self._plan, loss_fn))
-            return outlines[0].lines(choices)
-
-        check_equal(mesh.comm, described, "settings, parameters or buffers of the pipeline")
-        named, num_stages, again = outlines[0].named, outlines[0].num_stages, outlines[0].again
-        whole = outlines[0].whole
-        tensors = chain(whole.named_parameters(), whole.named_buffers())
+        outline = Outline.agreed(
+            layers, mesh, choices, schedule, stages_per_rank, loss_fn, loss_scaler
+        )
+        self._plan, named, num_stages = outline.plans, outline.named, outline.num_stages
+        tensors = chain(outline.whole.named_parameters(), outline.whole.named_buffers())
         check_sendable(tensors, empty_only=mesh.data.size == 1)
         self._finite = FiniteCheck(mesh.comm, num_stages) if check_finite else None
 
@@ -177,7 +171,7 @@ class Pipeline:
         else:
             self.stages = cut(len(named), num_stages, boundaries)
         self._model = SplitModel(
-            named, self.stages, mesh, again=again, device=device, bucket_bytes=bucket_bytes
+            named, self.stages, mesh, again=outline.again, device=device, bucket_bytes=bucket_bytes
         )
         self.layers = module = self._model.module
         self.shared_names = self._model.shared_names
