@@ -25,7 +25,6 @@ from .loss_scale import LossScaler
 from .reducer import Reducer
 from .reduction import ReductionRecord
 from .replicas import broadcast_tensors, check_equal, check_root, check_sendable, describe
-from .roster import Roster
 from .spans import record_forward
 from .sparse import sparse_parameters
 from .transparent import Transparent
@@ -145,13 +144,7 @@ class DataParallel(Transparent):
         check_gpu_threads(comm, tensors)
         broadcast_tensors(comm, tensors, root, START_BYTES)
         self._sync: GradientSync | None = GradientSync(
-            module,
-            named,
-            channel,
-            self._reducer,
-            self._mode,
-            roster=Roster(module),
-            finite=self._finite,
+            module, named, channel, self._reducer, self._mode, self._finite
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -33,7 +33,6 @@ class GradientSync(Kin):
     Those that share parameters reduce together, each parameter once.
 
     named: the module's parameters.
-    roster: of the module.
     """
 
     def __init__(
@@ -43,15 +42,13 @@ class GradientSync(Kin):
         channel: Communicator,
         reducer: Reducer,
         mode: Mode,
-        *,
-        roster: Roster,
         finite: FiniteCheck | None,
     ) -> None:
         super().__init__(named, channel.members, mode)
         self._module, self._channel = module, channel
-        self._reducer, self._mode = reducer, mode
-        self._roster, self._finite = roster, finite
-        self._layout = BufferLayout(roster)
+        self._reducer, self._finite = reducer, finite
+        self._roster = Roster(module)
+        self._layout = BufferLayout(self._roster)
         self._checked = False
         self._looking: BackwardEnd | None = None
         self._ending: BackwardEnd | None = None
