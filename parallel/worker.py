@@ -58,8 +58,8 @@ class Worker:
         channel: Communicator,
         loss_fn: Callable[[Any, Any], Tensor] | None,
         reducer: Reducer | None,
-        tree: TreeGradients | None = None,
-        finite: FiniteCheck | None = None,
+        tree: TreeGradients | None,
+        finite: FiniteCheck | None,
     ) -> None:
         self._channel = channel
         self._outbox = Outbox(channel)
