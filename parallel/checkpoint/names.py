@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .loading import saved_names
+from .module_names import saved_names
 
 __all__ = ["Names"]
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..comm.communicator import Communicator
     from .stage import Stage
 
-__all__ = ["Call", "Meetings", "meet", "note"]
+__all__ = ["Call", "ReplicaCalls", "meet", "note"]
 
 Move = Callable[[Tensor, "Communicator"], Tensor]
 
@@ -54,7 +54,7 @@ def note(call: Call) -> None:
         call.comm.noted.append(call)
 
 
-class Meetings:
+class ReplicaCalls:
     """What the actions of one stage call, by their kinds.
 
     channel: any group of the rank.
