@@ -238,7 +238,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _tune(arguments: argparse.Namespace) -> int:
     from .comm.communicator import Communicator
     from .comm.settings import Settings
-    from .comm.texts import gather_texts
+    from .comm.texts import first_text
     from .comm.tune import measure
 
     file = arguments.out or Settings.read().tuning
@@ -248,7 +248,7 @@ def _tune(arguments: argparse.Namespace) -> int:
         if comm.size == 1:
             raise Misuse("one rank has no links to measure; try: mpirun -n 4 ringfold tune")
         refused = prepare_file(file) if comm.rank == 0 else ""
-        if told := next(filter(None, gather_texts(comm, refused)), ""):
+        if told := first_text(comm, refused):
             raise Misuse(f"{told}; name a file by --out")
         tuning = measure(comm)
         if comm.rank == 0:
