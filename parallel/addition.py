@@ -26,8 +26,10 @@ __all__ = ["Added", "InBuckets", "InTree"]
 class Added:
     """What all ranks know after a step.
 
-    loss: of the global batch.  failed, changed: on how many ranks a stage has failed, buffers have
-    changed their shapes.  reduction: of the gradients over replicas, where they went in buckets.
+    loss: of the global batch.
+    failed: number of ranks where a stage failed.
+    changed: number of ranks whose buffers changed shape.
+    reduction: of the gradients over replicas in buckets; None in a tree, and with one replica.
     """
 
     loss: float

@@ -220,9 +220,10 @@ class DataParallel(Transparent):
 
         For a rank without a batch, or whose loss reaches no parameter, while other ranks run a
         synchronised backward: what it has in `.grad` counts, or zeros, and it gets the result.
-        For several wrappers with parts in that backward in the order in which they were made; of
-        those that reduce together one is enough, and each does no harm. Nor does one in which all
-        is frozen, which no backward reduces.
+
+        If several wrappers have parts in that backward, call it for each, in the order in which
+        they were made. For wrappers that reduce together one call is enough, and more do no harm;
+        nor does a call for a wrapper in which all is frozen, which no backward reduces.
         """
         if self._sync is not None:
             self._sync.reduce_without_backward()

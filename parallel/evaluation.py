@@ -28,7 +28,7 @@ __all__ = ["Evaluator"]
 class Evaluator:
     """Evaluate a split model; every call is collective over `pipe`, and replicas are by themselves.
 
-    steps: taken so far, of which a Dropout in training mode takes the rows for those of a batch.
+    steps: taken so far. A Dropout in training mode draws for the batch as for that of this step.
     """
 
     def __init__(

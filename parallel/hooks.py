@@ -214,10 +214,10 @@ def _plain_word(wire: Any) -> Any:
 
 
 def narrowed(values: Tensor, dtype: torch.dtype, loss_scale: float) -> Tensor:
-    """Return finite values in another dtype, those beyond it as its largest.
+    """Return finite values in another dtype; those beyond its range become its largest value.
 
-    As infinities where it may be the scale of the loss that has made them so large: the scaler
-    lowers its factor then, and else would not come to know.
+    Where losses are scaled up they become infinite instead: the scale may have made them so large,
+    and by an infinity the scaler learns that it has to lower its factor.
     """
     most = torch.finfo(dtype).max
     return (values if loss_scale > 1 else values.clamp(-most, most)).to(dtype)

@@ -72,10 +72,10 @@ class Kin:
         self._shared.clear()
 
     def family(self) -> list[Self]:
-        """Return all that reduce together with this one, the oldest first.
+        """Return all wrappers that reduce together with this one, the oldest first.
 
-        Those that share a parameter which is trained now, and what shares one with these; but for
-        those whose backwards are not to be reduced.
+        They share a parameter that is trained now with this one, or with another of the family.
+        Wrappers whose backwards are not to be reduced are left out.
 
         Raises: RuntimeError where they reduce over different ranks.
         """
@@ -102,8 +102,8 @@ class Kin:
     def ahead(self, family: Sequence[Self]) -> list[Self]:
         """Return those of the family that reduce what this one shares with them.
 
-        One with a weight comes first, whose mean the others do not know; then the larger, which
-        may have the smaller in it, as a wrapper around a wrapper; then the younger.
+        Wrappers with a weight come before those without, which do not know the weights; then those
+        with more parameters, as a wrapper around a wrapper; then the younger ones.
         """
         return [other for other in family if other._precedence > self._precedence]
 

@@ -156,9 +156,9 @@ def _listed(values: Iterable[Value] | None, size: int) -> list[Value]:
 def _values(
     joined: NDArray[np.uint8], count: int, error: Exception | None, first: int = 0
 ) -> list[Any]:
-    """Return the values of `count` headed texts, or raise what the first that is none tells.
+    """Return the values of `count` headed texts; raise the refusal if one holds that instead.
 
-    error: what this rank has met.  first: the rank that the first text comes from.
+    error: this rank's own, as the cause.  first: the rank that the first text comes from.
     """
     texts = []
     for rank in range(first, first + count):

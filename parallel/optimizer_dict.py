@@ -52,9 +52,9 @@ def state_dict_of(optimizer: Optimizer) -> Dict:
 
 
 def load_into(optimizer: Optimizer, state_dict: Dict) -> None:
-    """Give an optimizer a state_dict; it has the dtypes then that this has.
+    """Load a state_dict into an optimizer, whose state then has the dtypes of the state_dict.
 
-    Only code of the user's can fail, if `ids_of` takes the state_dict.
+    If `ids_of` accepts the state_dict, only code of the user's can fail.
     """
     if has_own_dict(optimizer):
         optimizer.load_state_dict(state_dict)
@@ -88,10 +88,10 @@ def hooked_load(
 
 
 def ids_of(optimizer: Optimizer, state_dict: Any) -> dict[Tensor, Any]:
-    """Return what each parameter is called in a state_dict: a number, in torch's own.
+    """Return the key of each parameter in a state_dict: a number, in torch's own.
 
-    TypeError where it does not tell: it is to hold "state" by what its "param_groups" list under
-    "params", group by group as the optimizer. Other state has text for keys.
+    TypeError if they cannot be told. "param_groups" must list the keys under "params", in groups
+    as those of the optimizer, and "state" be kept by them; other entries of "state" have text keys.
     """
     given = state_dict if isinstance(state_dict, Mapping) else {}
     if not isinstance(given.get("state"), Mapping) or "param_groups" not in given:

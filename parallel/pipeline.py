@@ -78,8 +78,8 @@ class Pipeline:
         their rows. "sum" if it is a sum over its rows.
     microbatches: at most so many; a batch of fewer rows makes fewer. Their rows may be unequal.
     schedule: a name of `PLANS`, or a plan function; checked before it runs.
-    stages_per_rank: of the schedule "interleaved", by default 2; beside other names than 1, and
-        beside a plan function, whose actions name their stages, it is refused.
+    stages_per_rank: of the schedule "interleaved", by default 2. Other schedules take only 1, and a
+        plan function none, as its actions name their stages.
     boundaries: the first layer of every stage but the first.
     balance: without boundaries, what is to be as equal as can be: "parameters"; "time" of forward
         and backward, or "memory" of parameters and kept activations, measured on `sample`.
@@ -296,8 +296,8 @@ class Pipeline:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters of this rank's stages, a shared one once.
 
-        On a rank without any to train, one of no elements that is in no state follows, so that
-        optimizers, which refuse an empty list, can be made alike on every rank.
+        On a rank with nothing to train, a placeholder without elements follows, which is in no
+        state: optimizers refuse an empty list, and so can be made alike on every rank.
         """
         return self._model.parameters()
 

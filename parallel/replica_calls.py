@@ -82,7 +82,7 @@ class ReplicaCalls:
             self._channel.noted = None
 
     def join(self, kind: Kind) -> None:
-        """Take part in what an action that is not, or not wholly, executed would call."""
+        """Make the calls that are left of an action that is not executed, or only in part."""
         done, self._done = self._done, 0
         calls = self._known.get(self._key(kind))
         for call in (self._supposed(kind) if calls is None else calls)[done:]:
@@ -93,9 +93,9 @@ class ReplicaCalls:
         return kind, torch.is_grad_enabled(), meeting  # without gradients there is no loss
 
     def _supposed(self, kind: Kind) -> Sequence[Call]:
-        """Return what an action calls that none of its kind has shown yet.
+        """Return what an action should call, for a kind of action that has not been noted yet.
 
-        As if each layer were called once, in the order in which they are registered.
+        It is assumed to call each layer once, in the order in which they are registered.
         """
         stage = self._stage
         forward: list[Call] = []

@@ -25,10 +25,11 @@ _REFUSED = -2
 def agree_on_rows(mesh: Mesh, x: Any, y: Any, meets: bool = False) -> tuple[tuple[int, ...], bool]:
     """Return the rows of every replica's batch, by replica, and whether any rank `meets`.
 
-    Not all rows are zero; None for x has none. meets: whether layers of this rank meet other
-    replicas in their forward. x counts on first stages, y, if it is given, on last ones. Collective
-    over mesh.comm. Raises on every rank if a batch is unfit on any: there what is wrong with it,
-    elsewhere a ValueError that names the rank, and says what.
+    x: looked at on first stages; None has no rows.  y: on last stages, if given.
+    meets: whether layers of this rank meet other replicas in their forward.
+
+    Collective over mesh.comm. ValueError on every rank if no replica has rows. If a batch is unfit,
+    its rank raises the error itself, and all others a ValueError with the text and the rank.
     """
     count = partial(_count, mesh.pipe, x, y, meets)
     table = _gathered(mesh.comm, count, lambda rank: f"rank {rank} of the mesh")

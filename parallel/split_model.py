@@ -138,7 +138,7 @@ class SplitModel:
     def agree_on_buffers(self) -> None:
         """Let replicas agree on the shapes of their buffers; collective over mesh.comm.
 
-        ValueError on every rank where those of any stage differ, named as of ranks of mesh.data.
+        ValueError on every rank if those of any stage differ; it names ranks of mesh.data.
         """
         refused = ""
         stages = ", ".join(str(stage.index) for stage in self.stages)

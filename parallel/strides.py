@@ -13,9 +13,9 @@ __all__ = ["laid_out_like", "overlaps"]
 
 
 def laid_out_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return a tensor of a parameter's shape with its strides; any other, and one that has, as is.
+    """Return `value` with the strides of a parameter of the same shape; device and dtype stay.
 
-    On the device and in the dtype of `value`.
+    `value` itself if it has them already, or is of another shape or layout.
     """
     if value.shape != parameter.shape or value.layout != torch.strided:
         return value

@@ -162,7 +162,7 @@ class Worker:
         self._outbox.drain()
 
     def join(self, batch: Batch, where: str) -> Any:
-        """Return the outputs of an evaluation end to end; a failure where they cannot be joined."""
+        """Return the outputs of an evaluation joined; None where that fails, as `failure` says."""
         try:
             return join_rows(batch.outputs, where)
         except (TypeError, ValueError, RuntimeError) as error:

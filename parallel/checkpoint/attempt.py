@@ -78,11 +78,14 @@ class Attempt:
 def _refuse_unwanted(
     manifest: Manifest, wanted: set[str], wholes: Iterable[tuple[str, str]], path: Path
 ) -> None:
-    """Raise CheckpointError for tensors that no rank wants of an object that must be whole.
+    """Raise CheckpointError if no rank wants some tensors of an object that must be loaded whole.
 
-    wanted: by any rank.  wholes: of all ranks, as some may load what others do not: the name of an
-    object, and of which kind it is (`Part.whole`). An optimizer's state is missed where a module
-    that is loaded has the parameter; an optimizer of two models may go on with one of them.
+    wanted: the tensors that any rank wants.
+    wholes: name and kind (`Part.whole`) of every object that must be whole, of all ranks: some may
+        load what others do not.
+
+    An optimizer of two models may go on with one of them: its state is missed only where a module
+    that is loaded has the parameter.
     """
     found = dict.fromkeys(wholes)
     modules = {name for name, kind in found if kind == "module"}
