@@ -28,6 +28,7 @@ from ringfold.workloads.options import (
     grid_of,
     grid_of_some,
 )
+from ringfold.workloads.parsing import attempt
 from ringfold.workloads.training import Training, go_on, join, team_of
 from ringfold.workloads.worlds import NOT_BEGUN, Left, open_world
 
@@ -65,20 +66,6 @@ def main() -> int:
         return 0
     world.close()
     return status
-
-
-def attempt(parse: Callable[[], Options]) -> tuple[Callable[[], Options], Options | None]:
-    """Parse now, so that --help needs no MPI; the result, or its error, is for all ranks later."""
-    try:
-        options = parse()
-    except UsageError as error:
-        complaint = error
-
-        def fail() -> Options:
-            raise complaint
-
-        return fail, None
-    return lambda: options, options
 
 
 def begin_with_the_living(world: World, parsed: Callable[[], Options]) -> Training:

@@ -19,6 +19,7 @@ from harness import table, write_json
 from options import plain_parser, read
 
 import ringfold
+from ringfold.comm.texts import gather_texts
 from ringfold.output import status_of
 from ringfold.workloads.numbers import path, whole
 from ringfold.workloads.options import UsageError
@@ -42,7 +43,7 @@ def main() -> int:
     parser.add_argument("--folder", type=path, help="where to write (default: a temporary folder)")
     options = read(parser, check_folder)
     with ringfold.Communicator() as comm, tempfile.TemporaryDirectory(dir=options.folder) as own:
-        folder = shared_folder(comm, own)
+        folder = Path(gather_texts(comm, own)[0])  # rank 0's, on every rank
         nbytes = options.megabytes * 10**6
         # As in training, which has loaded compiled code long before.
         measure(comm, folder / "warm", 8000, 1, train=0.0)
@@ -58,13 +59,6 @@ def main() -> int:
             if options.json is not None:
                 write_json(options.json, "checkpoint", rows, comm.library)
     return 0
-
-
-def shared_folder(comm: ringfold.Communicator, own: str) -> Path:
-    """Return rank 0's folder on every rank."""
-    name = np.zeros(4096, np.uint8)
-    name[: len(own.encode())] = np.frombuffer(own.encode(), np.uint8)
-    return Path(bytes(comm.broadcast(name)).rstrip(b"\0").decode())
 
 
 def measure(

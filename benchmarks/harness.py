@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import ringfold
-from ringfold.cli import BUSBW
+from ringfold.units import bus_factor
 
 LEAST = 5
 """Repetitions that there are whatever they take."""
@@ -141,21 +141,19 @@ def measure(
     *,
     prepare: Callable[[], object] = lambda: None,
     repeats: int = 20,
-    warmup: int = 3,
 ) -> Timing:
     """Time an operation that all ranks of comm take part in; every rank gets the same Timing.
 
     prepare: runs before each repetition, untimed; ranks fill their buffers there.
     """
     alone = Contender("", operation, prepare)
-    return contest(comm, [alone], repeats=repeats, warmup=warmup)[0].timing
+    return contest(comm, [alone], repeats=repeats)[0].timing
 
 
 def rates(collective: str, nbytes: int, ranks: int, seconds: float) -> tuple[float, float]:
     """Return (algbw, busbw) in GB/s, as nccl-tests' doc/PERFORMANCE.md defines them."""
     algbw = nbytes / seconds / 1e9 if seconds > 0 else 0.0
-    factor = BUSBW.get(collective, lambda size: 1.0)(ranks)
-    return algbw, algbw * factor
+    return algbw, algbw * bus_factor(collective, ranks)
 
 
 def machine(mpi: str | None = None) -> dict[str, Any]:

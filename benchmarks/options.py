@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable
-from typing import NoReturn
 
 from peers import PEERS, importable
 
@@ -18,16 +17,10 @@ from ringfold.units import read_nbytes
 from ringfold.workloads.agree import settle
 from ringfold.workloads.numbers import path, positive, whole
 from ringfold.workloads.options import UsageError
+from ringfold.workloads.parsing import Parser, attempt
 
 Check = Callable[[argparse.Namespace, int], object]
 """Raises UsageError where options do not go together, or with so many ranks."""
-
-
-class Parser(argparse.ArgumentParser):
-    """Raise instead of exiting: every rank parses, and one is to print."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
 
 
 def plain_parser(description: str | None, *, repeats: int | None = None) -> Parser:
@@ -91,7 +84,7 @@ def names(known: Iterable[str]) -> Callable[[str], list[str]]:
 
 def read(parser: Parser, check: Check = lambda options, num_ranks: None) -> argparse.Namespace:
     """Read the command line on every rank; end all where one refuses it.  Collective."""
-    parsed = _attempt(parser)  # before MPI starts: --help needs none
+    parsed, _ = attempt(parser.parse_args)  # before MPI starts: --help needs none
     with ringfold.Communicator() as comm:
         refused = ""
 
@@ -120,19 +113,6 @@ def read_alone(parser: Parser) -> argparse.Namespace:
         _say(parser, str(error))
         raise SystemExit(2) from None
     return options
-
-
-def _attempt(parser: Parser) -> Callable[[], argparse.Namespace]:
-    try:
-        options = parser.parse_args()
-    except UsageError as error:
-        refused = error
-
-        def fail() -> NoReturn:
-            raise refused
-
-        return fail
-    return lambda: options
 
 
 def _say(parser: Parser, refused: str) -> None:

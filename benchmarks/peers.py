@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 import ringfold
+from ringfold.comm.texts import gather_texts
 
 PEERS: Mapping[str, str] = {"mpi": "mpi4py", "gloo": "torch"}
 """peer -> the module that it needs."""
@@ -84,10 +85,7 @@ def gloo(comm: ringfold.Communicator) -> Iterator[Any]:
     torch.set_num_threads(1)
     host = "127.0.0.1"
     if comm.node.size < comm.size:
-        name = np.zeros(256, np.uint8)
-        own = socket.gethostbyname(socket.gethostname()).encode()
-        name[: len(own)] = list(own)
-        host = bytes(comm.broadcast(name)).rstrip(b"\0").decode()
+        host = gather_texts(comm, socket.gethostbyname(socket.gethostname()))[0]
     else:
         # What gloo would take, the interface of the host's name, may not exist.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

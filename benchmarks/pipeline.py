@@ -112,7 +112,7 @@ def in_turn(model: nn.Module, x: Tensor, y: Tensor, microbatches: int) -> None:
         (loss_fn(model(part), target) / microbatches).backward()
 
 
-def ours(comm: ringfold.Communicator, mesh: ringfold.Mesh, work: Work, plan: str) -> Contender:
+def ours(mesh: ringfold.Mesh, work: Work, plan: str) -> Contender:
     """Line up ringfold.Pipeline by one plan."""
     engine = ringfold.Pipeline(
         work.fresh(),
@@ -169,7 +169,7 @@ def compare(
     lined = [
         alone.contender(lambda: in_turn(work.whole, work.x, work.y, count)),
         Contender("busy", lambda: in_turn(stage, inputs, work.y, count), prepare=stage.zero_grad),
-        *(ours(comm, mesh, work, plan) for plan in work.plans()),
+        *(ours(mesh, work, plan) for plan in work.plans()),
     ]
     if "gloo" in arguments.peers and comm.size > 1:
         lined += [torchs(comm, work, plan) for plan in TORCH if plan in PLANS]

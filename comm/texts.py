@@ -57,3 +57,8 @@ def gather_texts(comm: Communicator, text: str) -> list[str]:
     padded[: len(mine)] = mine
     rows = comm.allgather(padded)
     return [bytes(row[:n]).decode() for row, n in zip(rows, lengths.tolist(), strict=True)]
+
+
+def first_text(comm: Communicator, text: str) -> str:
+    """Return the text of the lowest rank that has one, "" where none has; collective."""
+    return next(filter(None, gather_texts(comm, text)), "")

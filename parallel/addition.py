@@ -27,9 +27,9 @@ class Added:
     """What all ranks know after a step.
 
     loss: of the global batch.
-    failed: on how many ranks a stage has failed.
-    changed: on how many ranks buffers have changed their shapes.
-    reduction: what was done to reduce gradients over replicas, if they went in buckets.
+    failed: number of ranks where a stage failed.
+    changed: number of ranks whose buffers changed shape.
+    reduction: of the gradients over replicas in buckets; None in a tree, and with one replica.
     """
 
     loss: float

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..comm.uneven import checked_counts
-from .meeting import Call, meet, note
+from .replica_calls import Call, meet, note
 from .tensors import real_view
 
 if TYPE_CHECKING:

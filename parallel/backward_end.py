@@ -33,10 +33,9 @@ class BackwardEnd:
                 "gradients are reduced: call loss.backward() outside of what torch.compile has "
                 "compiled, or leave torch._dynamo.config.compiled_autograd off"
             )
-        self._nested = False
         self._beside: set[int] = set()
         # Autograd alone holds what it is to call: a backward that has failed has let go of it.
-        call = _Call(function, self._go_on)
+        call = _Call(function)
         self._call = weakref.ref(call)
         call.queue()
 
@@ -47,14 +46,14 @@ class BackwardEnd:
         return call is not None and not call.done
 
     def reach(self) -> bool:
-        """Tell whether there has been a backward within the backward, as far as is known here.
+        """Return whether the running backward may be nested.
 
-        One that runs now and turns out to be none within it, but in another thread beside it, ends
-        in a RuntimeError.
+        True also if another backward is running; if that one proves to be in another thread,
+        RuntimeError is raised at its end.
         """
         call, running = self._call(), torch._C._current_graph_task_id()
         if call is not None and call.task == running:
-            return self._nested
+            return call.nested
         if running not in self._beside:
             self._beside.add(running)
             _at_end(partial(self._refuse_beside, running))
@@ -83,21 +82,18 @@ class BackwardEnd:
         if call is not None:
             call.done = True
 
-    def _go_on(self) -> None:
-        self._nested = True
-
 
 class _Call:
     """What autograd calls at the end of a backward.
 
     task: that backward, as far as it is known.
+    nested: whether a backward has ended within it.
     """
 
-    def __init__(self, function: Callable[[], None], go_on: Callable[[], None]) -> None:
-        self.done = False
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.done = self.nested = False
         self.task = -1
         self._function = function
-        self._go_on = go_on
 
     def queue(self) -> None:
         """Be called at the end of the backward that runs now."""
@@ -117,7 +113,7 @@ class _Call:
 
         It can be asked for that only from within what it runs next.
         """
-        self._go_on()
+        self.nested = True
         handles: list[RemovableHandle] = []
 
         def queue(_: object) -> None:

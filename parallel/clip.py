@@ -29,9 +29,9 @@ def note_stage(parameters: Iterable[Tensor]) -> None:
 
 
 def refuse_one_stage(parameters: Iterable[nn.Parameter]) -> None:
-    """Raise ValueError where a norm over these parameters would be that of one stage alone.
+    """Raise ValueError if these parameters are one stage's, so that their norm would be its alone.
 
-    An empty list counts as a stage without parameters: nothing else has an optimizer of nothing.
+    An empty list counts as that of a stage without parameters: only there is an optimizer empty.
     """
     given = list(parameters)
     if not given or any(hasattr(parameter, _OF_ONE_STAGE) for parameter in given):
@@ -51,9 +51,12 @@ def clip_over_stages(
 ) -> Tensor:
     """Scale this stage's gradients by min(1, max_norm / (norm + 1e-6)); return the norm before.
 
-    norm: of the gradients of all ranks of `pipe` together, added in float64. Collective over
-    `pipe`; a stage without gradients joins. norm_type > 0, or infinity. counted_elsewhere:
-    parameters that another rank holds, too, and counts.
+    The norm is that of the gradients of all ranks of `pipe` together, added in float64.
+
+    norm_type: above 0, or infinity.
+    counted_elsewhere: parameters that another rank holds as well, and counts.
+
+    Collective over `pipe`; a stage without gradients takes part.
     """
     if not norm_type > 0:
         raise ValueError(f"expected norm_type > 0, got {norm_type}")

@@ -25,7 +25,6 @@ from .loss_scale import LossScaler
 from .reducer import Reducer
 from .reduction import ReductionRecord
 from .replicas import broadcast_tensors, check_equal, check_root, check_sendable, describe
-from .roster import Roster
 from .spans import record_forward
 from .sparse import sparse_parameters
 from .transparent import Transparent
@@ -145,13 +144,7 @@ class DataParallel(Transparent):
         check_gpu_threads(comm, tensors)
         broadcast_tensors(comm, tensors, root, START_BYTES)
         self._sync: GradientSync | None = GradientSync(
-            module,
-            named,
-            channel,
-            self._reducer,
-            self._mode,
-            roster=Roster(module),
-            finite=self._finite,
+            module, named, channel, self._reducer, self._mode, self._finite
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -227,9 +220,10 @@ class DataParallel(Transparent):
 
         For a rank without a batch, or whose loss reaches no parameter, while other ranks run a
         synchronised backward: what it has in `.grad` counts, or zeros, and it gets the result.
-        For several wrappers with parts in that backward in the order in which they were made; of
-        those that reduce together one is enough, and each does no harm. Nor does one in which all
-        is frozen, which no backward reduces.
+
+        If several wrappers have parts in that backward, call it for each, in the order in which
+        they were made. For wrappers that reduce together one call is enough, and more do no harm;
+        nor does a call for a wrapper in which all is frozen, which no backward reduces.
         """
         if self._sync is not None:
             self._sync.reduce_without_backward()

@@ -43,9 +43,9 @@ class Draws:
         return cls(samples, since=torch._C._autograd._get_sequence_nr())
 
     def next_call(self, layer: str) -> int:
-        """Return the number of this call; in a repetition, the one that it had the first time.
+        """Return the number of the call that runs; a repeated call has the number it had before.
 
-        RuntimeError where a repetition cannot tell.
+        RuntimeError where it cannot be known which call is repeated.
         """
         if torch._C._current_graph_task_id() == -1 or self.knows_place:
             self.calls += 1

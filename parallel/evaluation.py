@@ -28,8 +28,7 @@ __all__ = ["Evaluator"]
 class Evaluator:
     """Evaluate a split model; collective over `pipe`, without a word to other replicas.
 
-    steps: how many were taken so far. A Dropout in training mode draws the masks of that step's
-        global batch, as if it had these rows.
+    steps: taken so far. A Dropout in training mode draws for the batch as for that of this step.
     """
 
     def __init__(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..comm.errors import NotFinite
+from ..comm.texts import gather_texts
 from .tensors import real_view
 
 if TYPE_CHECKING:
@@ -88,13 +89,8 @@ class FiniteCheck:
             return
         when, owner = divmod(first, size)
         microbatch = when // self._num_places
-        text = "" if found is None else f"{found.name} {found.what}"
-        encoded = text.encode()
-        nbytes = self._comm.broadcast(np.array([len(encoded)]), owner)
-        told = np.zeros(int(nbytes[0]), np.uint8)
-        if rank == owner:
-            told[:] = np.frombuffer(encoded, np.uint8)
-        text = self._comm.broadcast(told, owner).tobytes().decode()
+        own = "" if found is None else f"{found.name} {found.what}"
+        text = gather_texts(self._comm, own)[owner]
         parameter = text.partition(" ")[0]
         raise NotFinite(
             f"step {step}, micro-batch {microbatch}, rank {owner}: the gradient of {text}; no "

@@ -11,7 +11,7 @@ __all__ = ["gradient_dtype", "new_gradient", "take_gradient_dtype"]
 def gradient_dtype(parameter: Tensor) -> torch.dtype:
     """Return the dtype that backward gives a parameter's gradient; it takes a microsecond.
 
-    Its own where torch is too old to have `grad_dtype`, or where that says that any will do.
+    That is the parameter's own dtype if torch has no `grad_dtype`, or if that allows any dtype.
     """
     chosen: torch.dtype | None = getattr(parameter, "grad_dtype", None)
     return parameter.dtype if chosen is None else chosen

@@ -33,7 +33,6 @@ class GradientSync(Kin):
     Those that share parameters reduce together, each parameter once.
 
     named: the module's parameters.
-    roster: of the module.
     """
 
     def __init__(
@@ -43,15 +42,13 @@ class GradientSync(Kin):
         channel: Communicator,
         reducer: Reducer,
         mode: Mode,
-        *,
-        roster: Roster,
         finite: FiniteCheck | None,
     ) -> None:
         super().__init__(named, channel.members, mode)
         self._module, self._channel = module, channel
-        self._reducer, self._mode = reducer, mode
-        self._roster, self._finite = roster, finite
-        self._layout = BufferLayout(roster)
+        self._reducer, self._finite = reducer, finite
+        self._roster = Roster(module)
+        self._layout = BufferLayout(self._roster)
         self._checked = False
         self._looking: BackwardEnd | None = None
         self._ending: BackwardEnd | None = None
@@ -71,9 +68,10 @@ class GradientSync(Kin):
         self._reducer.attach(lambda index: _forward_to(own(), index))
 
     def expect(self, weight: float) -> None:
-        """Take notice of the weight of backwards to come; ValueError for none, with one rank.
+        """Take notice of the weight of backwards to come.
 
-        Several ranks tell each other theirs in the backward, and refuse it together.
+        With one rank, ValueError for what is no weight. Several ranks tell each other their weights
+        in the backward, and refuse a bad one together.
         """
         if not self._reducer.single:
             return
@@ -187,10 +185,11 @@ class GradientSync(Kin):
                 one._reducer.clear(one.shared_with(one.ahead(family)))
 
     def _end_of_backward(self) -> None:
-        """Reduce what a backward has left, of all wrappers in it, in one order on all ranks.
+        """Reduce the gradients of all wrappers in a backward, in one order on all ranks.
 
-        Autograd may have reached them in different orders, and each waits for all ranks. Nor may
-        all ranks have reached all that share something: these take part by that alone.
+        Each reduction waits for all ranks, while autograd may reach the wrappers in another order
+        on each. It may also miss, on some ranks, a wrapper that shares parameters with those it
+        has reached: that one takes part all the same.
         """
         reached = [one for one in list(self._users.values()) if one is self or one._ends_with(self)]
         families = {tuple(one.family()) for one in reached}

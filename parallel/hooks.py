@@ -216,8 +216,8 @@ def _plain_word(wire: Any) -> Any:
 def narrowed(values: Tensor, dtype: torch.dtype, loss_scale: float) -> Tensor:
     """Return finite values in another dtype; those beyond its range become its largest value.
 
-    They become infinities where losses are scaled up: the factor may have made them so large, and
-    the scaler lowers it only where it sees an infinity.
+    Where losses are scaled up they become infinite instead: the scale may have made them so large,
+    and by an infinity the scaler learns that it has to lower its factor.
     """
     most = torch.finfo(dtype).max
     return (values if loss_scale > 1 else values.clamp(-most, most)).to(dtype)

@@ -72,10 +72,10 @@ class Kin:
         self._shared.clear()
 
     def family(self) -> list[Self]:
-        """Return all that reduce together with this one, the oldest first.
+        """Return all wrappers that reduce together with this one, the oldest first.
 
-        They share parameters that are trained now, with this one or with others of the family. A
-        wrapper whose backwards are not reduced is not among them.
+        They share a parameter that is trained now with this one, or with another of the family.
+        Wrappers whose backwards are not to be reduced are left out.
 
         Raises: RuntimeError where they reduce over different ranks.
         """
@@ -102,8 +102,8 @@ class Kin:
     def ahead(self, family: Sequence[Self]) -> list[Self]:
         """Return those of the family that reduce, in this one's place, what it shares with them.
 
-        A wrapper with a weight goes before one without, which does not know that mean; then the
-        larger, since a wrapper may be around a wrapper; then the younger.
+        Wrappers with a weight come before those without, which do not know the weights; then those
+        with more parameters, as a wrapper around a wrapper; then the younger ones.
         """
         return [other for other in family if other._precedence > self._precedence]
 

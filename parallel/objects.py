@@ -156,9 +156,9 @@ def _listed(values: Iterable[Value] | None, size: int) -> list[Value]:
 def _values(
     joined: NDArray[np.uint8], count: int, error: Exception | None, first: int = 0
 ) -> list[Any]:
-    """Return the values of `count` headed texts; TypeError for the first that tells an error.
+    """Return the values of `count` headed texts; raise the refusal if one holds that instead.
 
-    error: this rank's own, if any.  first: the rank that the first text comes from.
+    error: this rank's own, as the cause.  first: the rank that the first text comes from.
     """
     texts = []
     for rank in range(first, first + count):

@@ -52,9 +52,9 @@ def state_dict_of(optimizer: Optimizer) -> Dict:
 
 
 def load_into(optimizer: Optimizer, state_dict: Dict) -> None:
-    """Load a state_dict into an optimizer, and keep the state's dtypes.
+    """Load a state_dict into an optimizer, whose state then has the dtypes of the state_dict.
 
-    If `ids_of` takes the state_dict, only the user's own code can fail.
+    If `ids_of` accepts the state_dict, only code of the user's can fail.
     """
     if has_own_dict(optimizer):
         optimizer.load_state_dict(state_dict)
@@ -88,10 +88,10 @@ def hooked_load(
 
 
 def ids_of(optimizer: Optimizer, state_dict: Any) -> dict[Tensor, Any]:
-    """Return the key of each parameter in a state_dict; torch's own has numbers.
+    """Return the key of each parameter in a state_dict: a number, in torch's own.
 
-    TypeError unless "params" in its "param_groups" list a key for each parameter, group by group as
-    the optimizer does, and "state" has no other keys, but for text.
+    TypeError if they cannot be told. "param_groups" must list the keys under "params", in groups
+    as those of the optimizer, and "state" be kept by them; other entries of "state" have text keys.
     """
     given = state_dict if isinstance(state_dict, Mapping) else {}
     if not isinstance(given.get("state"), Mapping) or "param_groups" not in given:

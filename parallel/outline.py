@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from operator import index
 from types import NoneType
@@ -14,32 +14,20 @@ from torch import nn
 
 from ..comm.arguments import require, require_callable, whole
 from ..comm.communicator import Communicator
-from .actions import Action
 from .hooks import WireFormat, WireHook, wire_format
 from .layers import Named, named_layers
 from .loss_scale import LossScaler
 from .mesh import Mesh
+from .plan import CheckedPlans, PlanFunction, plan_function
 from .plan_check import num_stages_of
-from .replicas import describe
+from .replicas import check_equal, describe
 from .shared_weights import refuse_gradient_hooks
 from .tensors import device_of
 
-__all__ = ["Choices", "Outline", "require_mesh", "require_scaler"]
+__all__ = ["Choices", "Outline"]
 
 _LOSS_REDUCTIONS = ("mean", "sum")
 _REDUCTIONS = ("bucket", "tree")
-
-
-def require_mesh(given: object) -> None:
-    """Raise TypeError for what is no Mesh."""
-    require("mesh", given, Mesh, "Mesh(comm, pipe=2)")
-
-
-def require_scaler(given: object, comm: Communicator) -> None:
-    """Raise TypeError for what is no LossScaler, nor None; ValueError for one of other ranks."""
-    require("loss_scaler", given, (LossScaler, NoneType))
-    if isinstance(given, LossScaler):
-        given.require(comm)
 
 
 @dataclass(frozen=True)
@@ -97,49 +85,57 @@ class Choices:
 
 @dataclass(frozen=True)
 class Outline:
-    """The layers of a pipeline by name, its plan, its stages and those that recompute."""
+    """What a pipeline is made of, the same on all its ranks.
+
+    named: its layers by name.  plans: by number of micro-batches.
+    again: the stages that recompute.
+    """
 
     named: Named
-    plan: Sequence[Sequence[Action]]
+    plans: CheckedPlans
     num_stages: int
     again: tuple[int, ...]
 
     @classmethod
-    def of(
+    def agreed(
         cls,
         layers: nn.Sequential | nn.ModuleList | Sequence[nn.Module],
         mesh: Mesh,
         choices: Choices,
-        plan_of: Callable[[int], Sequence[Sequence[Action]]],
+        schedule: str | PlanFunction,
+        stages_per_rank: int | None,
         loss_fn: Any,
+        loss_scaler: Any,
     ) -> Outline:
-        """Find out; ValueError or TypeError for what this rank cannot do.
+        """Work it out on every rank, and compare; collective over mesh.comm.
 
-        plan_of: returns the plan of a number of micro-batches.
+        ValueError or TypeError on every rank for what one cannot do, or where ranks differ.
         """
-        choices.check()
-        if loss_fn is not None:
-            require_callable("loss_fn", loss_fn)
-        learned = loss_fn.parameters() if isinstance(loss_fn, nn.Module) else ()
-        if mesh.data.size > 1 and any(parameter.requires_grad for parameter in learned):
-            raise TypeError(
-                "loss_fn has parameters, whose gradients nobody reduces over the replicas: put "
-                "them into the last layer, or freeze them"
-            )
-        named = named_layers(layers)
-        plan = plan_of(choices.microbatches)
-        num_stages = num_stages_of(plan)
-        refuse_gradient_hooks(named)
-        return cls(named, plan, num_stages, _chosen_stages(choices.recompute, num_stages))
+        found: list[Outline] = []
+
+        def described() -> list[str]:
+            plans = CheckedPlans(plan_function(schedule, stages_per_rank), mesh.pipe.size)
+            _check_scaler(loss_scaler, mesh.pipe)
+            choices.check()
+            _check_loss(loss_fn, mesh.data.size)
+            named = named_layers(layers)
+            num_stages = num_stages_of(plans(choices.microbatches))
+            refuse_gradient_hooks(named)
+            again = _chosen_stages(choices.recompute, num_stages)
+            found.append(cls(named, plans, num_stages, again))
+            return found[0]._lines(choices)
+
+        check_equal(mesh.comm, described, "settings, parameters or buffers of the pipeline")
+        return found[0]
 
     @property
     def whole(self) -> nn.Sequential:
         """Return the unsplit model."""
         return nn.Sequential(OrderedDict(self.named))
 
-    def lines(self, choices: Choices) -> list[str]:
+    def _lines(self, choices: Choices) -> list[str]:
         """Describe what must be equal on all ranks, a line for each thing."""
-        plan = enumerate(self.plan)
+        plan = enumerate(self.plans(choices.microbatches))
         return [
             *(f"plan of rank {r}: {' '.join(a.placed for a in row)}" for r, row in plan),
             *choices.lines(self.whole),
@@ -162,3 +158,20 @@ def _chosen_stages(chosen: bool | Collection[int], num_stages: int) -> tuple[int
     if strange := sorted(set(chosen) - set(range(num_stages))):
         raise ValueError(f"expected stages 0 to {num_stages - 1}, got {strange}")
     return tuple(sorted(set(chosen)))
+
+
+def _check_scaler(given: object, comm: Communicator) -> None:
+    require("loss_scaler", given, (LossScaler, NoneType))
+    if isinstance(given, LossScaler):
+        given.require(comm)
+
+
+def _check_loss(loss_fn: Any, num_replicas: int) -> None:
+    if loss_fn is not None:
+        require_callable("loss_fn", loss_fn)
+    learned = loss_fn.parameters() if isinstance(loss_fn, nn.Module) else ()
+    if num_replicas > 1 and any(parameter.requires_grad for parameter in learned):
+        raise TypeError(
+            "loss_fn has parameters, whose gradients nobody reduces over the replicas: put "
+            "them into the last layer, or freeze them"
+        )

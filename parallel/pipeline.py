@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..comm.arguments import require
 from ..comm.timeline import STEP, span
 from .actions import Action
 from .addition import InBuckets, InTree
@@ -23,15 +24,15 @@ from .gpu_threads import check_gpu_threads
 from .hooks import WireFormat, WireHook
 from .loss_scale import LossScaler
 from .mesh import Mesh
-from .outline import Choices, Outline, require_mesh, require_scaler
+from .outline import Choices, Outline
 from .partition import cut
-from .plan import CheckedPlans, PlanFunction, plan_function
+from .plan import PlanFunction
 from .plan_check import stage_peaks
 from .reducer import Reducer
 from .reduction import ReductionRecord
-from .replicas import check_equal, check_sendable
+from .replicas import check_sendable
 from .rows import agree_on_rows
-from .share import counts_of, share_of
+from .share import share_of
 from .sparse import sparse_parameters
 from .split_model import SplitModel
 from .stage_error import raise_together
@@ -78,8 +79,8 @@ class Pipeline:
         their rows. "sum" if it is a sum over its rows.
     microbatches: at most so many; a batch of fewer rows makes fewer. Their rows may be unequal.
     schedule: a name of `PLANS`, or a plan function; checked before it runs.
-    stages_per_rank: of the schedule "interleaved", by default 2; beside other names than 1, and
-        beside a plan function, whose actions name their stages, it is refused.
+    stages_per_rank: of the schedule "interleaved", by default 2. Other schedules take only 1, and a
+        plan function none, as its actions name their stages.
     boundaries: the first layer of every stage but the first.
     balance: without boundaries, what is to be as equal as can be: "parameters"; "time" of forward
         and backward, or "memory" of parameters and kept activations, measured on `sample`.
@@ -134,7 +135,7 @@ class Pipeline:
         loss_scaler: LossScaler | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        require_mesh(mesh)
+        require("mesh", mesh, Mesh, "Mesh(comm, pipe=2)")
         self.mesh = mesh
         self.last_step: StepRecord | None = None
         self.steps_taken = 0
@@ -156,18 +157,11 @@ class Pipeline:
             scales_loss=loss_scaler is not None,
             device=device,
         )
-        outlines: list[Outline] = []
-
-        def described() -> list[str]:
-            self._plan = CheckedPlans(plan_function(schedule, stages_per_rank), mesh.pipe.size)
-            require_scaler(loss_scaler, mesh.pipe)
-            outlines.append(Outline.of(layers, mesh, choices, self._plan, loss_fn))
-            return outlines[0].lines(choices)
-
-        check_equal(mesh.comm, described, "settings, parameters or buffers of the pipeline")
-        named, num_stages, again = outlines[0].named, outlines[0].num_stages, outlines[0].again
-        whole = outlines[0].whole
-        tensors = chain(whole.named_parameters(), whole.named_buffers())
+        outline = Outline.agreed(
+            layers, mesh, choices, schedule, stages_per_rank, loss_fn, loss_scaler
+        )
+        self._plan, named, num_stages = outline.plans, outline.named, outline.num_stages
+        tensors = chain(outline.whole.named_parameters(), outline.whole.named_buffers())
         check_sendable(tensors, empty_only=mesh.data.size == 1)
         self._finite = FiniteCheck(mesh.comm, num_stages) if check_finite else None
 
@@ -178,7 +172,7 @@ class Pipeline:
         else:
             self.stages = cut(len(named), num_stages, boundaries)
         self._model = SplitModel(
-            named, self.stages, mesh, again=again, device=device, bucket_bytes=bucket_bytes
+            named, self.stages, mesh, again=outline.again, device=device, bucket_bytes=bucket_bytes
         )
         self.layers = module = self._model.module
         self.shared_names = self._model.shared_names
@@ -233,9 +227,6 @@ class Pipeline:
         self._worker.require_whole()
         self._require_loss("train, only give outputs")
         rows, meeting = agree_on_rows(self.mesh, x, y, self._model.meets_replicas)
-        # On all ranks before anything is sent, as a plan may refuse what one replica has.
-        for count in counts_of(rows, self._choices.microbatches, in_tree=self._adding.in_tree):
-            self._plan(count)
         share = share_of(
             rows,
             self.mesh.data.rank,
@@ -244,6 +235,9 @@ class Pipeline:
             in_tree=self._adding.in_tree,
             meeting=meeting,
         )
+        # On all ranks before anything is sent, as a plan may refuse what one replica has.
+        for count in sorted(set(share.counts)):
+            self._plan(count)
         factor = self._adding.factor
         if self._loss_scaler is not None:
             factor = self._loss_scaler.scale(factor)
@@ -303,8 +297,8 @@ class Pipeline:
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the parameters of this rank's stages, a shared one once.
 
-        On a rank without any to train, one of no elements that is in no state follows, so that
-        optimizers, which refuse an empty list, can be made alike on every rank.
+        On a rank with nothing to train, a placeholder without elements follows, which is in no
+        state: optimizers refuse an empty list, and so can be made alike on every rank.
         """
         return self._model.parameters()
 

@@ -153,8 +153,8 @@ class Reduction:
     def flush(self) -> None:
         """Start all buckets that have not been started; no more gradients will come.
 
-        Raises: RuntimeError where a parameter was written to since its gradient was ready, or that
-            is gone, or was written to since it left.
+        Raises: RuntimeError where a parameter was written to after its gradient was ready, or
+            where a gradient is gone before it has left, or was changed after.
         """
         self._refuse_written()
         self._start_all(self._bucketing.buckets[len(self._flights) :])

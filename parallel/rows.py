@@ -25,10 +25,11 @@ _REFUSED = -2
 def agree_on_rows(mesh: Mesh, x: Any, y: Any, meets: bool) -> tuple[tuple[int, ...], bool]:
     """Return the rows of every replica's batch, by replica, and whether any rank `meets`.
 
-    x counts on first stages and y, if given, on last ones; None for x has no rows. meets: whether
-    layers of this rank meet other replicas in their forward. Collective over mesh.comm. ValueError
-    if there is no row at all. If a batch is unfit, its rank raises what is wrong with it, and every
-    other rank a ValueError that names the rank and says what.
+    x: looked at on first stages; None has no rows.  y: on last stages, if given.
+    meets: whether layers of this rank meet other replicas in their forward.
+
+    Collective over mesh.comm. ValueError on every rank if no replica has rows. If a batch is unfit,
+    its rank raises the error itself, and all others a ValueError with the text and the rank.
     """
     count = partial(_count, mesh.pipe, x, y, meets)
     table = _gathered(mesh.comm, count, lambda rank: f"rank {rank} of the mesh")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .batch import global_leaves, row_bounds
 from .random_keys import Samples
 
-__all__ = ["Share", "counts_of", "share_of"]
+__all__ = ["Share", "share_of"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Share:
 
     before: the rows of the global batch before the replica's.
     weights: what a micro-batch's loss counts in the loss of the global batch.
+    counts: how many micro-batches each replica has.
     leaves: the micro-batches of the global batch that each replica has, where these are added in a
         tree; else None.
     """
@@ -24,6 +25,7 @@ class Share:
     bounds: tuple[tuple[int, int], ...]
     before: int
     weights: tuple[float, ...]
+    counts: tuple[int, ...]
     leaves: tuple[range, ...] | None
 
     def samples(self, step: int) -> list[Samples]:
@@ -38,7 +40,7 @@ def share_of(
     *,
     is_mean: bool,
     in_tree: bool,
-    meeting: bool = False,
+    meeting: bool,
 ) -> Share:
     """Cut replica `replica` of batches of these rows.
 
@@ -60,11 +62,4 @@ def share_of(
             "such as SyncBatchNorm meets those of the other replicas: expected equal numbers"
         )
     weights = tuple((end - first) / total if is_mean else 1.0 for first, end in bounds)
-    return Share(bounds, before, weights, leaves)
-
-
-def counts_of(rows: Sequence[int], microbatches: int, *, in_tree: bool) -> list[int]:
-    """Return what numbers of micro-batches the replicas have, each once."""
-    if in_tree:
-        return sorted({len(leaves) for leaves in global_leaves(rows, microbatches)[1]})
-    return sorted({len(row_bounds(count, microbatches)) for count in set(rows)})
+    return Share(bounds, before, weights, tuple(counts), leaves)

@@ -65,9 +65,9 @@ def names_of(ties: Iterable[Tie], named: Named) -> list[list[str]]:
 
 
 def refuse_two_values(names: Iterable[Sequence[str]], state: Mapping[str, Any]) -> None:
-    """Raise ValueError for a shared parameter of which a state has different values.
+    """Raise ValueError if a state has different values for one shared parameter.
 
-    Each rank would take that of its own layers, and the copies would differ from then on.
+    Each rank would load the value of its own layers, and the copies would differ from then on.
     """
     for alike in names:
         first, *others = [name for name in alike if name in state] or [""]

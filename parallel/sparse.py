@@ -27,9 +27,9 @@ def as_dense(gradient: Tensor) -> Tensor:
 
 
 def sparse_parameters(module: nn.Module) -> set[nn.Parameter]:
-    """Return the weights of layers that say of themselves, as nn.Embedding, that they are sparse.
+    """Return the weights of layers whose attribute `sparse` is True, as nn.Embedding may have it.
 
-    So a rank that has no gradient of such a weight knows how it is to look.
+    So a rank without a gradient of such a weight knows that it is to be sparse.
     """
     layers = (layer for layer in module.modules() if getattr(layer, "sparse", None) is True)
     weights = (getattr(layer, "weight", None) for layer in layers)

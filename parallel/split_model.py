@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..comm.texts import gather_texts
+from ..comm.texts import first_text
 from .buffer_layout import BufferLayout
 from .clip import clip_over_stages, note_stage
 from .constants import Constants
@@ -139,7 +139,7 @@ class SplitModel:
     def agree_on_buffers(self) -> None:
         """Let replicas agree on the shapes of their buffers; collective over mesh.comm.
 
-        ValueError on every rank where those of any stage differ, named as of ranks of mesh.data.
+        ValueError on every rank if those of any stage differ; it names ranks of mesh.data.
         """
         refused = ""
         stages = ", ".join(str(stage.index) for stage in self.stages)
@@ -147,8 +147,7 @@ class SplitModel:
             self._layout.agree(self._mesh.data, f"replicas' buffers of stage {stages}")
         except ValueError as error:
             refused = str(error)
-        first = next(filter(None, gather_texts(self._mesh.comm, refused)), None)
-        if first is not None:
+        if first := first_text(self._mesh.comm, refused):
             raise ValueError(first)
 
     def even_buffers(self, rows: Sequence[int]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,16 +97,16 @@ class Stage:
         self,
         module: nn.Module,
         index: int,
-        recompute: bool = False,
-        device: torch.device | None = None,
-        ties: Sequence[Tie] = (),
-        elsewhere: Mapping[nn.Parameter, str] = MappingProxyType({}),
+        recompute: bool,
+        device: torch.device,
+        ties: Sequence[Tie],
+        elsewhere: Mapping[nn.Parameter, str],
     ) -> None:
         self.module = module
         self._shared = SharedWeights(ties, set(module.parameters()), elsewhere)
         self.index = index
         self.recompute = recompute
-        self.device = torch.device("cpu") if device is None else device
+        self.device = device
         self._in_flight: dict[int, _InFlight] = {}
 
     def forward(

@@ -12,8 +12,8 @@ from torch import Tensor
 from .actions import Action, Kind
 from .batch import clone_tensors
 from .gradient_messages import Returning, await_gradients, send_gradients
-from .meeting import Meetings
 from .messages import Edge, HeaderWriter, Inbox, Outbox, flatten
+from .replica_calls import ReplicaCalls
 from .stage import Stage
 from .stage_error import shown
 from .structure import Description, put_together, take_apart
@@ -68,7 +68,7 @@ class StageWorker:
         self._channel = channel
         self._outbox = outbox
         self._loss_fn = loss_fn
-        self._meetings = Meetings(stage, channel)
+        self._replica_calls = ReplicaCalls(stage, channel)
         self._is_last = index == num_stages - 1
         self._before = Edge(index - 1, num_stages)
         self._after = Edge(index, num_stages)
@@ -107,7 +107,7 @@ class StageWorker:
 
     def execute(self, action: Action, batch: Batch) -> None:
         """Compute an action, and send what others wait for."""
-        with self._meetings.noted(action.kind):
+        with self._replica_calls.noted(action.kind):
             self._execute[action.kind](action.microbatch, batch)
 
     def prefetch(self) -> None:
@@ -147,7 +147,7 @@ class StageWorker:
         And take part in what its layers would call.
         """
         self._exchange_nothing(action)
-        self._meetings.join(action.kind)
+        self._replica_calls.join(action.kind)
 
     def _exchange_nothing(self, action: Action) -> None:
         microbatch = action.microbatch
@@ -185,7 +185,7 @@ class StageWorker:
         """Run a forward that keeps nothing for a backward."""
         microbatch = action.microbatch
         description, tensors = self._take_input(microbatch, batch)
-        with self._meetings.noted(Kind.FORWARD):
+        with self._replica_calls.noted(Kind.FORWARD):
             output = self._stage.evaluate(description, tensors, batch.samples[microbatch])
         if not self._is_last:
             self._send_on(microbatch, *take_apart(output, f"output of stage {self._index}"))

@@ -12,7 +12,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from ..comm.arguments import require
 from .demands import require_comm
-from .meeting import Call, meet
+from .replica_calls import Call, meet
 from .replicas import check_equal
 
 if TYPE_CHECKING:

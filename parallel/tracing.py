@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..comm.clock import measure_offset
 from ..comm.text_file import why_unwritable, write_whole
-from ..comm.texts import gather_texts
+from ..comm.texts import first_text
 from ..comm.timeline import COMPUTE, Timeline
 from ..comm.trace_file import (
     RankSummary,
@@ -91,8 +91,7 @@ def _write(path: Path, traces: Sequence[RankTrace]) -> str:
 
 def _require_none(comm: Communicator, trouble: str) -> None:
     """Raise OSError on all ranks where one is in trouble with the file; collective."""
-    told = next(filter(None, gather_texts(comm, trouble)), "")
-    if told:
+    if told := first_text(comm, trouble):
         raise OSError(f"rank 0 cannot write the trace: {told}")
 
 

@@ -58,8 +58,8 @@ class Worker:
         channel: Communicator,
         loss_fn: Callable[[Any, Any], Tensor] | None,
         reducer: Reducer | None,
-        tree: TreeGradients | None = None,
-        finite: FiniteCheck | None = None,
+        tree: TreeGradients | None,
+        finite: FiniteCheck | None,
     ) -> None:
         self._channel = channel
         self._outbox = Outbox(channel)
@@ -162,7 +162,7 @@ class Worker:
         self._outbox.drain()
 
     def join(self, batch: Batch, where: str) -> Any:
-        """Return the outputs of an evaluation end to end; a failure where they cannot be joined."""
+        """Return the outputs of an evaluation joined; None where that fails, as `failure` says."""
         try:
             return join_rows(batch.outputs, where)
         except (TypeError, ValueError, RuntimeError) as error:

@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jobs.conftest import MARKER, end_session, launcher, leftovers
+
 TRAIN = Path(__file__).parents[1] / "train.py"
 RANKS, STEPS = 4, 60
 LIMITS = {"shrink": 5.0, "end": 5.0, "pipe": 5.0, "grow": 40.0}
@@ -245,14 +247,6 @@ def recovery_seconds(found: Outcome, killed: float) -> float | None:
     return max(times) - killed if times else float("inf")
 
 
-def launch(ft: bool) -> list[str]:
-    beside = Path(sys.executable).with_name("mpirun")
-    found = str(beside) if beside.exists() else shutil.which("mpirun")
-    if found is None:
-        raise SystemExit("there is no mpirun beside the interpreter or on PATH")
-    return [found, *(["--with-ft", "ulfm"] if ft else []), "-n", str(RANKS), sys.executable]
-
-
 def environment(case: Case, mark: str) -> dict[str, str]:
     own = {
         "OMP_NUM_THREADS": "1",
@@ -262,7 +256,7 @@ def environment(case: Case, mark: str) -> dict[str, str]:
     }
     if os.geteuid() == 0:
         own |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return {**os.environ, **own, **case.ways, "RINGFOLD_SOAK": mark}
+    return {**os.environ, **own, **case.ways, MARKER: mark}
 
 
 def read_notes(folder: Path) -> tuple[dict[str, int], dict[str, list[tuple[str, float]]]]:
@@ -313,7 +307,7 @@ def play(case: Case, folder: Path) -> Outcome:
     mark = f"{os.getpid()}-{time.monotonic_ns()}"
     with (folder / "output").open("w") as output:
         job = subprocess.Popen(
-            [*launch(ft=True), str(program), *arguments],
+            [*launcher(RANKS, ft=True), sys.executable, str(program), *arguments],
             env=environment(case, mark),
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -333,36 +327,12 @@ def play(case: Case, folder: Path) -> Outcome:
     return Outcome(status, text, found, left, killed, read_notes(notes)[1])
 
 
-def ended(job: subprocess.Popen[Any]) -> int:
+def ended(job: subprocess.Popen[bytes]) -> int:
     """Return a job's status; end it, and return -1, if it still runs."""
-    status = job.poll()
-    if status is not None:
-        return status
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(job.pid, number)
-            job.wait(5)
-    return -1
-
-
-def leftovers(mark: str) -> tuple[str, ...]:
-    """Name and kill the processes of a job that are there a while after its end."""
-    needle = f"RINGFOLD_SOAK={mark}".encode()
-    end = time.monotonic() + 3
-    while True:
-        found = {}
-        for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                if entry.name.isdigit() and needle in (entry / "environ").read_bytes().split(b"\0"):
-                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                    found[int(entry.name)] = command[:100]
-        if not found or time.monotonic() > end:
-            break
-        time.sleep(0.05)
-    for pid in found:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    return tuple(found.values())
+    if job.poll() is None:
+        end_session(job)
+        return -1
+    return job.returncode
 
 
 def by_schedule(case: Case, found: Outcome, folder: Path) -> dict[str, Any] | None:
@@ -378,7 +348,7 @@ def by_schedule(case: Case, found: Outcome, folder: Path) -> dict[str, Any] | No
     mark = f"{os.getpid()}-{time.monotonic_ns()}"
     with (folder / "planned").open("w") as output:
         job = subprocess.Popen(
-            [*launch(ft=False), str(TRAIN), *arguments, "--report", str(report)],
+            [*launcher(RANKS), sys.executable, str(TRAIN), *arguments, "--report", str(report)],
             env=environment(case, mark),
             stdin=subprocess.DEVNULL,
             stdout=output,

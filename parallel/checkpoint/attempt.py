@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -15,12 +15,15 @@ from .fitting import wanted_by
 from .manifest import Manifest
 from .state import Part
 from .store import Place, read_manifest
-from .unwanted import refuse_unwanted
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ...comm.communicator import Communicator
 
 __all__ = ["Attempt"]
+
+_SHOWN = 3
 
 
 class Attempt:
@@ -50,7 +53,7 @@ class Attempt:
             raise CheckpointError(f"{path} does not fit: {misfit}") from self._cause
         wanted = {name for row in rows for name in row["wanted"]}
         wholes = [(name, kind) for row in rows for name, kind in row["whole"]]
-        refuse_unwanted(self.manifest, wanted, wholes, path)
+        _refuse_unwanted(self.manifest, wanted, wholes, path)
         return None
 
     def _read(self) -> str:
@@ -70,3 +73,49 @@ class Attempt:
             misfit, self._cause = text_of(error), error
         whole = [(name, part.whole) for name, part in self.parts.items() if part.whole]
         return json.dumps({"damaged": damaged, "misfit": misfit, "wanted": wanted, "whole": whole})
+
+
+def _refuse_unwanted(
+    manifest: Manifest, wanted: set[str], wholes: Iterable[tuple[str, str]], path: Path
+) -> None:
+    """Raise CheckpointError if no rank wants some tensors of an object that must be loaded whole.
+
+    wanted: the tensors that any rank wants.
+    wholes: name and kind (`Part.whole`) of every object that must be whole, of all ranks: some may
+        load what others do not.
+
+    An optimizer of two models may go on with one of them: its state is missed only where a module
+    that is loaded has the parameter.
+    """
+    found = dict.fromkeys(wholes)
+    modules = {name for name, kind in found if kind == "module"}
+    for name, kind in found:
+        below = f"{name}/" if kind == "module" else f"{name}/state/"
+        left = (t.removeprefix(below) for t in manifest.tensors if _is_left(t, below, wanted))
+        # Up to the key of an optimizer's state.
+        missed = sorted({t.partition("/")[0] for t in left})
+        if kind == "optimizer":
+            missed = [p for p in missed if _is_of(p, modules, manifest)]
+        if missed:
+            few = ", ".join(missed[:_SHOWN])
+            more = f" and {len(missed) - _SHOWN} more" if len(missed) > _SHOWN else ""
+            then = (
+                ": give the optimizer their parameters first, by add_param_group"
+                if kind == "optimizer"
+                else ""
+            )
+            raise CheckpointError(
+                f"{path} does not fit: {few}{more} of its {below[:-1]} are on no rank{then}"
+            )
+
+
+def _is_left(tensor: str, below: str, wanted: set[str]) -> bool:
+    return tensor.startswith(below) and tensor not in wanted
+
+
+def _is_of(parameter: str, modules: set[str], manifest: Manifest) -> bool:
+    """Tell whether a parameter is of one of these modules, or of any where there are none."""
+    module, colon, _ = parameter.partition(":")
+    if colon:
+        return module in modules
+    return not modules or any(f"{path}/{parameter}" in manifest.tensors for path in modules)

@@ -28,7 +28,7 @@ def entry_at(manifest: Manifest, path: str) -> Entry:
 def fit(manifest: Manifest, path: str, tensor: Tensor) -> None:
     """Raise CheckpointError unless the checkpoint has a tensor of this name, dtype and shape.
 
-    And for one without memory, of which torch's load only warns.
+    A tensor on the meta device is refused as well: torch's own load would only warn.
     """
     entry = entry_at(manifest, path)
     if tensor.is_meta:
@@ -42,9 +42,10 @@ def fit(manifest: Manifest, path: str, tensor: Tensor) -> None:
 
 
 def fit_shared(manifest: Manifest, path: str, names: Iterable[Sequence[str]]) -> None:
-    """Raise CheckpointError for one parameter of an object that the checkpoint has two values of.
+    """Raise CheckpointError if the checkpoint has different values for one shared parameter.
 
-    names: of each parameter that layers share. Each rank would take the value of its own layers.
+    names: all names of each parameter that layers share. Each rank would load the value under the
+        names of its own layers.
     """
     for alike in names:
         entries = {f"{path}/{name}": manifest.tensors.get(f"{path}/{name}") for name in alike}

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .loading import saved_names
+from .module_names import saved_names
 
 __all__ = ["Names"]
 
@@ -15,11 +15,13 @@ __all__ = ["Names"]
 class Names:
     """Know every parameter of a state by its names.
 
-    The full name is that in its module's state_dict, the same whether a part is wrapped or not. In
-    a state of several modules, which may use one name for two parameters, the module's path comes
-    first, as in MODULE:full.name. That hangs on the state and not on what this rank holds of it, so
-    that all ranks write alike; what was written of another state, before there were paths, or under
-    the name that named_parameters has below a wrapper, is found under the other names.
+    A parameter's full name is that in its module's state_dict, the same whether a part is wrapped
+    or not. If the state has several modules, which may use one name for two parameters, it is
+    written with the module's path in front: MODULE:full.name. This depends on the state alone, not
+    on what this rank holds of it, so all ranks write the same names.
+
+    The other names find what was written otherwise: of a state with another number of modules,
+    before there were paths, or by the name that named_parameters has below a wrapper.
     """
 
     def __init__(self, state: Mapping[str, Any]) -> None:

@@ -88,9 +88,9 @@ def _lock_of(folder: Path) -> Path:
 
 
 def _held(lock: Path, flags: int) -> int | None:
-    """Return the descriptor of a lock that is held now, None where another holds it.
+    """Take a lock and return its descriptor; None if another holds it or has removed it.
 
-    A new one counts as held where the file system knows no locks; OSError for an old one there.
+    On a file system without locks a new lock file counts as held, and an old one is an OSError.
     """
     held = os.open(lock, os.O_RDWR | os.O_CLOEXEC | flags, 0o666)
     try:

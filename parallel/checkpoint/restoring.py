@@ -29,12 +29,15 @@ def restored(
     manifest: Manifest,
     tensors: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """Restore all parts, and return the plain values among them, None as well.  Collective.
+    """Restore all parts, and return the plain values among them, also those that are None.
 
-    what: is restored, for the CheckpointError on every rank where an object of the user's takes its
-    state on some rank not. Such objects come first, then optimizers with code of the user's, and
-    get back what they held; what comes then, models and other optimizers, fits. A module with such
-    code of its own may still fail, which leaves others restored; the error says so.
+    what: names what is restored, in errors.
+
+    Collective. Code of the user's may fail, so what runs it comes first: objects of the user's,
+    then optimizers. If one fails on any rank, all of these get back what they held, and
+    CheckpointError is raised on every rank. Models and other optimizers follow, which are known to
+    fit. Only a module with loading code of its own may still fail: the CheckpointError then says
+    that other parts have been restored.
     """
     users: dict[str, Value | OptimizerPart] = {
         path: part

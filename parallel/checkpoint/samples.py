@@ -26,7 +26,7 @@ _APART = 1 / 16
 
 
 def samples_of(tensors: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """Return some elements of each, evenly spaced; none of what is no dense tensor of floats.
+    """Return some elements of each tensor, evenly spaced; none unless it is dense and of floats.
 
     The host waits for a GPU once for all of them.
     """

@@ -20,8 +20,8 @@ from ..sharded_optimizer import ShardedOptimizer
 from .carried_part import CarriedPart
 from .errors import CheckpointError
 from .fitting import entry_at, fit, fit_shared, value_at
-from .loading import is_extra, loaded_by_code, saved_names
 from .manifest import Manifest
+from .module_names import is_extra, loaded_by_code, saved_names
 from .names import Names
 from .optimizer_part import OptimizerPart
 from .sharded_part import ShardedPart
@@ -52,7 +52,7 @@ class Part(Protocol):
     """One named object of a state."""
 
     whole: str
-    """Which tensors of it some rank must want, see `unwanted`: module, optimizer, or no text."""
+    """Which tensors of it some rank must want, see `attempt`: module, optimizer, or no text."""
 
     def capture(self, into: Captured) -> None:
         """Add this rank's tensors and values; CheckpointError for what cannot be kept."""

@@ -126,9 +126,9 @@ def _tensor_of(array: np.ndarray[Any, Any], path: str) -> Tensor:
 
 
 def _is_scalar(value: Any) -> bool:
-    """Tell whether a value is NumPy's way of one bool, int or float, or CuPy's.
+    """Tell whether a value is a single bool, int or float of NumPy or CuPy.
 
-    Not of what `item` gives an int for that is none, such as the nanoseconds of a date.
+    A date is none, although its `item` may be an int, of nanoseconds.
     """
     kind = getattr(getattr(value, "dtype", None), "kind", "")
     return kind in ("b", "i", "u", "f") and getattr(value, "shape", None) == ()

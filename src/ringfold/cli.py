@@ -29,17 +29,6 @@ MOST_PROVEN = 64
 LONG_SECONDS, RANK_SECONDS = 5.0, 20e-9
 """A price that takes longer is announced; a round takes so long for every rank."""
 
-BUSBW = {
-    "allreduce": lambda size: 2 * (size - 1) / size,
-    "reduce_scatter": lambda size: (size - 1) / size,
-    "allgather": lambda size: (size - 1) / size,
-    "alltoall": lambda size: (size - 1) / size,
-    "gather": lambda size: (size - 1) / size,
-    "scatter": lambda size: (size - 1) / size,
-}
-"""busbw / algbw, as nccl-tests' doc/PERFORMANCE.md defines it, of gather and scatter its sources;
-1 for the other collectives."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
@@ -201,8 +190,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
         print(f"refused: size {arguments.ranks}: {error}")
         return REFUSED
     algbw = nbytes / cost.seconds if cost.seconds else 0.0
-    busbw = BUSBW.get(schedule.collective.name)
-    factor = busbw(schedule.size) if busbw else 1.0
+    factor = units.bus_factor(schedule.collective.name, schedule.size)
     for name, value in (
         ("algorithm", arguments.algorithm),
         ("ranks", str(schedule.size)),
@@ -250,7 +238,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 def _tune(arguments: argparse.Namespace) -> int:
     from .comm.communicator import Communicator
     from .comm.settings import Settings
-    from .comm.texts import gather_texts
+    from .comm.texts import first_text
     from .comm.tune import measure
 
     file = arguments.out or Settings.read().tuning
@@ -260,7 +248,7 @@ def _tune(arguments: argparse.Namespace) -> int:
         if comm.size == 1:
             raise Misuse("one rank has no links to measure; try: mpirun -n 4 ringfold tune")
         refused = prepare_file(file) if comm.rank == 0 else ""
-        if told := next(filter(None, gather_texts(comm, refused)), ""):
+        if told := first_text(comm, refused):
             raise Misuse(f"{told}; name a file by --out")
         tuning = measure(comm)
         if comm.rank == 0:

@@ -11,7 +11,6 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,23 +32,24 @@ NBYTES = 16 << 20
 REPEATS = 9
 
 
-def examine(out: Callable[[str], None] = print) -> int:
+def examine() -> int:
     """Examine this rank's world, collectively; rank 0 tells. Returns the exit status, on all alike.
 
     Without a communicator, as where there is no MPI library, it tells what else there is, and how
     to get one; without Numba's compiler, that alone.
     """
     from .comm.communicator import Communicator
+    from .comm.ways import host_ways
 
     alone = [_python(), _compilation()]
     if status(alone):  # no communicator can open
-        out(screen(alone))
+        print(screen(alone))
         return status(alone)
     try:
         comm = Communicator()
     except CommError as error:
         findings = [*alone, _no_job(error), *gpus("no MPI", 1)]
-        out(screen(findings))
+        print(screen(findings))
         return status(findings)
     with comm:
         findings = [
@@ -61,8 +61,7 @@ def examine(out: Callable[[str], None] = print) -> int:
             *gpus(comm.library, comm.node.size),
         ]
         findings = _gathered(comm, findings)
-        ways = ways_of(comm)
-        findings.append(good("transport", ways_table(ways)))
+        findings.append(good("transport", ways_table(host_ways(comm))))
         findings += _allreduce(comm)
         try:
             if comm.allreduce(np.array([has_gpu(findings)], np.uint8), "min")[0]:
@@ -70,7 +69,7 @@ def examine(out: Callable[[str], None] = print) -> int:
                 findings += gpu_memory(comm, make, *_exact(comm, NBYTES // 4))
         finally:  # where ranks fail together, the rest is told nevertheless
             if comm.rank == 0:
-                out(screen(findings))
+                print(screen(findings))
         return int(comm.allreduce(np.array([status(findings)]), op="max")[0])
 
 
@@ -198,13 +197,6 @@ def _gathered(comm: Communicator, findings: list[Finding]) -> list[Finding]:
     return [*findings, *(broken(f"rank {rank}", text, advice) for rank, text in others[:1])]
 
 
-def ways_of(comm: Communicator) -> Sequence[Sequence[str]]:
-    """Return how collectives go from rank to rank, for all pairs; collective."""
-    from .comm.ways import host_ways
-
-    return host_ways(comm)
-
-
 def _exact(comm: Communicator, count: int) -> tuple[Any, Any]:
     """Return what this rank brings to a sum, different by rank and element, and the sum."""
     index = np.arange(count) % 251
@@ -214,8 +206,6 @@ def _exact(comm: Communicator, count: int) -> tuple[Any, Any]:
 
 def _allreduce(comm: Communicator) -> list[Finding]:
     """Time allreduces of float32 in registered memory, and check every element of the last."""
-    from .cli import BUSBW
-
     x = comm.empty(NBYTES // 4, np.float32)
     mine, wanted = _exact(comm, x.size)
     times = []
@@ -239,7 +229,7 @@ def _allreduce(comm: Communicator) -> list[Finding]:
                 "fault, and report it with this screen",
             )
         ]
-    rate = BUSBW["allreduce"](comm.size) * NBYTES / seconds / 1e9
+    rate = units.bus_factor("allreduce", comm.size) * NBYTES / seconds / 1e9
     return [
         good(
             "allreduce",

@@ -1,9 +1,10 @@
-"""Read sizes, times and rates as people write them."""
+"""Read and write sizes, times and rates as people do."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Mapping
 
 _NUMBER = re.compile(r"\s*((?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z/]*)\s*")
 
@@ -21,6 +22,24 @@ RATES = {
     **{f"{unit}/s": float(factor) for unit, factor in BYTES.items() if unit},
     **{f"{letter}bit/s": 1000**power / 8 for power, letter in enumerate(("", "k", "M", "G", "T"))},
 }
+
+BUSBW: Mapping[str, Callable[[int], float]] = {
+    "allreduce": lambda size: 2 * (size - 1) / size,
+    "reduce_scatter": lambda size: (size - 1) / size,
+    "allgather": lambda size: (size - 1) / size,
+    "alltoall": lambda size: (size - 1) / size,
+    "gather": lambda size: (size - 1) / size,
+    "scatter": lambda size: (size - 1) / size,
+}
+
+
+def bus_factor(collective: str, size: int) -> float:
+    """Return busbw / algbw, as nccl-tests' doc/PERFORMANCE.md defines it.
+
+    Of gather and scatter as its sources do; 1 for collectives that it does not name.
+    """
+    factor = BUSBW.get(collective)
+    return 1.0 if factor is None else factor(size)
 
 
 def _read(text: str, units: dict[str, int] | dict[str, float], what: str) -> float:

@@ -11,7 +11,7 @@ import pytest
 import ringfold
 from ringfold import cli, units
 from ringfold.builders import ALL_ROOTS, Builder
-from ringfold.cli import BUSBW, MOST_PROVEN, main
+from ringfold.cli import MOST_PROVEN, main
 from ringfold.comm.text_file import prepare_file
 from ringfold.output import CUT_OFF
 
@@ -346,7 +346,7 @@ def test_algorithms_that_fill_the_links_have_their_bus_bandwidth(
 def test_bus_bandwidth_is_that_of_nccl_tests() -> None:
     """As its sources have it, src/*.cu: its text names neither gather nor scatter."""
     part = ("allgather", "alltoall", "gather", "reduce_scatter", "scatter")
-    assert {name: factor(4) for name, factor in BUSBW.items()} == {
+    assert {name: factor(4) for name, factor in units.BUSBW.items()} == {
         "allreduce": 1.5, **dict.fromkeys(part, 0.75)
     }  # fmt: skip
 

@@ -209,3 +209,17 @@ def test_refusals_on_every_rank():
     ):
         for text in run_local(2, lambda comm, a=layers, o=options: main(comm, a, o)):
             assert text.startswith(shown)
+
+
+@pytest.mark.parametrize("by", ["time", "memory"])
+def test_a_layer_that_raises_on_one_rank_is_told_on_all(by):
+    """Others were told no more than that a layer had raised on another rank."""
+
+    def main(comm):
+        layers = named(nn.Linear(2, 2), nn.Linear(2 + comm.rank, 2))
+        with pytest.raises(ValueError) as caught:
+            balanced_stages(layers, comm, by, [1, 1], torch.ones(1, 2))
+        return str(caught.value)
+
+    for text in run_local(2, main):
+        assert text.startswith(f"balance '{by}', on rank 1: layer 1 (Linear) on the sample: mat1")

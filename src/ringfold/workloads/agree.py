@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from ..comm.texts import gather_texts
+from ..comm.texts import first_text, gather_texts
 from .options import UsageError
 
 if TYPE_CHECKING:
@@ -26,9 +26,7 @@ def settle(comm: Communicator, decide: Callable[[], Result]) -> Result:
         results.append(decide())
     except UsageError as error:
         complaint = str(error) or "unknown"
-    complaints = gather_texts(comm, complaint)
-    first = next((found for found in complaints if found), None)
-    if first is not None:
+    if first := first_text(comm, complaint):
         raise UsageError(first)
     return results[0]
 

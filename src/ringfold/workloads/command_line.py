@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from os.path import isfile
-from typing import NoReturn
 
 from ..parallel.plan import PLANS
 from . import WORKLOADS
 from .numbers import path, positive, whole
 from .options import TREE_MICROBATCHES, Options, UsageError, written_plan
+from .parsing import Parser
 
 __all__ = ["parse"]
 
@@ -18,13 +18,6 @@ WIRE_DTYPES = ("fp32", "bf16", "fp16")
 SCHEDULE = "1f1b"
 BALANCES = ("parameters", "time", "memory")
 LARGEST = 3.4e38  # of float32
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raise instead of exiting: under mpirun every rank parses, and one is to print."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
@@ -91,7 +84,7 @@ def check_effect(found: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="train.py",
         description="Train a model on the ranks that mpirun starts, split by data, layers or both.",
         epilog="One process alone trains too, without mpirun.",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..comm.communicator import Communicator
     from .stage import Stage
 
-__all__ = ["Call", "Meetings", "meet", "note"]
+__all__ = ["Call", "ReplicaCalls", "meet", "note"]
 
 Move = Callable[[Tensor, "Communicator"], Tensor]
 
@@ -54,7 +54,7 @@ def note(call: Call) -> None:
         call.comm.noted.append(call)
 
 
-class Meetings:
+class ReplicaCalls:
     """What the actions of one stage call, by their kinds.
 
     channel: any group of the rank.
@@ -82,7 +82,7 @@ class Meetings:
             self._channel.noted = None
 
     def join(self, kind: Kind) -> None:
-        """Make the calls of an action that is not executed, or the rest of one that has failed."""
+        """Make the calls that are left of an action that is not executed, or only in part."""
         done, self._done = self._done, 0
         calls = self._known.get(self._key(kind))
         for call in (self._supposed(kind) if calls is None else calls)[done:]:
@@ -93,9 +93,9 @@ class Meetings:
         return kind, torch.is_grad_enabled(), meeting  # without gradients there is no loss
 
     def _supposed(self, kind: Kind) -> Sequence[Call]:
-        """Return what an action will call, where none of its kind has run yet.
+        """Return what an action should call, for a kind of action that has not been noted yet.
 
-        Supposes that each layer is called once, in the order in which they are registered.
+        It is assumed to call each layer once, in the order in which they are registered.
         """
         stage = self._stage
         forward: list[Call] = []

@@ -22,11 +22,13 @@ def is_extra(name: str) -> bool:
 
 
 def loaded_by_code(module: Any) -> tuple[str, ...]:
-    """Return how the names of tensors begin whose sizes code decides at a load.
+    """Return the name prefixes of tensors whose sizes are decided by a module's own loading code.
 
-    Of modules with a _load_from_state_dict of their own, such as torch's observers of ranges, or
-    hooks before loading, as lazy layers have; and of their parts, which such code may reach.
-    module: or an engine around one.
+    These are modules with a _load_from_state_dict of their own, such as torch's observers of
+    ranges, or with hooks before loading, as lazy layers have. A prefix covers a module's parts as
+    well, which such code may reach.
+
+    module: a module, or an engine around one.
     """
     layers = _layers_of(module)
     return tuple(
@@ -38,10 +40,11 @@ def loaded_by_code(module: Any) -> tuple[str, ...]:
 
 
 def saved_names(module: Any) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """Yield what state_dict and named_parameters call each parameter, which comes once.
+    """Yield each parameter once: its name in state_dict, that in named_parameters, and itself.
 
-    The two differ below a wrapper that is a part of the module: enc.weight, enc.module.weight.
-    module: or an engine around one.
+    The names differ below a wrapper that is a part of the module: enc.weight, enc.module.weight.
+
+    module: a module, or an engine around one.
     """
     layers = _layers_of(module)
     saved: dict[nn.Parameter, str] = {}
