@@ -18,7 +18,7 @@ from ..kernels.mailbox_words import BOX_BYTES, EXPRESS_BYTES, Express, Kind, Let
 from .buffer import address_of
 from .cma import access
 from .express import Record
-from .lending import Pool
+from .lending import SendPool
 from .letters import Message, Words
 from .memory import Block, Returned
 from .node_memory import NodeMemory, yielding
@@ -104,7 +104,7 @@ class Boxes:
         self._memory = nodes.memory
         self._nodes = nodes
         self._block = block
-        self._pool = Pool(nodes.memory)
+        self._pool = SendPool(nodes.memory)
         self._inboxes: dict[int, Box] = {}
         self._outboxes: dict[int, Box] = {}
         self._slots: dict[int, Outbox] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +14,16 @@ OUTSTANDING_BYTES = 64 << 20
 """Copies that nobody has received yet; above, senders wait for their receivers."""
 
 _SPARE_BYTES = 32 << 20
+"""Of blocks that are kept to be used again: new ones cost a fault for each of their pages."""
 
 
-class Pool:
+class SendPool:
     """Blocks of a rank's memory for what it sends: taken, lent to a message, and used again."""
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
-        self._spare: dict[int, list[npt.NDArray[np.uint8]]] = {}
+        # By size; the sizes in the order in which they were last asked for.
+        self._spare: OrderedDict[int, list[npt.NDArray[np.uint8]]] = OrderedDict()
         self._spare_bytes = 0
         self._lent: deque[tuple[Returned, npt.NDArray[np.uint8]]] = deque()
         # A sender may drop its group as soon as send() has returned: what it sent stays.
@@ -37,7 +39,8 @@ class Pool:
         """Return a block of at least nbytes."""
         self._collect()
         room = max(1 << (nbytes - 1).bit_length(), 4096) if nbytes else 4096
-        spare = self._spare.get(room)
+        spare = self._spare.setdefault(room, [])
+        self._spare.move_to_end(room)
         if spare:
             self._spare_bytes -= room
             return spare.pop()
@@ -63,6 +66,13 @@ class Pool:
                 continue
             self._lent.popleft()
             self.outstanding -= block.size
-            if self._spare_bytes < _SPARE_BYTES:
-                self._spare.setdefault(block.size, []).append(block)
-                self._spare_bytes += block.size
+            self._spare[block.size].append(block)
+            self._spare_bytes += block.size
+            while self._spare_bytes > _SPARE_BYTES:
+                self._drop()
+
+    def _drop(self) -> None:
+        """Let a block go, of the size that was not asked for longest."""
+        size = next(size for size, blocks in self._spare.items() if blocks)
+        self._spare[size].pop()
+        self._spare_bytes -= size

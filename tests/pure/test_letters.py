@@ -252,6 +252,26 @@ def test_blocks_to_use_again_are_not_kept_without_end(monkeypatch: pytest.Monkey
     assert 0 < before - free(pair.memory) <= 5 * 4096
 
 
+def test_blocks_of_a_size_that_is_asked_for_no_more_make_room_for_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Behind a burst of one size, all messages of another took new pages: 1 MiB 1.1 ms for 0.08."""
+    monkeypatch.setattr(lending, "_SPARE_BYTES", 4 * 4096)
+    monkeypatch.setattr(boxes, "BUFFERED_BYTES", 8000)
+    pair, few, more = TwoBoxes(), values(3000), values(6000)
+    for _ in range(8):
+        assert step(pair.send(few)) == Status.DONE
+    for _ in range(8):
+        assert step(pair.receive(np.zeros_like(few))) == Status.DONE
+    for _ in range(2):
+        pair.pass_on(more)
+    before = free(pair.memory)
+    monkeypatch.setattr(pair.memory, "lend", None)
+    for _ in range(5):
+        pair.pass_on(more)
+    assert free(pair.memory) == before
+
+
 def test_a_closed_group_gives_all_its_memory_back() -> None:
     pair = TwoBoxes()
     for k in range(2 * SLOTS):
