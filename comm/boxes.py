@@ -168,6 +168,10 @@ class Boxes:
         """Uncount the last message to a rank, unless that may have seen it."""
         self._slots[dst].take_back()
 
+    def given_up(self, dst: int, number: int) -> bool:
+        """Tell whether a rank has given a message up, whose bytes it may have asked for."""
+        return self._slots[dst].given_up(number)
+
     # -- records of messages -----------------------------------------------------------------
 
     def incoming(self, bytes_: Bytes, src: int, tag: int, ordinal: int) -> Message:

@@ -14,11 +14,12 @@ from . import watchdog
 from .arguments import whole, words
 from .communicator import Communicator
 from .errors import CommError, PeerLost
+from .growing import Growth
 from .guard import Guard
 from .job import Job
 from .lookout import PATIENCE, lookout_for
 from .scope import Scope
-from .settings import Settings, started_in, survives_failures
+from .settings import Settings, survives_failures
 
 __all__ = ["Elastic", "Loss"]
 
@@ -32,7 +33,7 @@ class Loss:
 
     ranks: those that died, as they were numbered before.  size: the ranks that go on.
     done: what the rank that was furthest had done.  root: that rank, as numbered now.
-    seconds: from `recover` until this rank could go on.
+    seconds: from `recover`, or since a new rank has met the others, until this rank could go on.
     joined: how many of the last ranks are new.
     """
 
@@ -107,61 +108,34 @@ class Elastic(Scope):
         self._settings = settings
         if self._settings.watch:
             watchdog.catch(self)  # while one communicator is given up for another, too
-        self._command, self._folder = command, started_in()
-        self._attempts = attempts
-        self._starts = 0  # in a row, without progress beyond _reached
-        self._reached = -1
         self._kept: list[Any] = []
         self._known = False
+        self._job: Job | None = None
+        self._open_now: list[Communicator] = []
+        self.losses: list[Loss] = []
         # One each, as MPI starts while this rank opens.
         starting, opening = lookout_for(self._settings), lookout_for(self._settings)
         try:
             with opening.opening():
                 self._survivors = Survivors(max(self._settings.timeout, PATIENCE), starting)
-                self._open()
+                self._growth = Growth(self._survivors, command, attempts, self._settings.timeout)
+                self.joined = self._survivors.joined
+                if self.joined:
+                    self._go_on(-1, [], joining=True)
+                else:
+                    self._open()
         except PeerLost as error:
             raise CommError(
                 f"a rank has died before all had opened Elastic, which ends the job: {error}"
             ) from error
-        self.joined = self._survivors.joined
-        self.losses: list[Loss] = []
-        self._wanted = self.comm.size
-        if self.joined:
-            done, root, joined = self._progress(-1, True)
-            self.losses.append(Loss((), self.comm.size, done, root, 0.0, joined))
 
     def _open(self) -> None:
         self._transport = self._survivors.open()
         self._job = Job(self._transport, self._settings)
         self.comm = Communicator.of(self._job)
+        self._open_now = [self.comm]
         if self._settings.abort:
             self._job.guard_by(Guard(self._transport))
-
-    def _progress(self, done: int, joined: bool) -> tuple[int, int, int]:
-        """Return what has been done at most, on which rank, and how many ranks are new."""
-        rows = self.comm.allgather(np.array([done, joined, self._starts], np.int64))
-        root = int(rows[:, 0].argmax())
-        self._reached, self._starts = int(rows[root, 0]), int(rows[:, 2].max())
-        return self._reached, root, int(rows[:, 1].sum())
-
-    def _grow(self, done: int, command: Sequence[str]) -> None:
-        """Start a process for every rank that is missing; collective.
-
-        Raises: CommError where that has been in vain too often.
-        """
-        missing = self._wanted - self._survivors.size
-        if not missing:
-            return
-        if self._survivors.agree(int(done > self._reached)):
-            self._starts = 0
-        if self._starts == self._attempts:
-            raise CommError(
-                f"ranks that were started in place of dead ones have died {self._starts} times in "
-                f"a row, and nothing was done in between ({done} steps are): see what they have "
-                "printed; the others would start them for ever"
-            )
-        self._starts += 1
-        self._survivors.grow(missing, command, self._folder, self._settings.timeout)
 
     def recover(self, done: int) -> Loss:
         """Go on without the dead; return who they were, and which rank is furthest.
@@ -169,30 +143,56 @@ class Elastic(Scope):
         done: what this rank has done, in steps or any other measure that grows. Collective over
         the living. Other ranks may die meanwhile.
         """
-        start = time.perf_counter()
         self._leave_old()
+        return self._go_on(done, list(range(self.comm.size)), joining=False)
+
+    def _go_on(self, done: int, places: list[int], *, joining: bool) -> Loss:
+        """Open over the living and those started in place of the dead, until none dies meanwhile.
+
+        done: -1 of a rank that is joining.  places: the ranks that are told of if they die.
+        joining: this rank has just been started, when the dead had been left out.
+        """
+        start = time.perf_counter()
         dead: list[int] = []
-        places = list(range(self.comm.size))
+        whole = joining
         while True:
-            self._transport.revoke()
-            if not self._known:
-                self._survivors.agree(0)
-            self._known = False
-            lost = self._survivors.shrink()
-            dead += [places[rank] for rank in lost if rank < len(places)]
-            places = [place for rank, place in enumerate(places) if rank not in lost]
             try:
-                if self._command is not None:
-                    self._grow(done, self._command)
+                if not whole:
+                    lost = self._regroup()
+                    dead += [places[rank] for rank in lost if rank < len(places)]
+                    places = [place for rank, place in enumerate(places) if rank not in lost]
+                    self._growth.grow(done)
                 self._open()
-                furthest, root, joined = self._progress(done, False)
+                furthest, root, joined = self._progress(done, joining)
+                self._agree(_FINE)  # so that all ranks have recovered, or none
                 break
             except PeerLost:  # one more has died
                 self._leave_old()
+                whole = False
+        if joined == self.comm.size:
+            raise CommError(
+                f"all ranks have died but those started in place of dead ones ({joined}): there "
+                "is none to take anything from"
+            )
         seconds = time.perf_counter() - start
         loss = Loss(tuple(dead), self.comm.size, furthest, root, seconds, joined)
         self.losses.append(loss)
         return loss
+
+    def _regroup(self) -> list[int]:
+        """Leave the dead out; return their ranks. Collective over the living."""
+        if not self._known:
+            self._survivors.agree(0)
+        self._known = False
+        return self._survivors.shrink()
+
+    def _progress(self, done: int, joined: bool) -> tuple[int, int, int]:
+        """Return what has been done at most, on which rank, and how many ranks are new."""
+        rows = self.comm.allgather(np.array([done, joined, self._growth.starts], np.int64))
+        root = int(rows[:, 0].argmax())
+        furthest = int(rows[root, 0])
+        self._growth.reached(furthest, int(rows[:, 2].max()))
+        return furthest, root, int(rows[:, 1].sum())
 
     def commit(self) -> None:
         """Return once all living ranks ask this, and all of them alike; collective.
@@ -217,11 +217,17 @@ class Elastic(Scope):
         return agreed
 
     def _leave_old(self) -> None:
+        """Give up what is open, on this rank; what others wait for in it ends by that."""
+        if self._job is None:
+            return
         error = PeerLost("this communicator is given up: a rank of it has died")
         # MPI may still write to what is under way.
-        self._kept += [self.comm, *self._job.progress.abandon(error)]
+        self._kept += [*self._open_now, *self._job.progress.abandon(error)]
         self._job.leave()
-        self.comm.give_up()
+        for comm in self._open_now:
+            comm.give_up()
+        self._transport.revoke()
+        self._job, self._open_now = None, []
 
     def require_open(self) -> None:
         """Raise CommError where `comm` is closed; for the package's own use."""

@@ -14,6 +14,7 @@ from ..kernels.mailbox_words import ANSWERS, Letter
 from ..kernels.records import Status
 from .boxes import IN_PLACE_BYTES, Boxes, Bytes
 from .buffer import Buffer, address_of
+from .errors import CommError
 from .express import Express
 from .letters import Message
 from .node_memory import NodeMemory, look_counts
@@ -169,8 +170,22 @@ class Mailboxes:
         return message.sequence if message.check(status) == Status.BYTES else 0
 
     def _answer(self, bytes_: Bytes, dst: int, number: int) -> Steps:
+        """Send the bytes that were asked for, unless the receiver has given them up since.
+
+        It may have done so before it could find them: it says so where it has asked.
+        """
         post = partial(self._boxes.outgoing, bytes_, dst, ANSWERS, None)
-        yield from self._deliver(post, dst, ANSWERS, number)
+        steps, patience = self._deliver(post, dst, ANSWERS, number), None
+        try:
+            while not self._boxes.given_up(dst, number):
+                patience = yield steps.send(patience)
+        except StopIteration:
+            return
+        finally:
+            steps.close()
+        raise CommError(
+            f"rank {self.rank}: rank {dst} has given a message up halfway, of {bytes_.nbytes} bytes"
+        )
 
     def _accept(
         self, bytes_: Bytes, src: int, tag: int, *, notes: bool = False

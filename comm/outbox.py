@@ -15,6 +15,7 @@ import numpy.typing as npt
 from ..kernels.mailbox_words import (
     EXPRESS_STRIDE,
     EXPRESS_WINDOWS,
+    GIVEN_UP,
     RUN_BYTES,
     RUNS,
     SLOT_BYTES,
@@ -102,6 +103,14 @@ class Outbox:
         """Uncount the last message, if nothing was written to its slot."""
         if self.slot and ctypes.c_int64.from_address(self.slot).value < self.sent:
             self.words[_SENT], self.words[_SLOT] = self.sent - 1, 0
+
+    def given_up(self, number: int) -> bool:
+        """Tell whether the receiver has given up a message, if its slot is not in use again."""
+        for run in self._runs:
+            if run.number == number // SLOTS:
+                slot = run.words[number % SLOTS]
+                return bool(slot[Slot.SEQUENCE] == number and slot[Slot.CONSUMED] == GIVEN_UP)
+        return False
 
     def _begin(self, number: int) -> None:
         if self._runs and self._runs[-1].number == number:  # for a message that was taken back

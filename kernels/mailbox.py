@@ -20,6 +20,7 @@ from .mailbox_words import ASKED, GIVEN_UP, RUNS, SLOT_BYTES, SLOTS, Kind, Lette
 from .native import (
     access_process,
     call,
+    compare_exchange,
     copy_bytes,
     fence,
     load,
@@ -329,6 +330,20 @@ def settle_note_kernel() -> Kernel:
 
 
 @compiled
+def _give_up_asking(letter: Any) -> None:
+    """Tell the sender of a message, where its bytes were asked for, that nobody takes them.
+
+    The slot may be in use again by now, for a message that is none of this letter's.
+    """
+    run, sequence = _run_of(letter, letter[_SEQUENCE]), letter[_SEQUENCE]
+    if sequence == 0 or run <= 0:
+        return
+    at = letter[_BASE] + run + sequence % SLOTS * SLOT_BYTES
+    if load(at) == sequence:
+        compare_exchange(at + _S_CONSUMED, _ASKED, _GIVEN_UP)
+
+
+@compiled
 def _break_off(letter: Any) -> Any:
     """Give a message up, and tell the other side where that would wait for the rest.
 
@@ -343,6 +358,7 @@ def _break_off(letter: Any) -> Any:
             _tell(letter, slot_of(letter, letter[_SEQUENCE]) + _S_PRODUCED, _GIVEN_UP)
         return True
     if not running:
+        _give_up_asking(letter)
         return letter[_STATUS] != _FOUND_NOTE  # which is still there
     if letter[_MOVED] == 0:
         return False

@@ -26,7 +26,8 @@ ASKED = -(1 << 62)
 """In CONSUMED: the receiver has not got at the bytes, and asks for them."""
 
 GIVEN_UP = ASKED + 1
-"""In PRODUCED or CONSUMED: that side has given up a message that the other may have begun with."""
+"""In PRODUCED or CONSUMED: that side has given up a message that the other may have begun with, or
+the bytes that it had asked for."""
 
 
 EXPRESS_WINDOWS, EXPRESS_BYTES = 16, 256 << 10

@@ -56,12 +56,24 @@ def try_lock(_context: Any, address: Any) -> Any:
     """Turn the int64 at an address from 0 to 1, and tell whether it was 0."""
 
     def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        found = builder.cmpxchg(
-            _pointer(builder, arguments[0]), _WORD(0), _WORD(1), "acquire", "monotonic"
-        )
-        return builder.zext(builder.extract_value(found, 1), _WORD)
+        return _exchanged(builder, arguments[0], _WORD(0), _WORD(1))
 
     return types.int64(types.int64), generate
+
+
+@builtin
+def compare_exchange(_context: Any, address: Any, before: Any, after: Any) -> Any:
+    """Turn the int64 at an address from one value to another, and tell whether it was the first."""
+
+    def generate(_target: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return _exchanged(builder, *arguments)
+
+    return types.int64(types.int64, types.int64, types.int64), generate
+
+
+def _exchanged(builder: Any, address: Any, before: Any, after: Any) -> Any:
+    found = builder.cmpxchg(_pointer(builder, address), before, after, "acquire", "monotonic")
+    return builder.zext(builder.extract_value(found, 1), _WORD)
 
 
 @builtin

@@ -15,7 +15,7 @@ from ..lookout import Lookout
 from .base import Bytes, Channel, DeviceMessages, Transport
 from .mpi_abi import find_calls
 from .mpi_departures import Departures, await_all, groups_held
-from .mpi_errors import raising, refused, wrong_size
+from .mpi_errors import raising, refused, revoking, wrong_size
 from .mpi_launch import library_of, require_whole_world
 from .mpi_patience import ends_after
 from .mpi_start import import_mpi
@@ -282,7 +282,8 @@ class MpiTransport:
     def _group(self, comm: Any) -> MpiTransport | None:
         if comm == self._mpi.COMM_NULL:
             return None
-        group = MpiTransport(self._mpi, comm, self._departures, self._seconds)
+        with revoking(comm):
+            group = MpiTransport(self._mpi, comm, self._departures, self._seconds)
         comm.Free()
         return group
 

@@ -30,13 +30,27 @@ def refused(mpi: Any, code: int, peer: int, wanted: int | None) -> CommError:
 def raising(mpi: Any, what: str, more: Callable[[], str] = str) -> Iterator[None]:
     """Turn an MPI failure within into PeerLost where a rank has died, else into CommError.
 
-    more: says what else is to be known of a failure.
+    more: says what else is to be known of a failure that is not the death of a rank.
     """
     try:
         yield
     except mpi.Exception as error:
-        kind = PeerLost if _is_loss(mpi, error.Get_error_code()) else CommError
-        raise kind(f"{what}: {error}{more()}") from error
+        if _is_loss(mpi, error.Get_error_code()):
+            raise PeerLost(f"{what}: {error}") from error
+        raise CommError(f"{what}: {error}{more()}") from error
+
+
+@contextmanager
+def revoking(group: Any) -> Iterator[None]:
+    """Let nobody wait in a group for this rank, where this one leaves a block by PeerLost.
+
+    Of a death MPI tells who waits for the dead itself, and nobody who waits for one that has gone.
+    """
+    try:
+        yield
+    except PeerLost:
+        group.Revoke()
+        raise
 
 
 def _is_loss(mpi: Any, code: int) -> bool:

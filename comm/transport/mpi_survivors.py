@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..errors import CommError, PeerLost
 from ..lookout import Lookout
 from ..settings import Seat
 from .mpi import MpiTransport, load_mpi
-from .mpi_errors import raising
+from .mpi_errors import raising, revoking
 from .mpi_exit import die_at_end, say_goodbye
 from .mpi_launch import require_own_place
 from .mpi_patience import Patience, ends_after
@@ -58,8 +59,16 @@ class Survivors:
         self._whole = True
         parent = self._mpi.Comm.Get_parent()
         self.joined = bool(parent != self._mpi.COMM_NULL)
-        with raising(self._mpi, "meeting the other ranks"):
-            self._base = parent.Merge(True) if self.joined else self._mpi.COMM_WORLD.Dup()
+        try:
+            with raising(self._mpi, "meeting the other ranks"):
+                self._base = parent.Merge(True) if self.joined else self._mpi.COMM_WORLD.Dup()
+        except PeerLost as error:
+            if not self.joined:
+                raise
+            raise CommError(
+                "a rank has died before this process, started in place of a dead one, had met the "
+                f"others, so that it cannot join them: {error}"
+            ) from error
         self._base.Set_errhandler(self._mpi.ERRORS_RETURN)
         if ends:
             atexit.register(self._end, os.getpid())
@@ -71,7 +80,8 @@ class Survivors:
 
     def open(self) -> MpiTransport:
         """Open a transport over them; collective."""
-        return MpiTransport(self._mpi, self._base)
+        with revoking(self._base):
+            return MpiTransport(self._mpi, self._base)
 
     def agree(self, flags: int) -> int:
         """Return the flags that all of them give, alike on all; 0 if one has died; collective."""
@@ -101,7 +111,10 @@ class Survivors:
 
         Raises: CommError where they cannot be started; PeerLost where one of these has died.
         """
-        what = f"of {count} processes started in place of dead ranks, not all have opened MPI"
+        what = (
+            f"of {count} processes started in place of dead ranks, not all have opened MPI, or "
+            "another rank has died meanwhile"
+        )
         with raising(self._mpi, f"starting {count} processes"), ends_after(seconds, what):
             place = self._mpi.Info.Create({"wdir": folder})
             both = self._base.Spawn(command[0], list(command[1:]), count, place, root=0)

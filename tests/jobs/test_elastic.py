@@ -206,6 +206,74 @@ def test_a_rank_that_ends_by_itself_is_lost_and_the_status_is_that_of_who_is_lef
     assert lines.count("LOST 1 AT 3 LEFT 2") == 2
 
 
+JOINING = """
+import os, signal, sys
+from pathlib import Path
+import numpy as np
+import ringfold
+
+moment, dying, mark = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def arm(world):  # to die once others have been started
+    if moment == "met":
+        world._survivors.open = die
+    elif moment == "told":
+        progress = world._progress
+        world._progress = lambda *done: (progress(*done), die())
+    else:
+        setattr(world, moment, die)
+
+with ringfold.Elastic(command=[sys.executable, *sys.orig_argv[1:]]) as world:
+    done = world.losses[-1].done if world.joined else 0
+    while done < 4:
+        try:
+            if done == 2 and world.comm.rank == 1 and not mark.exists():
+                mark.touch()
+                die()
+            world.comm.allreduce(np.ones(3))
+            world.commit()
+            done += 1
+        except ringfold.PeerLost:
+            if world.comm.rank == dying and not world.joined and not world.losses:
+                arm(world)
+            loss = world.recover(done)
+            done = loss.done
+            print("LOST", *loss.ranks, "JOINED", loss.joined, flush=True)
+    for loss in world.losses:
+        print("END", world.comm.rank, world.joined, loss.done, loss.joined, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("moment", "dying"), [("met", 2), ("_progress", 0), ("told", 2)])
+def test_who_joins_recovers_with_the_others_where_one_dies_meanwhile(
+    job: Callable[..., Any], tmp_path: Path, moment: str, dying: int
+) -> None:
+    """It ended with a word that the job was ended, which went on, and so mpirun's status told.
+
+    Or it waited for ever for one that had gone on to recover.
+    """
+    done = job(3, JOINING, moment, dying, tmp_path / "died", ft=True, timeout=50)
+    assert done.returncode == 0 and not done.leftovers, done.output
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("LOST", "END"))]
+    assert sorted(lines) == [
+        "END 0 False 2 2",
+        "END 1 True 2 2",
+        "END 2 True 2 2",
+        f"LOST 1 {dying} JOINED 2",
+    ], done.output
+
+
+def test_who_joins_when_all_others_have_died_says_that_there_is_nothing_to_go_on_from(
+    job: Callable[..., Any], tmp_path: Path
+) -> None:
+    done = job(2, JOINING, "_progress", 0, tmp_path / "died", ft=True, timeout=50)
+    assert done.returncode != 0 and not done.timed_out and not done.leftovers, done.output
+    assert "all ranks have died but those started in place of dead ones" in done.stderr
+
+
 AT_THE_END = """
 import os, signal, time
 import numpy as np

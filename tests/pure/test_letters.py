@@ -13,7 +13,9 @@ import pytest
 from two_ranks import TwoBoxes, accessing, goes_on, step
 
 from ringfold.comm import boxes, lending
+from ringfold.comm.errors import CommError
 from ringfold.comm.letters import Message
+from ringfold.comm.mailboxes import Mailboxes
 from ringfold.comm.memory import Memory
 from ringfold.kernels.mailbox_words import RUNS, SLOTS, Letter, Out
 from ringfold.kernels.records import Status
@@ -129,6 +131,61 @@ def test_who_waits_for_a_message_given_up_is_woken(way: str) -> None:
         pair.bells[0].value = 1
         assert receiver.abandon() and pair.bells[0].value == 0
         assert step(sender) == Status.REFUSED
+
+
+def ended(steps: Any) -> Any:
+    """Take the steps of one side to their end, which depend on nothing else; return the result."""
+    try:
+        for _ in range(10):
+            next(steps)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("it waits for the other side")
+
+
+@pytest.mark.parametrize("heard", [0, 1, 2])
+def test_who_is_asked_for_bytes_does_not_wait_for_one_that_has_given_them_up(heard: int) -> None:
+    """Who had not found the answer yet told nobody, and its sender waited until time was up.
+
+    heard: steps of the sender before that: it has not heard of it, or has, or has answered.
+    """
+    pair = TwoBoxes()
+    x = values(5000)
+    sender, receiver = (Mailboxes(boxes) for boxes in pair.boxes)
+
+    def send() -> Any:
+        asked = yield from sender.send_note(sender.note(), x.nbytes, 1, 7)
+        yield
+        yield from sender.answer(x, 1, asked)
+
+    sending = send()
+    next(sending)
+    message = ended(receiver.hope(x.nbytes, 0, 7))
+    taking = receiver.take(message, np.zeros_like(x), 0)
+    for steps in (taking, *heard * [sending]):
+        next(steps)
+    taking.close()
+    receiver.break_off(message, 0, 7, message.ordinal)
+    with pytest.raises(CommError, match="rank 1 has given a message up halfway, of 5000 bytes"):
+        ended(sending)
+
+
+def test_who_gives_up_asking_tells_it_in_no_slot_that_is_used_again() -> None:
+    pair = TwoBoxes()
+    sender, receiver = pair.note(5000), pair.receive(values(5000))
+    goes_on(sender)
+    assert step(receiver) == Status.BYTES == step(sender)
+    for k in range(SLOTS):
+        pair.pass_on(values(k))
+    # As far ahead as that the words of the box tell of other slots, too.
+    pair.boxes[0]._slots[1].words[Out.SENT] = RUNS * SLOTS - 1
+    pair.boxes[1]._inboxes[0].low[0] = RUNS * SLOTS
+    later = [pair.note(5000) for _ in range(3)]
+    for one in later:
+        goes_on(one)
+        assert step(pair.receive(values(5000))) == Status.BYTES
+    assert receiver.abandon()
+    assert {step(one) for one in later} == {int(Status.BYTES)}
 
 
 def test_what_comes_to_nothing_leaves_the_message_to_the_next_receive() -> None:
