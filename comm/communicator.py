@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Iterable, MutableMapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, overload
@@ -111,6 +112,7 @@ class Communicator(GroupCalls, Scope):
         coming, come = self._operations.coming("split"), partial(self._come, "split")
         self._splitting = Splitting(job, transport, name, coming, come)
         self._closing: Closing | None = None
+        self._ending = threading.RLock()  # a second thread that closes it waits for the first
         self._tuning: Tuning | None = None
         self._sharing: Sharing | None = None
         self.node = (
@@ -319,8 +321,9 @@ class Communicator(GroupCalls, Scope):
         Groups that were split from it go on. A receive whose message no rank has sent before
         it came here ends with CommError.
         """
-        if not self._runner.closed:
-            self._close(together=True)
+        with self._ending:
+            if not self._runner.closed:
+                self._close(together=True)
 
     def _close(self, *, together: bool) -> None:
         """together: whether the ranks may all come; else they are not waited for."""

@@ -75,6 +75,9 @@ def messages(comm: Communicator, gpu: FakeGpu, count: int) -> None:
     comm.isend(x, after).wait()
     receiving.wait()
     np.testing.assert_array_equal(host, data(before, count, np.float32))
+    z = late(gpu, np.zeros(count, np.float32))
+    assert comm.sendrecv(x, after, z, before) is z
+    np.testing.assert_array_equal(z.get(), data(before, count, np.float32))
 
 
 def overlapping(comm: Communicator, gpu: FakeGpu, count: int) -> None:
