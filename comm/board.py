@@ -42,7 +42,8 @@ class Board:
         self.rank, self.size = rank, len(members)
         self.memory = nodes.memory
         self.broken = ""
-        self.meetings: weakref.WeakSet[Meeting] = weakref.WeakSet()
+        # By the addresses of their records.
+        self.meetings: weakref.WeakValueDictionary[int, Meeting] = weakref.WeakValueDictionary()
         self._blocks = blocks
         self._bases = np.array([nodes.addresses[row[1]] for row in members.tolist()], np.int64)
         self._traces = [nodes.traces[row[1]] for row in members.tolist()]
@@ -155,8 +156,10 @@ class Board:
         """
         self.broken = self.broken or "the communicator is closed"
         self.record[BoardWord.BROKEN] = 1
-        for meeting in tuple(self.meetings):
-            meeting.settle()
+        for reference in self.meetings.valuerefs():  # a list, whatever others add meanwhile
+            meeting = reference()
+            if meeting is not None:
+                meeting.settle()
 
     def close(self) -> None:
         """Give the shared memory back, which no rank of the group may use any more."""

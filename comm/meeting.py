@@ -69,7 +69,6 @@ class Meeting:
 
         self.name = call.name
         self._board = board
-        board.meetings.add(self)
         self._call = call
         self._advance = advance_kernel()
         self._lists = board.lists()
@@ -100,6 +99,7 @@ class Meeting:
             self.form = self._shows(call.address, call.nbytes) or self._private_form
         self._program = self._lowered()
         self._take(self._program)
+        board.meetings[self.address] = self  # last: another thread may close the group meanwhile
 
     def _shows(self, address: int, nbytes: int) -> str:
         """Note where a buffer lies; return "shared" where the other ranks map it, else ""."""

@@ -232,3 +232,18 @@ def test_who_closes_waits_for_a_launch_in_the_middle_and_then_nothing_goes_on() 
     assert later.launch() == Status.REFUSED and launching.launch() == Status.REFUSED
     assert board.record[BoardWord.TICKET] == tickets
     assert step(flying) == Status.REFUSED and not flying.flying
+
+
+def test_a_group_is_closed_while_another_thread_prepares_a_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """close() ended with an AttributeError: it met a call that had no record yet."""
+    two = TwoBoards()
+    lists = two.boards[0].lists
+
+    def closed_meanwhile() -> Any:
+        two.boards[0].refuse()
+        return lists()
+
+    monkeypatch.setattr(two.boards[0], "lists", closed_meanwhile)
+    assert two.allreduce(0, np.ones(5)).launch() == Status.REFUSED
