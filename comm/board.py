@@ -148,13 +148,13 @@ class Board:
         self.broken = f"an earlier {name} was given up halfway, so the ranks may differ"
         self.record[BoardWord.BROKEN] = 1
 
-    def refuse(self) -> None:
-        """Refuse everything from now on: the group is being closed.
+    def refuse(self, why: str) -> None:
+        """Refuse everything from now on.
 
         When this returns, no thread looks at the board but for a work: what one was launching
         meanwhile has come to where it waits, and is refused there.
         """
-        self.broken = self.broken or "the communicator is closed"
+        self.broken = self.broken or why
         self.record[BoardWord.BROKEN] = 1
         for reference in self.meetings.valuerefs():  # a list, whatever others add meanwhile
             meeting = reference()

@@ -16,7 +16,7 @@ from .closing import Closing
 from .errors import CommError, MismatchError
 from .job import Job
 from .operations import Operations
-from .runner import Runner
+from .runner import CLOSED, Runner
 from .scope import Scope
 from .settings import Settings, unlike
 from .sharing import Sharing
@@ -375,7 +375,7 @@ class Communicator(GroupCalls, Scope):
         if sharing is None:  # the same on all ranks
             return
         self.forget()
-        sharing.refuse()
+        sharing.refuse(CLOSED)
         if self.size == 1 or closing.meet(2):
             self._operations.close()
             sharing.close()

@@ -31,10 +31,10 @@ class Sharing:
         """Return this rank's memory, None where the node does not map it."""
         return self.nodes.memory if self.nodes.token else None
 
-    def refuse(self) -> None:
+    def refuse(self, why: str) -> None:
         """Let no thread of this rank look there any more, before the ranks meet and close."""
         if self.board is not None:
-            self.board.refuse()
+            self.board.refuse(why)
 
     def close(self) -> None:
         """Give board and boxes back, which no rank of the group may look at any more."""

@@ -221,7 +221,7 @@ def test_who_closes_waits_for_a_launch_in_the_middle_and_then_nothing_goes_on() 
     flying, launching, later = (two.allreduce(0, arrays(4, number)[0]) for number in range(3))
     assert flying.launch() == Status.RUNNING
     launching._record[WorkWord.LOCK] = 1  # as if a thread was in the middle of it
-    closing = threading.Thread(target=board.refuse)
+    closing = threading.Thread(target=board.refuse, args=("closed",))
     closing.start()
     closing.join(0.05)
     assert closing.is_alive()
@@ -242,7 +242,7 @@ def test_a_group_is_closed_while_another_thread_prepares_a_call(
     lists = two.boards[0].lists
 
     def closed_meanwhile() -> Any:
-        two.boards[0].refuse()
+        two.boards[0].refuse("closed")
         return lists()
 
     monkeypatch.setattr(two.boards[0], "lists", closed_meanwhile)

@@ -337,6 +337,26 @@ def test_closed_and_forked_communicators_say_so(monkeypatch: pytest.MonkeyPatch)
         comm.barrier()
 
 
+def test_of_several_threads_that_close_a_group_one_does() -> None:
+    def main(comm: Communicator) -> None:
+        close, started = comm._close, list[int]()
+
+        def slowly(*, together: bool) -> None:
+            started.append(threading.get_ident())
+            time.sleep(0.1)
+            close(together=together)
+
+        comm._close = slowly  # type: ignore[method-assign]
+        threads = [threading.Thread(target=comm.close) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert len(started) == 1 and comm._runner.closed
+
+    run_local(1, main)
+
+
 def test_bad_arguments_are_refused_before_anything_is_sent() -> None:
     def main(comm: Communicator) -> None:
         x = np.ones(4)

@@ -4,28 +4,10 @@ import time
 
 import pytest
 import torch
-from little_layers import Call, Times, grad, mean_output, sum_output
+from little_layers import Call, Table, Times, grad, mean_output, sum_output
 from torch import nn
 
 from ringfold import Mesh, Pipeline, StageError, run_local
-
-
-def masked_sum(h, mask, idx, table):
-    return torch.where(mask, h * table[idx], torch.zeros(())).sum()
-
-
-class Table(nn.Module):
-    """The second stage of the report: picks by index, where the mask says so."""
-
-    def __init__(self, seen):
-        super().__init__()
-        self.table = nn.Parameter(torch.tensor([10.0, 100.0]))
-        self.seen = seen
-
-    def forward(self, value):
-        h, mask, idx, nothing = value.values() if isinstance(value, dict) else value
-        self.seen.append((type(value), mask.dtype, idx.dtype, nothing))
-        return masked_sum(h, mask, idx, self.table)
 
 
 @pytest.mark.parametrize("kind", [tuple, list, dict])

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from little_layers import Times, mean_output
-from tied import nested_network, tied_network
+from tied import nested_network, tied_network, tokens
 from torch import nn
 
 from ringfold import Dropout, Mesh, Pipeline, StageError, run_local
@@ -17,9 +17,7 @@ from ringfold.parallel.ties import move, untie
 
 def train_nested(num_data, pipe, network, layers_of=lambda layers, mesh: layers, **options):
     """Train three steps; return losses, names and states, by rank."""
-    generator = torch.Generator().manual_seed(9)
-    x = torch.randint(0, 11, (16,), generator=generator)
-    y = torch.randint(0, 11, (16,), generator=generator)
+    x, y = tokens()
 
     def main(comm):
         mesh = Mesh(comm, data=num_data, pipe=pipe)
@@ -57,9 +55,7 @@ def test_a_submodule_inside_several_layers_is_one_weight(grid, reduction):
     """The copy of the first layer was changed with that of the last, and had no gradient."""
     module = nn.Sequential(*without_dropout())
     optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
-    generator = torch.Generator().manual_seed(9)
-    x = torch.randint(0, 11, (16,), generator=generator)
-    y = torch.randint(0, 11, (16,), generator=generator)
+    x, y = tokens()
     expected = []
     for _ in range(3):
         optimizer.zero_grad()

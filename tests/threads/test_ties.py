@@ -3,7 +3,7 @@
 import pytest
 import torch
 from little_layers import Times, mean_output
-from tied import nested_network, tied_network
+from tied import nested_network, tied_network, tokens
 from torch import nn
 
 from ringfold import Mesh, Pipeline, ShardedOptimizer, StageError, run_local
@@ -44,9 +44,7 @@ def test_pr25_copies_are_one_weight(num_data, pipe, reduction):
 
 
 def train(num_data, pipe, sharded=False, **options):
-    generator = torch.Generator().manual_seed(9)
-    x = torch.randint(0, 11, (16,), generator=generator)
-    y = torch.randint(0, 11, (16,), generator=generator)
+    x, y = tokens()
 
     def main(comm):
         mesh = Mesh(comm, data=num_data, pipe=pipe)
@@ -114,9 +112,7 @@ def test_equal_to_the_unsplit_model():
     """Without the tree and on one rank, as plain autograd has it."""
     module = nn.Sequential(*tied_network())
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
-    generator = torch.Generator().manual_seed(9)
-    x = torch.randint(0, 11, (16,), generator=generator)
-    y = torch.randint(0, 11, (16,), generator=generator)
+    x, y = tokens()
     for _ in range(3):
         optimizer.zero_grad()
         for _ in range(2):

@@ -241,27 +241,6 @@ def test_what_another_thread_goes_on_to_call_reaches_no_later_group(
         assert not thread.is_alive() and ends
 
 
-def test_two_threads_close_a_group_once(comm: Communicator) -> None:
-    """Each of them returns once it is closed; what follows finds memory that is given once."""
-    for _ in range(3):
-        group = comm.split(0)
-        assert group is not None
-        use(group)
-        threads = [threading.Thread(target=group.close) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(20)
-        assert not any(thread.is_alive() for thread in threads)
-        with comm.split(0) as first, comm.split(0) as second:
-            assert first is not None and second is not None
-            x, got = np.full(8, comm.rank + 1.0), np.empty(8)
-            ahead, behind = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
-            for later in (first, second, first, second):
-                assert (later.sendrecv(x, ahead, got, behind) == behind + 1).all()
-                assert (later.allreduce(np.full(8, 1.0)) == comm.size).all()
-
-
 def mapped() -> int:
     """Count the memories of ranks that this process has mapped."""
     maps = Path("/proc/self/maps").read_text().splitlines()

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from little_layers import Call, Times
+from little_layers import Call, Table, Times
+from little_layers import grad as grads
+from scalars import Scalars, grad
 from torch import nn
 
 from ringfold import DataParallel, Mesh, Pipeline, StageError
@@ -26,26 +28,6 @@ def first(comm, count) -> Iterator:
     yield group
     if group is not None:
         group.close()
-
-
-class Scalars(nn.Module):
-    """Scalar parameters by name; forward hands them to a function of the test."""
-
-    def __init__(self, **values):
-        super().__init__()
-        for name, value in values.items():
-            self.register_parameter(name, nn.Parameter(torch.tensor(float(value))))
-
-    def forward(self, function):
-        return function(self)
-
-
-def grad(parameter):
-    return None if parameter.grad is None else parameter.grad.tolist()
-
-
-def grads(engine):
-    return {n: p.grad.tolist() for n, p in engine.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 1 << 20])
@@ -290,18 +272,6 @@ def test_pr22_last_microbatch_smaller(comm, schedule):
             assert grads(engine) == expected
             assert shapes == ([] if two.rank == 0 else parts)
         assert engine.forward(torch.arange(1.0, 9.0)).tolist() == [6.0 * k for k in range(1, 9)]
-
-
-class Table(nn.Module):
-    def __init__(self, seen):
-        super().__init__()
-        self.table = nn.Parameter(torch.tensor([10.0, 100.0]))
-        self.seen = seen
-
-    def forward(self, value):
-        h, mask, idx, nothing = value.values() if isinstance(value, dict) else value
-        self.seen.append((type(value), mask.dtype, idx.dtype, nothing))
-        return torch.where(mask, h * self.table[idx], torch.zeros(())).sum()
 
 
 class Start(nn.Module):
